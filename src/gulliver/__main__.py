@@ -1,0 +1,9 @@
+"""`python -m gulliver` is the command `gulliver`."""
+
+from __future__ import annotations
+
+import sys
+
+from gulliver.cli import main
+
+sys.exit(main())

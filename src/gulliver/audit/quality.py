@@ -1,0 +1,121 @@
+"""Step `quality`: what a model is worth on held-out data, paired against its parent, as evidence.
+
+Which metrics there are is the task's affair; size is counted here, the same for all. A model is never measured on what
+it was calibrated on: `calibration.json` in a compressed model (or in a model it was made from) lists the fingerprints
+of its calibration data, and one of them in the eval part is enough to refuse.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from gulliver.core.artifact import Artifact
+from gulliver.core.context import Context
+from gulliver.core.errors import ArtifactError, ConfigError, DataError
+from gulliver.core.evidence import Evidence, measured
+from gulliver.core.files import write_atomic
+from gulliver.core.overlap import excerpt, first_overlap
+from gulliver.tasks import get_task
+
+REPORT = "quality.json"
+"""In the report artifact: {"model", "dataset", "parent", "evidence": [...]}."""
+CALIBRATION = "calibration.json"
+"""In a compressed model: {"dataset": id, "paragraph_sha256_16": [fingerprints]} (core/overlap.py)."""
+
+
+class Config(BaseModel):
+    """Options of `quality`. What is left out takes the task's own default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    windows: int | None = Field(None, ge=2, description="windows to score, for families that read sequences")
+    context: int | None = Field(None, ge=2, description="tokens in a window, for families that read sequences")
+
+
+def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
+    """Score the model on the dataset's eval part and record the evidence; returns the report.
+
+    DataError when the eval part holds data that the model was calibrated on; ConfigError when families differ.
+    """
+    model, dataset, parent = inputs["model"], inputs["dataset"], inputs.get("parent")
+    for other in (dataset, parent):
+        if other is not None and other.task != model.task:
+            raise ConfigError(f"the model is for {model.task}, but {other.kind} {other.id[:12]} is for {other.task}")
+    task = get_task(model.task)
+    refuse_calibration_data(model, task.read(dataset.path, "eval"), ctx)
+    dials = {name: value for name, value in cfg.model_dump().items() if value is not None}
+    with ctx.progress.stage("quality", unit="model"):
+        network = task.load(model.path)
+        reference = None if parent is None else task.load(parent.path)
+        evidence = task.score(network, dataset, reference, folder=model.path, **dials)
+        weights = sum(parameter.numel() for parameter in network.parameters())
+    evidence = [*evidence, *size(model, parent, weights)]
+    owner = None if parent is None else parent.id
+    evidence = [item.filled(artifact_id=model.id, parent_id=owner) for item in evidence]
+    report = write_report(REPORT, evidence, inputs, cfg, ctx, "quality")
+    ctx.record(evidence)
+    return report
+
+
+def size(model: Artifact, parent: Artifact | None, weights: int) -> list[Evidence]:
+    """Bytes of the weight files, exactly; `weights` is the number of weights in the network."""
+    evidence = [
+        measured("size_bytes", model.weight_bytes),
+        measured("parameter_count", weights),
+        measured("bits_per_weight", 8 * model.weight_bytes / weights),
+    ]
+    if parent is not None:
+        evidence.append(measured("size_ratio", model.weight_bytes / parent.weight_bytes))
+    return evidence
+
+
+def refuse_calibration_data(model: Artifact, held_out: list[dict[str, Any]], ctx: Context) -> None:
+    """DataError naming the first passage of `held_out` that the model, or one it was made from, was calibrated on."""
+    for owner in _made_from(model, ctx):
+        if CALIBRATION not in owner.files:
+            continue
+        found = first_overlap(held_out, calibrated_on(owner))
+        if found is not None:
+            raise DataError(
+                f'{owner.id[:12]} was calibrated on text of the eval part: "{excerpt(found)}". '
+                "Measure on other data: --eval-data, or a dataset that holds nothing of it"
+            )
+
+
+def calibrated_on(model: Artifact) -> list[str]:
+    """The fingerprints in a model's calibration.json. ArtifactError when it is no such list."""
+    try:
+        known = json.loads(model.file(CALIBRATION).read_text(encoding="utf-8"))["paragraph_sha256_16"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"{CALIBRATION} of {model.id[:12]} is damaged: {error!r}") from error
+    if not isinstance(known, list) or not all(isinstance(item, str) for item in known):
+        raise ArtifactError(f"{CALIBRATION} of {model.id[:12]} holds no list of fingerprints")
+    return known
+
+
+def write_report(
+    name: str, evidence: list[Evidence], inputs: dict[str, Artifact], cfg: BaseModel, ctx: Context, step_name: str
+) -> Artifact:
+    """A report artifact whose one file `name` holds the evidence and the ids of what was measured."""
+    filled = [item.filled(machine=ctx.machine_name, command=ctx.command) for item in evidence]
+    body = {role: artifact.id for role, artifact in inputs.items()}
+    text = json.dumps({**body, "evidence": [item.to_json() for item in filled]}, sort_keys=True, indent=2)
+    parents = [artifact.id for artifact in inputs.values()]
+    task = inputs["model"].task
+    with ctx.writer(kind="report", task=task, parents=parents, step_name=step_name, config=cfg) as writer:
+        write_atomic(writer.path / name, text + "\n")
+        return writer.commit()
+
+
+def _made_from(model: Artifact, ctx: Context) -> Iterator[Artifact]:
+    """The model, then every model in its lineage that is still in the store."""
+    yield model
+    if not ctx.store.has(model.id):
+        return
+    for manifest in ctx.store.lineage(model.id):
+        if manifest["kind"] == "model" and manifest["id"] != model.id and ctx.store.has(manifest["id"]):
+            yield ctx.store.get(manifest["id"])

@@ -1,0 +1,64 @@
+"""Step `speed`: how fast a model answers on this machine, and in how much memory, by the reference path.
+
+What a unit of work is (prompt tokens, generated tokens, examples) is the task's affair. Everything is measured in a
+fresh process. The interval of a rate is Student's over repeats; it says how this machine was at that moment.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from gulliver.audit.quality import write_report
+from gulliver.core.artifact import Artifact
+from gulliver.core.context import Context
+from gulliver.core.errors import GulliverError
+from gulliver.core.evidence import Evidence, measured, paired_interval
+
+REPORT = "speed.json"
+"""In the report artifact: {"model", "evidence": [...]}."""
+
+
+class Config(BaseModel):
+    """Options of `speed`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    repeats: int = Field(5, ge=2, le=1000, description="measured runs of every workload, after one unmeasured")
+
+
+def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
+    """Measure the model and record the evidence; returns the report. GulliverError when the process fails."""
+    model = inputs["model"]
+    with ctx.progress.stage("speed", unit="model"):
+        found = in_fresh_process({"folder": str(model.path), "task": model.task, "repeats": cfg.repeats})
+    evidence = [item.filled(artifact_id=model.id) for item in evidence_of(found, cfg.repeats)]
+    report = write_report(REPORT, evidence, inputs, cfg, ctx, "speed")
+    ctx.record(evidence)
+    return report
+
+
+def in_fresh_process(request: dict[str, Any]) -> dict[str, Any]:
+    """The answer of `gulliver.audit.measure` to `request`."""
+    command = [sys.executable, "-m", "gulliver.audit.measure", json.dumps(request)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or [f"the process ended with {done.returncode}"]
+        raise GulliverError(f"measuring {request['folder']} failed: {last[0]}")
+    return json.loads(done.stdout)
+
+
+def evidence_of(found: dict[str, Any], repeats: int) -> list[Evidence]:
+    """Evidence from what `measure` returned; the lower end of a rate is cut at zero."""
+    detail = {"path": "reference", "threads": found["threads"], "repeats": repeats}
+    evidence = [
+        measured(name, found[name], detail=detail) for name in ("load_seconds", "load_ram_bytes", "peak_ram_bytes")
+    ]
+    for metric, rates in sorted(found["rates"].items()):
+        mean, low, high = paired_interval(rates)
+        evidence.append(measured(metric, mean, low=max(low, 0.0), high=high, n=len(rates), detail=detail))
+    return evidence

@@ -1,0 +1,146 @@
+"""Step `export`: write a model as another tool reads it, exactly or not at all.
+
+`safetensors` is the plain Hugging Face layout in bfloat16: packed weights are dequantized. bfloat16 keeps 8 significant
+bits, so a value is rounded by at most 2^-9 of itself; the largest such error stands in the artifact's config as
+`max_relative_rounding`. `compressed-tensors` keeps integer codes and is bit-exact (see export_compressed.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from gulliver.compress.export_compressed import compressed_config, compressed_tensors, plan_layout
+from gulliver.compress.export_shards import ShardWriter
+from gulliver.core.artifact import Artifact
+from gulliver.core.context import Context
+from gulliver.core.errors import ArtifactError, ConfigError
+from gulliver.runtime import reference
+from gulliver.tasks import get_task
+
+MAX_CONFIG_BYTES = 10_000_000
+REPLACED = ("config.json", "packing.json")
+"""Files of the packed model that export writes anew or leaves out."""
+
+
+class Config(BaseModel):
+    """Options of the step."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["safetensors", "compressed-tensors", "gguf", "onnx"] = Field(
+        description="what to write; gguf and onnx are refused, this version cannot write them"
+    )
+    widen: bool = Field(
+        default=False,
+        description="compressed-tensors: store values that do not fit their own bits in wider codes (exact, larger)",
+    )
+
+
+def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
+    """A model artifact in the layout of `cfg.format`. ConfigError where that format cannot hold the model."""
+    model = inputs["model"]
+    if cfg.format in ("gguf", "onnx"):
+        raise ConfigError(
+            f"format is {cfg.format!r}, which cannot be written yet; use safetensors or compressed-tensors"
+        )
+    if cfg.widen and cfg.format != "compressed-tensors":
+        raise ConfigError(f"widen is for compressed-tensors; {cfg.format} holds no codes, so leave it out")
+    raw = read_config(model)
+    staging = ctx.work / "export"
+    shutil.rmtree(staging, ignore_errors=True)  # what a killed run left: writing again is quick
+    staging.mkdir(parents=True)
+    if cfg.format == "safetensors":
+        facts = _plain(model, raw, staging, ctx)
+    else:
+        facts = _compressed(model, raw, staging, ctx, cfg.widen)
+    with ctx.writer(
+        kind="model",
+        task=model.task,
+        parents=[model.id],
+        step_name="export",
+        config={**cfg.model_dump(mode="json"), **facts},
+    ) as writer:
+        copy_companions(model, writer.path)
+        for path in sorted(staging.iterdir()):
+            os.replace(path, writer.path / path.name)
+        return writer.commit()
+
+
+def _plain(model: Artifact, raw: dict[str, Any], folder: Path, ctx: Context) -> dict[str, Any]:
+    """Write bfloat16 weights and their config.json into `folder`. Returns facts for the artifact's config."""
+    worst = 0.0
+    with ShardWriter(folder) as shards, ctx.progress.stage("export", unit="tensor") as bar:
+        for name, tensor in reference.read_tensors(model.path):
+            rounded, error = as_bfloat16(tensor)
+            shards.add({name: rounded})
+            worst = max(worst, error)
+            bar.advance()
+    write_config({**raw, "dtype": "bfloat16"} if "model_type" in raw else raw, folder)
+    return {"max_relative_rounding": worst}
+
+
+def _compressed(model: Artifact, raw: dict[str, Any], folder: Path, ctx: Context, widen: bool) -> dict[str, Any]:
+    """Write packed codes and the config.json that describes them into `folder`. Returns facts likewise."""
+    if not reference.is_packed(model.path):
+        raise ConfigError(
+            f"model {model.id[:12]} has no packed weights, so compressed-tensors has nothing to hold; quantize it "
+            "first, or export it as safetensors"
+        )
+    network = get_task(model.task).load(model.path, empty=True)
+    layout = plan_layout(reference.read_stored(model.path), network, widen)
+    with ShardWriter(folder) as shards, ctx.progress.stage("export", unit="tensor") as bar:
+        for name, tensor in reference.read_stored(model.path):
+            shards.add({name: tensor} if isinstance(tensor, Tensor) else compressed_tensors(name, tensor, layout))
+            bar.advance()
+    write_config({**raw, "dtype": "float32", "quantization_config": compressed_config(layout, network)}, folder)
+    return {"layout": layout.strategy, "widened": list(layout.widened)}
+
+
+def as_bfloat16(tensor: Tensor) -> tuple[Tensor, float]:
+    """A floating tensor in bfloat16 and its largest relative rounding error; any other tensor as it is and 0."""
+    if not tensor.is_floating_point():
+        return tensor, 0.0
+    rounded = tensor.to(torch.bfloat16)
+    exact, kept = tensor.double(), rounded.double()
+    used = exact != 0
+    return rounded, ((kept - exact)[used] / exact[used]).abs().max().item() if used.any() else 0.0
+
+
+# ---- files --------------------------------------------------------------------------------------------------------
+def read_config(model: Artifact) -> dict[str, Any]:
+    """config.json of the model as a JSON object. ConfigError when another tool's packing is already in it."""
+    path = model.file("config.json")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ArtifactError(f"{path} has {path.stat().st_size} bytes, which is no model config; make the model again")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} is not JSON ({error}); make the model again") from error
+    if not isinstance(raw, dict):
+        raise ArtifactError(f"{path} is not a JSON object; make the model again")
+    if "quantization_config" in raw:
+        raise ConfigError(f"model {model.id[:12]} is already in another tool's format; export the model it came from")
+    return raw
+
+
+def write_config(raw: dict[str, Any], folder: Path) -> None:
+    """config.json into `folder`."""
+    text = json.dumps(raw, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def copy_companions(model: Artifact, folder: Path) -> None:
+    """Copy what travels with the weights (tokenizer, generation config, …): every file but weights and their maps."""
+    for name in model.files:
+        if name in REPLACED or name.endswith((".safetensors", ".safetensors.index.json")):
+            continue
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(model.file(name), folder / name)

@@ -1,0 +1,76 @@
+"""Writing weights of any size with little memory: safetensors files of bounded size, and their index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+SHARD_BYTES = 1_000_000_000
+
+
+class ShardWriter:
+    """A context manager; `add` tensors, and on leaving without an error the files get their final names.
+
+    One file is `model.safetensors`; several are `model-00001-of-0000N.safetensors` with `model.safetensors.index.json`.
+    At most about `shard_bytes` (and one tensor) are in memory. Attribute `names` counts nothing twice: a name added
+    again is an AssertionError.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        self._folder = folder
+        self._shard_bytes = shard_bytes
+        self._held: dict[str, Tensor] = {}
+        self._shards: list[list[str]] = []
+        self._total_bytes = 0
+        self.names: set[str] = set()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take tensors to be written; those of one call stay in one file."""
+        twice = self.names & set(tensors)
+        assert not twice, f"{min(twice)} was written before"
+        size = _size(tensors)
+        if self._held and _size(self._held) + size > self._shard_bytes:
+            self._flush()
+        self._held |= {name: tensor.contiguous() for name, tensor in tensors.items()}
+        self.names |= set(tensors)
+        self._total_bytes += size
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            return
+        if self._held:
+            self._flush()
+        count = len(self._shards)
+        if count == 1:
+            self._part(0).rename(self._folder / "model.safetensors")
+            return
+        weight_map = {}
+        for index, names in enumerate(self._shards):
+            final = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+            self._part(index).rename(self._folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        body = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        text = json.dumps(body, indent=2, sort_keys=True)
+        (self._folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
+
+    def _flush(self) -> None:
+        save_file(self._held, str(self._part(len(self._shards))), metadata={"format": "pt"})
+        self._shards.append(sorted(self._held))
+        self._held = {}
+
+    def _part(self, index: int) -> Path:
+        return self._folder / f"part-{index}.safetensors"
+
+
+def _size(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

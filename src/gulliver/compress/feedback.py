@@ -1,0 +1,187 @@
+"""Quantizing one weight matrix: round to nearest, and error feedback (GPTQ).
+
+Columns are quantized one after another; what each rounding got wrong is passed on to the columns not yet quantized so
+that the layer's output changes least. With H = XᵀX + λI over calibration inputs X and U the upper Cholesky factor of
+H⁻¹, quantizing column i with error e = w_i - ŵ_i changes the rest by -e U[i, j] / U[i, i] for j > i (Frantar et al.,
+GPTQ, 2022, arXiv 2210.17323). Columns are taken in order of falling H_ii, whole groups first and then within each
+group, so that a group's scale is known when its first column is rounded (Gafni et al., Dual precision quantization,
+2025, arXiv 2505.14638, call this group-aware reordering). A group's grid is fitted to the already corrected weights,
+weighted by diag(H).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gulliver.compress.grid import (
+    Grid,
+    as_groups,
+    fit_codebook_scales,
+    fit_uniform_grid,
+    learn_codebook,
+    midpoints,
+    nearest,
+    row_factors,
+    split_scales,
+)
+from gulliver.runtime.packed import Format, Part
+
+DAMPING = 0.02
+
+
+@dataclass
+class Quantized:
+    """A packed part and `target` float32 [rows, columns]: the values that were rounded to it (corrected by feedback)."""
+
+    part: Part
+    target: Tensor
+
+
+def quantize_matrix(weight: Tensor, fmt: Format, moment: Tensor | None, *, feedback: bool = True) -> Quantized:
+    """Quantize weight float32 [rows, columns]; `moment` is H [columns, columns], its diagonal [columns], or None.
+
+    Without a full H, or with `feedback=False`, codes are the nearest on grids fitted with diag(H) as importance.
+    """
+    rows, columns = weight.shape
+    importance = torch.ones(columns) if moment is None else (moment.diagonal() if moment.dim() == 2 else moment)
+    importance = importance / importance.mean().clamp_min(1e-20) + 1e-3
+    groups = as_groups(weight, fmt)
+    weights_of_group = as_groups(importance[None], fmt)[0]
+    codebook = None
+    if fmt.kind == "codebook":
+        many = groups[: max(1, 4 * 16_384 // groups.shape[1])] if rows > 65_536 else groups
+        spread = weights_of_group.expand_as(many).reshape(-1, fmt.group_size)
+        codebook = learn_codebook(many.reshape(-1, fmt.group_size), spread, fmt.levels)
+    grid = _fit_all(groups, weights_of_group, fmt, codebook)
+    factors = row_factors(grid.scales)
+    if moment is None or moment.dim() == 1 or not feedback:
+        return _round(weight, fmt, grid, factors, codebook)
+    return _feed_back(weight, fmt, moment, importance, factors, codebook)
+
+
+def _fit_all(groups: Tensor, importance: Tensor, fmt: Format, codebook: Tensor | None) -> Grid:
+    scales, zeros = torch.empty(groups.shape[:2]), torch.empty(groups.shape[:2])
+    for index in range(groups.shape[1]):
+        grid = _fit(groups[:, index], importance[index][None], fmt, codebook)
+        scales[:, index] = grid.scales
+        if grid.zeros is not None:
+            zeros[:, index] = grid.zeros
+    return Grid(scales, None if codebook is not None else zeros)
+
+
+def _fit(group: Tensor, importance: Tensor, fmt: Format, codebook: Tensor | None) -> Grid:
+    if codebook is None:
+        return fit_uniform_grid(group, importance, fmt.levels)
+    return Grid(fit_codebook_scales(group, importance, codebook.float()), None)
+
+
+def _round(weight: Tensor, fmt: Format, grid: Grid, factors: Tensor, codebook: Tensor | None) -> Quantized:
+    rows, columns = weight.shape
+    codes_of_scale = split_scales(grid.scales, factors)
+    scales = codes_of_scale.float() * factors.float()[:, None]
+    scaled = as_groups(weight, fmt) / scales[:, :, None]
+    if codebook is not None:
+        codes = nearest(scaled, midpoints(codebook))
+    else:
+        assert grid.zeros is not None
+        codes = torch.round(scaled + grid.zeros[:, :, None]).clamp_(0, fmt.levels - 1)
+    codes = codes.to(torch.uint8).view(rows, -1)[:, :columns].contiguous()
+    zeros = None if grid.zeros is None else grid.zeros.to(torch.uint8)
+    return Quantized(Part(fmt, codes, codes_of_scale, factors, zeros, codebook), weight)
+
+
+def inverse_factor(moment: Tensor, damping: float = DAMPING) -> Tensor:
+    """Upper Cholesky factor U of (H + λI)⁻¹ = UᵀU; λ grows until the factorisation exists. H is [columns, columns]."""
+    moment = moment.clone()
+    diagonal = moment.diagonal()
+    mean = float(diagonal.mean().clamp_min(1e-12))
+    diagonal[diagonal == 0] = mean
+    for _ in range(8):
+        damped = moment + torch.eye(len(moment)) * (damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed:
+                return upper
+        damping *= 4
+    raise AssertionError("the second moment of the inputs cannot be inverted even with strong damping")
+
+
+def column_order(importance: Tensor, group_size: int) -> Tensor:
+    """Columns by falling importance: groups by their largest entry, then inside each group. int64 [columns]."""
+    columns = len(importance)
+    groups = -(-columns // group_size)
+    padded = torch.full((groups * group_size,), -1.0)
+    padded[:columns] = importance
+    table = padded.view(groups, group_size)
+    inside = table.argsort(dim=1, descending=True, stable=True) + torch.arange(groups)[:, None] * group_size
+    order = inside[table.amax(1).argsort(descending=True, stable=True)].flatten()
+    return order[order < columns]
+
+
+def _feed_back(
+    weight: Tensor, fmt: Format, moment: Tensor, importance: Tensor, factors: Tensor, codebook: Tensor | None
+) -> Quantized:
+    rows, columns = weight.shape
+    order = column_order(importance, fmt.group_size)
+    upper = inverse_factor(moment[order][:, order])
+    # one column of the work matrix is contiguous, because columns are visited one at a time
+    work = weight[:, order].t().contiguous()
+    target, codes = torch.empty_like(work), torch.empty(columns, rows, dtype=torch.uint8)
+    scale_codes = torch.ones(rows, fmt.groups(columns), dtype=torch.uint8)
+    zero_codes = None if codebook is not None else torch.zeros(rows, fmt.groups(columns), dtype=torch.uint8)
+    borders = None if codebook is None else midpoints(codebook)
+    entries = None if codebook is None else codebook.float()
+    start = 0
+    while start < columns:
+        group = int(order[start]) // fmt.group_size
+        stop = min(start + fmt.group_size, columns)
+        while stop > start and int(order[stop - 1]) // fmt.group_size != group:
+            stop -= 1
+        grid = _fit(work[start:stop].t(), importance[order[start:stop]][None], fmt, codebook)
+        scale_codes[:, group] = split_scales(grid.scales[:, None], factors)[:, 0]
+        scale = scale_codes[:, group].float() * factors.float()
+        if zero_codes is not None:
+            assert grid.zeros is not None
+            zero_codes[:, group] = grid.zeros.to(torch.uint8)
+        errors = torch.empty(stop - start, rows)
+        local = work[start:stop]
+        for index in range(stop - start):
+            column = local[index]
+            target[start + index] = column
+            if entries is not None:
+                assert borders is not None
+                code = nearest(column / scale, borders)
+                value = entries[code] * scale
+            else:
+                assert grid.zeros is not None
+                code = torch.round(column / scale + grid.zeros).clamp_(0, fmt.levels - 1)
+                value = (code - grid.zeros) * scale
+            codes[start + index] = code.to(torch.uint8)
+            error = (column - value) / upper[start + index, start + index]
+            errors[index] = error
+            if index + 1 < stop - start:
+                local[index + 1 :].addr_(upper[start + index, start + index + 1 : stop], error, alpha=-1.0)
+        if stop < columns:
+            work[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1.0)
+        start = stop
+    back = torch.empty_like(order)
+    back[order] = torch.arange(columns)
+    part = Part(fmt, codes[back].t().contiguous(), scale_codes, factors, zero_codes, codebook)
+    return Quantized(part, target[back].t().contiguous())
+
+
+def damage(weight: Tensor, approximation: Tensor, moment: Tensor | None, row_weights: Tensor | None = None) -> float:
+    """sum over rows r of row_weights[r] · ΔW_r H ΔW_rᵀ; H full, diagonal or None (identity)."""
+    delta = weight - approximation
+    if moment is None:
+        per_row = (delta**2).sum(1)
+    elif moment.dim() == 1:
+        per_row = (delta**2 * moment).sum(1)
+    else:
+        per_row = ((delta @ moment) * delta).sum(1)
+    return float((per_row if row_weights is None else per_row * row_weights).sum())

@@ -1,0 +1,121 @@
+"""Choosing grids: the scale of each group and the codebook of each tensor.
+
+A group of weights w with importances d is approximated by s · c[q]. For a given codebook c, the scale that minimises
+sum d (w - s c[q])² is found by trying shrunken versions of the largest magnitude, then alternating nearest codes and
+the least-squares scale s = sum d w c[q] / sum d c[q]². The codebook itself is learned by the same alternation over all
+groups of the tensor: Lloyd's algorithm (Lloyd, Least squares quantization in PCM, 1982) with weights d s².
+A uniform grid is w ≈ s (q - z) with an integer zero point z, found by trying shrunken ranges.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gulliver.runtime.packed import Format
+
+SHRINKS = tuple(1.0 - 0.045 * step for step in range(12))
+SCALE_LEVELS = 255
+FACTOR_HEADROOM = 1.1
+CODEBOOK_SAMPLE = 4096
+
+
+@dataclass
+class Grid:
+    """The grid of a set of groups: `scales` float32 [...], `zeros` float32 [...] or None (codebook)."""
+
+    scales: Tensor
+    zeros: Tensor | None
+
+
+def nearest(values: Tensor, midpoints: Tensor) -> Tensor:
+    """Index of the nearest codebook entry, int32, for sorted entries with these midpoints."""
+    return torch.bucketize(values.contiguous(), midpoints, out_int32=True)
+
+
+def midpoints(codebook: Tensor) -> Tensor:
+    """Decision borders between sorted codebook entries, float32 [levels - 1]."""
+    entries = codebook.float()
+    return (entries[1:] + entries[:-1]) / 2
+
+
+def fit_codebook_scales(groups: Tensor, importance: Tensor, codebook: Tensor, refine: int = 2) -> Tensor:
+    """Scales [n] that fit groups [n, g] with importance [n or 1, g] on a sorted float codebook [levels]."""
+    borders, top = midpoints(codebook), codebook.abs().max()
+    peak = groups.abs().amax(1).clamp_min(1e-12)
+    best_scale, best_error = peak / top, torch.full_like(peak, torch.inf)
+    for shrink in SHRINKS:
+        scale = peak * (shrink / top)
+        error = ((codebook[nearest(groups / scale[:, None], borders)] * scale[:, None] - groups) ** 2 * importance).sum(
+            1
+        )
+        better = error < best_error
+        best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
+    for _ in range(refine):
+        entries = codebook[nearest(groups / best_scale[:, None], borders)]
+        weighted = importance * entries
+        solved = (weighted * groups).sum(1) / (weighted * entries).sum(1).clamp_min(1e-20)
+        best_scale = torch.where(solved > 0, solved, best_scale)
+    return best_scale
+
+
+def fit_uniform_grid(groups: Tensor, importance: Tensor, levels: int) -> Grid:
+    """Scale and integer zero point [n] that fit groups [n, g] with importance [n or 1, g]."""
+    low, high = groups.amin(1).clamp_max(0.0), groups.amax(1).clamp_min(0.0)
+    width = (high - low).clamp_min(1e-12)
+    best = Grid(width / (levels - 1), torch.zeros_like(width))
+    best_error = torch.full_like(width, torch.inf)
+    for shrink in SHRINKS:
+        scale = width * (shrink / (levels - 1))
+        zero = torch.round(-low * shrink / scale).clamp_(0, levels - 1)
+        codes = torch.round(groups / scale[:, None] + zero[:, None]).clamp_(0, levels - 1)
+        error = (((codes - zero[:, None]) * scale[:, None] - groups) ** 2 * importance).sum(1)
+        better = error < best_error
+        assert best.zeros is not None
+        best = Grid(torch.where(better, scale, best.scales), torch.where(better, zero, best.zeros))
+        best_error = torch.where(better, error, best_error)
+    return best
+
+
+def learn_codebook(groups: Tensor, importance: Tensor, levels: int, rounds: int = 6, seed: int = 0) -> Tensor:
+    """A sorted int8 codebook [levels] with largest magnitude 127 that fits groups [n, g]; importance [n or 1, g].
+
+    Works on a sample of at most `CODEBOOK_SAMPLE` groups; starts from normal quantiles.
+    """
+    if len(groups) > CODEBOOK_SAMPLE:
+        pick = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))[:CODEBOOK_SAMPLE]
+        groups = groups[pick]
+        importance = importance[pick] if len(importance) > 1 else importance
+    quantiles = (torch.arange(levels) + 0.5) / levels
+    codebook = torch.special.ndtri(quantiles)
+    codebook = codebook / codebook.abs().max()
+    flat_importance = importance.expand_as(groups)
+    for _ in range(rounds):
+        scales = fit_codebook_scales(groups, importance, codebook, refine=1)
+        codes = nearest(groups / scales[:, None], midpoints(codebook)).flatten().long()
+        weight = (flat_importance * scales[:, None] ** 2).flatten()
+        total = torch.zeros(levels).index_add_(0, codes, weight)
+        moment = torch.zeros(levels).index_add_(0, codes, weight * (groups / scales[:, None]).flatten())
+        codebook = torch.where(total > 0, moment / total.clamp_min(1e-20), codebook).sort().values
+        codebook = codebook / codebook.abs().max().clamp_min(1e-12)
+    return torch.round(codebook * 127).to(torch.int8)
+
+
+def split_scales(scales: Tensor, factors: Tensor) -> Tensor:
+    """Group scales [rows, groups] as uint8 multiples of the row factors [rows]; a used group never gets scale 0."""
+    return torch.round(scales / factors.float()[:, None]).clamp_(1, SCALE_LEVELS).to(torch.uint8)
+
+
+def row_factors(scales: Tensor) -> Tensor:
+    """bfloat16 row factors [rows] so that the largest group scale of each row has a code below 255."""
+    largest = scales.amax(1).clamp_min(1e-30)
+    return (largest * (FACTOR_HEADROOM / SCALE_LEVELS)).to(torch.bfloat16)
+
+
+def as_groups(weight: Tensor, fmt: Format) -> Tensor:
+    """[rows, columns] -> [rows, groups, group_size], padded with zeros."""
+    rows, columns = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, fmt.groups(columns) * fmt.group_size - columns))
+    return padded.view(rows, -1, fmt.group_size)

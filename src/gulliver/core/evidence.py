@@ -1,0 +1,236 @@
+"""Evidence: one measured number about one artifact, with its interval and how to repeat it. See docs/evidence.md.
+
+METRICS is the one list of what can be measured; a number with another metric, unit or direction cannot be written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, NamedTuple
+
+from gulliver.core.errors import ConfigError, DataError
+from gulliver.core.names import unknown
+
+Direction = Literal["lower", "higher", "none"]
+
+
+class Metric(NamedTuple):
+    """What a metric's numbers mean: their unit, which way is better, and one line of help."""
+
+    unit: str
+    direction: Direction
+    help: str
+
+
+METRICS: Mapping[str, Metric] = {
+    # quality
+    "perplexity": Metric("ppl", "lower", "exp of the mean cross-entropy per token on held-out text"),
+    "perplexity_ratio": Metric("ratio", "lower", "perplexity divided by the parent's on the same windows"),
+    "cross_entropy": Metric("nat", "lower", "mean negative log-likelihood per predicted token or example"),
+    "kl_divergence": Metric("nat", "lower", "mean KL(parent || model) of the output distributions"),
+    "top1_agreement": Metric("fraction", "higher", "how often model and parent rank the same answer first"),
+    "accuracy": Metric("fraction", "higher", "fraction of held-out examples answered right"),
+    "accuracy_drop": Metric("fraction", "lower", "the parent's accuracy minus the model's, paired by example"),
+    "cosine_similarity": Metric("cosine", "higher", "mean cosine between the model's and the parent's embeddings"),
+    "quality_loss": Metric("fraction", "lower", "fraction of the parent's quality given up; what --max-drop limits"),
+    # against the simplest baseline
+    "baseline_perplexity": Metric("ppl", "none", "perplexity of the unigram distribution of the training text"),
+    "baseline_accuracy": Metric("fraction", "none", "accuracy of always answering the most frequent class"),
+    "baseline_cosine_similarity": Metric("cosine", "none", "mean cosine between embeddings of unrelated examples"),
+    "perplexity_vs_baseline": Metric("ratio", "lower", "perplexity divided by that of the unigram baseline"),
+    "accuracy_vs_baseline": Metric("fraction", "higher", "accuracy minus that of the majority class"),
+    "cosine_similarity_vs_baseline": Metric(
+        "cosine", "higher", "cosine to the parent minus that of unrelated examples"
+    ),
+    # size and memory
+    "size_bytes": Metric("bytes", "lower", "bytes of all weight files, embeddings included"),
+    "size_ratio": Metric("ratio", "lower", "size_bytes divided by the parent's"),
+    "bits_per_weight": Metric("bits", "lower", "8 x size_bytes divided by the number of weights"),
+    "parameter_count": Metric("count", "none", "number of weights"),
+    "peak_ram_bytes": Metric("bytes", "lower", "highest resident memory of a process that answers requests"),
+    "load_ram_bytes": Metric("bytes", "lower", "resident memory after the model is loaded, before the first request"),
+    "compress_peak_ram_bytes": Metric("bytes", "lower", "highest resident memory of the process that compressed it"),
+    # speed, always of the machine named in the evidence
+    "decode_tokens_per_s": Metric("tokens/s", "higher", "generated tokens per second, one sequence"),
+    "prefill_tokens_per_s": Metric("tokens/s", "higher", "prompt tokens per second, one sequence"),
+    "examples_per_s": Metric("examples/s", "higher", "examples answered per second"),
+    "latency_ms": Metric("ms", "lower", "time from a request to its whole answer"),
+    "load_seconds": Metric("s", "lower", "time from the command to a model that can answer"),
+    "step_seconds": Metric("s", "lower", "time that the step which made the artifact took"),
+}
+
+MUST_BEAT: Mapping[str, float] = {
+    "perplexity_vs_baseline": 1.0,
+    "accuracy_vs_baseline": 0.0,
+    "cosine_similarity_vs_baseline": 0.0,
+}
+"""A model whose interval does not lie strictly on the better side of these values passes no gate (core/gate.py)."""
+
+
+def metric(name: str) -> Metric:
+    """The row of METRICS. ConfigError naming the nearest metric when there is none."""
+    if name not in METRICS:
+        raise ConfigError(unknown("metric", name, METRICS))
+    return METRICS[name]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One measured number about one artifact.
+
+    `low` and `high` bound the 95 % interval and equal `value` for an exact count; `n` is the number of independent
+    observations; `data_hash` the SHA-256 of what was measured on ("" when no data is involved); `parent_id` the
+    artifact it is compared with; `command` repeats the measurement. A NaN is kept and refused by every gate.
+    `artifact_id`, `parent_id`, `machine` and `command` are filled in by the step that records it.
+    """
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    unit: str
+    direction: Direction
+    n: int
+    seed: int = 0
+    data_hash: str = ""
+    artifact_id: str = ""
+    parent_id: str | None = None
+    machine: str = ""
+    command: str = ""
+    detail: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        row = metric(self.metric)
+        if (self.unit, self.direction) != (row.unit, row.direction):
+            raise ConfigError(
+                f"evidence for {self.metric} has unit {self.unit!r} and direction {self.direction!r}; "
+                f"METRICS says {row.unit!r} and {row.direction!r}"
+            )
+        if self.n < 0:
+            raise ConfigError(f"evidence for {self.metric} has n = {self.n}; it counts observations, at least 0")
+        slack = 1e-9 * max(1.0, abs(self.value)) if math.isfinite(self.value) else 0.0
+        if self.is_number and not self.low - slack <= self.value <= self.high + slack:
+            raise ConfigError(f"evidence for {self.metric}: {self.value} lies outside {self.low} … {self.high}")
+
+    @property
+    def is_number(self) -> bool:
+        """False when the value or an end of its interval is NaN."""
+        return not any(math.isnan(number) for number in (self.value, self.low, self.high))
+
+    @property
+    def bad_end(self) -> float:
+        """The end of the interval that a gate must judge: `high` where lower is better, `low` where higher is."""
+        if self.direction == "none" or not self.is_number:
+            return math.nan
+        return max(self.high, self.value) if self.direction == "lower" else min(self.low, self.value)
+
+    def filled(self, **missing: str | None) -> Evidence:
+        """A copy in which those of the named fields that are empty hold the given values."""
+        return replace(self, **{name: value for name, value in missing.items() if not getattr(self, name)})
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with every field; a NaN or infinite number becomes null, "inf" or "-inf"."""
+        row = asdict(self)
+        row["detail"] = dict(self.detail)
+        for name in ("value", "low", "high"):
+            row[name] = _write_number(row[name])
+        return row
+
+    @staticmethod
+    def from_json(row: Mapping[str, Any]) -> Evidence:
+        """Evidence from an untrusted JSON object. DataError for missing, unknown or wrongly typed fields."""
+        names = {item.name for item in fields(Evidence)}
+        for name in row:
+            if name not in names:
+                raise DataError(f"evidence: {unknown('field', name, names)}")
+        for name in sorted(names):
+            if name not in row:
+                raise DataError(f"evidence: the field {name!r} is missing")
+        values = dict(row)
+        for name in ("value", "low", "high"):
+            values[name] = _read_number(row[name], name)
+        for name in ("metric", "unit", "direction", "data_hash", "artifact_id", "machine", "command"):
+            if not isinstance(row[name], str):
+                raise DataError(f"evidence: {name} must be text, not {row[name]!r}")
+        for name in ("n", "seed"):
+            if type(row[name]) is not int:
+                raise DataError(f"evidence: {name} must be a whole number, not {row[name]!r}")
+        if not isinstance(row["parent_id"], str | None) or not isinstance(row["detail"], Mapping):
+            raise DataError("evidence: parent_id must be text or null, and detail an object")
+        try:
+            return Evidence(**values)
+        except ConfigError as error:
+            raise DataError(str(error)) from None
+
+
+def measured(
+    name: str,
+    value: float,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    n: int = 1,
+    seed: int = 0,
+    data_hash: str = "",
+    detail: Mapping[str, Any] | None = None,
+) -> Evidence:
+    """Evidence whose unit and direction come from METRICS; without `low` and `high` it is an exact count."""
+    row = metric(name)
+    return Evidence(
+        metric=name,
+        value=float(value),
+        low=float(value if low is None else low),
+        high=float(value if high is None else high),
+        unit=row.unit,
+        direction=row.direction,
+        n=n,
+        seed=seed,
+        data_hash=data_hash,
+        detail=detail or {},
+    )
+
+
+def paired_interval(
+    differences: Sequence[float] | Iterable[float], confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """Mean and two-sided interval of per-window (or per-example) differences: (mean, low, high).
+
+    Student's t with n - 1 degrees of freedom: mean ± t · s / sqrt(n), s the sample standard deviation. Pairing by
+    window removes the windows' own variance, which is far larger than the effect. One difference has an infinite
+    interval; a NaN makes all three NaN. DataError for no differences, ConfigError for a confidence outside (0, 1).
+    "Student" (W. S. Gosset), The Probable Error of a Mean, Biometrika 6 (1908).
+    """
+    values = [float(value) for value in differences]
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence is {confidence}; it must lie between 0 and 1, for example 0.95")
+    if not values:
+        raise DataError("no differences to make an interval from; measure at least two windows")
+    count = len(values)
+    mean = math.fsum(values) / count if all(map(math.isfinite, values)) else sum(values) / count
+    if math.isnan(mean):
+        return math.nan, math.nan, math.nan
+    if count == 1 or math.isinf(mean):
+        return mean, -math.inf, math.inf
+    from scipy.special import stdtrit  # here, because scipy takes longer to import than the rest of core
+
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
+    half = float(stdtrit(count - 1, 0.5 + confidence / 2)) * deviation / math.sqrt(count)
+    return mean, mean - half, mean + half
+
+
+def _write_number(number: float) -> float | str | None:
+    if math.isnan(number):
+        return None
+    return number if math.isfinite(number) else ("inf" if number > 0 else "-inf")
+
+
+def _read_number(value: object, name: str) -> float:
+    if value is None:
+        return math.nan
+    if value in ("inf", "-inf"):
+        return float(str(value))
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(f"evidence: {name} must be a number, null, 'inf' or '-inf', not {value!r}")
+    return float(value)

@@ -1,0 +1,51 @@
+"""Files that are either whole or absent: write under a temporary name in the same folder, fsync, rename."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from pathlib import Path
+
+TEMPORARY = ".tmp-"
+"""Names that contain this are unfinished work: never listed, never part of an artifact."""
+
+
+def hash_file(path: Path | str) -> str:
+    """SHA-256 of a file's bytes, 64 hex digits. Reads in pieces; the file may exceed memory."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def temporary_name(path: Path) -> Path:
+    """A fresh name beside `path` for work in progress."""
+    return path.with_name(f"{path.name}{TEMPORARY}{secrets.token_hex(6)}")
+
+
+def write_atomic(path: Path | str, content: bytes | str) -> None:
+    """Write `content` (text as UTF-8) so that a reader, or a crash, sees the old file or the new one, never half."""
+    target = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    temporary = temporary_name(target)
+    try:
+        with open(temporary, "xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(target.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Force a file's bytes to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+sync_folder = sync_file
+"""Force a folder's entries to the disk (the same call on POSIX), so that a rename survives a power cut."""

@@ -1,0 +1,225 @@
+"""The machine that a number was measured on: cores, instruction sets, memory, and what it really reaches.
+
+Bandwidth is measured with numpy, peaks with torch's GEMM; torch is imported inside the measurement only. The record is
+kept in `home/machine.json` and measured again when the CPU, the cores or a version changed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from gulliver.core.artifact import canonical_json
+from gulliver.core.files import write_atomic
+from gulliver.core.memory import (
+    cgroup_ram_bytes,
+    current_rss_bytes,
+    peak_rss_bytes,
+    reset_peak_rss,
+    total_ram_bytes,
+)
+
+__all__ = ["Machine", "current_rss_bytes", "describe", "peak_rss_bytes", "reset_peak_rss"]
+
+ISA = (
+    "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16",
+    "asimd", "asimddp", "i8mm", "bf16", "sve",
+)  # fmt: skip
+"""The instruction sets that kernels may use, as Linux spells them."""
+
+_VERSIONED = ("numpy", "torch", "transformers", "scipy", "gulliver")
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One machine as measured. Bandwidth is GB/s of reads by all cores together; peaks are 10⁹ operations per second of
+
+    dense matrix products by all cores, None where the operation is not there. `load_average` is that of the last
+    minute before measuring: above 0.5 the figures are too low.
+    """
+
+    cpu: str
+    cores: int
+    isa: tuple[str, ...]
+    ram_bytes: int
+    cgroup_ram_bytes: int | None
+    bandwidth_gb_s: float | None
+    fp32_gflop_s: float | None
+    bf16_gflop_s: float | None
+    int8_gop_s: float | None
+    os: str
+    python: str
+    load_average: float | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def usable_ram_bytes(self) -> int:
+        """What a process here may hold: the control group's limit where it is smaller than the machine's memory."""
+        return min(self.ram_bytes, self.cgroup_ram_bytes or self.ram_bytes)
+
+    @property
+    def name(self) -> str:
+        """One line for evidence: "AMD EPYC, 2 cores, avx512_vnni, 24 GB"."""
+        best = next(
+            (isa for isa in ("avx512_vnni", "avx512f", "avx_vnni", "avx2", "asimddp") if isa in self.isa), "plain"
+        )
+        plural = "" if self.cores == 1 else "s"
+        return f"{self.cpu}, {self.cores} core{plural}, {best}, {self.usable_ram_bytes / 1e9:.0f} GB"
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with every field."""
+        return {**asdict(self), "isa": list(self.isa), "versions": dict(self.versions)}
+
+
+def describe(home: Path | str, *, measure: bool = True, again: bool = False) -> Machine:
+    """This machine; measured once (a few seconds) and kept in `home/machine.json`.
+
+    With `measure=False` nothing is timed: figures come from the kept record, or are None. With `again=True` the kept
+    record is replaced, for instance because the machine was busy when it was made.
+    """
+    found = identify()
+    path = Path(home) / "machine.json"
+    kept = _read(path)
+    if kept is not None and not again and _identity(kept) == _identity(found):
+        return kept
+    if not measure:
+        return found
+    machine = measure_machine(found)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, canonical_json(machine.to_json()) + b"\n")
+    return machine
+
+
+def identify() -> Machine:
+    """This machine without measuring anything."""
+    cpu, flags = _cpu()
+    return Machine(
+        cpu=cpu,
+        cores=usable_cores(),
+        isa=tuple(isa for isa in ISA if isa in flags),
+        ram_bytes=total_ram_bytes(),
+        cgroup_ram_bytes=cgroup_ram_bytes(),
+        bandwidth_gb_s=None,
+        fp32_gflop_s=None,
+        bf16_gflop_s=None,
+        int8_gop_s=None,
+        os=f"{platform.system()} {platform.release()}",
+        python=platform.python_version(),
+        versions=_versions(),
+    )
+
+
+def measure_machine(machine: Machine, size_bytes: int = 2**27, rows: int = 1024) -> Machine:
+    """`machine` with bandwidth (`size_bytes` read per core) and peaks (`rows` x `rows` products) measured now."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    figures = {
+        "bandwidth_gb_s": _round(_bandwidth_gb_s(machine.cores, min(size_bytes, machine.usable_ram_bytes // 16))),
+        "load_average": None if load is None else round(load, 2),
+        **{name: _round(value) for name, value in _gemm_peaks(machine.cores, rows).items()},
+    }
+    return Machine(**{**_values(machine), **figures})
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on: its affinity, cut by the control group's CPU quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    words = quota.read_text().split() if quota.is_file() else []
+    if len(words) == 2 and words[0].isdigit():
+        count = min(count, max(1, math.ceil(int(words[0]) / int(words[1]))))
+    return count
+
+
+def _bandwidth_gb_s(cores: int, size_bytes: int) -> float:
+    """Reads per second by one thread per core, each over its own array that no cache holds."""
+    import numpy
+
+    arrays = [numpy.ones(max(1, size_bytes // 8), dtype=numpy.int64) for _ in range(cores)]
+    with ThreadPoolExecutor(cores) as pool:
+        seconds = _best(lambda: list(pool.map(lambda array: array.max(), arrays)))
+    return sum(array.nbytes for array in arrays) / seconds / 1e9
+
+
+def _gemm_peaks(cores: int, rows: int) -> dict[str, float | None]:
+    """Operations per second (a multiply and an add are two) of square products, in 10⁹."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(cores)
+    try:
+        operations = 2 * rows**3 / 1e9
+        peaks: dict[str, float | None] = {}
+        for name, dtype in (("fp32_gflop_s", torch.float32), ("bf16_gflop_s", torch.bfloat16)):
+            left = torch.ones(rows, rows, dtype=dtype)
+            peaks[name] = operations / _best(lambda left=left: left @ left)
+        codes = torch.ones(rows, rows, dtype=torch.int8)
+        try:
+            peaks["int8_gop_s"] = operations / _best(lambda: torch.ops.aten._int_mm(codes, codes))
+        except (RuntimeError, NotImplementedError):  # this build of torch has no int8 product on this CPU
+            peaks["int8_gop_s"] = None
+        return peaks
+    finally:
+        torch.set_num_threads(before)
+
+
+def _best(work: Callable[[], object]) -> float:
+    """The shortest of several times, in seconds: other work on the machine can only make a time longer."""
+    work()
+    times = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _cpu() -> tuple[str, frozenset[str]]:
+    """The CPU's name and its flags as the operating system spells them."""
+    info = Path("/proc/cpuinfo")
+    table: dict[str, str] = {}
+    for line in info.read_text().splitlines() if info.is_file() else []:
+        key, _, value = line.partition(":")
+        table.setdefault(key.strip(), value.strip())
+    name = table.get("model name") or platform.processor() or platform.machine() or "unknown CPU"
+    return name, frozenset((table.get("flags") or table.get("Features") or "").split())
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in _VERSIONED:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "absent"
+    return versions
+
+
+def _identity(machine: Machine) -> tuple[object, ...]:
+    return machine.cpu, machine.cores, machine.isa, machine.python, tuple(sorted(machine.versions.items()))
+
+
+def _values(machine: Machine) -> dict[str, Any]:
+    return {item.name: getattr(machine, item.name) for item in fields(Machine)}
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else round(value, 1)
+
+
+def _read(path: Path) -> Machine | None:
+    """The kept record, or None when there is none or it does not fit this version; then it is measured again."""
+    try:
+        row = json.loads(path.read_bytes())
+        return Machine(**{**row, "isa": tuple(row["isa"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

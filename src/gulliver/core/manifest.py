@@ -1,0 +1,246 @@
+"""`gulliver.json`: what it may hold, and one strict reader. See docs/artifact.md; the rules there are enforced here.
+
+Everything read is hostile until it has passed `parse`: the bytes may be truncated, the names may leave the folder, the
+numbers may be huge. Each fault is an ArtifactError of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+from gulliver.core.errors import ArtifactError, ConfigError
+from gulliver.core.names import unknown
+
+FORMAT = 1
+MANIFEST = "gulliver.json"
+KINDS = ("model", "dataset", "report")
+ANNOTATIONS = ("README.md", "evidence.json", "report.html")
+MAX_MANIFEST_BYTES = 16 * 2**20
+MAX_INTEGER = 2**63 - 1
+MAX_SEED = 2**63 - 1
+
+_KEYS = ("format", "id", "kind", "task", "parents", "step", "config", "seed", "files")
+_ID = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of an artifact: SHA-256 (64 hex digits) and length in bytes."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `gulliver.json`. `id` is the SHA-256 of the canonical JSON of all the rest."""
+
+    id: str
+    kind: str
+    task: str
+    parents: tuple[str, ...]
+    step: Mapping[str, Any] = field(compare=False)
+    config: Mapping[str, Any] = field(compare=False)
+    seed: int
+    files: Mapping[str, FileEntry] = field(compare=False)
+
+
+def canonical_json(value: Any) -> bytes:
+    """UTF-8 JSON with sorted keys and no spaces: equal values give equal bytes. ConfigError for NaN or infinity."""
+    try:
+        text = json.dumps(
+            value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_plain
+        )
+        return text.encode("utf-8")
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"a value cannot be written as JSON ({error}); use finite numbers and text") from None
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def read_json(data: bytes, what: str) -> Any:
+    """Parse JSON from an untrusted source. ArtifactError for bad UTF-8, truncation, duplicate keys, huge or non-finite
+
+    numbers, and nesting too deep to read. `what` names the source in the message.
+    """
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen = dict(items)
+        if len(seen) != len(items):
+            twice = next(key for key in seen if sum(key == other for other, _ in items) > 1)
+            raise ArtifactError(f"{what}: the key {twice!r} stands there twice")
+        return seen
+
+    def integer(text: str) -> int:
+        if len(text) > 20 or abs(int(text)) > MAX_INTEGER:
+            raise ArtifactError(f"{what}: the number {text[:24]}… does not fit in 64 bits")
+        return int(text)
+
+    def real(text: str) -> float:
+        if not math.isfinite(number := float(text)):
+            raise ArtifactError(f"{what}: the number {text[:24]!r} is not finite")
+        return number
+
+    try:
+        return json.loads(
+            data.decode("utf-8"), object_pairs_hook=pairs, parse_int=integer, parse_float=real, parse_constant=real
+        )
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{what} is not UTF-8 text (byte {error.start}); the file is damaged") from None
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"{what} is not valid JSON (line {error.lineno}: {error.msg}); it is damaged") from None
+    except RecursionError:
+        raise ArtifactError(f"{what} is nested too deep to read") from None
+
+
+def manifest_id(body: Mapping[str, Any]) -> str:
+    """The content id of a manifest without its `id` key."""
+    return hashlib.sha256(canonical_json({key: value for key, value in body.items() if key != "id"})).hexdigest()
+
+
+def check_file_name(name: object, what: str = MANIFEST) -> str:
+    """`name` if it is a safe relative POSIX path inside a folder, else ArtifactError."""
+    _require(isinstance(name, str) and name != "", f"{what}: a file name is empty or not text: {name!r}")
+    assert isinstance(name, str)
+    _require(len(name.encode("utf-8", "replace")) <= 1024, f"{what}: the name {name[:40]!r}… is over 1024 bytes")
+    _require(not name.startswith("/"), f"{what}: the file name {name!r} is absolute; names are relative to the folder")
+    printable = name.isprintable() and "\\" not in name and ":" not in name
+    _require(printable, f"{what}: the file name {name!r} holds a backslash, a colon or a control character")
+    parts = name.split("/")
+    _require(".." not in parts, f"{what}: the file name {name!r} leaves the folder ('..')")
+    _require("" not in parts and "." not in parts, f"{what}: the file name {name!r} is not in plain form")
+    return name
+
+
+def parse(data: bytes, what: str = MANIFEST) -> Manifest:
+    """The manifest in `data`, fully checked. ArtifactError names the first thing that is wrong."""
+    _require(len(data) <= MAX_MANIFEST_BYTES, f"{what} has {len(data)} bytes; at most {MAX_MANIFEST_BYTES} are allowed")
+    body = read_json(data, what)
+    _require(isinstance(body, dict), f"{what} must be a JSON object, not {type(body).__name__}")
+    version = body.get("format")
+    if type(version) is int and version > FORMAT:
+        raise ArtifactError(f"{what} has format {version}; this Gulliver reads up to {FORMAT}: upgrade it")
+    for key in body:
+        if key not in _KEYS:
+            raise ArtifactError(f"{what}: {unknown('key', key, _KEYS)}")
+    for key in _KEYS:
+        _require(key in body, f"{what}: the key {key!r} is missing")
+    _require(type(version) is int and version == FORMAT, f"{what}: format is {version!r}; it must be {FORMAT}")
+    manifest = Manifest(
+        id=check_id(body["id"], f"{what}: id"),
+        kind=_kind(body["kind"], what),
+        task=_name(body["task"], f"{what}: task"),
+        parents=_parents(body["parents"], what),
+        step=_step(body["step"], what),
+        config=_object(body["config"], f"{what}: config"),
+        seed=_integer(body["seed"], f"{what}: seed", 0, MAX_SEED),
+        files=_files(body["files"], what),
+    )
+    derived = manifest_id(body)
+    if derived != manifest.id:
+        raise ArtifactError(f"{what}: id is {manifest.id[:12]}… but its content gives {derived[:12]}…; it was changed")
+    return manifest
+
+
+def body_of(manifest: Manifest) -> dict[str, Any]:
+    """The JSON object of a manifest, `id` included."""
+    return {
+        "format": FORMAT,
+        "id": manifest.id,
+        "kind": manifest.kind,
+        "task": manifest.task,
+        "parents": list(manifest.parents),
+        "step": dict(manifest.step),
+        "config": dict(manifest.config),
+        "seed": manifest.seed,
+        "files": {
+            name: {"sha256": entry.sha256, "size_bytes": entry.size_bytes} for name, entry in manifest.files.items()
+        },
+    }
+
+
+def check_id(value: object, what: str) -> str:
+    """`value` if it is a full content id (64 lower-case hex digits), else ArtifactError."""
+    _require(isinstance(value, str) and _ID.fullmatch(value) is not None, f"{what} is {value!r}, not 64 hex digits")
+    assert isinstance(value, str)
+    return value
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ArtifactError(message)
+
+
+def _object(value: object, what: str) -> dict[str, Any]:
+    _require(isinstance(value, dict), f"{what} must be a JSON object, not {type(value).__name__}")
+    assert isinstance(value, dict)
+    return value
+
+
+def _integer(value: object, what: str, low: int, high: int) -> int:
+    _require(type(value) is int, f"{what} must be a whole number, not {value!r}")
+    assert isinstance(value, int)
+    _require(low <= value <= high, f"{what} is {value}; it must lie between {low} and {high}")
+    return value
+
+
+def _kind(value: object, what: str) -> str:
+    _require(isinstance(value, str) and value in KINDS, f"{what}: {unknown('kind', value, KINDS)}")
+    assert isinstance(value, str)
+    return value
+
+
+def _name(value: object, what: str) -> str:
+    plain = isinstance(value, str) and _NAME.fullmatch(value) is not None
+    _require(plain, f"{what} is {value!r}, not a plain lower-case name")
+    assert isinstance(value, str)
+    return value
+
+
+def _parents(value: object, what: str) -> tuple[str, ...]:
+    _require(isinstance(value, list), f"{what}: parents must be a list, not {type(value).__name__}")
+    assert isinstance(value, list)
+    parents = tuple(check_id(parent, f"{what}: a parent") for parent in value)
+    _require(len(set(parents)) == len(parents), f"{what}: a parent stands there twice")
+    return parents
+
+
+def _step(value: object, what: str) -> dict[str, Any]:
+    step = _object(value, f"{what}: step")
+    _require(set(step) == {"name", "version"}, f"{what}: step must hold name and version, not {sorted(step)}")
+    _name(step["name"], f"{what}: step name")
+    _integer(step["version"], f"{what}: step version", 1, MAX_INTEGER)
+    return step
+
+
+def _files(value: object, what: str) -> dict[str, FileEntry]:
+    files: dict[str, FileEntry] = {}
+    folded: dict[str, str] = {}
+    for name, entry in _object(value, f"{what}: files").items():
+        check_file_name(name, what)
+        if name == MANIFEST or name in ANNOTATIONS:
+            raise ArtifactError(f"{what}: {name} may not be listed; it is not part of the content")
+        other = folded.setdefault(name.casefold(), name)
+        _require(other == name, f"{what}: {other!r} and {name!r} are one file where case does not count")
+        row = _object(entry, f"{what}: the entry of {name!r}")
+        complete = set(row) == {"sha256", "size_bytes"}
+        _require(complete, f"{what}: the entry of {name!r} must hold sha256 and size_bytes")
+        check_id(row["sha256"], f"{what}: sha256 of {name!r}")
+        size_bytes = _integer(row["size_bytes"], f"{what}: size_bytes of {name!r}", 0, MAX_INTEGER)
+        files[name] = FileEntry(row["sha256"], size_bytes)
+    for name in files:
+        for folder in PurePosixPath(name).parents:
+            _require(str(folder) not in files, f"{what}: {str(folder)!r} is listed both as a file and as a folder")
+    return files

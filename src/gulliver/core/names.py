@@ -1,0 +1,21 @@
+"""Messages for a name that is not in a table: what was wrong, what is nearest, what there is."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, choices: Iterable[str]) -> str | None:
+    """The choice most like `name`, or None when none is like it."""
+    found = difflib.get_close_matches(name.lower(), list(choices), n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def unknown(what: str, name: object, choices: Iterable[str]) -> str:
+    """One line for an error: "unknown metric 'perplexty'; did you mean 'perplexity'?", or every choice."""
+    known = sorted(choices)
+    near = nearest(str(name), known)
+    if near is not None:
+        return f"unknown {what} {name!r}; did you mean {near!r}?"
+    return f"unknown {what} {name!r}; there are: {', '.join(known)}"

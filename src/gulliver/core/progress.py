@@ -1,0 +1,158 @@
+"""Progress on stderr: stage, block, time left, memory. Keeps the memory samples that the report plots over time."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from gulliver.core.memory import current_rss_bytes
+
+MAX_SAMPLES = 4000
+
+
+class Progress:
+    """Shows stages on a terminal as bars, elsewhere as one plain line about every ten seconds, or not at all.
+
+    `memory` holds (seconds since the start, stage, resident bytes) in order of time, at most 4000 of them.
+    """
+
+    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None, line_every_s: float = 10.0) -> None:
+        self.memory: list[tuple[float, str, int]] = []
+        self._stream = stream or sys.stderr
+        self._quiet = quiet
+        self._line_every_s = line_every_s
+        self._start = time.monotonic()
+        self._sample_every_s = 0.25
+        self._last_sample = float("-inf")
+        self._open = 0
+        self._bars: Any = None
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int | None = None, unit: str = "step") -> Iterator[Bar]:
+        """One stage of `total` units (None when unknown). Stages may be nested; the inner is shown below."""
+        bar = Bar(self, name, total, unit)
+        self._begin(bar)
+        try:
+            yield bar
+        finally:
+            self.sample(name, force=True)
+            self._end(bar)
+
+    def sample(self, stage: str, *, force: bool = False) -> None:
+        """Note the present memory under `stage`; at most four times a second unless forced."""
+        now = time.monotonic() - self._start
+        if not force and now - self._last_sample < self._sample_every_s:
+            return
+        self._last_sample = now
+        self.memory.append((round(now, 3), stage, current_rss_bytes()))
+        if len(self.memory) > MAX_SAMPLES:
+            self.memory = self.memory[::2]
+            self._sample_every_s *= 2
+
+    def print(self, text: str) -> None:
+        """One line of text on stderr, above the bars; nothing when quiet."""
+        if self._quiet:
+            return
+        if self._bars is not None:
+            self._bars.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def _begin(self, bar: Bar) -> None:
+        self.sample(bar.name, force=True)
+        self._open += 1
+        if self._quiet:
+            return
+        if self._stream.isatty():
+            if self._bars is None:
+                self._bars = _rich_bars(self._stream)
+                self._bars.start()
+            bar.row = self._bars.add_task(bar.name, total=bar.total, note="", memory=_memory())
+
+    def _end(self, bar: Bar) -> None:
+        self._open -= 1
+        if self._bars is not None:
+            self._bars.remove_task(bar.row)
+            if self._open == 0:
+                self._bars.stop()
+                self._bars = None
+        if not self._quiet:
+            self.print(f"{bar.name}: {bar.done} {bar.unit}s in {_clock(bar.seconds)}, {_memory()}")
+
+    def _show(self, bar: Bar, note: str) -> None:
+        self.sample(bar.name)
+        if self._bars is not None:
+            self._bars.update(bar.row, completed=bar.done, note=note, memory=_memory())
+            return
+        now = time.monotonic()
+        if self._quiet or now - bar.last_line < self._line_every_s:
+            return
+        bar.last_line = now
+        self.print(f"{bar.name}: {bar.unit} {bar.count}{bar.left}, {_memory()}{f', {note}' if note else ''}")
+
+
+@dataclass
+class Bar:
+    """The handle of one stage; `advance` after each unit of work."""
+
+    progress: Progress
+    name: str
+    total: int | None
+    unit: str
+    done: int = 0
+    row: Any = None
+    started: float = field(default_factory=time.monotonic)
+    last_line: float = field(default_factory=time.monotonic)
+
+    def advance(self, units: int = 1, note: str = "") -> None:
+        """Count finished units and show `note` (a loss, a block's name) beside the bar."""
+        self.done += units
+        self.progress._show(self, note)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the stage began."""
+        return time.monotonic() - self.started
+
+    @property
+    def count(self) -> str:
+        """ "3 of 30", or "3" when the total is unknown."""
+        return f"{self.done} of {self.total}" if self.total is not None else str(self.done)
+
+    @property
+    def left(self) -> str:
+        """ ", 0:42 left" once it can be told."""
+        if self.total is None or not 0 < self.done <= self.total:
+            return ""
+        return f", {_clock(self.seconds / self.done * (self.total - self.done))} left"
+
+
+def _rich_bars(stream: TextIO) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    return Bars(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[memory]}"),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=Console(file=stream),
+        transient=True,
+    )
+
+
+def _memory() -> str:
+    return f"{current_rss_bytes() / 1e6:.0f} MB"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

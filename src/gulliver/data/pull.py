@@ -1,0 +1,187 @@
+"""Step `pull`: a model (or a catalog dataset) from outside becomes an artifact, checked before it is believed.
+
+Weights must be safetensors, finite, and of the shapes that config.json asks for. Nothing is unpickled and no code from
+a model's folder is run. Names that transformers itself translates when it loads (older or re-packed checkpoints) are
+written under the network's own names, so that every later step can read one tensor by name.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from gulliver.core import catalog
+from gulliver.core.artifact import Artifact
+from gulliver.core.context import Context
+from gulliver.core.errors import ArtifactError, ConfigError, DataError
+from gulliver.core.files import write_atomic
+from gulliver.data import read
+from gulliver.nets.weights import aliases, read_safetensors, weight_files
+from gulliver.tasks import converter, detect_task, get_task
+from gulliver.tasks.base import Task
+
+ORIGIN = "origin.json"
+"""In the artifact: {"source", "license", "revision"} as far as they are known."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
+HUB = "hf:"
+
+
+class Config(BaseModel):
+    """Options of `pull`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = Field(description="catalog:NAME, hf:ORG/NAME[@REVISION], a folder or a .gguf file")
+    task: str | None = Field(None, description="family of the model; found from its config when left out")
+
+
+def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
+    """The artifact of `cfg.source`. ArtifactError for a model that cannot be used, DataError for a failed download."""
+    del inputs
+    origin: dict[str, Any] = {"source": cfg.source}
+    if cfg.source.startswith(catalog.PREFIX):
+        entry = catalog.lookup(cfg.source)
+        if entry.kind == "dataset":
+            return read.make_dataset(read.Config.model_validate({"data": cfg.source, "task": entry.task}), ctx, "pull")
+        origin["license"] = entry.license
+        with ctx.progress.stage("download"):
+            path = catalog.fetch(cfg.source, ctx.store.cache)
+    elif cfg.source.startswith(HUB):
+        with ctx.progress.stage("download"):
+            path = download(cfg.source.removeprefix(HUB), ctx.store.cache)
+        origin["revision"] = path.name
+    else:
+        path = Path(cfg.source).expanduser()
+        origin["source"] = path.name
+    return _model(path, cfg, origin, ctx)
+
+
+def _model(path: Path, cfg: Config, origin: dict[str, Any], ctx: Context) -> Artifact:
+    if not path.exists():
+        raise ConfigError(f"{cfg.source} does not exist; give a folder, a .gguf file, catalog:NAME or hf:ORG/NAME")
+    task, convert = converter(path) if path.is_file() else (detect_task(path), None)
+    name = cfg.task or task
+    config = {"source": origin["source"], "task": name}
+    with ctx.writer(kind="model", task=name, parents=(), step_name="pull", config=config) as writer:
+        with ctx.progress.stage("check" if convert is None else "convert"):
+            if convert is None:
+                _refuse_pickles(path)
+            else:
+                convert(path, writer.path)
+            bring_in(get_task(name), path if convert is None else writer.path, writer.path)
+        write_atomic(writer.path / ORIGIN, json.dumps(origin, sort_keys=True, indent=2) + "\n")
+        return writer.commit()
+
+
+# ---- the three sources ----------------------------------------------------------------------------------------------
+def download(name: str, cache: Path) -> Path:
+    """A model of the Hugging Face hub, "ORG/NAME" or "ORG/NAME@REVISION": safetensors, configs and tokenizer only."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    repository, _, revision = name.partition("@")
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repository,
+            revision=revision or None,
+            cache_dir=cache / "hub",
+            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "1_Pooling/config.json"],
+            ignore_patterns=["onnx/*", "openvino/*", "original/*"],
+        )
+    except HFValidationError as error:
+        raise ConfigError(f"hf:{name} is no name on the hub; write it hf:ORG/NAME") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise DataError(
+            f"hf:{name} could not be downloaded: {str(error).splitlines()[0]}. Check the name and the network, "
+            "or download the folder elsewhere and pull that"
+        ) from error
+    return Path(folder)
+
+
+def _refuse_pickles(folder: Path) -> None:
+    if not list(folder.glob("*.safetensors")):
+        found = [file.name for pattern in PICKLES for file in sorted(folder.glob(pattern))]
+        if found:
+            raise ArtifactError(
+                f"{folder} holds its weights as {found[0]}, a format that can run code when it is opened; convert it "
+                "with transformers: AutoModel.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
+            )
+
+
+# ---- checking and copying -------------------------------------------------------------------------------------------
+def bring_in(task: Task, source: Path, folder: Path) -> None:
+    """Check the model in `source` and put it into `folder`, which may be the same. ArtifactError if not whole."""
+    _refuse_quantized(source)
+    files = weight_files(source)
+    model = task.load(source, empty=True)
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    known = {alias: first for first, names in aliases(model).items() for alias in names}
+    buffers = {name for name, _ in model.named_buffers()}
+    found: set[str] = set()
+    strange: list[str] = []
+    dtype = None
+    for name, tensor in checked(source):
+        dtype = dtype or tensor.dtype
+        if name not in known:
+            strange += [] if name in buffers else [name]
+        elif tuple(tensor.shape) != wanted[known[name]]:
+            raise ArtifactError(
+                f"{name} has shape {list(tensor.shape)}, but config.json makes it {list(wanted[known[name]])}; "
+                "the config and the weights are of different models"
+            )
+        else:
+            found.add(known[name])
+    if strange or found != set(wanted):
+        _translate(task, source, folder, dtype or torch.float32)
+    elif source != folder:
+        _copy(source, folder, files)
+
+
+def checked(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder. ArtifactError for values that are not finite, or of a type that is no plain float."""
+    for name, tensor in read_safetensors(folder):
+        if tensor.is_floating_point():
+            if tensor.dtype not in DTYPES:
+                raise ArtifactError(f"{name} is {tensor.dtype}; pull the model in bfloat16, float16 or float32")
+            if not torch.isfinite(tensor).all():
+                raise ArtifactError(f"{name} holds values that are not finite; the file is damaged or diverged")
+        yield name, tensor
+
+
+def _translate(task: Task, source: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Let the task load weights that stand under other names, and write them under the network's own."""
+    model = task.load(source)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    task.save(model, folder)
+
+
+def _copy(source: Path, folder: Path, files: list[Path]) -> None:
+    """Copy (never link: the original may be changed) weights, configs and tokenizer; leave everything else."""
+    kept = {*files, *source.glob("model.safetensors.index.json")}
+    kept |= {file for pattern in ("*.json", "*.jinja", "*.txt", "*.model") for file in source.glob(pattern)}
+    kept |= set(source.glob("1_Pooling/config.json"))
+    for file in sorted(kept):
+        name = file.relative_to(source)
+        if file.is_file() and name.name not in ("gulliver.json", "evidence.json", ORIGIN):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / name)
+
+
+def _refuse_quantized(folder: Path) -> None:
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} is not JSON: {error}") from error
+    if (folder / "packing.json").is_file() or (isinstance(raw, dict) and "quantization_config" in raw):
+        raise ArtifactError(f"{folder} holds a model that is quantized already; pull the original in full precision")

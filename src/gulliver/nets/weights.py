@@ -1,0 +1,187 @@
+"""Giving a network its weights one by one, and taking them away: what streaming a model larger than memory needs.
+
+A tied parameter (one tensor under several names) has one *canonical* name, the first that `named_parameters()` yields;
+the helpers here accept any of its names and keep all of them tied.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from gulliver.core.errors import ArtifactError
+
+
+@contextmanager
+def empty_parameters() -> Iterator[None]:
+    """Networks built inside have parameters on the meta device (no data), while their buffers are real.
+
+    Buffers hold what a constructor computes (rotary frequencies, position ids) and what no file contains.
+    """
+    register = nn.Module.register_parameter
+
+    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.data.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Canonical parameter name -> all names of that parameter, itself first."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {names[0]: tuple(names) for names in groups.values()}
+
+
+def assign(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype = torch.float32) -> set[str]:
+    """Give `model` the named parameters and persistent buffers; floating tensors become `dtype`.
+
+    Returns the canonical names filled. Unknown names and wrong shapes raise ArtifactError.
+    """
+    canonical = {name: first for first, names in aliases(model).items() for name in names}
+    groups = aliases(model)
+    buffers = dict(model.named_buffers())
+    filled: set[str] = set()
+    for name, tensor in tensors:
+        if name not in canonical and name not in buffers:
+            raise ArtifactError(f"the weight file holds {name!r}, which this architecture has no place for")
+        place = buffers[name] if name in buffers else model.get_parameter(name)
+        if place.shape != tensor.shape:
+            raise ArtifactError(
+                f"{name} has shape {list(tensor.shape)}, but config.json makes it {list(place.shape)}; "
+                "the config and the weights are of different models"
+            )
+        value = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        if name in buffers:
+            owner, leaf = _owner(model, name)
+            owner._buffers[leaf] = value
+            filled.add(name)
+            continue
+        parameter = nn.Parameter(value, requires_grad=place.requires_grad and value.is_floating_point())
+        for alias in groups[canonical[name]]:
+            owner, leaf = _owner(model, alias)
+            owner._parameters[leaf] = parameter
+        filled.add(canonical[name])
+    return filled
+
+
+def release(model: nn.Module, prefixes: Sequence[str]) -> None:
+    """Take the data of every parameter whose canonical name starts with one of `prefixes`; it returns to meta."""
+    for first, names in aliases(model).items():
+        if not first.startswith(tuple(prefixes)):
+            continue
+        old = model.get_parameter(first)
+        parameter = nn.Parameter(old.data.to("meta"), requires_grad=old.requires_grad)
+        for alias in names:
+            owner, leaf = _owner(model, alias)
+            owner._parameters[leaf] = parameter
+
+
+def unfilled(model: nn.Module) -> list[str]:
+    """Canonical names of the parameters that hold no data."""
+    return [name for name, parameter in model.named_parameters() if parameter.is_meta]
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a Hugging Face layout folder: those of its index, else all. ArtifactError if none."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ArtifactError(f"{folder} has no *.safetensors")
+        return files
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        plain = all(isinstance(name, str) and Path(name).name == name for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtifactError(f"{index} is not a safetensors index: {error}") from error
+    if not plain:
+        raise ArtifactError(f"{index} names a file outside its folder; do not use it")
+    files = [folder / name for name in sorted(set(names))]
+    for path in files:
+        if not path.is_file():
+            raise ArtifactError(f"{path} is listed in {index.name} but missing; download it again")
+    return files
+
+
+def stored_names(folder: Path) -> set[str]:
+    """The names of all tensors in the weight files of a folder, read from their headers alone."""
+    names: set[str] = set()
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names.update(file.keys())
+        except SafetensorError as error:
+            raise ArtifactError(f"{path} is damaged: {error}; download or make it again") from error
+    return names
+
+
+def read_safetensors(folder: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a plain folder, one at a time; floating ones become `dtype` when given.
+
+    ArtifactError for a damaged file or a name that stands in two files.
+    """
+    seen: set[str] = set()
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    if name in seen:
+                        raise ArtifactError(f"{name} stands twice in the weight files of {folder}")
+                    seen.add(name)
+                    tensor = file.get_tensor(name)
+                    yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        except SafetensorError as error:
+            raise ArtifactError(f"{path} is damaged: {error}; download or make it again") from error
+
+
+def write_safetensors(
+    path: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Write one file of `dtype` tensors that arrive one at a time, in any order; each must be in `shapes`, once.
+
+    Only one tensor is in memory at a time, which `safetensors.torch.save_file` does not offer.
+    """
+    size, at = dtype.itemsize, 0
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    offsets: dict[str, int] = {}
+    for name in sorted(shapes):
+        length = size * math.prod(shapes[name])
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shapes[name]), "data_offsets": [at, at + length]}
+        offsets[name], at = at, at + length
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        start = stream.tell()
+        for name, tensor in tensors:
+            offset = offsets.pop(name, None)
+            if offset is None or tuple(tensor.shape) != tuple(shapes[name]):
+                raise ArtifactError(f"{name} {list(tensor.shape)} is not what {path.name} was to hold, or came twice")
+            stream.seek(start + offset)
+            stream.write(tensor.to(dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    assert not offsets, f"no data came for {sorted(offsets)[0]}"
+
+
+_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

@@ -1,0 +1,269 @@
+"""Pictures of a report: size and quality, damage per block, memory over time.
+
+Where there are no data there is no picture: the functions return None.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from gulliver.report.bits import damage_by_block
+from gulliver.report.picture import Picture, base_layout, label
+from gulliver.report.records import Point, ReportData
+from gulliver.report.tables import table
+from gulliver.report.units import format_seconds, format_value
+
+_STAGE_COLOURS = ("blue", "orange", "green", "violet", "teal", "soft")
+_MAX_POINTS = 600
+
+
+def size_quality(data: ReportData) -> Picture | None:
+    """The size-quality plane: what the plan could choose, the rounds, the chosen point, the parent, the budget."""
+    fit, loss = data.fit, data.latest("quality_loss")
+    size = data.latest("size_bytes")
+    chosen = size.value if size else data.size_bytes
+    if not fit.frontier and not fit.rounds and (loss is None or not chosen):
+        return None
+    traces = []
+    if fit.frontier:
+        line = {"color": "var(--soft)", "width": 1.5, "dash": "dot"}
+        traces.append(_points("menu, predicted", fit.frontier, "predicted_drop", "lines+markers", "circle-open", line))
+    if fit.rounds:
+        for name, key, symbol in (
+            ("predicted", "predicted_drop", "diamond-open"),
+            ("measured", "measured_drop", "diamond"),
+        ):
+            traces.append(_points(f"rounds, {name}", fit.rounds, key, "markers", symbol, {"color": "var(--orange)"}))
+    if data.parent_size_bytes:
+        traces.append(_point("parent", data.parent_size_bytes, 0.0, "square", "var(--violet)"))
+    if fit.nearest is not None:
+        drop = fit.nearest.measured_drop if fit.nearest.measured_drop is not None else fit.nearest.predicted_drop
+        if drop is not None:
+            traces.append(_point("nearest that can be made", fit.nearest.size_bytes, drop, "star", "var(--green)"))
+    elif chosen and loss is not None and loss.is_number:
+        point = _point("this artifact", chosen, loss.value, "star", "var(--green)")
+        if math.isfinite(loss.low) and math.isfinite(loss.high):
+            point["error_y"] = {
+                "type": "data",
+                "array": [100 * (loss.high - loss.value)],
+                "arrayminus": [100 * (loss.value - loss.low)],
+                "color": "var(--green)",
+            }
+        traces.append(point)
+    traces = [trace for trace in traces if trace["x"]]
+    if not traces:
+        return None
+    sizes = [x for trace in traces for x in trace["x"]] + ([fit.asked.size_bytes / 1e6] if fit.asked.size_bytes else [])
+    top = _top_drop(data)
+    layout = base_layout(400)
+    layout["xaxis"] |= _log_axis(sizes) | {"title": {"text": "size, MB (10⁶ bytes, logarithmic)"}}
+    layout["yaxis"] |= {"title": {"text": "quality given up, %"}, "range": [-0.06 * top, top]}
+    layout |= _budget_lines(data, top)
+    cut = any(y > top for trace in traces for y in trace["y"])
+    says = "Each point is one way to store the model; further left is smaller, further down is closer to the parent."
+    if cut:
+        says += f" Points above {top:.0f} % are cut off; all are in the table."
+    return Picture("size-quality", "Size and quality", says, traces, layout, _points_table(data))
+
+
+def damage(data: ReportData) -> Picture | None:
+    """Damage of every block, as the fit measured it, or as the plan predicted it when the fit did not."""
+    pairs, source = list(data.fit.blocks), "as recorded by the fit"
+    if not pairs:
+        pairs, source = damage_by_block(data.fit.tensors), "as the plan predicted it"
+    if not pairs:
+        return None
+    names = _block_labels([name for name, _ in pairs])
+    trace = {
+        "type": "bar",
+        "x": [label(name) for name in names],
+        "y": [value for _, value in pairs],
+        "marker": {"color": "var(--blue)"},
+        "hovertemplate": "block %{x}<br>damage %{y:.4g}<extra></extra>",
+    }
+    layout = base_layout(300)
+    layout["xaxis"] |= {"type": "category", "title": {"text": "block"}, "showgrid": False}
+    layout["yaxis"] |= {"title": {"text": "damage"}, "rangemode": "tozero"}
+    rows = [[escape(name), f"{value:.4g}"] for name, value in pairs]
+    says = f"Damage that compression does in each block, {source}; higher is worse."
+    return Picture(
+        "damage", "Damage per block", says, [trace], layout, table(says, ["block", "damage"], rows, numbers=(1,))
+    )
+
+
+def memory(data: ReportData) -> Picture | None:
+    """Resident memory over time, one colour a stage, with the cap when one was asked for."""
+    samples, cap = data.fit.memory, data.fit.asked.max_ram_bytes
+    if len(samples) < 2:
+        return None
+    stages = list(dict.fromkeys(stage for _, stage, _ in samples))
+    unit, unit_name = (60.0, "min") if samples[-1][0] > 300 else (1.0, "s")
+    traces = []
+    for index, stage in enumerate(stages):
+        times, sizes = _stage_line(samples, stage)
+        colour = f"var(--{_STAGE_COLOURS[index % len(_STAGE_COLOURS)]})"
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": label(stage),
+                "x": [None if time is None else time / unit for time in times],
+                "y": [None if size is None else size / 1e6 for size in sizes],
+                "line": {"color": colour, "width": 2, "dash": "solid" if index < len(_STAGE_COLOURS) else "dash"},
+                "hovertemplate": "%{x:.1f} " + unit_name + "<br>%{y:.0f} MB",
+            }
+        )
+    layout = base_layout(340)
+    layout["xaxis"] |= {"title": {"text": f"time, {unit_name}"}}
+    layout["yaxis"] |= {"title": {"text": "resident memory, MB"}, "rangemode": "tozero"}
+    peak = max(size for _, _, size in samples)
+    if cap is not None:
+        layout["shapes"] = [_line("y", cap / 1e6, "red")]
+        layout["annotations"] = [
+            _note(f"cap {format_value(cap, 'bytes')}", 1, cap / 1e6, "paper", "y", "right", "bottom")
+        ]
+        layout["yaxis"] |= {"range": [0, 1.12 * max(cap, peak) / 1e6]}
+    rows = []
+    for stage in stages:
+        own = [(time, size) for time, name, size in samples if name == stage]
+        rows.append(
+            [
+                escape(stage),
+                format_seconds(own[0][0]),
+                format_seconds(own[-1][0]),
+                format_value(max(s for _, s in own), "bytes"),
+            ]
+        )
+    says = f"Memory of the process while the model was made; the highest sample is {format_value(peak, 'bytes')}."
+    numbers = table("Memory by stage", ["stage", "from", "to", "peak"], rows, numbers=(1, 2, 3))
+    return Picture("memory", "Memory over time", says, traces, layout, numbers)
+
+
+def _stage_line(samples: Sequence[tuple[float, str, int]], stage: str) -> tuple[list[Any], list[Any]]:
+    """Times and sizes of a stage, a None where it paused; thinned so that every peak stays."""
+    times: list[Any] = []
+    sizes: list[Any] = []
+    bucket = max(1, len(samples) // _MAX_POINTS)
+    for start in range(0, len(samples), bucket):
+        own = [(time, size) for time, name, size in samples[start : start + bucket + 1] if name == stage]
+        if own:
+            time, size = max(own, key=lambda pair: pair[1])
+            times.append(time)
+            sizes.append(size)
+        elif times and times[-1] is not None:
+            times.append(None)
+            sizes.append(None)
+    return times, sizes
+
+
+def _block_labels(names: Sequence[str]) -> list[str]:
+    short = [name.rpartition(".")[2] for name in names]
+    return short if len(set(short)) == len(short) else list(names)
+
+
+def _points(
+    name: str, points: Sequence[Point], key: str, mode: str, symbol: str, line: Mapping[str, Any]
+) -> dict[str, Any]:
+    own = sorted((p.size_bytes / 1e6, 100 * getattr(p, key)) for p in points if getattr(p, key) is not None)
+    return {
+        "type": "scatter",
+        "mode": mode,
+        "name": name,
+        "x": [x for x, _ in own],
+        "y": [y for _, y in own],
+        "line": dict(line),
+        "marker": {"symbol": symbol, "size": 8 if "diamond" in symbol else 5, "color": line["color"]},
+        "hovertemplate": "%{x:.2f} MB, %{y:.2f} %",
+    }
+
+
+def _point(name: str, size_bytes: float, drop: float, symbol: str, colour: str) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": name,
+        "x": [size_bytes / 1e6],
+        "y": [100 * drop],
+        "marker": {"symbol": symbol, "size": 13, "color": colour},
+        "hovertemplate": "%{x:.2f} MB, %{y:.2f} %",
+    }
+
+
+def _top_drop(data: ReportData) -> float:
+    """Per cent at the top of the plane: what was reached and asked fits; hopeless menu points need not."""
+    loss, asked = data.latest("quality_loss"), data.fit.asked.max_drop
+    points = [*data.fit.rounds, *([data.fit.nearest] if data.fit.nearest else [])]
+    drops = [point.measured_drop for point in points] + [point.predicted_drop for point in points]
+    drops += [
+        1.5 * asked if asked is not None else None,
+        loss.high if loss is not None and math.isfinite(loss.high) else None,
+    ]
+    known = [drop for drop in drops if drop is not None]
+    frontier = [point.predicted_drop for point in data.fit.frontier if point.predicted_drop is not None]
+    if known and max(known) > 0:
+        return 100 * min(2 * max(known), max([*known, *frontier])) * 1.1
+    return 110 * max([*frontier, 0.01])
+
+
+def _budget_lines(data: ReportData, top: float) -> dict[str, Any]:
+    asked, shapes, notes = data.fit.asked, [], []
+    if asked.size_bytes:
+        size = asked.size_bytes / 1e6
+        shapes.append(_line("x", size, "red"))
+        text = f"budget {format_value(asked.size_bytes, 'bytes')}"
+        notes.append(_note(text, math.log10(size), 1, "x", "paper", "left", "top"))
+    if asked.max_drop is not None:
+        shapes.append(_line("y", 100 * asked.max_drop, "red"))
+        text = f"at most {format_value(asked.max_drop, 'fraction')}"
+        notes.append(_note(text, 1, 100 * asked.max_drop, "paper", "y", "right", "bottom"))
+    return {"shapes": shapes, "annotations": notes}
+
+
+def _line(axis: str, at: float, colour: str) -> dict[str, Any]:
+    style = {"type": "line", "line": {"color": f"var(--{colour})", "width": 1.5, "dash": "dash"}}
+    if axis == "x":
+        return style | {"x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper"}
+    return style | {"y0": at, "y1": at, "x0": 0, "x1": 1, "xref": "paper"}
+
+
+def _note(text: str, x: float, y: float, xref: str, yref: str, xanchor: str, yanchor: str) -> dict[str, Any]:
+    place = {"x": x, "y": y, "xref": xref, "yref": yref, "xanchor": xanchor, "yanchor": yanchor}
+    return place | {
+        "text": label(text),
+        "showarrow": False,
+        "font": {"color": "var(--red)", "size": 12},
+        "bgcolor": "var(--paper)",
+    }
+
+
+def _log_axis(values: Sequence[float]) -> dict[str, Any]:
+    low, high = math.log10(min(values)) - 0.04, math.log10(max(values)) + 0.04
+    low, high = (low, high) if high - low > 0.3 else ((low + high) / 2 - 0.15, (low + high) / 2 + 0.15)
+    steps = (1, 1.5, 2, 3, 4, 5, 6, 8) if high - low < 1.2 else (1, 2, 5)
+    ticks = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for step in steps]
+    ticks = [tick for tick in ticks if low <= math.log10(tick) <= high]
+    return {"type": "log", "range": [low, high], "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+
+
+def _points_table(data: ReportData) -> str:
+    def drop(value: float | None) -> str:
+        return "–" if value is None else format_value(value, "fraction")
+
+    nearest = (data.fit.nearest,) if data.fit.nearest else ()
+    groups = (("menu", data.fit.frontier), ("round", data.fit.rounds), ("nearest", nearest))
+    rows = [
+        [name, format_value(point.size_bytes, "bytes"), drop(point.predicted_drop), drop(point.measured_drop)]
+        for name, points in groups
+        for point in points
+    ]
+    loss, size = data.latest("quality_loss"), data.latest("size_bytes")
+    if data.fit.nearest is None:
+        shown = format_value(size.value if size else data.size_bytes, "bytes")
+        rows.append(["this artifact", shown, "–", drop(loss.value if loss else None)])
+    if data.parent_size_bytes:
+        rows.append(["parent", format_value(data.parent_size_bytes, "bytes"), "–", drop(0.0)])
+    heads = ["point", "size", "predicted", "measured"]
+    return table("Size and quality given up", heads, rows, numbers=(1, 2, 3))

@@ -1,0 +1,263 @@
+"""The canonical layout of packed weights: tiles of 16 output rows, codes interleaved for 64-byte loads.
+
+A weight matrix [rows, columns] is cut into one or more *parts* (sets of rows), each with one `Format`. A part stores
+for every weight a code of 2…8 bits, for every group of `group_size` columns a scale of 8 bits (and a zero point, when
+uniform), and for every row one bfloat16 factor. With q the code, s the scale, f the row factor:
+
+    uniform    value = f · s · (q - zero)
+    codebook   value = f · s · codebook[q]          (codebook: 2^bits signed bytes, one table for the part)
+
+Products inside a group stay integer until the scale, and until the row factor after it. The bytes of a tile are, in
+order: the codes of each group, all scales [groups, 16], all zero points [groups, 16] (uniform only), 16 row factors,
+and padding to a multiple of 64. Codes are split into planes of 4, 2 and 1 bits (`PLANES`). In a plane of w bits, byte
+4·r + c of a 64-byte chunk belongs to row r of the tile, and its field j (bits w·j to w·j + w - 1) to column
+4·j + c of the chunk: the 16 lanes of a 512-bit register are 16 rows, each holding four consecutive columns, which is
+what an 8-bit dot-product instruction takes. docs/artifact.md states the format as rules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from gulliver.core.errors import ArtifactError, ConfigError
+
+TILE_ROWS = 16
+ALIGNMENT = 64
+GROUP_SIZES = (32, 64, 128)
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+"""Bits of a code -> widths of its planes, low bits first."""
+CODEBOOK_BITS = (2, 3, 4, 5, 6)
+
+
+@dataclass(frozen=True, order=True)
+class Format:
+    """How one part of a weight is stored: `bits` a code, one scale for `group_size` columns, `kind` of values."""
+
+    bits: int
+    group_size: int
+    kind: str  # "uniform" or "codebook"
+
+    def __post_init__(self) -> None:
+        if self.bits not in PLANES:
+            raise ConfigError(f"bits is {self.bits}; choose one of {', '.join(map(str, PLANES))}")
+        if self.group_size not in GROUP_SIZES:
+            raise ConfigError(f"group_size is {self.group_size}; choose one of {', '.join(map(str, GROUP_SIZES))}")
+        if self.kind not in ("uniform", "codebook"):
+            raise ConfigError(f"kind is {self.kind!r}; choose uniform or codebook")
+        if self.kind == "codebook" and self.bits not in CODEBOOK_BITS:
+            raise ConfigError(f"a codebook has 2 to 6 bits, not {self.bits}; use uniform")
+
+    @property
+    def name(self) -> str:
+        """Short name: "u4g64" (uniform) or "c4g64" (codebook)."""
+        return f"{self.kind[0]}{self.bits}g{self.group_size}"
+
+    @staticmethod
+    def parse(name: str) -> Format:
+        """The format of a short name. ConfigError for any other text."""
+        kind = {"u": "uniform", "c": "codebook"}.get(name[:1])
+        bits, separator, group = name[1:].partition("g")
+        if kind is None or not separator or not bits.isdigit() or not group.isdigit():
+            raise ConfigError(f"{name!r} is no format; write it like u4g64 (uniform) or c4g64 (codebook)")
+        return Format(int(bits), int(group), kind)
+
+    @property
+    def levels(self) -> int:
+        return 1 << self.bits
+
+    def groups(self, columns: int) -> int:
+        return -(-columns // self.group_size)
+
+    def tile_bytes(self, columns: int) -> int:
+        """Bytes of one tile of 16 rows, padding included."""
+        groups = self.groups(columns)
+        codes = groups * self.group_size * TILE_ROWS * self.bits // 8
+        scales = groups * TILE_ROWS * (2 if self.kind == "uniform" else 1)
+        raw = codes + scales + 2 * TILE_ROWS
+        return -(-raw // ALIGNMENT) * ALIGNMENT
+
+    def packed_bytes(self, rows: int, columns: int) -> int:
+        """Bytes on disk of a part of `rows` rows, without the file header."""
+        table = self.levels if self.kind == "codebook" else 0
+        return -(-rows // TILE_ROWS) * self.tile_bytes(columns) + table
+
+
+@dataclass
+class Part:
+    """Rows of a weight in one format: codes uint8 [rows, columns], scales uint8 [rows, groups], factors bf16 [rows],
+
+    zeros uint8 [rows, groups] (uniform) or codebook int8 [2^bits] (codebook).
+    """
+
+    format: Format
+    codes: Tensor
+    scales: Tensor
+    factors: Tensor
+    zeros: Tensor | None = None
+    codebook: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @cached_property
+    def group_of_column(self) -> Tensor:
+        return torch.arange(self.codes.shape[1]) // self.format.group_size
+
+    def dequantize(self) -> Tensor:
+        """The values, float32 [rows, columns]."""
+        rows, columns = self.shape
+        size = self.format.group_size
+        scale = self.factors.float()[:, None] * self.scales.float()
+        if self.format.kind == "codebook":
+            assert self.codebook is not None
+            values = self.codebook.float()[self.codes.int()]
+        else:
+            assert self.zeros is not None
+            values = self.codes.float()
+        if columns % size:
+            values = torch.nn.functional.pad(values, (0, size - columns % size))
+        values = values.view(rows, -1, size)
+        if self.zeros is not None:
+            values = values - self.zeros.float()[:, :, None]
+        return (values * scale[:, :, None]).view(rows, -1)[:, :columns]
+
+
+@dataclass
+class PackedTensor:
+    """A weight of `shape` (its first dimension is rows, the others flattened are columns) as parts.
+
+    `row_part` uint8 [rows] names the part of each row when there is more than one; rows keep their order in a part.
+    """
+
+    shape: tuple[int, ...]
+    parts: list[Part]
+    row_part: Tensor | None = None
+
+    def dequantize(self) -> Tensor:
+        """The values, float32, in `shape`."""
+        if self.row_part is None:
+            return self.parts[0].dequantize().reshape(self.shape)
+        values = torch.empty(self.shape[0], self.parts[0].shape[1])
+        for index, part in enumerate(self.parts):
+            values[self.row_part == index] = part.dequantize()
+        return values.reshape(self.shape)
+
+
+def pack(part: Part) -> Tensor:
+    """The tiles of a part, uint8 [tiles, tile_bytes]."""
+    fmt, (rows, columns) = part.format, part.shape
+    tiles, groups = -(-rows // TILE_ROWS), fmt.groups(columns)
+    codes = _padded(part.codes, tiles * TILE_ROWS, groups * fmt.group_size)
+    codes = codes.view(tiles, TILE_ROWS, groups, fmt.group_size)
+    planes, shift = [], 0
+    for width in PLANES[fmt.bits]:
+        fields = 8 // width
+        plane = (codes >> shift) & ((1 << width) - 1)
+        plane = plane.view(tiles, TILE_ROWS, groups, -1, fields, 4)
+        packed = torch.zeros_like(plane[..., 0, :])
+        for field in range(fields):
+            packed |= plane[..., field, :] << (width * field)
+        planes.append(packed.permute(0, 2, 3, 1, 4).reshape(tiles, groups, -1))
+        shift += width
+    columns_of_tile = [torch.cat(planes, 2).reshape(tiles, -1), _by_tile(part.scales, tiles)]
+    if part.zeros is not None:
+        columns_of_tile.append(_by_tile(part.zeros, tiles))
+    factors = torch.zeros(tiles * TILE_ROWS, dtype=torch.bfloat16)
+    factors[:rows] = part.factors
+    columns_of_tile.append(factors.view(torch.uint8).view(tiles, -1))
+    packed = torch.cat(columns_of_tile, 1)
+    return torch.nn.functional.pad(packed, (0, fmt.tile_bytes(columns) - packed.shape[1])).contiguous()
+
+
+def unpack(tiles: Tensor, fmt: Format, rows: int, columns: int, codebook: Tensor | None) -> Part:
+    """The part whose tiles these are. ArtifactError when the sizes do not agree."""
+    count, groups = -(-rows // TILE_ROWS), fmt.groups(columns)
+    expected = (count, fmt.tile_bytes(columns))
+    if tuple(tiles.shape) != expected or tiles.dtype != torch.uint8:
+        raise ArtifactError(
+            f"packed tiles are {tiles.dtype} {tuple(tiles.shape)}, but {rows} x {columns} weights as {fmt.name} "
+            f"need uint8 {expected}; the file is damaged"
+        )
+    _check_codebook(fmt, codebook)
+    codes = torch.zeros(count, TILE_ROWS, groups, fmt.group_size, dtype=torch.uint8)
+    group_bytes = fmt.group_size * TILE_ROWS * fmt.bits // 8
+    body = tiles[:, : groups * group_bytes].view(count, groups, group_bytes)
+    start, shift = 0, 0
+    for width in PLANES[fmt.bits]:
+        fields, size = 8 // width, fmt.group_size * TILE_ROWS * width // 8
+        plane = body[:, :, start : start + size].reshape(count, groups, -1, TILE_ROWS, 4).permute(0, 3, 1, 2, 4)
+        view = codes.view(count, TILE_ROWS, groups, -1, fields, 4)
+        for field in range(fields):
+            view[..., field, :] |= ((plane >> (width * field)) & ((1 << width) - 1)) << shift
+        start, shift = start + size, shift + width
+    offset = groups * group_bytes
+    scales = _from_tiles(tiles[:, offset : offset + groups * TILE_ROWS], rows)
+    offset += groups * TILE_ROWS
+    zeros = None
+    if fmt.kind == "uniform":
+        zeros = _from_tiles(tiles[:, offset : offset + groups * TILE_ROWS], rows)
+        offset += groups * TILE_ROWS
+    factors = tiles[:, offset : offset + 2 * TILE_ROWS].contiguous().view(torch.bfloat16).view(-1)[:rows].clone()
+    if not torch.isfinite(factors).all():
+        raise ArtifactError("a packed weight has a row factor that is not finite; the file is damaged")
+    flat = codes.view(count * TILE_ROWS, -1)[:rows, :columns].contiguous()
+    return Part(fmt, flat, scales, factors, zeros, codebook)
+
+
+def unpack_slowly(tiles: Tensor, fmt: Format, rows: int, columns: int, codebook: Tensor | None) -> list[list[float]]:
+    """The values, one weight at a time straight from the layout's rules: the reference for `unpack` and for kernels."""
+    groups, values = fmt.groups(columns), []
+    group_bytes = fmt.group_size * TILE_ROWS * fmt.bits // 8
+    scales_at = groups * group_bytes
+    zeros_at = scales_at + groups * TILE_ROWS
+    factors_at = zeros_at + (groups * TILE_ROWS if fmt.kind == "uniform" else 0)
+    for row in range(rows):
+        tile, lane = tiles[row // TILE_ROWS].tolist(), row % TILE_ROWS
+        factor_bytes = bytes(tile[factors_at + 2 * lane : factors_at + 2 * lane + 2])
+        factor = torch.frombuffer(bytearray(factor_bytes), dtype=torch.bfloat16).item()
+        line = []
+        for column in range(columns):
+            group, inside = divmod(column, fmt.group_size)
+            code, shift, start = 0, 0, group * group_bytes
+            for width in PLANES[fmt.bits]:
+                chunk, position = divmod(inside, 4 * (8 // width))
+                field, lane_column = divmod(position, 4)
+                byte = tile[start + 64 * chunk + 4 * lane + lane_column]
+                code |= ((byte >> (width * field)) & ((1 << width) - 1)) << shift
+                start, shift = start + fmt.group_size * TILE_ROWS * width // 8, shift + width
+            scale = tile[scales_at + group * TILE_ROWS + lane]
+            level = int(codebook[code]) if codebook is not None else code - tile[zeros_at + group * TILE_ROWS + lane]
+            line.append(factor * scale * level)
+        values.append(line)
+    return values
+
+
+def _check_codebook(fmt: Format, codebook: Tensor | None) -> None:
+    if (fmt.kind == "codebook") != (codebook is not None):
+        raise ArtifactError(f"a {fmt.name} part {'lacks' if codebook is None else 'has no use for'} a codebook")
+    if codebook is not None and (codebook.dtype != torch.int8 or tuple(codebook.shape) != (fmt.levels,)):
+        raise ArtifactError(
+            f"a {fmt.name} codebook must be int8 [{fmt.levels}], not {codebook.dtype} {list(codebook.shape)}"
+        )
+
+
+def _padded(codes: Tensor, rows: int, columns: int) -> Tensor:
+    return torch.nn.functional.pad(codes, (0, columns - codes.shape[1], 0, rows - codes.shape[0]))
+
+
+def _by_tile(per_group: Tensor, tiles: int) -> Tensor:
+    """[rows, groups] -> [tiles, groups * 16], group first."""
+    rows, groups = per_group.shape
+    padded = torch.nn.functional.pad(per_group, (0, 0, 0, tiles * TILE_ROWS - rows))
+    return padded.view(tiles, TILE_ROWS, groups).transpose(1, 2).reshape(tiles, -1)
+
+
+def _from_tiles(flat: Tensor, rows: int) -> Tensor:
+    """[tiles, groups * 16] -> [rows, groups]."""
+    tiles = flat.shape[0]
+    return flat.reshape(tiles, -1, TILE_ROWS).transpose(1, 2).reshape(tiles * TILE_ROWS, -1)[:rows].contiguous()

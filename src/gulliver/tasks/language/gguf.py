@@ -1,0 +1,220 @@
+"""A GGUF file as a Hugging Face layout folder: config, tokenizer and bfloat16 weights, one tensor in memory at a time.
+
+Llama-type architectures only. llama.cpp stores the rows of q and k for its own rotary embedding, which turns pairs of
+neighbours (2i, 2i + 1), while transformers turns (i, i + d/2): within each head of d rows
+
+    stored row 2i + j  =  transformers row j · d/2 + i        (j = 0, 1)
+
+and reading undoes it. Llama 3 files carry `rope_freqs`, the divisors of the rotary frequencies, which transformers
+expresses as rope type "longrope" with the same factors for short and long texts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from gulliver.core.errors import ArtifactError
+from gulliver.core.names import unknown
+from gulliver.nets.weights import write_safetensors
+from gulliver.tasks.language.network import write_config
+
+ARCHITECTURES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "mistral": ("mistral", "MistralForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+}
+"""GGUF architecture -> (transformers' model_type, class)."""
+
+PERMUTED = ("llama", "mistral")
+"""Architectures whose q and k rows llama.cpp permutes."""
+
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+IN_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Write config.json, the tokenizer's files and model.safetensors (bfloat16) of the GGUF at `path` into `folder`.
+
+    ArtifactError for a damaged file, another architecture, experts, or a tensor that has no place.
+    """
+    reader = _open(path)
+    config = _config(reader, path)
+    write_config(config, folder, torch.bfloat16)
+    _write_tokenizer(path, folder)
+    names = {tensor.name: _name(tensor.name, path) for tensor in reader.tensors if tensor.name != ROPE_FACTORS}
+    shapes = {
+        names[tensor.name]: tuple(int(side) for side in reversed(tensor.shape.tolist()))
+        for tensor in reader.tensors
+        if tensor.name in names
+    }
+    write_safetensors(folder / "model.safetensors", shapes, torch.bfloat16, _tensors(reader, names, config, path))
+
+
+def _open(path: Path) -> gguf.GGUFReader:
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, OSError, IndexError, KeyError, OverflowError, UnicodeDecodeError, TypeError) as error:
+        raise ArtifactError(f"{path} is no readable GGUF file: {error}; download it again") from error
+
+
+def _tensors(reader: gguf.GGUFReader, names: dict[str, str], config: Any, path: Path) -> Iterator[tuple[str, Tensor]]:
+    for tensor in reader.tensors:
+        if tensor.name not in names:
+            continue
+        try:
+            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        except (NotImplementedError, ValueError, KeyError) as error:
+            raise ArtifactError(f"{path}: {tensor.name} has type {tensor.tensor_type.name}, unknown here") from error
+        if not np.isfinite(values).all():
+            raise ArtifactError(f"{path}: {tensor.name} holds values that are not finite; the file is damaged")
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+        part = tensor.name.split(".")[-2]
+        if config.model_type in PERMUTED and part in heads:
+            values = unpermute(values, heads[part])
+        yield names[tensor.name], torch.from_numpy(np.require(values, np.float32, ["C", "W"])).to(torch.bfloat16)
+
+
+def unpermute(values: np.ndarray, heads: int) -> np.ndarray:
+    """Rows [heads · d, …] from llama.cpp's order to transformers'."""
+    half = values.shape[0] // heads // 2
+    return values.reshape(heads, half, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+
+
+def _name(name: str, path: Path) -> str:
+    top, _, leaf = name.partition(".")
+    if top in TOP and leaf in ("weight", "bias"):
+        return f"{TOP[top]}.{leaf}"
+    found = re.fullmatch(r"blk\.(\d{1,5})\.(\w+)\.(weight|bias)", name)
+    if not found or found[2] not in IN_LAYER:
+        raise ArtifactError(f"{path} holds a tensor {name!r} that a Llama-type model has no place for")
+    return f"model.layers.{found[1]}.{IN_LAYER[found[2]]}.{found[3]}"
+
+
+# ---- config -------------------------------------------------------------------------------------------------------
+def _config(reader: gguf.GGUFReader, path: Path) -> Any:
+    meta = _Metadata(reader, path)
+    architecture = str(meta.need("general.architecture"))
+    if architecture not in ARCHITECTURES:
+        raise ArtifactError(f"{path}: {unknown('GGUF architecture', architecture, ARCHITECTURES)}")
+    meta.prefix = architecture
+    if meta.get("expert_count"):
+        raise ArtifactError(
+            f"{path} is a mixture of experts, which GGUF files are not read for; use the original model"
+        )
+    if int(meta.need("split.count", 1)) > 1:
+        raise ArtifactError(f"{path} is one part of several; join them first (llama-gguf-split --merge)")
+    model_type, name = ARCHITECTURES[architecture]
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    heads, width = int(meta.need("attention.head_count")), int(meta.need("embedding_length"))
+    head_dim = meta.get("attention.key_length", meta.get("rope.dimension_count", width // max(heads, 1)))
+    options: dict[str, Any] = {
+        "architectures": [name],
+        "hidden_size": width,
+        "intermediate_size": int(meta.need("feed_forward_length")),
+        "num_hidden_layers": int(meta.need("block_count")),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(meta.get("attention.head_count_kv", heads)),
+        "head_dim": int(head_dim),
+        "max_position_embeddings": int(meta.need("context_length")),
+        "rms_norm_eps": float(meta.need("attention.layer_norm_rms_epsilon")),
+        "vocab_size": _vocabulary(tensors, path),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "rope_parameters": _rope(meta, tensors),
+    }
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        value = meta.need(f"tokenizer.ggml.{key}_token_id", -1)
+        options[f"{role}_token_id"] = None if int(value) < 0 else int(value)
+    if architecture == "llama":
+        options["attention_bias"] = "blk.0.attn_q.bias" in tensors
+        options["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
+    if architecture == "mistral":
+        options["sliding_window"] = meta.get("attention.sliding_window")
+    return transformers.AutoConfig.for_model(model_type, **options)
+
+
+class _Metadata:
+    """The key-value pairs of a GGUF file; `get` looks below the architecture's name."""
+
+    def __init__(self, reader: gguf.GGUFReader, path: Path) -> None:
+        self.fields, self.path, self.prefix = reader.fields, path, ""
+
+    def need(self, key: str, default: Any = None) -> Any:
+        """The value of `key`, tried as it stands and below the architecture; ArtifactError without a default."""
+        for name in (key, f"{self.prefix}.{key}"):
+            if name in self.fields:
+                return self.fields[name].contents()
+        if default is None:
+            raise ArtifactError(f"{self.path} does not say {key}; the file is damaged or too old")
+        return default
+
+    def get(self, key: str, default: Any = None) -> Any:
+        field = self.fields.get(f"{self.prefix}.{key}")
+        return default if field is None else field.contents()
+
+
+def _vocabulary(tensors: dict[str, Any], path: Path) -> int:
+    if "token_embd.weight" not in tensors:
+        raise ArtifactError(f"{path} holds no token_embd.weight; it is not a language model's file")
+    return int(tensors["token_embd.weight"].shape[1])
+
+
+def _rope(meta: _Metadata, tensors: dict[str, Any]) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(meta.get("rope.freq_base", 10000.0))}
+    if ROPE_FACTORS in tensors:
+        factors = [float(value) for value in tensors[ROPE_FACTORS].data]
+        context = int(meta.need("context_length"))
+        return rope | {
+            "rope_type": "longrope",
+            "short_factor": factors,
+            "long_factor": factors,
+            "factor": 1.0,
+            "attention_factor": 1.0,
+            "original_max_position_embeddings": context,
+        }
+    kind = meta.get("rope.scaling.type", "none")
+    if kind == "none":
+        return rope
+    if kind not in ("linear", "yarn"):
+        raise ArtifactError(f"{meta.path} scales its rotary embedding by {kind!r}; known are 'linear' and 'yarn'")
+    rope |= {"rope_type": kind, "factor": float(meta.need("rope.scaling.factor"))}
+    if kind == "yarn":
+        rope["original_max_position_embeddings"] = int(meta.need("rope.scaling.original_context_length"))
+    return rope
+
+
+# ---- tokenizer ----------------------------------------------------------------------------------------------------
+def _write_tokenizer(path: Path, folder: Path) -> None:
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise ArtifactError(f"{path} describes no tokenizer transformers can build: {error}") from error
+    tokenizer.save_pretrained(folder)
+    config = folder / "tokenizer_config.json"
+    raw = json.loads(config.read_text(encoding="utf-8"))
+    for key in ("is_local", "local_files_only"):  # where it was read from, not what it is
+        raw.pop(key, None)
+    config.write_text(json.dumps(raw, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

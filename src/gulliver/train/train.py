@@ -1,0 +1,97 @@
+"""Step `train`: a fresh network of any family, from one size dial, trained on a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from gulliver.core.artifact import Artifact, canonical_json
+from gulliver.core.context import Context
+from gulliver.core.errors import ConfigError
+from gulliver.core.files import write_atomic
+from gulliver.learning.loop import run_loop
+from gulliver.learning.optim import OptimizerConfig, parameter_groups
+from gulliver.learning.schedule import Schedule
+from gulliver.tasks import get_task
+from gulliver.tasks.base import Batch
+
+LOSSES = "training.json"
+"""In the artifact: {"losses": mean training loss of every step, in nats}."""
+
+
+class Config(BaseModel):
+    """Options of `train`. The rate warms up linearly over `warmup_steps`, then falls as a cosine to zero."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str | None = Field(None, description="family of the network; the dataset's own when left out")
+    size: int = Field(1, ge=1, description="the one dial: larger means more parameters")
+    steps: int = Field(300, ge=1, description="updates of the weights")
+    batch_size: int = Field(64, ge=1, description="examples per update")
+    tokens: int | None = Field(None, ge=2, description="length of a window, for families that read sequences")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd with momentum 0.9")
+    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False, description="peak learning rate")
+    weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="decay of matrices and convolutions")
+    warmup_steps: int = Field(20, ge=0, description="steps of linear warmup")
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False, description="gradients longer than this are clipped")
+    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints; no effect on the weights")
+
+
+def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
+    """Train on `inputs["dataset"]` and return the model. A killed run ends with the same id as an uninterrupted one.
+
+    ConfigError when the dataset is of another task, GulliverError when the loss stops being finite.
+    """
+    dataset = inputs["dataset"]
+    task = get_task(cfg.task or dataset.task)
+    if dataset.task != task.name:
+        raise ConfigError(f"task is {task.name!r}, but the dataset is for {dataset.task!r}; leave task out")
+    model = task.build(cfg.size, ctx.seed).train()
+    folder = ctx.work / "fresh"
+    task.save(model, folder)
+    dials = {} if cfg.tokens is None else {"tokens": cfg.tokens}
+    batch_at = _in_order(
+        lambda step: task.batches(dataset, "train", cfg.batch_size, ctx.seed, step, folder=folder, **dials)
+    )
+    result = run_loop(
+        parameters=parameter_groups(model, cfg.weight_decay),
+        loss=lambda index: task.loss(model, batch_at(index)),
+        steps=cfg.steps,
+        optimizer=OptimizerConfig(cfg.optimizer, cfg.learning_rate, cfg.weight_decay),
+        schedule=Schedule(cfg.warmup_steps),
+        max_grad_norm=cfg.max_grad_norm,
+        checkpoint=ctx.work / "loop.safetensors",
+        checkpoint_every=cfg.checkpoint_every,
+        state=_state(model),
+        progress=ctx.progress,
+        stage="train",
+    )
+    resolved = cfg.model_copy(update={"task": task.name})
+    with ctx.writer(kind="model", task=task.name, parents=[dataset.id], step_name="train", config=resolved) as writer:
+        task.save(model.eval(), writer.path)
+        write_atomic(writer.path / LOSSES, canonical_json({"losses": result.losses}) + b"\n")
+        return writer.commit()
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that belong to the model's weights, for example running statistics."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in parameters}
+
+
+def _in_order(batches: Callable[[int], Iterator[Batch]]) -> Callable[[int], Batch]:
+    """Random access to batches that is free as long as they are asked for in order."""
+    stream: Iterator[Batch] = iter(())
+    coming = -1
+
+    def at(index: int) -> Batch:
+        nonlocal stream, coming
+        if index != coming:
+            stream = batches(index)
+        coming = index + 1
+        return next(stream)
+
+    return at

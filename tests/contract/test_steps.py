@@ -1,0 +1,103 @@
+"""Every row of the table of steps: what it names is there, its config is strict, and it explains itself."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import typing
+
+import pytest
+from pydantic import BaseModel
+
+import gulliver
+from gulliver import steps
+from gulliver.commands import COMMANDS
+from gulliver.core.artifact import KINDS
+from gulliver.recipe import CALL_KEYS
+from gulliver.steps import INPUT_KINDS, STEPS, Step
+
+each_step = pytest.mark.parametrize("row", STEPS, ids=lambda row: row.name)
+UNITS = {
+    "size": "_bytes",
+    "ram": "_bytes",
+    "memory": "_bytes",
+    "latency": "_ms",
+    "time": "_seconds",
+    "duration": "_seconds",
+    "timeout": "_seconds",
+}
+"""A field with this word in its name carries this unit, unless it counts something (`group_size`, `batch_size`)."""
+COUNTS = ("group_size", "batch_size", "size", "spill_rows", "window_size", "block_size", "group_sizes")
+
+
+def test_names_are_unique_and_no_command_shares_one() -> None:
+    names = [row.name for row in STEPS] + [command.name for command in COMMANDS]
+    assert len(names) == len(set(names))
+
+
+def test_the_public_names_are_the_table_and_the_commands() -> None:
+    others = {"audit", "fit", "list_artifacts", "run", "show", "verify"}
+    assert set(gulliver.__all__) == {row.name for row in STEPS} | others
+    for name in gulliver.__all__:
+        assert callable(getattr(gulliver, name))
+
+
+@each_step
+def test_the_function_is_there(row: Step) -> None:
+    function = steps.function(row)
+    assert list(inspect.signature(function).parameters) == ["cfg", "inputs", "ctx"]
+    assert inspect.isfunction(function)
+
+
+@each_step
+def test_inputs_and_outputs_are_known_kinds(row: Step) -> None:
+    assert set(row.needs) | set(row.optional) <= set(INPUT_KINDS)
+    assert not set(row.needs) & set(row.optional)
+    assert row.makes
+    assert set(row.makes) <= set(KINDS)
+    assert row.version >= 1
+    assert re.fullmatch(r"[a-z][^\n]{10,110}[^.\n]", row.help), "one line, lower case, no full stop"
+
+
+@each_step
+def test_the_config_is_frozen_and_strict(row: Step) -> None:
+    config = steps.config_class(row)
+    assert issubclass(config, BaseModel)
+    assert config.__module__ == row.function.partition(":")[0]
+    assert config.model_config.get("frozen")
+    assert config.model_config.get("extra") == "forbid"
+    assert set(row.reads) <= set(config.model_fields)
+
+
+@each_step
+def test_fields_carry_units_and_no_name_that_recipes_use(row: Step) -> None:
+    fields = steps.config_class(row).model_fields
+    reserved = {*CALL_KEYS, *row.needs, *row.optional, "home", "database", "json", "quiet", "out", "progress"}
+    assert not set(fields) & reserved
+    for name in fields:
+        assert re.fullmatch(r"[a-z][a-z0-9_]*", name)
+        for word, unit in UNITS.items():
+            if word in name.split("_") and name not in COUNTS:
+                assert name.endswith(unit), f"{row.name}.{name} must end with {unit}"
+
+
+@each_step
+def test_every_field_can_be_written_in_json_and_on_the_command_line(row: Step) -> None:
+    for name, field in steps.config_class(row).model_fields.items():
+        assert field.annotation is not None
+        assert not _callable_or_class(field.annotation), f"{row.name}.{name}: no class paths, no callables"
+        if not field.is_required():
+            default = field.get_default(call_default_factory=True)
+            assert default is None or isinstance(default, (bool, int, float, str, tuple)), f"{row.name}.{name}"
+
+
+def _callable_or_class(annotation: object) -> bool:
+    if typing.get_origin(annotation) in (type, typing.get_origin(typing.Callable)):
+        return True
+    return any(_callable_or_class(part) for part in typing.get_args(annotation) if not isinstance(part, (str, int)))
+
+
+@each_step
+def test_an_unknown_key_is_refused_by_name(row: Step) -> None:
+    with pytest.raises(steps.WrongKey, match=r"has no key 'no_such_key'|needs the key"):
+        steps.checked_config(row, {"no_such_key": 1})

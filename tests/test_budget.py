@@ -1,0 +1,106 @@
+"""Budgets: sizes and fractions as people write them, and limits that make sense."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from gulliver.core.budget import Budget, parse_fraction, parse_size
+from gulliver.core.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("written", "size_bytes"),
+    [
+        ("64MB", 64_000_000),
+        ("64MiB", 64 * 2**20),
+        ("64 mb", 64_000_000),
+        (" 1.5GB ", 1_500_000_000),
+        ("1.1MB", 1_100_000),
+        (".5kB", 500),
+        ("2KiB", 2048),
+        ("3TB", 3 * 10**12),
+        ("3TiB", 3 * 2**40),
+        ("512", 512),
+        ("512B", 512),
+        (512, 512),
+        ("1.9999B", 1),
+    ],
+)
+def test_sizes(written: str | int, size_bytes: int) -> None:
+    assert parse_size(written) == size_bytes
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "",
+        "MB",
+        "64 megabytes",
+        "-1MB",
+        "0",
+        0,
+        "0.4B",
+        "1e6",
+        "1,5GB",
+        "64MBB",
+        "nan",
+        True,
+        None,
+        64.5,
+        "9" * 15 + "TiB",
+    ],
+)
+def test_wrong_sizes_name_the_value_and_an_example(written: object) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_size(written, "--size")  # type: ignore[arg-type]
+    assert repr(written) in str(error.value) and "64MB" in str(error.value) and "--size" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "fraction"),
+    [("5%", 0.05), ("0.05", 0.05), (0.05, 0.05), ("3.4 %", 0.034), ("150%", 1.5), ("0", 0.0), (0, 0.0), (1e-7, 1e-7)],
+)
+def test_fractions(written: str | float, fraction: float) -> None:
+    assert parse_fraction(written) == fraction
+
+
+@pytest.mark.parametrize("written", ["5", 5, 1, "1.0", "-5%", -0.1, "%", "", "5%%", math.nan, math.inf, None, True])
+def test_wrong_fractions_name_the_value_and_an_example(written: object) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_fraction(written, "--max-drop")  # type: ignore[arg-type]
+    assert "5%" in str(error.value) and "0.05" in str(error.value) and "--max-drop" in str(error.value)
+
+
+def test_a_plain_number_of_one_or_more_is_ambiguous() -> None:
+    with pytest.raises(ConfigError, match="could mean"):
+        parse_fraction("5")
+
+
+def test_a_budget_makes_one_gate_for_each_limit() -> None:
+    assert [gate.rule for gate in Budget(100).gates()] == ["size_bytes <= 100"]
+    full = Budget(100, max_ram_bytes=200, min_tokens_per_s=3.5, max_drop=0.0)
+    assert [gate.rule for gate in full.gates()] == [
+        "size_bytes <= 100",
+        "peak_ram_bytes <= 200",
+        "decode_tokens_per_s >= 3.5",
+        "quality_loss <= 0",
+    ]
+    assert full.to_json() == {"size_bytes": 100, "max_ram_bytes": 200, "min_tokens_per_s": 3.5, "max_drop": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"size_bytes": 0}, "size_bytes is 0"),
+        ({"size_bytes": 1, "max_ram_bytes": -1}, "max_ram_bytes is -1"),
+        ({"size_bytes": 1, "min_tokens_per_s": 0.0}, "min_tokens_per_s is 0.0"),
+        ({"size_bytes": 1, "min_tokens_per_s": math.nan}, "min_tokens_per_s is nan"),
+        ({"size_bytes": 1, "max_drop": -0.1}, "max_drop is -0.1"),
+        ({"size_bytes": 1, "max_drop": math.nan}, "max_drop is nan"),
+    ],
+)
+def test_limits_that_make_no_sense_are_refused(limits: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Budget(**limits)  # type: ignore[arg-type]

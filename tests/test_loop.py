@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+
+from gulliver.core.errors import ConfigError, GulliverError
+from gulliver.learning.checkpoint import open_checkpoint
+from gulliver.learning.loop import run_loop
+from gulliver.learning.optim import OptimizerConfig
+from gulliver.learning.schedule import Schedule
+
+STEPS = 12
+
+
+class Toy:
+    """A small network with dropout and a running statistic: everything that an exact resume must carry."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        layers = [nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3)]
+        self.model = nn.Sequential(*layers).train()
+        self.state = {name: tensor for name, tensor in self.model.named_buffers()}
+        self.calls = []
+
+    def loss(self, index):
+        self.calls.append(index)
+        generator = torch.Generator().manual_seed(1000 + index)
+        x = torch.randn(20, 8, generator=generator)
+        y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+        return nn.functional.cross_entropy(self.model(x), y, reduction="none")
+
+    def run(self, optimizer="adamw", **dials):
+        groups = [
+            {"params": list(self.model[0].parameters()), "learning_rate": 0.02},
+            {"params": [*self.model[1].parameters(), *self.model[4].parameters()], "weight_decay": 0.1},
+        ]
+        dials = {"loss": self.loss, "steps": STEPS, "max_grad_norm": 1.0, "accumulate": 2, "state": self.state} | dials
+        config = OptimizerConfig(optimizer, learning_rate=0.01)
+        return run_loop(parameters=groups, optimizer=config, schedule=Schedule(warmup_steps=3), **dials)
+
+    def weights(self):
+        return {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+
+
+def assert_same(one, other):
+    assert set(one) == set(other)
+    assert all(torch.equal(one[name], other[name]) for name in one), "not bitwise equal"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("stop", [1, 5, 11])
+def test_resume_after_an_exception_is_bitwise_exact(tmp_path, optimizer, stop):
+    whole = Toy()
+    expected = whole.run(optimizer)
+    path = tmp_path / "loop.safetensors"
+
+    class Stop(Exception):
+        pass
+
+    def interrupt(step):
+        if step == stop:
+            raise Stop
+
+    torch.manual_seed(123)
+    first = Toy()
+    with pytest.raises(Stop):
+        first.run(optimizer, checkpoint=path, checkpoint_every=3, after_step=interrupt)
+    torch.manual_seed(99)
+    second = Toy()
+    result = second.run(optimizer, checkpoint=path, checkpoint_every=3)
+    assert result.resumed_from == stop // 3 * 3
+    assert second.calls == list(range(result.resumed_from * 2, STEPS * 2))
+    assert result.losses == expected.losses
+    assert_same(second.weights(), whole.weights())
+
+
+def test_the_same_object_can_be_run_again_after_an_exception(tmp_path):
+    whole, toy = Toy(), Toy()
+    whole.run()
+    toy = Toy()
+    calls = []
+
+    def fails_once(index):
+        calls.append(index)
+        if len(calls) == 12:
+            raise RuntimeError("lost the disk")
+        return toy.loss(index)
+
+    path = tmp_path / "loop"
+    with pytest.raises(RuntimeError):
+        toy.run(loss=fails_once, checkpoint=path, checkpoint_every=2)
+    toy.run(loss=fails_once, checkpoint=path, checkpoint_every=2)
+    assert_same(toy.weights(), whole.weights())
+
+
+def test_a_finished_run_does_nothing_again(tmp_path):
+    path = tmp_path / "loop"
+    first = Toy()
+    losses = first.run(checkpoint=path).losses
+    second = Toy()
+    result = second.run(checkpoint=path)
+    assert second.calls == [] and result.resumed_from == STEPS and result.losses == losses
+    assert_same(second.weights(), first.weights())
+
+
+CHILD = """
+    import os, signal, sys
+    sys.path.insert(0, {tests!r})
+    from pathlib import Path
+    import torch
+    from safetensors.torch import save_file
+    from test_loop import Toy
+
+    path, kill_at = Path(sys.argv[1]), int(sys.argv[2])
+
+    def after_step(step):
+        if step == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    toy = Toy()
+    result = toy.run(checkpoint=path / "loop", checkpoint_every=2, after_step=after_step)
+    save_file(toy.weights(), path / "weights.safetensors")
+    print(result.resumed_from)
+"""
+
+
+def test_resume_after_sigkill_is_bitwise_exact(tmp_path):
+    from safetensors.torch import load_file
+
+    script = textwrap.dedent(CHILD.format(tests=os.path.dirname(__file__)))
+
+    def child(folder, kill_at):
+        command = [sys.executable, "-c", script, str(folder), str(kill_at)]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    assert child(whole, -1).returncode == 0
+    assert child(broken, 6).returncode == -signal.SIGKILL
+    finished = child(broken, -1)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.strip() == "6"
+    assert_same(load_file(broken / "weights.safetensors"), load_file(whole / "weights.safetensors"))
+
+
+def test_it_learns_and_clipping_bounds_the_update():
+    toy = Toy()
+    result = toy.run(steps=60)
+    assert sum(result.losses[-5:]) < 0.7 * sum(result.losses[:5])
+    weight = nn.Parameter(torch.zeros(4))
+    run_loop(
+        parameters=[{"params": [weight]}],
+        loss=lambda index: (weight * 100.0).sum(),
+        steps=1,
+        optimizer=OptimizerConfig("sgd", learning_rate=1.0),
+        schedule=Schedule(shape="constant"),
+        max_grad_norm=0.5,
+    )
+    assert weight.detach().norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_accumulation_equals_one_large_batch():
+    def train(parts):
+        weight = nn.Parameter(torch.linspace(-1, 1, 4))
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(3))
+        chunks = x.chunk(parts)
+        run_loop(
+            parameters=[{"params": [weight]}],
+            loss=lambda index: ((chunks[index % parts] @ weight) - 1.0).square(),
+            steps=5,
+            accumulate=parts,
+            optimizer=OptimizerConfig("sgd", learning_rate=0.05),
+            schedule=Schedule(),
+            max_grad_norm=None,
+        )
+        return weight.detach()
+
+    torch.testing.assert_close(train(4), train(1))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_last_good_one(tmp_path, bad):
+    toy = Toy()
+
+    def loss(index):
+        return toy.loss(index) * (bad if index == 10 else 1.0)
+
+    path = tmp_path / "loop"
+    with pytest.raises(GulliverError, match="at step 5; lower the learning rate"):
+        toy.run(loss=loss, checkpoint=path, checkpoint_every=1)
+    found = open_checkpoint(path)
+    assert len(found.meta["losses"]) == 5
+    assert all(torch.isfinite(tensor.float()).all() for _, tensor in found.tensors())
+
+
+def test_a_gradient_that_is_not_finite_stops():
+    weight = nn.Parameter(torch.zeros(2))
+    with pytest.raises(GulliverError, match="gradient's norm is"):
+        run_loop(
+            parameters=[{"params": [weight]}],
+            loss=lambda index: weight.sqrt().sum(),
+            steps=1,
+            optimizer=OptimizerConfig(),
+            schedule=Schedule(),
+            max_grad_norm=None,
+        )
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    path = tmp_path / "loop"
+    Toy().run(checkpoint=path)
+    with pytest.raises(ConfigError, match="steps is 12 there and 13 here"):
+        Toy().run(checkpoint=path, steps=13)
+    with pytest.raises(ConfigError, match="optimizer"):
+        Toy().run("sgd", checkpoint=path)
+
+
+@pytest.mark.parametrize("dials", [{"steps": 0}, {"accumulate": 0}, {"max_grad_norm": 0.0}, {"checkpoint_every": 0}])
+def test_wrong_dials_are_refused(dials):
+    with pytest.raises(ConfigError):
+        Toy().run(**dials)
+
+
+def test_progress_counts_only_what_is_left(tmp_path):
+    class Bar:
+        def __init__(self):
+            self.notes = []
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
+        def advance(self, note=""):
+            self.notes.append(note)
+
+    class Progress:
+        def __init__(self):
+            self.stages, self.bar = [], Bar()
+
+        def stage(self, name, total, unit):
+            self.stages.append((name, total, unit))
+            return self.bar
+
+    progress = Progress()
+    result = Toy().run(progress=progress, stage="heal")
+    assert progress.stages == [("heal", STEPS, "step")]
+    assert progress.bar.notes[-1] == f"loss {result.losses[-1]:.4g}" and len(progress.bar.notes) == STEPS

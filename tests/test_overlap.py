@@ -1,0 +1,44 @@
+"""Fingerprints find what two texts share, however it is cut, and nothing that is short."""
+
+from __future__ import annotations
+
+from gulliver.core.overlap import MIN_CHARACTERS, excerpt, fingerprint, fingerprints, first_overlap, paragraphs
+
+LONG = "the giant measures every island " * 8
+OTHER = "a sailor mends the long rope of " * 8
+
+
+def rows(*texts):
+    return [{"text": text, "source": "x"} for text in texts]
+
+
+def test_paragraphs_and_their_long_lines_are_units():
+    assert len(LONG.strip()) >= MIN_CHARACTERS
+    text = f"{LONG}\nshort\n \n{OTHER}\n\nshort again\n"
+    assert list(paragraphs(text)) == [f"{LONG}\nshort", LONG.strip(), OTHER.strip()]
+    assert list(paragraphs("x" * (MIN_CHARACTERS - 1))) == []
+    assert list(paragraphs("")) == []
+
+
+def test_a_shared_passage_is_found_whatever_surrounds_it():
+    known = fingerprints(rows(f"Chapter 1\n\n  {LONG}\n\nend"))
+    assert first_overlap(rows(OTHER, f"before\n{LONG}\nafter"), known) == LONG.strip()
+    assert first_overlap(rows(OTHER, LONG[:150]), known) is None
+    assert first_overlap(rows(LONG.replace("giant", "queen")), known) is None
+
+
+def test_fingerprints_are_stable():
+    assert fingerprint("a") == "ca978112ca1bbdca"
+    assert fingerprints(rows(LONG, LONG)) == [fingerprint(LONG.strip())]
+
+
+def test_examples_without_text_are_compared_whole():
+    images = [{"image": [0.0, 0.5], "label": 1}, {"image": [0.5, 0.0], "label": 1}]
+    known = fingerprints([{**images[0], "split": "train", "source": "a"}])
+    assert first_overlap([images[1]], known) is None
+    assert first_overlap(images, known) is not None
+
+
+def test_an_excerpt_is_one_short_line():
+    assert excerpt("a\nb  c") == "a b c"
+    assert len(excerpt(LONG)) == 80 and excerpt(LONG).endswith("…")

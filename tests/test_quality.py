@@ -1,0 +1,146 @@
+"""The steps `quality` and `speed`: evidence about the right artifact, never on calibration data."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from language_samples import text, write_causal, write_dataset
+from test_vision import DIGITS, make_dataset
+
+from gulliver.audit import measure, speed
+from gulliver.audit.quality import CALIBRATION, REPORT, Config, run
+from gulliver.core.artifact import canonical_json, verify
+from gulliver.core.context import Context
+from gulliver.core.errors import ArtifactError, ConfigError, DataError, GulliverError
+from gulliver.core.evidence import Evidence
+from gulliver.core.overlap import fingerprints
+from gulliver.tasks import get_task
+
+PASSAGE = "the giant measures every island and the queen counts the lanterns. " * 4
+SMALL = Config(windows=3, context=32)
+
+
+@pytest.fixture
+def ctx(store, quiet):
+    return Context(
+        store=store, progress=quiet, work=store.work("0" * 64), command="gulliver audit m", machine_name="here"
+    )
+
+
+def add_model(store, *, calibration=None, parents=(), seed=0, note="a"):
+    options = {"step": {"name": "quantize", "version": 1}, "config": {"note": note}, "parents": parents}
+    with store.writer(kind="model", task="language", **options) as writer:
+        write_causal(writer.path, seed=seed)
+        if calibration is not None:
+            (writer.path / CALIBRATION).write_bytes(calibration)
+        return writer.commit()
+
+
+def listed(passages):
+    return canonical_json({"dataset": "d", "paragraph_sha256_16": fingerprints([{"text": passages}])})
+
+
+@pytest.fixture
+def dataset(store):
+    return write_dataset(store.artifacts_folder, [text(100, 1)], [f"{text(40, 2)}\n\n{PASSAGE}\n"])
+
+
+def test_evidence_is_recorded_about_the_model(store, ctx, dataset):
+    parent = add_model(store, note="parent")
+    model = add_model(store, parents=[parent.id], seed=1)
+    report = run(SMALL, {"model": model, "dataset": dataset, "parent": parent}, ctx)
+    verify(report)
+    recorded = {item.metric: item for item in store.evidence(model.id)}
+    expected = get_task("language").score(
+        get_task("language").load(model.path),
+        dataset,
+        get_task("language").load(parent.path),
+        folder=model.path,
+        windows=3,
+        context=32,
+    )
+    assert {item.metric: item.value for item in expected}.items() <= {k: v.value for k, v in recorded.items()}.items()
+    assert recorded["size_bytes"].value == model.weight_bytes and recorded["size_ratio"].value == 1
+    assert recorded["bits_per_weight"].value == pytest.approx(32, rel=0.1)
+    assert all(item.artifact_id == model.id and item.parent_id == parent.id for item in recorded.values())
+    assert all((item.machine, item.command) == ("here", "gulliver audit m") for item in recorded.values())
+    assert store.evidence(parent.id) == []
+    body = json.loads(report.file(REPORT).read_text())
+    assert [Evidence.from_json(row) for row in body["evidence"]] == store.evidence(model.id)
+    assert (body["model"], body["dataset"], body["parent"]) == (model.id, dataset.id, parent.id)
+    assert report.kind == "report" and report.parents == (model.id, dataset.id, parent.id)
+
+
+def test_calibration_data_is_never_measured_on(store, ctx, dataset):
+    model = add_model(store, calibration=listed(f"elsewhere\n\n{PASSAGE}"))
+    with pytest.raises(DataError, match="the giant measures every island"):
+        run(SMALL, {"model": model, "dataset": dataset}, ctx)
+    healed = add_model(store, parents=[model.id], note="healed")
+    with pytest.raises(DataError, match=model.id[:12]):
+        run(SMALL, {"model": healed, "dataset": dataset}, ctx)
+    assert store.evidence(model.id) == store.evidence(healed.id) == []
+    other = add_model(store, calibration=listed(PASSAGE.replace("giant", "sailor")))
+    run(SMALL, {"model": other, "dataset": dataset}, ctx)
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b"{}", b'{"paragraph_sha256_16": 3}', b'{"paragraph_sha256_16": [1]}']
+)
+def test_damaged_fingerprints_refuse(store, ctx, dataset, content):
+    model = add_model(store, calibration=content)
+    with pytest.raises(ArtifactError, match=CALIBRATION):
+        run(SMALL, {"model": model, "dataset": dataset}, ctx)
+
+
+@pytest.fixture
+def vision(store):
+    task = get_task("vision")
+    rows = [{**row, "split": split} for split in ("train", "eval") for row in task.read(DIGITS, split)[::20]]
+    with store.writer(kind="model", task="vision", step={"name": "train", "version": 1}, config={}) as writer:
+        task.save(task.build(1), writer.path)
+        model = writer.commit()
+    return model, make_dataset(store.artifacts_folder, rows)
+
+
+def test_another_family_is_measured_by_the_same_step(store, ctx, vision):
+    model, data = vision
+    run(Config(), {"model": model, "dataset": data, "parent": model}, ctx)
+    recorded = {item.metric: item for item in store.evidence(model.id)}
+    assert recorded["accuracy_drop"].value == 0 and recorded["size_ratio"].value == 1
+    with pytest.raises(ConfigError, match=r"context|windows"):
+        run(SMALL, {"model": model, "dataset": data}, ctx)
+
+
+def test_families_are_not_mixed(store, ctx, dataset, vision):
+    with pytest.raises(ConfigError, match="for vision"):
+        run(SMALL, {"model": add_model(store), "dataset": vision[1]}, ctx)
+    with pytest.raises(ConfigError, match="for vision"):
+        run(SMALL, {"model": add_model(store), "dataset": dataset, "parent": vision[0]}, ctx)
+
+
+# ---- speed --------------------------------------------------------------------------------------------------------
+def test_speed_is_measured_in_a_process_of_its_own(store, ctx):
+    model = add_model(store)
+    report = speed.run(speed.Config(repeats=2), {"model": model}, ctx)
+    recorded = {item.metric: item for item in store.evidence(model.id)}
+    assert set(recorded) == {
+        *("load_seconds", "load_ram_bytes", "peak_ram_bytes"),
+        *("prefill_tokens_per_s", "decode_tokens_per_s"),
+    }
+    assert recorded["decode_tokens_per_s"].n == 2 and recorded["decode_tokens_per_s"].value > 0
+    assert 0 < recorded["load_ram_bytes"].value <= recorded["peak_ram_bytes"].value
+    assert recorded["load_seconds"].detail["path"] == "reference"
+    body = json.loads(report.file(speed.REPORT).read_text())
+    assert len(body["evidence"]) == len(recorded) and body["model"] == model.id
+
+
+def test_every_family_can_be_measured(vision):
+    found = measure.measure(vision[0].path, "vision", 2)
+    assert found["load_ram_bytes"] > 0
+    assert all(len(rates) == 2 for rates in found["rates"].values())
+
+
+def test_a_failing_process_says_why(tmp_path):
+    with pytest.raises(GulliverError, match=r"no config\.json"):
+        speed.in_fresh_process({"folder": str(tmp_path), "task": "language", "repeats": 2})

@@ -1,0 +1,120 @@
+"""The step `read`: parts that never overlap, whatever the files look like."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from language_samples import text
+
+from gulliver.core.artifact import hash_file, verify
+from gulliver.core.context import Context
+from gulliver.core.errors import ConfigError, DataError
+from gulliver.data.read import EXAMPLES, SOURCES, Config, run
+from gulliver.tasks import get_task
+
+PASSAGE = "the giant measures every island and the queen counts the lanterns. " * 4
+
+
+@pytest.fixture
+def ctx(store, quiet):
+    return Context(store=store, progress=quiet, work=store.work("0" * 64))
+
+
+def rows(artifact):
+    return pyarrow.parquet.read_table(artifact.file(EXAMPLES)).to_pylist()
+
+
+def test_one_text_is_cut_in_two_and_nothing_is_lost(tmp_path, ctx):
+    path = tmp_path / "text.txt"
+    path.write_text(text(300, 1))
+    made = run(Config(data=str(path)), {}, ctx)
+    verify(made)
+    train, held_out = rows(made)
+    assert (train["split"], held_out["split"]) == ("train", "eval")
+    assert train["text"] + held_out["text"] == text(300, 1)
+    assert 0.08 < len(held_out["text"]) / len(text(300, 1)) <= 0.1
+    sources = json.loads(made.file(SOURCES).read_text())
+    assert sources["train"] == {"examples": 1, "files": {"text.txt": hash_file(path)}}
+    assert (made.kind, made.task, made.step["name"]) == ("dataset", "language", "read")
+    assert get_task("language").read(made.path, "eval") == [held_out]
+
+
+def test_the_same_text_elsewhere_is_the_same_artifact(tmp_path, ctx):
+    ids = set()
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(text(300, 1))
+        ids.add(run(Config(data=str(tmp_path / name / "text.txt")), {}, ctx).id)
+    assert len(ids) == 1
+
+
+def test_eval_data_is_held_out_whole(tmp_path, ctx):
+    (tmp_path / "a.txt").write_text(text(50, 1))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"body": line}) + "\n" for line in ("x y", "z")))
+    made = run(Config(data=str(tmp_path / "a.txt"), eval_data=str(tmp_path / "b.jsonl"), text_column="body"), {}, ctx)
+    assert [(row["split"], row["text"]) for row in rows(made)] == [
+        ("train", text(50, 1)),
+        ("eval", "x y"),
+        ("eval", "z"),
+    ]
+
+
+def test_a_folder_and_parquet_are_read(tmp_path, ctx):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text(text(100, 1))
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": [f"row {number}" for number in range(20)]}), folder / "b.parquet"
+    )
+    found = rows(run(Config(data=str(folder), holdout=0.25), {}, ctx))
+    assert {row["source"] for row in found} == {"a.txt", "b.parquet"}
+    assert sum(row["source"] == "b.parquet" and row["split"] == "eval" for row in found) in (4, 5)
+
+
+def test_overlapping_parts_are_refused(tmp_path, ctx):
+    (tmp_path / "a.txt").write_text(f"{text(30, 1)}\n\n{PASSAGE}\n\n{text(30, 2)}")
+    (tmp_path / "b.txt").write_text(f"something else\n\n{PASSAGE}\n")
+    with pytest.raises(DataError, match="the giant measures every island"):
+        run(Config(data=str(tmp_path / "a.txt"), eval_data=str(tmp_path / "b.txt")), {}, ctx)
+    (tmp_path / "c.txt").write_text(f"{PASSAGE}\n\n{text(20, 1)}\n\n{PASSAGE}\n")
+    with pytest.raises(DataError, match="the giant measures every island"):
+        run(Config(data=str(tmp_path / "c.txt"), holdout=0.25), {}, ctx)
+    assert ctx.store.artifacts() == []
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "told"),
+    [
+        ({"data": "absent.txt"}, DataError, "does not exist"),
+        ({"data": "catalog:shakespear"}, ConfigError, "shakespeare"),
+        ({"data": "catalog:all-minilm-l6-v2"}, ConfigError, "is a model"),
+        ({"data": "catalog:digits"}, ConfigError, "for vision"),
+        ({"data": "absent.txt", "task": "langage"}, ConfigError, "language"),
+    ],
+)
+def test_what_is_wrong_is_named(ctx, config, error, told):
+    with pytest.raises(error, match=told):
+        run(Config(**config), {}, ctx)
+
+
+def test_a_text_too_short_to_hold_out_is_refused(tmp_path, ctx):
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(DataError, match="no examples"):
+        run(Config(data=str(tmp_path / "a.txt")), {}, ctx)
+
+
+def test_another_family_reads_by_the_same_step(ctx):
+    made = run(Config(data="catalog:digits", task="vision"), {}, ctx)
+    found = rows(made)
+    assert {row["split"] for row in found} == {"train", "eval"}
+    assert set(found[0]) == {"image", "label", "source", "split"}
+    both = run(Config(data="catalog:digits", task="vision"), {}, ctx)
+    assert both.id == made.id
+
+
+def test_an_option_of_another_family_is_refused(tmp_path, ctx):
+    with pytest.raises(ConfigError, match="holdout"):
+        run(Config(data="catalog:digits", task="vision", holdout=0.2), {}, ctx)

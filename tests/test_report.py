@@ -1,0 +1,380 @@
+"""The HTML report: order, honesty about what is missing, escaping, no other host, and readers that refuse bad JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_samples import artifact, fitted, plan, tensor, tensors
+
+from gulliver.core.errors import ArtifactError
+from gulliver.core.evidence import measured
+from gulliver.core.gate import Gate
+from gulliver.core.store import Store
+from gulliver.report import bits, plots, tables
+from gulliver.report.html import gather, oldest_first, page, write_report
+from gulliver.report.picture import figure_html
+from gulliver.report.records import FitRecord, Point, ReportData, format_bits, parse_fit, parse_packing
+from gulliver.report.theme import SCRIPT, content_policy, plotly_library, script_hash
+
+HOSTILE = "<script>alert(1)</script>\"'&`|</title>\u2028${x}"
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+class Outline(HTMLParser):
+    """Tags, headings, links and scripts of a page; fails on a tag that is not closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.headings: list[str] = []
+        self.links: list[str] = []
+        self.scripts: list[dict[str, str | None]] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "action", "data")]
+        assert not any(name.startswith("on") for name, _ in attrs)
+        if tag == "script":
+            self.scripts.append(dict(attrs))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+
+@pytest.fixture
+def sample(tmp_path: Path) -> ReportData:
+    """Everything a report can show, of a model in a store."""
+    store, model = fitted(tmp_path / "home")
+    return gather(model, store)
+
+
+def bare() -> ReportData:
+    return ReportData(title="m", artifact_id="a" * 64, task="language", step="quantize", size_bytes=None)
+
+
+def test_verdict_stands_first_and_sections_in_order(sample: ReportData) -> None:
+    text = page(sample)
+    outline = Outline(text)
+    assert outline.headings == [
+        "Gates", "Evidence", "Size and quality", "Bits per tensor", "Damage per block", "Memory over time", "Lineage",
+        "Machine", "Commands to repeat",
+    ]  # fmt: skip
+    assert text.index("<strong>PASS</strong>") < text.index("<h2>Gates")
+    assert "Asked for at most 72" in text and "95 % interval 2.68 to 3.56" in text and "10\u00a0min 12\u00a0s" in text
+
+
+def test_page_asks_no_other_host_and_embeds_plotly_once(sample: ReportData) -> None:
+    text = page(sample)
+    outline = Outline(text)
+    assert set(outline.links) == {"data:,"}
+    assert "http://" not in text and "https://" not in text
+    assert text.count('id="plotly"') == 1 and len(text) < 2_300_000
+    assert f"script-src {script_hash(SCRIPT.encode())} {plotly_library()[1]}" in content_policy(drawn=True)
+    assert [script.get("type") for script in outline.scripts].count(None) == 1
+
+
+def test_same_records_give_the_same_bytes(sample: ReportData) -> None:
+    assert page(sample) == page(sample)
+
+
+def test_every_table_has_a_caption_and_every_plot_a_text_alternative(sample: ReportData) -> None:
+    text = page(sample)
+    assert len(re.findall("<table", text)) == len(re.findall("<caption>[^<]+</caption>", text)) > 5
+    plotted = re.findall(r'<div class="plot"[^>]*>', text)
+    assert len(plotted) == 5 and all('role="img" aria-label="' in tag for tag in plotted)
+    assert len(re.findall("<details><summary>[^<]+: the numbers", text)) == 5
+
+
+def test_write_report_writes_one_whole_file(tmp_path: Path) -> None:
+    store, model = fitted(tmp_path / "home")
+    write_report(model.path / "report.html", model, store)
+    written = (model.path / "report.html").read_text(encoding="utf-8")
+    assert written.endswith("</html>\n")
+    assert sorted(path.name for path in model.path.iterdir()) == ["gulliver.json", "model.safetensors", "report.html"]
+
+
+def test_a_failing_gate_refuses_and_says_which(tmp_path: Path) -> None:
+    store, model = fitted(tmp_path / "home", quality_loss=0.048)
+    data = gather(model, store)
+    text = page(data)
+    assert data.outcome == "REFUSED" and "<strong>REFUSED</strong>" in text and 'class="verdict refused"' in text
+    assert "interval 4.36 to 5.24" in tables.verdict_sentences(data)[2] and 'class="fail-text">FAIL' in text
+    assert "the bad end, 5.24" in text and "7.19e+" not in text
+
+
+def test_a_gate_without_data_refuses(sample: ReportData) -> None:
+    missing = Gate("accuracy", at_least=0.9).judge(sample.evidence, sample.artifact_id)
+    judged = parse_fit({"verdicts": [missing.to_json()]}, "fit.json").gates
+    data = replace(sample, fit=replace(sample.fit, gates=(*sample.fit.gates, *judged)))
+    assert data.outcome == "REFUSED"
+    assert "NO DATA" in tables.gates(data.fit.gates) and "not measured" in tables.gates(data.fit.gates)
+
+
+def test_no_gate_is_not_a_pass(sample: ReportData) -> None:
+    data = replace(sample, fit=replace(sample.fit, gates=()))
+    assert data.outcome == "NOT JUDGED" and "nothing is proven" in page(data)
+
+
+def test_verdicts_of_a_recipe_are_shown(tmp_path: Path) -> None:
+    store, model = fitted(tmp_path / "home")
+    verdict = Gate("kl_divergence", at_most=0.01).judge(store.evidence(model.id), model.id)
+    data = gather(model, store, verdicts=[verdict])
+    assert data.outcome == "REFUSED" and data.fit.gates[0].metric == "kl_divergence"
+    assert gather(model, store, verdicts=[verdict, verdict]).fit.gates == data.fit.gates
+
+
+def test_infeasible_names_the_nearest_point(sample: ReportData) -> None:
+    fit = replace(sample.fit, nearest=Point(84_000_000, predicted_drop=0.061), reason="The embedding is the limit.")
+    data = replace(sample, fit=fit)
+    text = " ".join(tables.verdict_sentences(data))
+    assert data.outcome == "INFEASIBLE" and "84" in text and "6.1" in text and "predicted" in text
+    assert "The embedding is the limit." in text and "Reached" not in text
+
+
+def test_an_infeasible_fit_is_told_only_where_it_is_given(tmp_path: Path) -> None:
+    store = Store(tmp_path / "home")
+    parent = artifact(store, "model", "pull", {"model.safetensors": 1000})
+    body = {**plan(72_000), "nearest": {"size_bytes": 84_000, "predicted_drop": 0.061}, "reason": "Too small."}
+    fit = artifact(store, "report", "fit", {"fit.json": json.dumps(body).encode()}, [parent.id])
+    write_report(tmp_path / "report.html", parent, store, fit=fit)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<strong>INFEASIBLE</strong>" in text and "nearest that can be made" in text and "Too small." in text
+    assert '<dl class="figures">' not in text
+    assert gather(parent, store).outcome == "NOT JUDGED"
+
+
+def test_a_fit_that_made_another_model_is_not_this_models(tmp_path: Path) -> None:
+    store = Store(tmp_path / "home")
+    parent = artifact(store, "model", "pull", {"model.safetensors": 1000})
+    child = artifact(store, "model", "quantize", {"model.safetensors": 500}, [parent.id])
+    body = json.dumps({**plan(72_000), "artifact_id": child.id}).encode()
+    artifact(store, "report", "fit", {"fit.json": body}, [parent.id, child.id])
+    assert gather(parent, store).fit == FitRecord() and gather(child, store).fit.artifact_id == child.id
+
+
+def test_missing_parts_are_absent_and_never_invented() -> None:
+    text = page(bare())
+    outline = Outline(text)
+    assert outline.headings == ["Gates", "Evidence", "Lineage", "Machine", "Commands to repeat"]
+    assert "not measured" in text and "script-src &#x27;none&#x27;" in text and outline.scripts == []
+    assert not re.search(r"\bnan\b|None|NaN", text)
+
+
+def test_a_plain_model_without_evidence_has_a_report(tmp_path: Path) -> None:
+    store = Store(tmp_path / "home")
+    model = artifact(store, "model", "pull", {"model.safetensors": 1000}, config={"source": "/some/where/toy"})
+    write_report(tmp_path / "report.html", model, store)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Gulliver report: toy" in text and "/some/where" not in text.split("<h2>Lineage")[0] and "NOT JUDGED" in text
+
+
+def test_user_text_is_escaped_everywhere(tmp_path: Path) -> None:
+    store, model = fitted(tmp_path / "home", source=f"catalog:{HOSTILE}")
+    data = gather(model, store)
+    fit = replace(
+        data.fit,
+        reason=HOSTILE,
+        tensors=parse_fit({"tensors": [tensor(f"model.layers.0.{HOSTILE}", 64, [(64, "u4g64")], 1.0)]}, "x").tensors,
+        blocks=((HOSTILE, 1.0),),
+        memory=((0.0, HOSTILE, 1), (1.0, HOSTILE, 2)),
+        gates=tuple(replace(gate, reason=HOSTILE, metric=HOSTILE, outcome="FAIL") for gate in data.fit.gates),
+    )
+    rows = tuple(
+        replace(row, command=HOSTILE, machine=HOSTILE, data_hash=HOSTILE, detail={"data": HOSTILE})
+        for row in data.evidence
+    )
+    text = page(replace(data, fit=fit, evidence=rows, machine={HOSTILE: HOSTILE}))
+    outline = Outline(text)
+    assert "alert(1)</script>" not in text and "<script>alert" not in text and "\u2028" not in text.split("<h2>")[3]
+    assert [script.get("type") for script in outline.scripts].count(None) == 1
+    for body in re.findall(r'<script type="application/json">(.*?)</script>', text, re.DOTALL):
+        assert "<script" not in json.dumps(json.loads(body))
+
+
+def test_interval_bars_place_value_and_threshold() -> None:
+    row = measured("quality_loss", 0.03, low=0.02, high=0.04, n=24)
+    bar = tables.interval_bar(row, 0.05)
+    assert 'role="img"' in bar and "limit 5" in bar
+    places = [float(found) for found in re.findall(r"left:([\d.]+)%", bar)]
+    assert 0 <= places[0] < places[1] < places[2] <= 100
+    assert tables.interval_bar(measured("size_bytes", 100)) == ""
+    assert tables.interval_bar(measured("size_bytes", 100), 200) != ""
+    assert tables.interval_bar(measured("quality_loss", 0.1, low=-math.inf, high=math.inf)) == ""
+
+
+def test_not_a_number_is_shown_as_such() -> None:
+    row = measured("perplexity", math.nan)
+    text = tables.evidence(replace(bare(), evidence=(replace(row, artifact_id="a" * 64),)))
+    assert "not a number" in text and "no interval" in text
+
+
+def test_the_newest_evidence_counts_and_the_worst_data_decides() -> None:
+    rows = [measured("quality_loss", value, data_hash=data) for value, data in ((0.5, "a"), (0.1, "a"), (0.2, "b"))]
+    data = replace(bare(), evidence=tuple(rows))
+    worst = data.latest("quality_loss")
+    assert worst is not None and worst.value == 0.2
+    assert [row.value for row in tables.latest_evidence(rows)] == [0.1, 0.2]
+    speeds = replace(
+        bare(), evidence=(measured("accuracy", 0.9, data_hash="a"), measured("accuracy", 0.8, data_hash="b"))
+    )
+    found = speeds.latest("accuracy")
+    assert found is not None and found.value == 0.8
+    assert data.latest("accuracy") is None
+
+
+def test_baselines_stand_beside_their_metric(sample: ReportData) -> None:
+    beside = tables.baselines(sample)
+    row = next(row for row in sample.evidence if row.metric == "perplexity")
+    assert [text.split()[0] for text in beside[("perplexity", row.data_hash)]] == ["parent", "baseline"]
+    assert "baseline_perplexity" not in [row.metric for row in tables.latest_evidence(sample.evidence)]
+    assert "baseline_perplexity" in [row.metric for row in tables.latest_evidence([measured("baseline_perplexity", 9)])]
+
+
+def test_data_are_named_as_people_call_them(sample: ReportData) -> None:
+    assert sorted(sample.data_names.values()) == ["tinyshakespeare.txt", "wikitext-2.test.txt"]
+    assert "on tinyshakespeare.txt" in tables.evidence(sample) and sample.data_name("0" * 64) == "0" * 12
+
+
+def test_blocks_and_roles_come_from_any_family_of_names() -> None:
+    def grid(*names: str) -> bits.BlockGrid:
+        rows = [tensor(name, 64, [(16, "u4g64")], 1.0) for name in names]
+        return bits.block_grid(parse_fit({"tensors": rows}, "plan.json").tensors)
+
+    language = bits.block_grid(parse_fit({"tensors": tensors()}, "plan.json").tensors)
+    assert language.blocks == tuple(map(str, range(30))) and len(language.roles) == 7 and len(language.names) == 210
+    assert language.roles[0] == "q_proj" and "model.embed_tokens.weight" not in language.names
+    convolution = grid("stem.conv.weight", "stages.0.conv1.weight", "stages.0.down.0.weight", "stages.10.conv1.weight")
+    assert convolution.blocks == ("0", "10") and convolution.names == {
+        "stages.0.conv1.weight", "stages.0.down.0.weight", "stages.10.conv1.weight",
+    }  # fmt: skip
+    two = grid("encoder.layer.0.q.weight", "decoder.layer.0.q.weight")
+    assert sorted(two.roles) == ["decoder.layer.q", "encoder.layer.q"]
+    same_end = grid("layers.0.attn.proj.weight", "layers.0.mlp.proj.weight")
+    assert sorted(same_end.roles) == ["attn.proj", "mlp.proj"]
+    assert grid("head.weight").roles == ()
+
+
+def test_pictures_are_absent_without_data() -> None:
+    assert plots.size_quality(bare()) is None and plots.damage(bare()) is None and plots.memory(bare()) is None
+    assert bits.bits(()) is None and bits.rows_bits(()) is None
+
+
+def test_size_quality_shows_every_kind_of_point(sample: ReportData) -> None:
+    picture = plots.size_quality(sample)
+    assert picture is not None
+    assert [trace["name"] for trace in picture.data] == [
+        "menu, predicted", "rounds, predicted", "rounds, measured", "parent", "this artifact",
+    ]  # fmt: skip
+    chosen = picture.data[-1]
+    assert chosen["y"] == [pytest.approx(3.12)] and chosen["error_y"]["array"] == [pytest.approx(0.44)]
+    assert len(picture.layout["shapes"]) == 2 and "budget" in picture.layout["annotations"][0]["text"]
+    assert "cut off" in picture.says and picture.numbers.count("<tr") == 1 + 21 + 2 + 2
+
+
+def test_rows_of_an_embedding_are_drawn_by_class(sample: ReportData) -> None:
+    picture = bits.rows_bits(sample.fit.tensors)
+    assert picture is not None
+    bars = [trace for trace in picture.data if trace["type"] == "bar"]
+    assert len(bars) == 3 and len({trace["marker"]["color"] for trace in bars}) == 3
+    assert {trace["y"][0] for trace in bars} == {"embed_tokens"} and "32,768" in picture.numbers
+
+
+def test_damage_falls_back_to_the_plan(sample: ReportData) -> None:
+    data = replace(sample, fit=replace(sample.fit, blocks=()))
+    picture = plots.damage(data)
+    assert picture is not None and "plan predicted" in picture.says
+    assert picture.data[0]["x"][:2] == ["0", "1"] and picture.data[0]["x"][-1] == "embed_tokens"
+    total = sum(tensor.damage or 0 for tensor in data.fit.tensors)
+    assert sum(picture.data[0]["y"]) == pytest.approx(total)
+
+
+def test_memory_keeps_its_peak_when_thinned(sample: ReportData) -> None:
+    samples = tuple((index / 4, "work", 100 + (900 if index == 1234 else 0)) for index in range(4000))
+    picture = plots.memory(replace(sample, fit=replace(sample.fit, memory=samples)))
+    assert picture is not None
+    assert len(picture.data[0]["y"]) <= 700 and max(picture.data[0]["y"]) == 1000 / 1e6
+    assert picture.layout["shapes"][0]["y0"] == 1000.0
+    full = plots.memory(sample)
+    assert full is not None and len(full.data) == 6 and "nan" not in figure_html(full).lower().replace("nano", "")
+
+
+def test_lineage_is_ordered_oldest_first() -> None:
+    chain = [
+        {"id": "m", "parents": ["p", "s"]}, {"id": "p", "parents": []}, {"id": "s", "parents": ["p", "d"]},
+        {"id": "d", "missing": True},
+    ]  # fmt: skip
+    ordered = [row["id"] for row in oldest_first(chain)]
+    assert sorted(ordered) == ["d", "m", "p", "s"] and ordered[-1] == "m" and ordered.index("p") < ordered.index("s")
+    assert "not in this store" in tables.lineage([{"id": "d" * 64, "missing": True}], "m")
+
+
+def test_what_the_model_holds_counts_more_than_the_plan(tmp_path: Path) -> None:
+    store = Store(tmp_path / "home")
+    names = ["layers.0.a.weight", "layers.1.a.weight"]
+    rows = [tensor(name, 64, [(16, "c4g64")], 1.0) for name in names]
+    planned = artifact(store, "report", "plan", {"plan.json": json.dumps({"tensors": rows}).encode()})
+    parts = [[{"rows": 16, "format": "c4g64"}], [{"rows": 16, "format": "u8g32"}]]
+    held = {name: {"shape": [16, 64], "parts": part} for name, part in zip(names, parts, strict=True)}
+    packing = json.dumps({"format": 1, "tensors": held}).encode()
+    model = artifact(store, "model", "quantize", {"model.safetensors": 9, "packing.json": packing}, [planned.id])
+    first, second = gather(model, store).fit.tensors
+    assert first.damage is not None and second.damage is None and second.parts[0].format == "u8g32"
+
+
+def test_bits_of_a_format_count_scales_and_row_factors() -> None:
+    assert format_bits("c4g64", 576) == pytest.approx(4 + 8 / 64 + 16 / 576)
+    assert format_bits("u8g32", 64) == pytest.approx(8 + 16 / 32 + 16 / 64)
+    assert format_bits("c4g64", 65) == pytest.approx((128 * 4 + 16 + 16) / 65)
+    for name in ("", "x4g64", "u4", "u4g", "ug64", "u99g64", "u4g0"):
+        assert format_bits(name, 64) is None
+    with pytest.raises(ArtifactError, match="not one like u4g64"):
+        parse_packing({"tensors": {"a": {"shape": [1, 2], "parts": [{"rows": 1, "format": "zip"}]}}})
+
+
+def broken(**change: Any) -> dict[str, Any]:
+    return {**plan(72_000), **change}
+
+
+@pytest.mark.parametrize(
+    ("body", "names"),
+    [
+        ([], "fit.json must be a JSON object"),
+        (broken(tensors={}), "tensors must be a list"),
+        (broken(tensors=[1]), r"tensors\[0\] must be a JSON object"),
+        (broken(tensors=[{"name": 3}]), "name is 3"),
+        (broken(tensors=[{**tensor("a", 8, [(1, "u4g64")], 1.0), "bytes": -1}]), "bytes is -1"),
+        (broken(tensors=[{**tensor("a", 8, [(1, "u4g64")], 1.0), "shape": "ab"}]), "shape must be a list"),
+        (broken(frontier=[{"size_bytes": "big"}]), "size_bytes is 'big'"),
+        (broken(frontier=[{"size_bytes": 1, "predicted_drop": math.nan}]), "predicted_drop is nan"),
+        (broken(memory=[[1, "a"]]), "2 values"),
+        (broken(memory=[[True, "a", 1]]), "seconds is True"),
+        (broken(verdicts=[{"metric": "a", "at_most": 1, "outcome": "MAYBE"}]), "MAYBE"),
+        (broken(verdicts=[{"metric": "a", "outcome": "PASS"}]), "at_least is None"),
+        (broken(budget=[]), "budget must be"),
+        (broken(blocks=[{"name": "a", "damage": None}]), "damage is None"),
+        (broken(seconds="soon"), "seconds is 'soon'"),
+    ],
+)  # fmt: skip
+def test_malformed_records_are_refused_by_name(body: Any, names: str) -> None:
+    with pytest.raises(ArtifactError, match=names):
+        parse_fit(body, "fit.json")
+
+
+def test_an_empty_record_is_empty() -> None:
+    assert parse_fit({}, "plan.json") == FitRecord()

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gulliver.core.errors import ConfigError
+from gulliver.learning.optim import OptimizerConfig, build_optimizer, can_fuse, parameter_groups
+from gulliver.learning.schedule import Schedule
+
+
+def test_warmup_is_linear_and_ends_at_the_peak():
+    schedule = Schedule(warmup_steps=4)
+    assert [schedule.factor(step, 100) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert schedule.factor(4, 100) == 1.0
+
+
+def test_cosine_is_half_way_down_in_the_middle_and_ends_near_the_final_fraction():
+    schedule = Schedule(final_fraction=0.1)
+    assert schedule.factor(50, 100) == pytest.approx(0.55)
+    assert 0.1 < schedule.factor(99, 100) < 0.101
+
+
+def test_constant_stays():
+    assert {Schedule(shape="constant").factor(step, 10) for step in range(10)} == {1.0}
+
+
+@given(st.integers(1, 300), st.integers(0, 400), st.floats(0, 1), st.data())
+def test_factor_is_within_bounds_and_matches_torch(steps, warmup, final, data):
+    step = data.draw(st.integers(0, steps - 1))
+    value = Schedule(warmup, "cosine", final).factor(step, steps)
+    assert 0.0 < value <= 1.0 + 1e-12 or (final == 0.0 and value >= 0.0)
+    if step >= warmup:
+        oracle = final + (1 - final) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+        assert value == pytest.approx(oracle)
+
+
+@pytest.mark.parametrize(
+    "dials", [{"warmup_steps": -1}, {"shape": "linear"}, {"final_fraction": 1.5}, {"final_fraction": float("nan")}]
+)
+def test_a_wrong_schedule_is_refused(dials):
+    with pytest.raises(ConfigError):
+        Schedule(**dials)
+
+
+@pytest.mark.parametrize(
+    "dials",
+    [{"name": "adam"}, {"learning_rate": -1.0}, {"learning_rate": float("nan")}, {"momentum": 1.0}, {"beta1": -0.1}],
+)
+def test_a_wrong_optimizer_is_refused(dials):
+    with pytest.raises(ConfigError):
+        OptimizerConfig(**dials)
+
+
+def test_each_group_keeps_its_own_rate_and_decay():
+    one, two = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    groups = [{"params": [one], "learning_rate": 0.5, "weight_decay": 0.1}, {"params": [two]}]
+    updater = build_optimizer(groups, OptimizerConfig("sgd", learning_rate=0.25))
+    assert [group["initial_lr"] for group in updater.param_groups] == [0.5, 0.25]
+    assert [group["weight_decay"] for group in updater.param_groups] == [0.1, 0.0]
+    assert all(group["fused"] for group in updater.param_groups)
+
+
+def test_wrong_groups_are_refused():
+    one = torch.nn.Parameter(torch.ones(3))
+    for groups in ([], [{"params": [one], "lr": 1.0}], [{"params": [one]}, {"params": [one]}]):
+        with pytest.raises(ConfigError):
+            build_optimizer(groups, OptimizerConfig())
+    with pytest.raises(ConfigError, match="learning_rate"):
+        build_optimizer([{"params": [one], "learning_rate": float("inf")}], OptimizerConfig())
+
+
+def test_vectors_do_not_decay():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    model[0].bias.requires_grad_(False)
+    groups = parameter_groups(model, 0.1)
+    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(1, 0.1), (2, 0.0)]
+    assert can_fuse(model.parameters())
+    assert not can_fuse([torch.ones(2, dtype=torch.int64)])
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_one_update_is_the_one_in_the_docstring(name):
+    parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    start, gradient = parameter.detach().clone(), torch.tensor([0.5, -0.25])
+    config = OptimizerConfig(name, learning_rate=0.1, weight_decay=0.01)
+    updater = build_optimizer([{"params": [parameter]}], config)
+    parameter.grad = gradient.clone()
+    updater.step()
+    if name == "sgd":
+        expected = start - 0.1 * (gradient + 0.01 * start)
+    else:
+        expected = start - 0.1 * (0.01 * start + gradient / (gradient.abs() + 1e-8))
+    torch.testing.assert_close(parameter.detach(), expected)

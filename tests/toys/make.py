@@ -1,0 +1,28 @@
+"""A step that writes a model of `weights` float32 numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.numpy import save_file
+
+from gulliver.core.artifact import Artifact
+from gulliver.core.context import Context
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weights: int = Field(64, gt=0, description="how many weights to write")
+    source: str | None = None
+
+
+calls: list[Config] = []
+
+
+def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
+    calls.append(cfg)
+    numbers = np.random.default_rng(ctx.seed).standard_normal(cfg.weights).astype(np.float32)
+    with ctx.writer(kind="model", task="toy", parents=(), step_name="make", config=cfg) as writer:
+        save_file({"w": numbers}, writer.path / "model.safetensors")
+        return writer.commit()

@@ -1,0 +1,46 @@
+"""A step that records a model's size, and a quality that fewer bits make worse."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from gulliver.core.artifact import Artifact
+from gulliver.core.context import Context
+from gulliver.core.evidence import Evidence
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    windows: int = 8
+
+
+def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
+    model = inputs["model"]
+    ratio = 1 + 1 / 2 ** model.config.get("bits", 32)
+    rows = [
+        ("size_bytes", float(model.weight_bytes), 0.0, "bytes"),
+        ("perplexity_ratio", ratio, 0.001, "ratio"),
+    ]
+    ctx.record(
+        [
+            Evidence(
+                metric=metric,
+                value=value,
+                low=value - half,
+                high=value + half,
+                unit=unit,
+                direction="lower",
+                n=cfg.windows,
+                seed=ctx.seed,
+                data_hash="",
+                artifact_id=model.id,
+                parent_id=inputs["parent"].id if "parent" in inputs else None,
+            )
+            for metric, value, half, unit in rows
+        ]
+    )
+    parents = [artifact.id for artifact in inputs.values()]
+    with ctx.writer(kind="report", task="toy", parents=parents, step_name="measure", config=cfg) as writer:
+        (writer.path / "measure.json").write_text(f'{{"windows": {cfg.windows}}}')
+        return writer.commit()

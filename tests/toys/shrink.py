@@ -1,0 +1,46 @@
+"""A step that works through `blocks` parts slowly and resumes at the part where it was killed."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from safetensors.numpy import load_file, save_file
+
+from gulliver.core.artifact import Artifact
+from gulliver.core.context import Context
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: Literal[2, 4, 8] = 4
+    blocks: int = 4
+    block_seconds: float = 0.0
+    max_ram_bytes: int | None = None
+    group_sizes: tuple[int, ...] = (32,)
+    exact: bool = False
+
+
+def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
+    model = inputs["model"]
+    numbers = load_file(model.file("model.safetensors"))["w"]
+    with ctx.progress.stage("shrink", total=cfg.blocks, unit="block") as bar:
+        for block in range(cfg.blocks):
+            done = ctx.work / f"block-{block}.npy"
+            if not done.exists():
+                time.sleep(cfg.block_seconds)
+                part = np.array_split(numbers, cfg.blocks)[block]
+                with open(ctx.work / "unfinished", "wb") as file:
+                    np.save(file, np.round(part * 2**cfg.bits).astype(np.int8))
+                with open(ctx.work / "log", "a") as log:
+                    log.write(f"{block}\n")
+                os.rename(ctx.work / "unfinished", done)
+            bar.advance()
+    parts = [np.load(ctx.work / f"block-{block}.npy") for block in range(cfg.blocks)]
+    with ctx.writer(kind="model", task="toy", parents=(model.id,), step_name="shrink", config=cfg) as writer:
+        save_file({"w": np.concatenate(parts)}, writer.path / "model.safetensors")
+        return writer.commit()
