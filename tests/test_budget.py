@@ -83,7 +83,7 @@ def test_a_budget_makes_one_gate_for_each_limit() -> None:
     full = Budget(100, max_ram_bytes=200, min_tokens_per_s=3.5, max_drop=0.0)
     assert [gate.rule for gate in full.gates()] == [
         "size_bytes <= 100",
-        "peak_ram_bytes <= 200",
+        "compress_peak_ram_bytes <= 200",
         "decode_tokens_per_s >= 3.5",
         "quality_loss <= 0",
     ]

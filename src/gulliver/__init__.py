@@ -31,6 +31,7 @@ __all__ = [
     "quantize",  # pyright: ignore[reportUnsupportedDunderAll]
     "read",  # pyright: ignore[reportUnsupportedDunderAll]
     "run",
+    "sample",  # pyright: ignore[reportUnsupportedDunderAll]
     "show",
     "speed",  # pyright: ignore[reportUnsupportedDunderAll]
     "train",  # pyright: ignore[reportUnsupportedDunderAll]

@@ -13,7 +13,16 @@ from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.evidence import Evidence
 from gulliver.core.progress import Progress
 from gulliver.core.store import Store
-from gulliver.run import Call, call, open_store, resolve_any, resolve_data, resolve_model
+from gulliver.run import (
+    Call,
+    ancestors,
+    call,
+    first_of_kind,
+    open_store,
+    resolve_any,
+    resolve_data,
+    resolve_model,
+)
 from gulliver.steps import INPUT_KINDS, Step, config_class, find
 
 
@@ -83,12 +92,12 @@ def audit(
     """
     store = store or open_store(home)
     target = resolve_model(model, store, progress=progress)
-    ancestors = [store.get(manifest["id"]) for manifest in store.lineage(target.id)[1:] if "missing" not in manifest]
-    older = resolve_model(parent, store, progress=progress) if parent is not None else _original(ancestors)
+    older_ones = ancestors(target, store)
+    older = resolve_model(parent, store, progress=progress) if parent is not None else _original(older_ones)
     if data is not None:
         dataset = resolve_data(data, store, eval_data=eval_data, task=target.task, progress=progress)
     else:
-        dataset = _first(ancestors, "dataset")
+        dataset = first_of_kind(older_ones, "dataset")
     if dataset is None:
         told = "was made without data, so there is nothing to measure its quality on"
         raise DataError(f"{target.id[:12]} {told}; add --data, or run `gulliver speed` alone")
@@ -138,11 +147,7 @@ def list_artifacts(*, home: Path | str | None = None, store: Store | None = None
     return (store or open_store(home)).artifacts()
 
 
-def _first(ancestors: list[Artifact], kind: str) -> Artifact | None:
-    return next((ancestor for ancestor in ancestors if ancestor.kind == kind), None)
-
-
-def _original(ancestors: list[Artifact]) -> Artifact | None:
+def _original(older: list[Artifact]) -> Artifact | None:
     """The nearest model that no compressing step made: what a packed model must be as good as."""
     compressing = {row.name for row in steps.STEPS if row.compresses} | {"fit"}
-    return _first([ancestor for ancestor in ancestors if ancestor.step["name"] not in compressing], "model")
+    return first_of_kind([one for one in older if one.step["name"] not in compressing], "model")

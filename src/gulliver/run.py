@@ -234,6 +234,16 @@ def resolve_any(spec: str | Path | Artifact, store: Store) -> Artifact:
     return artifact
 
 
+def ancestors(artifact: Artifact, store: Store) -> list[Artifact]:
+    """What an artifact was made from, nearest first, as far as it is in the store."""
+    return [store.get(manifest["id"]) for manifest in store.lineage(artifact.id)[1:] if "missing" not in manifest]
+
+
+def first_of_kind(artifacts: list[Artifact], kind: str) -> Artifact | None:
+    """The first artifact of a kind, None where there is none."""
+    return next((artifact for artifact in artifacts if artifact.kind == kind), None)
+
+
 def _known_artifact(spec: str | Path | Artifact, store: Store) -> Artifact | None:
     """The artifact that `spec` is or names in the store; None when it is not the name of an artifact at all."""
     if isinstance(spec, Artifact):

@@ -16,7 +16,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from gulliver.core.errors import ConfigError
 from gulliver.core.names import nearest
 
-INPUT_KINDS = {"model": "model", "parent": "model", "dataset": "dataset", "calibration": "report", "plan": "report"}
+INPUT_KINDS = {
+    "model": "model",
+    "parent": "model",
+    "dataset": "dataset",
+    "samples": "dataset",
+    "calibration": "report",
+    "plan": "report",
+}
 """The kind of artifact that each input of a step must be."""
 
 
@@ -67,6 +74,13 @@ STEPS = (
         help="make a dataset from files or the catalog, split into parts that never overlap",
     ),
     Step(
+        "sample",
+        "gulliver.data.sample:run",
+        needs=("model",),
+        makes=("dataset",),
+        help="let a model write data of its own, for calibration that favours no domain",
+    ),
+    Step(
         "train",
         "gulliver.train.train:run",
         needs=("dataset",),
@@ -77,6 +91,7 @@ STEPS = (
         "calibrate",
         "gulliver.compress.calibrate:run",
         needs=("model", "dataset"),
+        optional=("samples",),
         makes=("report",),
         help="stream calibration data through a model, block by block, and keep each layer's statistics",
     ),
@@ -100,6 +115,7 @@ STEPS = (
         "heal",
         "gulliver.compress.heal:run",
         needs=("model", "parent", "dataset"),
+        optional=("samples",),
         makes=("model",),
         compresses=True,
         help="distil a packed model's scales, codebooks and norms against its parent",

@@ -34,7 +34,7 @@ DAMPING = 0.02
 
 @dataclass
 class Quantized:
-    """A packed part and `target` float32 [rows, columns]: the values that were rounded to it (corrected by feedback)."""
+    """A packed part, and `target` float32 [rows, columns]: the corrected values that were rounded to it."""
 
     part: Part
     target: Tensor

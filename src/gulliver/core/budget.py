@@ -71,7 +71,7 @@ class Budget:
         """The gates that a model within this budget passes, size first."""
         gates = [Gate("size_bytes", at_most=self.size_bytes)]
         if self.max_ram_bytes is not None:
-            gates.append(Gate("peak_ram_bytes", at_most=self.max_ram_bytes))
+            gates.append(Gate("compress_peak_ram_bytes", at_most=self.max_ram_bytes))
         if self.min_tokens_per_s is not None:
             gates.append(Gate("decode_tokens_per_s", at_least=self.min_tokens_per_s))
         if self.max_drop is not None:

@@ -1,16 +1,19 @@
 """The error tree. Every expected failure is one of these, says what was wrong, names the value and the remedy.
 
-    GulliverError            exit 1
-      ConfigError            exit 2   a wrong option, key or value
-      DataError              exit 2   data that cannot be read, or must not be used as asked
-      ArtifactError          exit 2   an artifact that is damaged, hostile or missing
-      MissingExtra           exit 2   an optional package is needed; prints the pip command
-      GateRefused            exit 3   evidence did not meet a gate, or there is none
-      BudgetError            exit 4   no model meets the budget; names the nearest that is feasible
-      KernelError            exit 1   a native kernel failed or is absent
+GulliverError            exit 1
+  ConfigError            exit 2   a wrong option, key or value
+  DataError              exit 2   data that cannot be read, or must not be used as asked
+  ArtifactError          exit 2   an artifact that is damaged, hostile or missing
+  MissingExtra           exit 2   an optional package is needed; prints the pip command
+  GateRefused            exit 3   evidence did not meet a gate, or there is none
+  BudgetError            exit 4   no model meets the budget; names the nearest that is feasible
+  KernelError            exit 1   a native kernel failed or is absent
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 
 class GulliverError(Exception):
@@ -53,9 +56,13 @@ class GateRefused(GulliverError):
 
 
 class BudgetError(GulliverError):
-    """No model meets the budget."""
+    """No model meets the budget. `nearest` is the nearest point that is feasible, {"size_bytes", …}, if known."""
 
     exit_code = 4
+
+    def __init__(self, message: str, nearest: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.nearest = nearest
 
 
 class KernelError(GulliverError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -137,10 +137,13 @@ def stored_names(folder: Path) -> set[str]:
     return names
 
 
-def read_safetensors(folder: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+def read_safetensors(
+    folder: Path, dtype: torch.dtype | None = None, only: Callable[[str], bool] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a plain folder, one at a time; floating ones become `dtype` when given.
 
-    ArtifactError for a damaged file or a name that stands in two files.
+    With `only`, tensors whose name it refuses are not read. ArtifactError for a damaged file or a name that
+    stands in two files.
     """
     seen: set[str] = set()
     for path in weight_files(folder):
@@ -150,6 +153,8 @@ def read_safetensors(folder: Path, dtype: torch.dtype | None = None) -> Iterator
                     if name in seen:
                         raise ArtifactError(f"{name} stands twice in the weight files of {folder}")
                     seen.add(name)
+                    if only is not None and not only(name):
+                        continue
                     tensor = file.get_tensor(name)
                     yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         except SafetensorError as error:

@@ -17,6 +17,7 @@ what an 8-bit dot-product instruction takes. docs/artifact.md states the format 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -59,11 +60,10 @@ class Format:
     @staticmethod
     def parse(name: str) -> Format:
         """The format of a short name. ConfigError for any other text."""
-        kind = {"u": "uniform", "c": "codebook"}.get(name[:1])
-        bits, separator, group = name[1:].partition("g")
-        if kind is None or not separator or not bits.isdigit() or not group.isdigit():
-            raise ConfigError(f"{name!r} is no format; write it like u4g64 (uniform) or c4g64 (codebook)")
-        return Format(int(bits), int(group), kind)
+        found = re.fullmatch(r"([uc])([1-9])g([1-9][0-9]{0,4})", name)
+        if not found:
+            raise ConfigError(f"{name[:40]!r} is no format; write it like u4g64 (uniform) or c4g64 (codebook)")
+        return Format(int(found[2]), int(found[3]), {"u": "uniform", "c": "codebook"}[found[1]])
 
     @property
     def levels(self) -> int:

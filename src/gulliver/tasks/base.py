@@ -57,7 +57,7 @@ class Task(ABC):
     # ---- data -------------------------------------------------------------------------------------------------
     @final
     def read(self, source: str | Path, split: str) -> list[dict[str, Any]]:
-        """Examples of `split` ("train" or "eval") from a file, the catalog or a dataset artifact. DataError if empty."""
+        """Examples of `split` ("train" or "eval") from files, the catalog or a dataset artifact. DataError if empty."""
         examples = self._read(source, split)
         if not examples:
             raise DataError(f"no examples in {source} for split {split!r}; check the path and the split")

@@ -19,6 +19,7 @@ from gulliver.tasks.language import network, text
 from gulliver.tasks.language.score import score_causal, score_encoder
 from gulliver.tasks.language.streaming import stream_blocks
 from gulliver.tasks.language.workloads import causal_workloads, encoder_workloads
+from gulliver.tasks.language.writing import write_texts
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,18 @@ class LanguageTask(Task):
         del folder
         encoder = getattr(model, "is_sentence_encoder", False)
         return encoder_workloads(model) if encoder else causal_workloads(model)
+
+    def write(
+        self,
+        model: nn.Module,
+        folder: Path,
+        count: int,
+        tokens: int,
+        generator: torch.Generator,
+        advance: Callable[[], None] | None = None,
+    ) -> list[str]:
+        """`count` texts of the model's own, of about `tokens` tokens; leaves its parameters in bfloat16."""
+        return write_texts(model, folder, count, tokens, generator, advance)
 
     def answer(self, model: nn.Module, request: dict[str, Any], *, folder: Path) -> dict[str, Any]:
         """{"prompt" or "messages", "max_new_tokens" = 64} -> {"text", "tokens"}; {"texts"} -> {"embeddings"}."""

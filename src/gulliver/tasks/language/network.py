@@ -23,8 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.nets.weights import aliases, assign, empty_parameters, stored_names, unfilled
+from gulliver.runtime.reference import is_packed, read_tensors
 from gulliver.tasks.base import Batch
-from gulliver.tasks.stored import PACKING, stored_tensors
 
 COMPANIONS = (
     "tokenizer.json",
@@ -95,11 +95,11 @@ def load_network(folder: Path, empty: bool) -> nn.Module:
     model = empty_network(folder)
     if empty:
         return model
-    packed = (folder / PACKING).is_file()
+    packed = is_packed(folder)
     known = {name for names in aliases(model).values() for name in names} | {name for name, _ in model.named_buffers()}
     if not packed and not known.issuperset(stored_names(folder)):
         return _translated(model, folder)
-    assign(model, stored_tensors(folder))
+    assign(model, read_tensors(folder))
     missing = unfilled(model)
     if missing and packed:
         raise ArtifactError(f"{folder} holds no weights for {missing[0]} ({len(missing)} tensors missing)")

@@ -22,8 +22,8 @@ from gulliver.core.evidence import Evidence
 from gulliver.core.files import write_atomic
 from gulliver.nets.inception import Inception, InceptionConfig
 from gulliver.nets.weights import assign, empty_parameters, unfilled
+from gulliver.runtime.reference import read_tensors
 from gulliver.tasks.base import Batch, Block, Task, Weight
-from gulliver.tasks.stored import stored_tensors
 from gulliver.tasks.vision.examples import Examples, read_split
 from gulliver.tasks.vision.scores import divergences, evidence
 
@@ -76,7 +76,7 @@ class VisionTask(Task):
             model = Inception(config)
         if empty:
             return model
-        assign(model, stored_tensors(folder))
+        assign(model, read_tensors(folder))
         missing = unfilled(model)
         if missing:
             raise ArtifactError(f"{folder} holds no weights for {missing[0]} ({len(missing)} tensors missing)")

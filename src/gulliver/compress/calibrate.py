@@ -1,0 +1,272 @@
+"""Step `calibrate`: stream calibration data through a model, one block's weights in memory at a time.
+
+For each weight that may be packed it keeps the second moment of its inputs and how much its outputs matter to the loss
+(compress/statistics.py). Activations between blocks lie in files, so memory holds one block, one batch and one block's
+moments whatever the model's size, and a killed run goes on at the block where it stopped. How much outputs matter is
+measured by one backward pass where the whole model fits the memory limit; where it does not, outputs count by the
+inverse of their own power, so that errors are relative.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from gulliver.compress.observe import Moments, output_gradients, owners
+from gulliver.compress.statistics import CALIBRATION, ROWS, STATISTICS, WeightRow, statistics_json
+from gulliver.core import memory
+from gulliver.core.artifact import Artifact
+from gulliver.core.context import Context
+from gulliver.core.errors import BudgetError, ConfigError, DataError
+from gulliver.core.files import temporary_name, write_atomic
+from gulliver.core.overlap import fingerprints
+from gulliver.nets.weights import aliases, assign, read_safetensors, release, unfilled
+from gulliver.tasks import get_task
+from gulliver.tasks.base import Batch, Block, Task, Weight
+
+SENSITIVITY = "sensitivity.safetensors"
+BACKWARD_BYTES = 2_000_000_000
+"""Room for activations and gradients of one batch in the backward pass, beside the model itself."""
+
+
+class Config(BaseModel):
+    """Options of `calibrate`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    examples: int = Field(64, ge=1, description="calibration examples (windows of text, images)")
+    batch_size: int = Field(4, ge=1, description="examples in memory at once")
+    tokens: int | None = Field(None, ge=2, description="length of a window, for families that read sequences")
+    moments: Literal["full", "diagonal"] = Field("full", description="keep H, or only its diagonal (no feedback then)")
+    sensitivity: Literal["auto", "gradient", "power"] = Field(
+        "auto", description="what outputs count by: the loss's gradient, or their own power; auto: by memory"
+    )
+    gradient_examples: int = Field(16, ge=1, description="examples of the backward pass")
+    max_ram_bytes: int | None = Field(None, ge=1, description="most resident memory of the process")
+
+
+def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
+    """A report with the statistics. BudgetError when the memory limit cannot be held, DataError for too few data."""
+    model, dataset, samples = inputs["model"], inputs["dataset"], inputs.get("samples")
+    if dataset.task != model.task:
+        raise ConfigError(f"the model is for {model.task}, but the dataset is for {dataset.task}")
+    task = get_task(model.task)
+    batches = calibration_batches(task, cfg, [dataset, *([samples] if samples else [])], model, ctx)
+    network = task.load(model.path, empty=True)
+    blocks = task.blocks(network, batches)
+    chosen = _sensitivity(cfg, task, model, network, blocks, batches, ctx)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        _stream(network, model, blocks, batches, cfg, ctx)
+    resolved = cfg.model_copy(update={"sensitivity": "gradient" if chosen else "power"})
+    known = fingerprints(row for part in (dataset, samples) if part for row in task.read(part.path, "train"))
+    parents = [part.id for part in (model, dataset, samples) if part]
+    with ctx.writer(kind="report", task=task.name, parents=parents, step_name="calibrate", config=resolved) as writer:
+        weights = _collect(network, blocks, chosen, ctx.work, writer.path)
+        facts = {
+            "sensitivity": resolved.sensitivity,
+            "examples": sum(next(iter(batch.values())).shape[0] for batch in batches),
+            "blocks": [block.name for block in blocks],
+        }
+        write_atomic(writer.path / STATISTICS, statistics_json(model.id, weights, facts))
+        listed = {"dataset": dataset.id, "paragraph_sha256_16": known}
+        write_atomic(writer.path / CALIBRATION, json.dumps(listed, sort_keys=True) + "\n")
+        return writer.commit()
+
+
+def calibration_batches(
+    task: Task, cfg: Config, datasets: list[Artifact], model: Artifact, ctx: Context
+) -> list[Batch]:
+    """`cfg.examples` examples as batches, dealt out evenly over the data sets, batch by batch."""
+    dials = {} if cfg.tokens is None else {"tokens": cfg.tokens}
+    streams = [
+        task.batches(dataset, "train", cfg.batch_size, ctx.seed, 0, folder=model.path, **dials) for dataset in datasets
+    ]
+    return [next(streams[index % len(streams)]) for index in range(-(-cfg.examples // cfg.batch_size))]
+
+
+# ---- how much outputs matter ----------------------------------------------------------------------------------------
+def _sensitivity(
+    cfg: Config,
+    task: Task,
+    model: Artifact,
+    network: nn.Module,
+    blocks: list[Block],
+    batches: list[Batch],
+    ctx: Context,
+) -> dict[str, Tensor] | None:
+    """Squared output gradients by the name of each module's weight; None when outputs count by their power."""
+    path = ctx.work / SENSITIVITY
+    if path.is_file():
+        return load_file(path) or None
+    needed = 4 * sum(parameter.numel() for parameter in network.parameters()) + BACKWARD_BYTES
+    fits = ctx.max_ram_bytes is None or memory.current_rss_bytes() + needed <= ctx.max_ram_bytes
+    if cfg.sensitivity == "power" or (cfg.sensitivity == "auto" and not fits):
+        return None
+    found: dict[str, Tensor] = {}
+    try:
+        whole = task.load(model.path)
+        watched = [pair for block in blocks for weight in block.weights for pair in owners(whole, weight)]
+        some = batches[: -(-cfg.gradient_examples // cfg.batch_size)]
+        with ctx.progress.stage("sensitivity", total=len(some), unit="batch") as bar:
+            for batch in some:
+                for name, total in output_gradients(task, whole, watched, [batch]).items():
+                    found[name] = found.get(name, 0) + total / len(some)
+                bar.advance()
+    except ConfigError:
+        if cfg.sensitivity == "gradient":
+            raise
+        found = {}  # a family without a loss of its own
+    _save(found, path)
+    return found or None
+
+
+# ---- streaming ------------------------------------------------------------------------------------------------------
+def _stream(
+    network: nn.Module, model: Artifact, blocks: list[Block], batches: list[Batch], cfg: Config, ctx: Context
+) -> None:
+    """Leave `block-NNNN.safetensors` in the scratch folder for every block, going on after the last one there."""
+    watched = [pair for block in blocks for weight in block.weights for pair in owners(network, weight)]
+    done = [number for number in range(len(blocks)) if _after(ctx.work, number).is_dir()]
+    start = done[-1] + 1 if done else 0
+    for stale in ctx.work.glob("*.tmp-*"):
+        shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink()
+    with ctx.progress.stage("calibrate", total=len(blocks) - start, unit="block") as bar:
+        for number in range(start, len(blocks)):
+            block = blocks[number]
+            fill(network, model.path, block.prefixes)
+            moments = Moments(watched, cfg.moments == "full")
+            passed = _pass(block, batches, _after(ctx.work, number - 1) if number else None, moments, ctx.work)
+            moments.close()
+            release(network, block.prefixes)
+            _save(_tensors_of(moments), ctx.work / f"block-{number:04}.safetensors")
+            passed.rename(_after(ctx.work, number))
+            shutil.rmtree(_after(ctx.work, number - 1), ignore_errors=True)
+            check_ram(ctx, block.name)
+            bar.advance(note=block.name)
+
+
+def fill(network: nn.Module, folder: Path, prefixes: tuple[str, ...]) -> None:
+    """Give the network the weights under `prefixes` from a plain folder."""
+    canonical = {name: first for first, names in aliases(network).items() for name in names}
+    tensors = read_safetensors(folder, only=lambda name: canonical.get(name, name).startswith(prefixes))
+    assign(network, tensors)
+    missing = [name for name in unfilled(network) if name.startswith(prefixes)]
+    if missing:
+        raise ConfigError(
+            f"{folder} holds no weights for {missing[0]}; calibrate a plain model as `gulliver pull` makes it"
+        )
+
+
+def _pass(block: Block, batches: list[Batch], before: Path | None, moments: Moments, work: Path) -> Path:
+    """Run all batches through a block; returns a folder, not yet under its name, with the activations after it."""
+    folder = temporary_name(work / "after")
+    folder.mkdir()
+    for index, batch in enumerate(batches):
+        moments.begin(batch)
+        x = batch if before is None else load_file(before / f"{index}.safetensors")["x"]
+        output = block.forward(x, index)
+        save_file({"x": output.float().contiguous()}, str(folder / f"{index}.safetensors"))
+    return folder
+
+
+def _tensors_of(moments: Moments) -> dict[str, Tensor]:
+    """What one block's file holds: "moment:KEY", "count:NAME" and scalars "power:NAME"."""
+    tensors = {f"moment:{key}": moments.sums.pop(key).div_(moments.positions[key]) for key in list(moments.sums)}
+    tensors |= {f"leader:{key}:{name}": torch.zeros(1) for name, key in moments.shared.items()}
+    tensors |= {f"count:{name}": counts for name, counts in moments.tables.items()}
+    return tensors | {f"power:{name}": torch.tensor([power]) for name, power in moments.output_power.items()}
+
+
+def check_ram(ctx: Context, where: str) -> None:
+    """BudgetError when the process has ever held more than the limit."""
+    peak = memory.peak_rss_bytes()
+    if ctx.max_ram_bytes is not None and peak > ctx.max_ram_bytes:
+        raise BudgetError(
+            f"memory reached {peak / 1e6:.0f} MB at {where}; the limit is {ctx.max_ram_bytes / 1e6:.0f} MB. "
+            "Raise max_ram_bytes, or lower batch_size or tokens"
+        )
+
+
+def _after(work: Path, number: int) -> Path:
+    return work / f"after-{number:04}"
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    temporary = temporary_name(path)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(temporary))
+    temporary.rename(path)
+
+
+# ---- what is kept ---------------------------------------------------------------------------------------------------
+def _collect(
+    network: nn.Module, blocks: list[Block], chosen: dict[str, Tensor] | None, work: Path, folder: Path
+) -> dict[str, WeightRow]:
+    """Move the blocks' moments into the artifact, write the row weights beside them; returns the rows of the table."""
+    home: dict[str, tuple[str, str]] = {}
+    counts: dict[str, Tensor] = {}
+    power: dict[str, float] = {}
+    for number in range(len(blocks)):
+        path = work / f"block-{number:04}.safetensors"
+        stored = load_file(path)
+        for key, tensor in stored.items():
+            kind, _, name = key.partition(":")
+            if kind == "leader":
+                leader, _, name = name.partition(":")
+                home[name] = (path.name, f"moment:{leader}")
+            elif kind == "count":
+                counts[name] = counts.get(name, 0) + tensor
+            elif kind == "power":
+                power[name] = power.get(name, 0.0) + float(tensor)
+        kept = {key: tensor for key, tensor in stored.items() if key.startswith("moment:")}
+        if kept:
+            _save(kept, folder / path.name)
+    rows: dict[str, Tensor] = {}
+    weights: dict[str, WeightRow] = {}
+    for block in blocks:
+        for weight in block.weights:
+            shape = tuple(network.get_parameter(weight.name).shape)
+            views = _views(network, weight, home, counts, power, chosen, rows)
+            if not views:
+                raise DataError(f"no calibration data passed through {weight.name}; nothing is known about it")
+            weights[weight.name] = WeightRow(weight.name, shape, block.name, views)
+    _save(rows, folder / ROWS)
+    return weights
+
+
+def _views(
+    network: nn.Module,
+    weight: Weight,
+    home: Mapping[str, tuple[str, str]],
+    counts: Mapping[str, Tensor],
+    power: Mapping[str, float],
+    chosen: Mapping[str, Tensor] | None,
+    rows: dict[str, Tensor],
+) -> tuple[tuple[str, str, str], ...]:
+    """(file, moment key, rows key) of each use of a weight; adds their row weights to `rows`."""
+    views = []
+    shape = network.get_parameter(weight.name).shape
+    for name, module in owners(network, weight):
+        table = isinstance(module, nn.Embedding)
+        width = shape[1] if table else shape[0]
+        if name not in (counts if table else home):
+            continue
+        if chosen is not None:
+            outputs = chosen.get(name, torch.zeros(width))
+        else:
+            outputs = torch.full((width,), 1.0 / (width * max(power.get(name, 0.0), 1e-20)))
+        if table:
+            rows[f"moment:{name}"] = outputs
+            rows[f"rows:{name}"] = (counts[name] + 0.5) / (counts[name] + 0.5).sum()
+            views.append((ROWS, f"moment:{name}", f"rows:{name}"))
+        else:
+            rows[f"rows:{name}"] = outputs
+            views.append((*home[name], f"rows:{name}"))
+    return tuple(views)

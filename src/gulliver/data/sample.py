@@ -1,0 +1,74 @@
+"""Step `sample`: a model writes data of its own, so that calibration does not favour the domain of a user's data.
+
+The idea is that of LLM-QAT (2023, arXiv 2305.17888): what a model writes is spread over all that it learned. How it
+writes is the family's affair. Each finished batch of texts is kept in scratch, and its randomness is a pure function of
+the seed and its number, so a killed run goes on with the next batch and makes the same dataset.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from gulliver.core.artifact import Artifact
+from gulliver.core.context import Context
+from gulliver.core.errors import ConfigError, DataError
+from gulliver.core.files import write_atomic
+from gulliver.core.progress import Bar
+from gulliver.data.read import EXAMPLES, SOURCES
+from gulliver.tasks import get_task
+
+SOURCE = "own"
+"""Column `source` of every example."""
+
+
+class Config(BaseModel):
+    """Options of `sample`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    count: int = Field(96, ge=1, description="texts to write; empty ones are dropped")
+    tokens: int = Field(512, ge=2, description="tokens of each text, at most what the model has positions for")
+    batch_size: int = Field(48, ge=1, description="texts written at once")
+
+
+def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
+    """Write `examples.parquet`, all of it split "train". ConfigError for a family or a model that writes nothing."""
+    model = inputs["model"]
+    task = get_task(model.task)
+    if getattr(task, "write", None) is None:
+        raise ConfigError(f"the {task.name} task writes no data of its own; calibrate on a dataset")
+    batches = -(-cfg.count // cfg.batch_size)
+    files = [ctx.work / f"batch-{number:05d}.json" for number in range(batches)]
+    with ctx.progress.stage("sample", total=cfg.tokens * batches, unit="token") as bar:
+        network = None if all(file.is_file() for file in files) else task.load(model.path)
+        for number, file in enumerate(files):
+            if not file.is_file():
+                _write_batch(task, network, model.path, cfg, ctx.seed, number, file, bar)
+            bar.advance((number + 1) * cfg.tokens - bar.done)
+    texts = [text for file in files for text in json.loads(file.read_text(encoding="utf-8")) if text.strip()]
+    if not texts:
+        raise DataError(f"all {cfg.count} texts of model {model.id[:12]} are empty; calibrate on a dataset instead")
+    rows = [{"source": SOURCE, "text": text, "split": "train"} for text in texts]
+    sources = {split: {"examples": len(rows) if split == "train" else 0, "files": {}} for split in ("train", "eval")}
+    with ctx.writer(kind="dataset", task=task.name, parents=[model.id], step_name="sample", config=cfg) as writer:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), writer.path / EXAMPLES)
+        write_atomic(writer.path / SOURCES, json.dumps(sources, sort_keys=True, indent=2) + "\n")
+        return writer.commit()
+
+
+def _write_batch(
+    task: Any, network: Any, folder: Path, cfg: Config, seed: int, number: int, file: Path, bar: Bar
+) -> None:
+    """Texts of batch `number` into `file`, whole or not at all."""
+    generator = torch.Generator().manual_seed(int(np.random.default_rng([seed, number]).integers(2**63)))
+    count = min(cfg.batch_size, cfg.count - number * cfg.batch_size)
+    texts = task.write(network, folder, count, cfg.tokens, generator, bar.advance)
+    write_atomic(file, json.dumps(texts) + "\n")

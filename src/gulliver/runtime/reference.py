@@ -1,0 +1,189 @@
+"""Packed model folders: how tensors stand in the files, and the slow, obvious way to read them back.
+
+`packing.json` lists every packed weight: its shape and its parts. For a weight NAME the weight files hold NAME.tiles.K
+(uint8 [tiles, tile_bytes]) and, where the format has one, NAME.codebook.K (int8) for part K, and NAME.rows (uint8
+[rows]) when there is more than one part. All other tensors stand under their own names. docs/artifact.md has the rules.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gulliver.core.errors import ArtifactError, ConfigError
+from gulliver.core.manifest import read_json
+from gulliver.nets.weights import read_safetensors, weight_files
+from gulliver.runtime.packed import Format, PackedTensor, Part, pack, unpack
+
+PACKING = "packing.json"
+FORMAT = 1
+MAX_PARTS = 16
+MAX_DIMENSIONS = 8
+MAX_PACKING_BYTES = 64 * 2**20
+
+
+_PIECE = re.compile(r"\.(?:(?:tiles|codebook)\.\d+|rows)$")
+"""The end of a stored name that belongs to a packed weight."""
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether the model in `folder` has packed weights."""
+    return (folder / PACKING).is_file()
+
+
+# ---- writing ------------------------------------------------------------------------------------------------------
+def stored_form(name: str, tensor: PackedTensor) -> dict[str, Tensor]:
+    """What stands in the weight files for one packed weight, by name."""
+    stored: dict[str, Tensor] = {}
+    for index, part in enumerate(tensor.parts):
+        stored[f"{name}.tiles.{index}"] = pack(part)
+        if part.codebook is not None:
+            stored[f"{name}.codebook.{index}"] = part.codebook
+    if tensor.row_part is not None:
+        stored[f"{name}.rows"] = tensor.row_part
+    return stored
+
+
+def packing_entry(tensor: PackedTensor) -> dict[str, Any]:
+    """The row of `packing.json` for one packed weight."""
+    parts = [{"format": part.format.name, "rows": part.shape[0]} for part in tensor.parts]
+    return {"shape": list(tensor.shape), "parts": parts}
+
+
+def packing_json(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """The text of `packing.json` for the packed weights by name."""
+    return json.dumps({"format": FORMAT, "tensors": dict(entries)}, sort_keys=True, indent=1) + "\n"
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------
+def read_tensors(folder: Path, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) one at a time from a plain or packed folder; packed ones are unpacked, floating ones `dtype`.
+
+    ArtifactError for a damaged file.
+    """
+    if not is_packed(folder):
+        yield from read_safetensors(folder, dtype)
+        return
+    for name, tensor in read_stored(folder):
+        if isinstance(tensor, PackedTensor):
+            yield name, tensor.dequantize().to(dtype)
+        else:
+            yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def read_stored(folder: Path) -> Iterator[tuple[str, PackedTensor | Tensor]]:
+    """(name, packed weight or plain tensor) one at a time, as stored. ArtifactError for a damaged file."""
+    packing = read_packing(folder) if is_packed(folder) else {}
+    files = _where(folder)
+    owned = {stored for name, shape_parts in packing.items() for stored in _names(name, shape_parts[1])}
+    plain = sorted(set(files) - owned)
+    for name in plain:
+        if name in packing:
+            raise ArtifactError(f"{folder}: {name} is stored both packed and plain; the files do not belong together")
+        if _PIECE.sub("", name) in packing:
+            raise ArtifactError(f"{folder}: {name} is stored, but no part in {PACKING} needs it; the model is damaged")
+    for name in sorted(packing):
+        yield name, _read_packed(name, *packing[name], files)
+    for name in plain:
+        yield name, _tensor(files, name)
+
+
+def read_packing(folder: Path) -> dict[str, tuple[tuple[int, ...], list[tuple[Format, int]]]]:
+    """Name -> (shape, [(format, rows) of each part]) from packing.json. ArtifactError when it breaks a rule."""
+    path = folder / PACKING
+    if path.stat().st_size > MAX_PACKING_BYTES:
+        raise ArtifactError(f"{path} has {path.stat().st_size} bytes; at most {MAX_PACKING_BYTES} are allowed")
+    body = read_json(path.read_bytes(), PACKING)
+    if not isinstance(body, dict) or set(body) != {"format", "tensors"} or not isinstance(body["tensors"], dict):
+        raise ArtifactError(f"{path} must hold format and tensors, nothing else; it is damaged")
+    if type(body["format"]) is not int or body["format"] != FORMAT:
+        raise ArtifactError(f"{path} has format {body['format']!r}; this Gulliver reads {FORMAT}: upgrade it")
+    return {name: _entry(row, f"{PACKING}: {name}") for name, row in body["tensors"].items()}
+
+
+def _entry(row: Any, what: str) -> tuple[tuple[int, ...], list[tuple[Format, int]]]:
+    if not isinstance(row, dict) or set(row) != {"shape", "parts"}:
+        raise ArtifactError(f"{what} must hold shape and parts; the file is damaged")
+    shape, parts = row["shape"], row["parts"]
+    sized = isinstance(shape, list) and 2 <= len(shape) <= MAX_DIMENSIONS
+    if not sized or not all(type(size) is int and size > 0 for size in shape):
+        raise ArtifactError(f"{what}: shape is {str(shape)[:80]}; it must be 2 to {MAX_DIMENSIONS} positive sizes")
+    if not isinstance(parts, list) or not 1 <= len(parts) <= MAX_PARTS:
+        raise ArtifactError(f"{what} must have 1 to {MAX_PARTS} parts; the file is damaged")
+    found = []
+    for part in parts:
+        if not isinstance(part, dict) or set(part) != {"format", "rows"}:
+            raise ArtifactError(f"{what}: a part must hold format and rows; the file is damaged")
+        if not isinstance(part["format"], str) or type(part["rows"]) is not int:
+            raise ArtifactError(f"{what}: a part's format must be text and its rows a number; the file is damaged")
+        try:
+            found.append((Format.parse(part["format"]), part["rows"]))
+        except ConfigError as error:
+            raise ArtifactError(f"{what}: {error}") from error
+    if min(rows for _, rows in found) < 1 or sum(rows for _, rows in found) != shape[0]:
+        raise ArtifactError(f"{what}: its parts have {[rows for _, rows in found]} rows, the weight has {shape[0]}")
+    return tuple(shape), found
+
+
+def _names(name: str, parts: list[tuple[Format, int]]) -> Iterator[str]:
+    for index, (fmt, _) in enumerate(parts):
+        yield f"{name}.tiles.{index}"
+        if fmt.kind == "codebook":
+            yield f"{name}.codebook.{index}"
+    if len(parts) > 1:
+        yield f"{name}.rows"
+
+
+def _where(folder: Path) -> dict[str, Path]:
+    """Name of each stored tensor -> the file that holds it."""
+    files: dict[str, Path] = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    if name in files:
+                        raise ArtifactError(f"{name} stands twice in the weight files of {folder}")
+                    files[name] = path
+        except SafetensorError as error:
+            raise ArtifactError(f"{path} is damaged: {error}; download or make it again") from error
+    return files
+
+
+def _tensor(files: Mapping[str, Path], name: str) -> Tensor:
+    if name not in files:
+        raise ArtifactError(f"the weight files lack {name}, which {PACKING} promises; the model is damaged")
+    try:
+        with safe_open(files[name], framework="pt") as file:
+            return file.get_tensor(name)
+    except SafetensorError as error:
+        raise ArtifactError(f"{files[name]} is damaged: {error}; download or make it again") from error
+
+
+def _read_packed(
+    name: str, shape: tuple[int, ...], formats: list[tuple[Format, int]], files: Mapping[str, Path]
+) -> PackedTensor:
+    columns = math.prod(shape[1:])
+    parts: list[Part] = []
+    for index, (fmt, rows) in enumerate(formats):
+        codebook = _tensor(files, f"{name}.codebook.{index}") if fmt.kind == "codebook" else None
+        try:
+            parts.append(unpack(_tensor(files, f"{name}.tiles.{index}"), fmt, rows, columns, codebook))
+        except ArtifactError as error:
+            raise ArtifactError(f"{name}: {error}") from error
+    if len(parts) == 1:
+        return PackedTensor(shape, parts)
+    row_part = _tensor(files, f"{name}.rows")
+    if row_part.dtype != torch.uint8 or tuple(row_part.shape) != (shape[0],):
+        raise ArtifactError(f"{name}.rows is {row_part.dtype} {list(row_part.shape)}, not uint8 [{shape[0]}]")
+    counts = torch.bincount(row_part.long(), minlength=len(parts)).tolist()
+    if counts != [rows for _, rows in formats]:
+        raise ArtifactError(f"{name}.rows deals out {counts} rows, {PACKING} says {[rows for _, rows in formats]}")
+    return PackedTensor(shape, parts, row_part)
