@@ -1,10 +1,17 @@
 # make quickstart | test | check | docs | bench. PIP_ARGS goes to pip, for instance to take torch's small CPU build:
 #   make quickstart PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# make bench measures what has no row in benchmarks/results/compress.json yet, and draws the tables; a day on two cores.
+#   PARENT   the parent, a Hugging Face folder: the one that the peers in benchmarks/results/peers.json were made from
+#   DATA     a folder with wikitext-2.valid.txt, wikitext-2.test.txt and tinyshakespeare.txt
+#   SCRATCH  where the work is kept until it is whole (default out/bench; 25 GB)
+#   PART     one part instead of all:  make bench PARENT=… DATA=… PART="fit --effort high --size 84MB"
 PYTHON ?= python3
 PIP_ARGS ?=
 WORKERS ?= 2
 BIN := .venv/bin
 SMALL := out/smollm2-84mb
+SCRATCH ?= out/bench
+PART ?= all
 
 .PHONY: quickstart venv test check docs bench clean
 
@@ -37,7 +44,8 @@ docs: .venv/installed-dev
 	$(BIN)/python docs/make_steps.py
 
 bench: .venv/installed-dev
-	$(BIN)/python benchmarks/compress.py
+	@test -n "$(PARENT)" && test -n "$(DATA)" || { echo "usage: make bench PARENT=FOLDER DATA=FOLDER"; exit 2; }
+	$(BIN)/python benchmarks/compress.py --parent "$(PARENT)" --data-folder "$(DATA)" --home "$(SCRATCH)" $(PART)
 
 clean:
 	rm -rf .venv out build

@@ -60,6 +60,22 @@ def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
     return run
 
 
+@pytest.fixture(scope="session")
+def language(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The trained toy language model with its data, in a store that all tests of a session share."""
+    from compress_samples import language_lab
+
+    return language_lab(tmp_path_factory.mktemp("language"))
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The trained digits classifier with its data, in a store that all tests of a session share."""
+    from compress_samples import vision_lab
+
+    return vision_lab(tmp_path_factory.mktemp("digits"))
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
     """A test that opens a connection to another machine fails; local sockets (PostgreSQL) are allowed."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gulliver import __version__, steps
@@ -32,9 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(failure, as_json)
     except SystemExit as stop:
         return int(stop.code or 0)
-    shown = contextlib.redirect_stdout(sys.stderr)  # libraries print; only the result may reach stdout
     try:
-        with shown:
+        with _only_results_on_stdout():
             document, lines = options.act(options, _session(options, words))
     except GulliverError as failure:
         return _failed(failure, as_json)
@@ -48,6 +48,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) if as_json else "\n".join(lines))
     return 0
+
+
+@contextlib.contextmanager
+def _only_results_on_stdout() -> Iterator[None]:
+    """What libraries print goes to stderr, also what compiled ones (the solver) write past Python."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _session(options: argparse.Namespace, words: list[str]) -> Session:

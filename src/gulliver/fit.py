@@ -36,7 +36,7 @@ EFFORTS: Mapping[str, Mapping[str, Mapping[str, Any] | None]] = {
         "calibrate": {"examples": 16, "gradient_examples": 4},
         "plan": {"probe_rows": 8, "feedback": False},
         "heal": None,
-        "quality": {"windows": 8},
+        "quality": {"share": 1 / 3},
     },
     "normal": {
         "sample": {"count": 32, "tokens": 256},
@@ -46,10 +46,10 @@ EFFORTS: Mapping[str, Mapping[str, Mapping[str, Any] | None]] = {
         "quality": {},
     },
     "high": {
-        "sample": {"count": 64, "tokens": 512},
+        "sample": {"count": 48, "tokens": 384},
         "calibrate": {"examples": 96, "gradient_examples": 16},
         "plan": {},
-        "heal": {"steps": 120},
+        "heal": {"steps": 110},
         "quality": {},
     },
 }
@@ -140,7 +140,8 @@ def _dataset(
 def _loop(work: Fit) -> Artifact:
     """Rounds of plan, pack, heal, measure and judge, at most MAX_ROUNDS. BudgetError when the last one misses."""
     samples = None
-    if EFFORTS[work.effort]["sample"] is not None and hasattr(get_task(work.parent.task), "write"):
+    writes = getattr(get_task(work.parent.task), "writes", None)
+    if EFFORTS[work.effort]["sample"] is not None and writes is not None and writes(work.parent.path):
         samples = work.step("sample", model=work.parent)
     calibration = work.step("calibrate", model=work.parent, dataset=work.dataset, samples=samples)
     size_bytes = work.budget.size_bytes

@@ -32,6 +32,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    share: float | None = Field(None, gt=0, le=1, description="share of the usual windows or examples to score")
     windows: int | None = Field(None, ge=2, description="windows to score, for families that read sequences")
     context: int | None = Field(None, ge=2, description="tokens in a window, for families that read sequences")
 

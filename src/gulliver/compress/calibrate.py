@@ -29,6 +29,7 @@ from gulliver.core.errors import BudgetError, ConfigError, DataError
 from gulliver.core.files import temporary_name, write_atomic
 from gulliver.core.overlap import fingerprints
 from gulliver.nets.weights import aliases, assign, read_safetensors, release, unfilled
+from gulliver.runtime.reference import is_packed
 from gulliver.tasks import get_task
 from gulliver.tasks.base import Batch, Block, Task, Weight
 
@@ -58,6 +59,8 @@ def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     model, dataset, samples = inputs["model"], inputs["dataset"], inputs.get("samples")
     if dataset.task != model.task:
         raise ConfigError(f"the model is for {model.task}, but the dataset is for {dataset.task}")
+    if is_packed(model.path):
+        raise ConfigError(f"model {model.id[:12]} is packed already; calibrate the plain model that it came from")
     task = get_task(model.task)
     batches = calibration_batches(task, cfg, [dataset, *([samples] if samples else [])], model, ctx)
     network = task.load(model.path, empty=True)
@@ -116,10 +119,14 @@ def _sensitivity(
         watched = [pair for block in blocks for weight in block.weights for pair in owners(whole, weight)]
         some = batches[: -(-cfg.gradient_examples // cfg.batch_size)]
         with ctx.progress.stage("sensitivity", total=len(some), unit="batch") as bar:
-            for batch in some:
-                for name, total in output_gradients(task, whole, watched, [batch]).items():
-                    found[name] = found.get(name, 0) + total / len(some)
-                bar.advance()
+            with output_gradients(whole, watched) as sums:
+                for batch in some:
+                    with torch.autocast("cpu", dtype=torch.bfloat16):
+                        losses = task.loss(whole, batch)
+                    losses.sum().backward()
+                    bar.advance()
+            examples = sum(next(iter(batch.values())).shape[0] for batch in some)
+            found = {name: total / examples for name, total in sums.items()}
     except ConfigError:
         if cfg.sensitivity == "gradient":
             raise

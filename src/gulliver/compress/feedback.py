@@ -55,11 +55,17 @@ def quantize_matrix(weight: Tensor, fmt: Format, moment: Tensor | None, *, feedb
         many = groups[: max(1, 4 * 16_384 // groups.shape[1])] if rows > 65_536 else groups
         spread = weights_of_group.expand_as(many).reshape(-1, fmt.group_size)
         codebook = learn_codebook(many.reshape(-1, fmt.group_size), spread, fmt.levels)
-    grid = _fit_all(groups, weights_of_group, fmt, codebook)
-    factors = row_factors(grid.scales)
     if moment is None or moment.dim() == 1 or not feedback:
-        return _round(weight, fmt, grid, factors, codebook)
-    return _feed_back(weight, fmt, moment, importance, factors, codebook)
+        grid = _fit_all(groups, weights_of_group, fmt, codebook)
+        return _round(weight, fmt, grid, row_factors(grid.scales), codebook)
+    return _feed_back(weight, fmt, moment, importance, row_factors(_widest(groups, fmt, codebook)), codebook)
+
+
+def _widest(groups: Tensor, fmt: Format, codebook: Tensor | None) -> Tensor:
+    """The scales [rows, groups] that just reach every weight: what fitted scales hardly ever exceed."""
+    if codebook is not None:
+        return groups.abs().amax(2) / codebook.float().abs().max()
+    return (groups.amax(2).clamp_min(0) - groups.amin(2).clamp_max(0)) / (fmt.levels - 1)
 
 
 def _fit_all(groups: Tensor, importance: Tensor, fmt: Format, codebook: Tensor | None) -> Grid:

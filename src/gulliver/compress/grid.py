@@ -16,10 +16,10 @@ from torch import Tensor
 
 from gulliver.runtime.packed import Format
 
-SHRINKS = tuple(1.0 - 0.045 * step for step in range(12))
+SHRINKS = tuple(1.0 - 0.08 * step for step in range(7))
 SCALE_LEVELS = 255
 FACTOR_HEADROOM = 1.1
-CODEBOOK_SAMPLE = 4096
+CODEBOOK_SAMPLE = 1024
 
 
 @dataclass

@@ -49,11 +49,11 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: int = Field(100, ge=1, description="updates")
-    batch_size: int = Field(4, ge=1, description="examples per update")
+    batch_size: int = Field(2, ge=1, description="examples per update")
     tokens: int | None = Field(None, ge=2, description="length of a window, for families that read sequences")
-    learning_rate: float = Field(5e-5, gt=0, allow_inf_nan=False, description="peak rate of the latent weights")
-    scale_rate: float = Field(3e-4, ge=0, allow_inf_nan=False, description="peak rate of the scales, as a ratio")
-    vector_rate: float = Field(5e-4, ge=0, allow_inf_nan=False, description="peak rate of norms and biases")
+    learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False, description="peak rate of the latent weights")
+    scale_rate: float = Field(5e-4, ge=0, allow_inf_nan=False, description="peak rate of the scales, as a ratio")
+    vector_rate: float = Field(1e-3, ge=0, allow_inf_nan=False, description="peak rate of norms and biases")
     warmup_steps: int = Field(5, ge=0, description="steps of linear warmup")
     max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False, description="gradients longer than this are clipped")
     checkpoint_every: int = Field(25, ge=1, description="steps between checkpoints; no effect on the result")
@@ -154,7 +154,7 @@ def _trainable(
 
 
 def _use(student: nn.Module, latents: dict[str, LatentTensor]) -> None:
-    """Give the network the weights that the latents stand for now."""
+    """Give the network the weights that the latents have come to stand for."""
     for name, latent in latents.items():
         value = latent.value()
         for module in student.__dict__["latent_owners"][name]:

@@ -14,11 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gulliver.compress.grid import midpoints, nearest, row_factors, split_scales
+from gulliver.compress.grid import SCALE_LEVELS, midpoints, nearest, row_factors, split_scales
 from gulliver.runtime.packed import PackedTensor, Part
 
-INSIDE = 1e-3
-"""A latent that lies outside its cell is put this far inside, as a fraction of the distance between two values."""
+INSIDE = 0.15
+"""A latent that lies outside its cell is put this far inside, as a fraction of the distance between two values.
+
+Far enough that the first updates do not undo what error feedback chose.
+"""
+FINE = 8192
 
 
 class _Rounded(torch.autograd.Function):
@@ -26,7 +30,7 @@ class _Rounded(torch.autograd.Function):
     def forward(ctx: Any, latent: Tensor, change: Tensor, scale: Tensor, grid: Grid) -> Tensor:
         scales = scale * change.exp()
         scaled = grid.scaled(latent, scales)
-        values = grid.values(grid.codes(scaled))
+        values = grid.nearest_values(scaled)
         ctx.save_for_backward((values - scaled).to(torch.bfloat16), scales)
         return (values * scales[:, :, None]).flatten(1)[:, : latent.shape[1]]
 
@@ -46,6 +50,8 @@ class Grid:
         self.entries = None if part.codebook is None else part.codebook.float()
         self.order = None if self.entries is None else self.entries.argsort()
         self.sorted = None if self.entries is None else self.entries.sort().values
+        self.table: Tensor | None = None
+        self.low, self.fine = 0.0, 1.0
         self.zeros = torch.zeros(1) if part.zeros is None else part.zeros.float()[:, :, None]
 
     def scaled(self, latent: Tensor, scales: Tensor) -> Tensor:
@@ -59,9 +65,16 @@ class Grid:
             return nearest(scaled, midpoints(self.sorted))
         return torch.round(scaled + self.zeros).clamp_(0, self.levels - 1)
 
-    def values(self, codes: Tensor) -> Tensor:
-        """The value of each code, float32."""
-        return self.sorted[codes] if self.sorted is not None else codes - self.zeros
+    def nearest_values(self, scaled: Tensor) -> Tensor:
+        """The value nearest to each; for codebooks by a table of `FINE` places, which is several times faster."""
+        if self.sorted is None:
+            return self.codes(scaled) - self.zeros
+        if self.table is None:
+            self.low = float(self.sorted[0])
+            self.fine = (FINE - 1) / max(float(self.sorted[-1]) - self.low, 1e-12)
+            self.table = self.sorted[self.codes((torch.arange(FINE) + 0.5) / self.fine + self.low)]
+        places = (scaled - self.low).mul_(self.fine).clamp_(0, FINE - 1)
+        return self.table[places.to(torch.int32)]
 
     def inside(self, scaled: Tensor, codes: Tensor) -> Tensor:
         """`scaled`, moved into the cells of `codes` (in sorted order)."""
@@ -97,10 +110,11 @@ class LatentPart:
     def packed(self) -> Part:
         """The part as it is now, with scales of 8 bits again."""
         scales = self.scale * self.change.exp()
-        factors = row_factors(scales)
+        # old factors while they reach, so that scales which did not move stay; codes are those that were trained
+        kept = scales.amax(1) <= SCALE_LEVELS * self.part.factors.float()
+        factors = torch.where(kept, self.part.factors, row_factors(scales))
         codes_of_scale = split_scales(scales, factors)
-        scaled = self.grid.scaled(self.latent, codes_of_scale.float() * factors.float()[:, None])
-        codes = self.grid.codes(scaled)
+        codes = self.grid.codes(self.grid.scaled(self.latent, scales))
         if self.grid.order is not None:
             codes = self.grid.order[codes.long()]
         flat = codes.to(torch.uint8).flatten(1)[:, : self.latent.shape[1]].contiguous()

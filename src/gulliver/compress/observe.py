@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from gulliver.core.errors import ConfigError
 from gulliver.nets.weights import aliases
-from gulliver.tasks.base import Batch, Task, Weight
+from gulliver.tasks.base import Batch, Weight
 
 
 def owners(model: nn.Module, weight: Weight) -> list[tuple[str, nn.Module]]:
@@ -69,25 +70,26 @@ class Moments:
                     ids = x[self.mask] if self.mask is not None and x.shape == self.mask.shape else x.flatten()
                     counts = torch.bincount(ids, minlength=module.num_embeddings).float()
                     self.tables[name] = self.tables.get(name, 0) + counts
-                else:
-                    self._add(name, module, x)
+                elif self._leads(name, x):
+                    rows = self._rows(as_rows(module, x.detach().float()), x)
+                    added = rows.T @ rows if self.full else rows.square().sum(0)
+                    if name in self.sums:
+                        self.sums[name] += added
+                    else:
+                        self.sums[name] = added
+                    self.positions[name] = self.positions.get(name, 0) + len(rows)
 
         return read
 
-    def _add(self, name: str, module: nn.Module, x: Tensor) -> None:
+    def _leads(self, name: str, x: Tensor) -> bool:
+        """Whether x must be added to the module's own H: no module before it in this batch has read the same x."""
         leader = next((key for seen, key in self._seen if seen is x), None)
         if leader is not None and self.shared.get(name, leader) == leader:
             self.shared[name] = leader
-            return
+            return False
         self._seen.append((x, name))
         self.shared[name] = name
-        rows = self._rows(as_rows(module, x.detach().float()), x)
-        added = rows.T @ rows if self.full else rows.square().sum(0)
-        if name in self.sums:
-            self.sums[name] += added
-        else:
-            self.sums[name] = added
-        self.positions[name] = self.positions.get(name, 0) + len(rows)
+        return True
 
     def _rows(self, rows: Tensor, x: Tensor) -> Tensor:
         if self.mask is None or x.shape[: self.mask.dim()] != self.mask.shape:
@@ -114,15 +116,13 @@ def as_rows(module: nn.Module, x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def output_gradients(
-    task: Task, model: nn.Module, watched: Sequence[tuple[str, nn.Module]], batches: Sequence[Batch]
-) -> dict[str, Tensor]:
-    """Mean over examples of the squared gradient of the loss at each watched module's output: name -> [outputs].
+@contextmanager
+def output_gradients(model: nn.Module, watched: Sequence[tuple[str, nn.Module]]) -> Iterator[dict[str, Tensor]]:
+    """While the block runs, backward passes add their squared gradients at each watched module's output to the dict
 
-    Squares are summed over an example's positions. ConfigError when the family has no loss of its own.
+    this yields: name -> [outputs], summed over examples and positions. Parameters get no gradients.
     """
     found: dict[str, Tensor] = {}
-    examples = 0
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -142,12 +142,7 @@ def output_gradients(
     model.requires_grad_(False)
     hooks = [module.register_forward_hook(watch(name)) for name, module in watched]
     try:
-        for batch in batches:
-            with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-                losses = task.loss(model, batch)
-            losses.sum().backward()
-            examples += len(losses)
+        yield found
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: total / examples for name, total in found.items()}

@@ -30,7 +30,7 @@ from gulliver.compress.sizes import overhead_bytes, packed_overhead_bytes
 from gulliver.compress.statistics import Statistics, View, damage, open_statistics
 from gulliver.core.artifact import Artifact
 from gulliver.core.context import Context
-from gulliver.core.errors import ArtifactError, BudgetError
+from gulliver.core.errors import ArtifactError, BudgetError, ConfigError
 from gulliver.core.files import write_atomic
 from gulliver.nets.weights import aliases, read_safetensors
 from gulliver.runtime.packed import CODEBOOK_BITS, GROUP_SIZES, PLANES, TILE_ROWS, Format
@@ -131,9 +131,11 @@ def measure(
             matrix, views, moment = tensor.flatten(1), statistics.views(name), statistics.moment(name)
             for rows in row_classes(views, matrix):
                 some, scale = sampled(rows, cfg.probe_rows)
-                found = [_damage(matrix[some], some, fmt, views, moment, cfg)
-                         for fmt in (formats if name in probes else [])]  # fmt: skip
-                base = _damage(matrix[some], some, REFERENCE, views, moment, cfg)
+                found: list[float] = []
+                for fmt in [*(formats if name in probes else []), REFERENCE]:
+                    part = quantize_matrix(matrix[some], fmt, moment, feedback=cfg.feedback).part
+                    found.append(float(damage(matrix[some], part.dequantize(), views, some).sum()))
+                base = found.pop()
                 measured.append((name, len(rows), matrix.shape[1], scale * base))
                 if found and base > 0:
                     ratios.append([one / base for one in found])
@@ -149,11 +151,6 @@ def row_lists(items: Sequence[Item]) -> int:
     """Bytes of the lists that say which rows are in which part: one a row where a weight may have several parts."""
     names = [item.name for item in items]
     return sum(item.rows for item in items if names.count(item.name) > 1)
-
-
-def _damage(matrix: Tensor, rows: Tensor, fmt: Format, views: list[View], moment: Tensor, cfg: Config) -> float:
-    part = quantize_matrix(matrix, fmt, moment, feedback=cfg.feedback).part
-    return float(damage(matrix, part.dequantize(), views, rows).sum())
 
 
 def sampled(rows: Tensor, count: int) -> tuple[Tensor, float]:
@@ -279,7 +276,7 @@ def planned(plan: Artifact, statistics: Statistics) -> dict[str, Choice]:
             row["name"]: Choice(tuple((int(part["rows"]), Format.parse(part["format"])) for part in row["parts"]))
             for row in rows
         }
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ConfigError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{PLAN} of {plan.id[:12]} is damaged: {error!r}; plan again") from error
     _check(found, statistics, plan)
     return found

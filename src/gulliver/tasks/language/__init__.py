@@ -77,16 +77,22 @@ class LanguageTask(Task):
         windows: int = 24,
         context: int = 1024,
         texts: int = 256,
+        share: float = 1.0,
     ) -> list[Evidence]:
+        """`share` of the `texts`, or of the `windows` of `context` tokens, is scored; at least two."""
         if getattr(model, "is_sentence_encoder", False):
-            return score_encoder(model, dataset, parent, folder, texts)
-        return score_causal(model, dataset, parent, folder, windows, context)
+            return score_encoder(model, dataset, parent, folder, max(2, round(share * texts)))
+        return score_causal(model, dataset, parent, folder, max(2, round(share * windows)), context)
 
     def workloads(self, model: nn.Module, folder: Path) -> dict[str, Callable[[], int]]:
         """Metric -> a function that does a standard piece of work and returns how many units it was."""
         del folder
         encoder = getattr(model, "is_sentence_encoder", False)
         return encoder_workloads(model) if encoder else causal_workloads(model)
+
+    def writes(self, folder: Path) -> bool:
+        """Whether the model in `folder` can write text: causal models do, sentence encoders do not."""
+        return not network.is_encoder(folder, network.read_config(folder))
 
     def write(
         self,

@@ -111,13 +111,14 @@ class VisionTask(Task):
     def _score(
         self, model: nn.Module, dataset: Artifact, parent: nn.Module | None, folder: Path, **dials: Any
     ) -> list[Evidence]:
-        """Dial: `batch_size` (256), of no effect on the numbers beyond rounding."""
-        batch_size = int(dials.pop("batch_size", 256))
+        """Dials: `share` of the images (1.0); `batch_size` (256), of no effect on the numbers beyond rounding."""
+        batch_size, share = int(dials.pop("batch_size", 256)), float(dials.pop("share", 1.0))
         _no_dials(dials)
         config = read_config(folder)
         examples = _fitting(read_split(dataset.path, "eval"), config, dataset)
         if not len(examples):
             raise DataError(f"{dataset.path} has no eval examples; nothing can be measured")
+        examples = examples.take(np.arange(min(len(examples), max(2, round(share * len(examples))))))
         trained = read_split(dataset.path, "train").labels
         majority = int(np.bincount(trained if len(trained) else examples.labels).argmax())
         images, labels = _batch(examples, config).values()

@@ -1,0 +1,280 @@
+"""The step `plan`: the knapsack is solved exactly, its sizes are those of the packed model, and budgets are held."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from compress_samples import Lab, contents
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gulliver.compress import plan as planning
+from gulliver.compress.plan import GAP, PLAN, Item, menu, planned, row_classes, solve
+from gulliver.compress.statistics import View, open_statistics
+from gulliver.core.artifact import Artifact
+from gulliver.core.errors import ArtifactError, BudgetError
+from gulliver.runtime.packed import CODEBOOK_BITS, GROUP_SIZES, PLANES, Format
+from gulliver.runtime.reference import read_stored
+
+MENU = [Format(8, 64, "uniform"), Format(4, 64, "codebook"), Format(3, 128, "codebook"), Format(2, 32, "codebook")]
+
+
+# ---- the knapsack ----------------------------------------------------------------------------------------------------
+def random_items(random: np.random.Generator, count: int) -> list[Item]:
+    """Items of very different sizes whose damages mostly, but not always, fall with bytes."""
+    items = []
+    for number in range(count):
+        level = 10.0 ** random.uniform(-4, 2)
+        hurt = np.sort(random.uniform(0, 1, len(MENU)))
+        if random.uniform() < 0.3:
+            random.shuffle(hurt)
+        rows, columns = random.integers(1, 600, 2).tolist()
+        items.append(Item(f"layer.{number}.weight", rows, columns, tuple((level * hurt).tolist())))
+    return items
+
+
+def brute_force(items: list[Item], budget_bytes: int) -> float | None:
+    """The least damage of all choices within the budget."""
+    best = None
+    for choice in itertools.product(range(len(MENU)), repeat=len(items)):
+        if sum(item.bytes(MENU[index]) for item, index in zip(items, choice, strict=True)) <= budget_bytes:
+            hurt = sum(item.damages[index] for item, index in zip(items, choice, strict=True))
+            best = hurt if best is None else min(best, hurt)
+    return best
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 10_000), count=st.integers(1, 5), share=st.floats(-0.1, 1.1))
+def test_no_choice_within_the_budget_does_less_damage(seed: int, count: int, share: float) -> None:
+    items = random_items(np.random.default_rng(seed), count)
+    least = sum(min(item.bytes(fmt) for fmt in MENU) for item in items)
+    most = sum(max(item.bytes(fmt) for fmt in MENU) for item in items)
+    budget = int(least + share * (most - least))
+    chosen, best = solve(items, MENU, budget), brute_force(items, budget)
+    assert (chosen is None) == (best is None) == (budget < least)
+    if chosen is None or best is None:
+        return
+    assert sum(item.bytes(MENU[index]) for item, index in zip(items, chosen, strict=True)) <= budget
+    found = sum(item.damages[index] for item, index in zip(items, chosen, strict=True))
+    assert found <= best * (1 + GAP) + 1e-9
+
+
+def test_the_smallest_formats_fit_a_budget_of_exactly_their_size() -> None:
+    items = random_items(np.random.default_rng(3), 40)
+    least = sum(min(item.bytes(fmt) for fmt in MENU) for item in items)
+    chosen = solve(items, MENU, least)
+    assert chosen is not None
+    assert sum(item.bytes(MENU[index]) for item, index in zip(items, chosen, strict=True)) == least
+    assert solve(items, MENU, least - 1) is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_budget_of_a_large_model_is_held_to_the_byte(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    formats = menu("any", 2)
+    items = []
+    for number in range(200):
+        hurt = np.sort(random.uniform(0, 1, len(formats))) * 10.0 ** random.uniform(-4, 2)
+        rows, columns = int(random.integers(1000, 200_000)), int(random.integers(1000, 9000))
+        items.append(Item(f"layer.{number}.weight", rows, columns, tuple(hurt.tolist())))
+    least = sum(min(item.bytes(fmt) for fmt in formats) for item in items)
+    budget = int(1.7 * least) + seed
+    chosen = solve(items, formats, budget)
+    assert chosen is not None
+    assert sum(item.bytes(formats[index]) for item, index in zip(items, chosen, strict=True)) <= budget
+
+
+# ---- the menu and the classes of rows --------------------------------------------------------------------------------
+def test_the_menu_holds_what_its_kind_says() -> None:
+    uniform = {Format(bits, size, "uniform") for bits in PLANES for size in GROUP_SIZES}
+    codebook = {Format(bits, size, "codebook") for bits in CODEBOOK_BITS for size in GROUP_SIZES}
+    assert set(menu("uniform", 2)) == uniform and set(menu("codebook", 2)) == codebook
+    assert {fmt.bits for fmt in menu("codebook", 4)} == {4, 5, 6}
+    assert {fmt.bits for fmt in menu("any", 2)} == set(PLANES)
+    for kind in ("uniform", "codebook", "any"):
+        sizes = [fmt.packed_bytes(64, 1024) for fmt in menu(kind, 2)]
+        assert sizes == sorted(sizes, reverse=True)
+
+
+def test_classes_of_rows_are_ordered_by_importance_and_hold_each_row_once() -> None:
+    counts = torch.rand(1600, generator=torch.Generator().manual_seed(0)) ** 8
+    views, matrix = [View(torch.ones(32), counts)], torch.randn(1600, 32, generator=torch.Generator().manual_seed(1))
+    classes = row_classes(views, matrix)
+    assert len(classes) == len(planning.CLASSES)
+    assert torch.cat(classes).sort().values.tolist() == list(range(1600))
+    for before, after in itertools.pairwise(classes):
+        assert counts[before].min() >= counts[after].max()
+        assert len(before) % 16 == 0
+    (alone,) = row_classes([View(torch.eye(32), counts)], matrix)
+    assert alone.tolist() == list(range(1600))
+
+
+# ---- the step --------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def smallest(language: Lab) -> int:
+    """The smallest size of which `plan` says that it is feasible."""
+    with pytest.raises(BudgetError, match="bytes are too few") as refusal:
+        language.plan(1)
+    assert refusal.value.exit_code == 4 and refusal.value.nearest is not None
+    return int(refusal.value.nearest["size_bytes"])
+
+
+def test_the_nearest_feasible_size_is_feasible_and_no_smaller_one_is(language: Lab, smallest: int) -> None:
+    made = language.plan(smallest)
+    assert contents(made, PLAN)["size_bytes"] == smallest
+    assert language.quantize(plan=made).weight_bytes <= smallest
+    with pytest.raises(BudgetError):
+        language.plan(smallest - 1)
+
+
+@pytest.mark.parametrize("more", [1.15, 1.6, 3.0])
+def test_the_packed_model_is_as_large_as_planned_and_within_the_budget(
+    language: Lab, smallest: int, more: float
+) -> None:
+    budget = int(more * smallest)
+    made = language.plan(budget)
+    told, packed = contents(made, PLAN)["size_bytes"], language.quantize(plan=made)
+    assert packed.weight_bytes <= told <= budget
+    assert told - packed.weight_bytes <= 0.01 * told + 20_000
+    assert made.parents == (language.model.id, language.calibration.id)
+    assert len({part["format"] for row in contents(made, PLAN)["tensors"] for part in row["parts"]}) > 1 or more > 2
+
+
+def test_more_bytes_never_mean_more_damage(language: Lab, smallest: int) -> None:
+    bodies = [contents(language.plan(int(smallest * more)), PLAN) for more in (1.0, 1.1, 1.3, 1.8, 2.5, 4.0)]
+    hurts = [body["damage"] for body in bodies]
+    assert all(after <= before * (1 + GAP) for before, after in itertools.pairwise(hurts)), hurts
+    assert hurts[-1] < hurts[0] / 20
+    frontier = bodies[0]["menu"]
+    assert frontier == bodies[-1]["menu"]
+    assert frontier[0]["size_bytes"] == smallest
+    for before, after in itertools.pairwise(frontier):
+        assert after["size_bytes"] >= before["size_bytes"]
+        assert after["damage"] <= before["damage"] * (1 + GAP)
+
+
+def test_the_plan_adds_up(language: Lab, smallest: int) -> None:
+    body = contents(language.plan(int(1.5 * smallest)), PLAN)
+    parts = [part for row in body["tensors"] for part in row["parts"]]
+    assert sum(part["damage"] for part in parts) == pytest.approx(body["damage"])
+    assert sum(row["damage"] for row in body["blocks"]) == pytest.approx(body["damage"])
+    assert {row["name"] for row in body["blocks"]} >= {"embed", "model.layers.0", "model.layers.1"}
+    for row in body["tensors"]:
+        assert sum(part["rows"] for part in row["parts"]) == row["shape"][0]
+        assert sum(part["bytes"] for part in row["parts"]) == row["bytes"] < body["size_bytes"]
+        for part in row["parts"]:
+            assert 2 < part["bits_per_weight"] < 12
+    assert {row["name"] for row in body["tensors"]} == set(
+        open_statistics(language.calibration, language.model).weights
+    )
+
+
+def test_predicted_damage_is_near_what_packing_does(language: Lab, smallest: int) -> None:
+    made = language.plan(int(1.5 * smallest), feedback=True, probe_rows=32)
+    done = sum(contents(language.quantize(plan=made), "damage.json").values())
+    assert 0.4 < done / contents(made, PLAN)["damage"] < 2.5
+
+
+def test_kinds_and_fewest_bits_are_held(language: Lab, smallest: int) -> None:
+    def formats(**config: Any) -> set[Format]:
+        body = contents(language.plan(3 * smallest, **config), PLAN)
+        return {Format.parse(part["format"]) for row in body["tensors"] for part in row["parts"]}
+
+    assert {fmt.kind for fmt in formats(kind="uniform")} == {"uniform"}
+    assert {fmt.kind for fmt in formats(kind="codebook")} == {"codebook"}
+    assert min(fmt.bits for fmt in formats(min_bits=5)) >= 5
+
+
+def test_rows_of_a_table_may_have_formats_of_their_own(
+    language: Lab, smallest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "MIN_CLASS_ROWS", 8)
+    monkeypatch.setattr(planning, "CLASSES", (1 / 8, 1 / 3, 1.0))
+    for more in (1.2, 1.35, 1.5, 1.7, 2.0):
+        made = language.plan(int(more * smallest), seed=1)
+        body = contents(made, PLAN)
+        (table,) = (row for row in body["tensors"] if "embed" in row["name"])
+        if len(table["parts"]) > 1:
+            break
+    assert len(table["parts"]) > 1
+    packed = language.quantize(plan=made, seed=1)
+    assert packed.weight_bytes <= body["size_bytes"] <= int(more * smallest)
+    stored = dict(read_stored(packed.path))[table["name"]]
+    found = [[part.shape[0], part.format.name] for part in stored.parts]
+    assert found == [[part["rows"], part["format"]] for part in table["parts"]]
+    importance = planning.importance(
+        open_statistics(language.calibration, language.model).views(table["name"]),
+        torch.empty(table["shape"]),
+    )
+    assert importance[stored.row_part == 0].min() >= importance[stored.row_part == 1].max()
+
+
+def test_another_family_is_planned_by_the_same_step(digits: Lab) -> None:
+    with pytest.raises(BudgetError) as refusal:
+        digits.plan(1)
+    least = int(refusal.value.nearest["size_bytes"])
+    for budget in (least, int(1.4 * least)):
+        made = digits.plan(budget)
+        packed = digits.quantize(plan=made)
+        told = contents(made, PLAN)["size_bytes"]
+        assert packed.weight_bytes <= told <= budget
+        assert told - packed.weight_bytes <= 0.01 * told + 20_000
+
+
+# ---- plans that do not fit -------------------------------------------------------------------------------------------
+def replaced(lab: Lab, made: Artifact, text: str) -> Artifact:
+    """A plan with this text in place of its own."""
+    with lab.store.writer(
+        kind="report", task=made.task, parents=made.parents, step={"name": "plan", "version": 1}, config={}
+    ) as writer:
+        (writer.path / PLAN).write_text(text, encoding="utf-8")
+        return writer.commit()
+
+
+def _broken(body: dict[str, Any]) -> dict[str, str]:
+    first, *rest = body["tensors"]
+    more = {**first, "parts": [{**first["parts"][0], "rows": first["parts"][0]["rows"] + 1}]}
+    return {
+        "no JSON": "{",
+        "nested": "[" * 100_000,
+        "a list": "[]",
+        "no tensors": "{}",
+        "tensors of text": json.dumps({"tensors": "many"}),
+        "an unknown format": json.dumps({"tensors": [{**first, "parts": [{"rows": 1, "format": "x9g1"}]}, *rest]}),
+        "a format that is no text": json.dumps({"tensors": [{**first, "parts": [{"rows": 1, "format": 4}]}, *rest]}),
+        "rows that are no number": json.dumps({"tensors": [{**first, "parts": [{"rows": [], "format": "u4g64"}]}]}),
+        "too many rows": json.dumps({"tensors": [more, *rest]}),
+        "no parts": json.dumps({"tensors": [{**first, "parts": []}, *rest]}),
+        "a weight too few": json.dumps({"tensors": rest}),
+        "a weight too many": json.dumps({"tensors": [*body["tensors"], {**first, "name": "other.weight"}]}),
+    }
+
+
+def test_a_damaged_plan_is_refused(language: Lab, smallest: int) -> None:
+    made = language.plan(2 * smallest)
+    statistics = open_statistics(language.calibration, language.model)
+    assert set(planned(made, statistics)) == set(statistics.weights)
+    for what, text in _broken(contents(made, PLAN)).items():
+        with pytest.raises(ArtifactError, match="plan again"):
+            planned(replaced(language, made, text), statistics)
+            pytest.fail(what)
+        with pytest.raises(ArtifactError, match="plan again"):
+            language.quantize(plan=replaced(language, made, text))
+
+
+def test_the_plan_of_another_model_is_refused(language: Lab, digits: Lab, smallest: int) -> None:
+    statistics = open_statistics(digits.calibration, digits.model)
+    with pytest.raises(ArtifactError, match="plan again"):
+        planned(language.plan(2 * smallest), statistics)
+
+
+def test_the_calibration_of_another_model_is_refused(language: Lab, digits: Lab) -> None:
+    with pytest.raises(ArtifactError, match="run `gulliver calibrate` on this model"):
+        language.step("plan", {"size_bytes": 10**6}, model=language.model, calibration=digits.calibration)
+    with pytest.raises(ArtifactError, match=r"no file 'statistics.json'"):
+        language.step("plan", {"size_bytes": 10**6}, model=language.model, calibration=language.plan(10**6))
