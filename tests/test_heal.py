@@ -20,7 +20,7 @@ from gulliver.runtime.packed import PackedTensor
 from gulliver.runtime.reference import PACKING, read_stored
 from gulliver.tasks.language import LanguageTask
 
-RATES = {"learning_rate": 1e-3, "scale_rate": 1e-3, "vector_rate": 1e-3}
+RATES = {"learning_rate": 3e-4, "scale_rate": 3e-4, "vector_rate": 3e-4}
 QUICK = {"batch_size": 8, "tokens": 64, "warmup_steps": 2, **RATES}
 
 
@@ -84,7 +84,7 @@ def test_rows_of_several_formats_heal(language: Lab, monkeypatch: pytest.MonkeyP
             break
     else:
         pytest.fail("no plan gave a table parts of its own")
-    made = healed(language, model, steps=12)
+    made = healed(language, model, steps=12, learning_rate=1e-4)
     assert contents(made, PACKING) == contents(model, PACKING)
     assert divergence(language, made) < divergence(language, model)
 
@@ -163,11 +163,9 @@ def test_what_cannot_be_healed(language: Lab, digits: Lab, packed: Artifact) -> 
 
 def test_another_family_heals(digits: Lab) -> None:
     model = digits.quantize(bits=2, group_size=64)
-    made = healed(digits, model, steps=20, learning_rate=3e-3)
+    made = healed(digits, model, steps=60, batch_size=32)
     assert made.weight_bytes == model.weight_bytes
-    assert divergence(digits, made) < 0.85 * divergence(digits, model)
+    assert divergence(digits, made, 60) < 0.6 * divergence(digits, model, 60)
     digits.step("quality", {}, model=made, dataset=digits.dataset, parent=digits.model)
-    digits.step("quality", {}, model=model, dataset=digits.dataset, parent=digits.model)
-    values = [{item.metric: item.value for item in digits.store.evidence(one.id)} for one in (model, made)]
-    assert values[1]["accuracy"] >= values[0]["accuracy"]
-    assert values[1]["accuracy_drop"] <= values[0]["accuracy_drop"]
+    values = {item.metric: item.value for item in digits.store.evidence(made.id)}
+    assert values["accuracy"] > 0.8 and values["accuracy_drop"] < 0.05

@@ -76,7 +76,7 @@ def test_tiles_are_aligned_and_cost_what_a_bit_costs() -> None:
 
 @pytest.mark.parametrize("name", ["u7g64", "c8g64", "u4g48", "x4g64", "u4", "", "u4g"])
 def test_an_unknown_format_is_refused_with_its_remedy(name: str) -> None:
-    with pytest.raises(ConfigError, match="choose|write it like|use uniform"):
+    with pytest.raises(ConfigError, match=r"choose|write it like|use uniform"):
         Format.parse(name)
 
 

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gulliver.compress.feedback import quantize_matrix
-from gulliver.compress.grid import as_groups, fit_codebook_scales, fit_uniform_grid, learn_codebook, midpoints, nearest
+from gulliver.compress.grid import as_groups, fit_codebook_grid, fit_uniform_grid, learn_codebook, midpoints, nearest
 from gulliver.compress.quantize import DAMAGE, narrow
-from gulliver.compress.statistics import CALIBRATION, damage, open_statistics
+from gulliver.compress.statistics import CALIBRATION, open_statistics
 from gulliver.core.artifact import Artifact, copy_artifact, verify
 from gulliver.core.errors import BudgetError, ConfigError
 from gulliver.core.store import Store
@@ -56,7 +56,7 @@ def inputs_moment(columns: int, seed: int = 1) -> Tensor:
 
 
 def cost(weight: Tensor, moment: Tensor, name: str, feedback: bool) -> float:
-    delta = quantize_matrix(weight, Format.parse(name), moment, feedback=feedback).part.dequantize() - weight
+    delta = quantize_matrix(weight, Format.parse(name), moment, feedback=feedback).dequantize() - weight
     return float(((delta @ moment) * delta).sum())
 
 
@@ -102,7 +102,7 @@ def test_searched_codebook_scales_beat_the_largest_magnitude() -> None:
         return weighted_error(groups, importance, codebook[codes] * scales[:, None])
 
     widest = groups.abs().amax(1) / codebook.abs().max()
-    assert error(widest) > 1.25 * error(fit_codebook_scales(groups, importance, codebook))
+    assert error(widest) > 1.25 * error(fit_codebook_grid(groups, importance, codebook).scales)
 
 
 def test_searched_uniform_ranges_beat_the_full_range() -> None:
@@ -124,8 +124,8 @@ def test_importance_changes_what_is_fitted_well() -> None:
     weight = gaussian(128, 128)
     skewed = torch.randn(128, generator=torch.Generator().manual_seed(3)).mul(1.5).exp()
     name = "c3g32"
-    plain = quantize_matrix(weight, Format.parse(name), None).part.dequantize()
-    fitted = quantize_matrix(weight, Format.parse(name), skewed).part.dequantize()
+    plain = quantize_matrix(weight, Format.parse(name), None).dequantize()
+    fitted = quantize_matrix(weight, Format.parse(name), skewed).dequantize()
     assert weighted_error(weight, skewed, plain) > 1.1 * weighted_error(weight, skewed, fitted)
     assert weighted_error(weight, torch.ones(128), plain) < weighted_error(weight, torch.ones(128), fitted)
 
@@ -144,10 +144,10 @@ def test_inputs_that_were_never_seen_do_no_harm() -> None:
     weight, moment = gaussian(32, 96), inputs_moment(96)
     moment[10:60] = 0
     moment[:, 10:60] = 0
-    part = quantize_matrix(weight, Format(4, 32, "codebook"), moment).part
+    part = quantize_matrix(weight, Format(4, 32, "codebook"), moment)
     assert torch.isfinite(part.dequantize()).all()
     assert (part.dequantize() - weight)[:, 10:60].square().mean() < 0.2 * weight[:, 10:60].square().mean()
-    nothing = quantize_matrix(weight, Format(4, 32, "codebook"), torch.zeros(96, 96)).part
+    nothing = quantize_matrix(weight, Format(4, 32, "codebook"), torch.zeros(96, 96))
     assert (nothing.dequantize() - weight).norm() < 0.2 * weight.norm()
 
 
@@ -159,8 +159,6 @@ def test_damage_is_that_of_the_stored_values(language: Lab) -> None:
     assert set(told) == set(statistics.weights)
     for name, expected in told.items():
         approximation = stored[name].dequantize()
-        found = damage(plain[name], approximation, statistics.views(name)).sum()
-        assert float(found) == pytest.approx(expected, rel=1e-4)
         delta = (approximation - plain[name]).double()
         slow = 0.0
         for view in statistics.views(name):

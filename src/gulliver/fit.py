@@ -29,7 +29,9 @@ from gulliver.tasks import get_task
 
 FIT = "fit.json"
 MAX_ROUNDS = 3
-COMPRESSING = ("calibrate", "plan", "quantize", "heal")
+WRITING_COPIES, WRITING_BYTES = 3, 2_000_000_000
+"""Memory that writing text takes: times the bytes of the weights, and beside them."""
+COMPRESSING = ("sample", "calibrate", "plan", "quantize", "heal")
 EFFORTS: Mapping[str, Mapping[str, Mapping[str, Any] | None]] = {
     "fast": {
         "sample": None,
@@ -139,10 +141,7 @@ def _dataset(
 # ---- the loop -------------------------------------------------------------------------------------------------------
 def _loop(work: Fit) -> Artifact:
     """Rounds of plan, pack, heal, measure and judge, at most MAX_ROUNDS. BudgetError when the last one misses."""
-    samples = None
-    writes = getattr(get_task(work.parent.task), "writes", None)
-    if EFFORTS[work.effort]["sample"] is not None and writes is not None and writes(work.parent.path):
-        samples = work.step("sample", model=work.parent)
+    samples = work.step("sample", model=work.parent) if _may_write(work) else None
     calibration = work.step("calibrate", model=work.parent, dataset=work.dataset, samples=samples)
     size_bytes = work.budget.size_bytes
     for _ in range(MAX_ROUNDS):
@@ -170,6 +169,15 @@ def _loop(work: Fit) -> Artifact:
     if missed:
         raise BudgetError("; ".join(f"{verdict.gate.rule}: {verdict.reason}" for verdict in missed))
     return fitted
+
+
+def _may_write(work: Fit) -> bool:
+    """Whether the parent is to write calibration data: the effort says so, its family can, and memory allows it."""
+    writes = getattr(get_task(work.parent.task), "writes", None)
+    if EFFORTS[work.effort]["sample"] is None or writes is None or not writes(work.parent.path):
+        return False
+    limit = work.budget.max_ram_bytes
+    return limit is None or WRITING_COPIES * work.parent.weight_bytes + WRITING_BYTES <= limit
 
 
 def _measure(work: Fit, fitted: Artifact) -> list[Evidence]:
@@ -263,7 +271,7 @@ def _infeasible(work: Fit, failure: BudgetError, began: float) -> BudgetError:
         return BudgetError(told)
     record = _record(work, None, began, nearest=nearest, reason=str(failure))
     path = write_annotation(record, "report.html", page(gather(work.parent, work.store, fit=record)))
-    size = f"{nearest['size_bytes'] / 1e6:.1f} MB"
+    size = f"{nearest['size_bytes']:,} bytes ({nearest['size_bytes'] / 1e6:.1f} MB)"
     drop = nearest.get("measured_drop", nearest.get("predicted_drop"))
     cost = "" if drop is None else f" with a quality loss of {drop:.1%}"
     kind = "measured" if "measured_drop" in nearest else "predicted"

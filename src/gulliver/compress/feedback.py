@@ -11,7 +11,8 @@ weighted by diag(H).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from gulliver.compress.grid import (
     Grid,
     as_groups,
-    fit_codebook_scales,
+    fit_codebook_grid,
     fit_uniform_grid,
     learn_codebook,
     midpoints,
@@ -27,38 +28,44 @@ from gulliver.compress.grid import (
     row_factors,
     split_scales,
 )
-from gulliver.runtime.packed import Format, Part
+from gulliver.runtime.packed import Format, Part, joined
 
 DAMPING = 0.02
+CHUNK_ROWS = 8192
+"""Rows that are rounded at once, and of which float32 copies are in memory."""
+CODEBOOK_ROWS = 65_536
 
 
-@dataclass
-class Quantized:
-    """A packed part, and `target` float32 [rows, columns]: the corrected values that were rounded to it."""
-
-    part: Part
-    target: Tensor
-
-
-def quantize_matrix(weight: Tensor, fmt: Format, moment: Tensor | None, *, feedback: bool = True) -> Quantized:
-    """Quantize weight float32 [rows, columns]; `moment` is H [columns, columns], its diagonal [columns], or None.
+def quantize_matrix(weight: Tensor, fmt: Format, moment: Tensor | None, *, feedback: bool = True) -> Part:
+    """Quantize weight [rows, columns]; `moment` is H [columns, columns], its diagonal [columns], or None.
 
     Without a full H, or with `feedback=False`, codes are the nearest on grids fitted with diag(H) as importance.
     """
     rows, columns = weight.shape
     importance = torch.ones(columns) if moment is None else (moment.diagonal() if moment.dim() == 2 else moment)
     importance = importance / importance.mean().clamp_min(1e-20) + 1e-3
-    groups = as_groups(weight, fmt)
     weights_of_group = as_groups(importance[None], fmt)[0]
     codebook = None
     if fmt.kind == "codebook":
-        many = groups[: max(1, 4 * 16_384 // groups.shape[1])] if rows > 65_536 else groups
-        spread = weights_of_group.expand_as(many).reshape(-1, fmt.group_size)
-        codebook = learn_codebook(many.reshape(-1, fmt.group_size), spread, fmt.levels)
-    if moment is None or moment.dim() == 1 or not feedback:
-        grid = _fit_all(groups, weights_of_group, fmt, codebook)
-        return _round(weight, fmt, grid, row_factors(grid.scales), codebook)
-    return _feed_back(weight, fmt, moment, importance, row_factors(_widest(groups, fmt, codebook)), codebook)
+        step = max(1, rows * fmt.groups(columns) // CODEBOOK_ROWS)
+        groups = as_groups(weight[::step].float(), fmt)
+        spread = weights_of_group.expand_as(groups).reshape(-1, fmt.group_size)
+        codebook = learn_codebook(groups.reshape(-1, fmt.group_size), spread, fmt.levels)
+    solve = None
+    if moment is not None and moment.dim() == 2 and feedback:
+        order = column_order(importance, fmt.group_size)
+        solve = order, inverse_factor(moment[order[:, None], order[None]])
+    parts = []
+    for start in range(0, rows, CHUNK_ROWS):
+        some = weight[start : start + CHUNK_ROWS].float()
+        groups = as_groups(some, fmt)
+        if solve is None:
+            grid = _fit_all(groups, weights_of_group, fmt, codebook)
+            parts.append(_round(some, fmt, grid, row_factors(grid.scales), codebook))
+        else:
+            factors = row_factors(_widest(groups, fmt, codebook))
+            parts.append(_feed_back(some, fmt, *solve, importance, factors, codebook))
+    return joined(parts)
 
 
 def _widest(groups: Tensor, fmt: Format, codebook: Tensor | None) -> Tensor:
@@ -69,22 +76,23 @@ def _widest(groups: Tensor, fmt: Format, codebook: Tensor | None) -> Tensor:
 
 
 def _fit_all(groups: Tensor, importance: Tensor, fmt: Format, codebook: Tensor | None) -> Grid:
-    scales, zeros = torch.empty(groups.shape[:2]), torch.empty(groups.shape[:2])
+    scales, zeros, fit = torch.empty(groups.shape[:2]), torch.empty(groups.shape[:2]), _fitter(fmt, codebook)
     for index in range(groups.shape[1]):
-        grid = _fit(groups[:, index], importance[index][None], fmt, codebook)
+        grid = fit(groups[:, index], importance[index][None])
         scales[:, index] = grid.scales
         if grid.zeros is not None:
             zeros[:, index] = grid.zeros
     return Grid(scales, None if codebook is not None else zeros)
 
 
-def _fit(group: Tensor, importance: Tensor, fmt: Format, codebook: Tensor | None) -> Grid:
+def _fitter(fmt: Format, codebook: Tensor | None) -> Callable[[Tensor, Tensor], Grid]:
+    """(group [rows, group_size], importance [1, group_size]) -> its grid."""
     if codebook is None:
-        return fit_uniform_grid(group, importance, fmt.levels)
-    return Grid(fit_codebook_scales(group, importance, codebook.float()), None)
+        return partial(fit_uniform_grid, levels=fmt.levels)
+    return partial(fit_codebook_grid, codebook=codebook.float())
 
 
-def _round(weight: Tensor, fmt: Format, grid: Grid, factors: Tensor, codebook: Tensor | None) -> Quantized:
+def _round(weight: Tensor, fmt: Format, grid: Grid, factors: Tensor, codebook: Tensor | None) -> Part:
     rows, columns = weight.shape
     codes_of_scale = split_scales(grid.scales, factors)
     scales = codes_of_scale.float() * factors.float()[:, None]
@@ -96,20 +104,20 @@ def _round(weight: Tensor, fmt: Format, grid: Grid, factors: Tensor, codebook: T
         codes = torch.round(scaled + grid.zeros[:, :, None]).clamp_(0, fmt.levels - 1)
     codes = codes.to(torch.uint8).view(rows, -1)[:, :columns].contiguous()
     zeros = None if grid.zeros is None else grid.zeros.to(torch.uint8)
-    return Quantized(Part(fmt, codes, codes_of_scale, factors, zeros, codebook), weight)
+    return Part(fmt, codes, codes_of_scale, factors, zeros, codebook)
 
 
 def inverse_factor(moment: Tensor, damping: float = DAMPING) -> Tensor:
-    """Upper Cholesky factor U of (H + λI)⁻¹ = UᵀU; λ grows until the factorisation exists. H is [columns, columns]."""
-    moment = moment.clone()
+    """Upper Cholesky factor U of (H + λI)⁻¹ = UᵀU; λ grows until the factorisation exists. Overwrites H's diagonal."""
     diagonal = moment.diagonal()
     mean = float(diagonal.mean().clamp_min(1e-12))
     diagonal[diagonal == 0] = mean
     for _ in range(8):
-        damped = moment + torch.eye(len(moment)) * (damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        diagonal += damping * mean
+        lower, failed = torch.linalg.cholesky_ex(moment)
         if not failed:
             inverse = torch.cholesky_inverse(lower)
+            del lower
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed:
                 return upper
@@ -130,25 +138,29 @@ def column_order(importance: Tensor, group_size: int) -> Tensor:
 
 
 def _feed_back(
-    weight: Tensor, fmt: Format, moment: Tensor, importance: Tensor, factors: Tensor, codebook: Tensor | None
-) -> Quantized:
+    weight: Tensor,
+    fmt: Format,
+    order: Tensor,
+    upper: Tensor,
+    importance: Tensor,
+    factors: Tensor,
+    codebook: Tensor | None,
+) -> Part:
     rows, columns = weight.shape
-    order = column_order(importance, fmt.group_size)
-    upper = inverse_factor(moment[order][:, order])
     # one column of the work matrix is contiguous, because columns are visited one at a time
     work = weight[:, order].t().contiguous()
-    target, codes = torch.empty_like(work), torch.empty(columns, rows, dtype=torch.uint8)
+    codes = torch.empty(columns, rows, dtype=torch.uint8)
     scale_codes = torch.ones(rows, fmt.groups(columns), dtype=torch.uint8)
     zero_codes = None if codebook is not None else torch.zeros(rows, fmt.groups(columns), dtype=torch.uint8)
     borders = None if codebook is None else midpoints(codebook)
     entries = None if codebook is None else codebook.float()
-    start = 0
+    fit, start = _fitter(fmt, codebook), 0
     while start < columns:
         group = int(order[start]) // fmt.group_size
         stop = min(start + fmt.group_size, columns)
         while stop > start and int(order[stop - 1]) // fmt.group_size != group:
             stop -= 1
-        grid = _fit(work[start:stop].t(), importance[order[start:stop]][None], fmt, codebook)
+        grid = fit(work[start:stop].t(), importance[order[start:stop]][None])
         scale_codes[:, group] = split_scales(grid.scales[:, None], factors)[:, 0]
         scale = scale_codes[:, group].float() * factors.float()
         if zero_codes is not None:
@@ -158,7 +170,6 @@ def _feed_back(
         local = work[start:stop]
         for index in range(stop - start):
             column = local[index]
-            target[start + index] = column
             if entries is not None:
                 assert borders is not None
                 code = nearest(column / scale, borders)
@@ -177,17 +188,4 @@ def _feed_back(
         start = stop
     back = torch.empty_like(order)
     back[order] = torch.arange(columns)
-    part = Part(fmt, codes[back].t().contiguous(), scale_codes, factors, zero_codes, codebook)
-    return Quantized(part, target[back].t().contiguous())
-
-
-def damage(weight: Tensor, approximation: Tensor, moment: Tensor | None, row_weights: Tensor | None = None) -> float:
-    """sum over rows r of row_weights[r] · ΔW_r H ΔW_rᵀ; H full, diagonal or None (identity)."""
-    delta = weight - approximation
-    if moment is None:
-        per_row = (delta**2).sum(1)
-    elif moment.dim() == 1:
-        per_row = (delta**2 * moment).sum(1)
-    else:
-        per_row = ((delta @ moment) * delta).sum(1)
-    return float((per_row if row_weights is None else per_row * row_weights).sum())
+    return Part(fmt, codes[back].t().contiguous(), scale_codes, factors, zero_codes, codebook)

@@ -41,7 +41,7 @@ def midpoints(codebook: Tensor) -> Tensor:
     return (entries[1:] + entries[:-1]) / 2
 
 
-def fit_codebook_scales(groups: Tensor, importance: Tensor, codebook: Tensor, refine: int = 2) -> Tensor:
+def fit_codebook_grid(groups: Tensor, importance: Tensor, codebook: Tensor, refine: int = 2) -> Grid:
     """Scales [n] that fit groups [n, g] with importance [n or 1, g] on a sorted float codebook [levels]."""
     borders, top = midpoints(codebook), codebook.abs().max()
     peak = groups.abs().amax(1).clamp_min(1e-12)
@@ -58,7 +58,7 @@ def fit_codebook_scales(groups: Tensor, importance: Tensor, codebook: Tensor, re
         weighted = importance * entries
         solved = (weighted * groups).sum(1) / (weighted * entries).sum(1).clamp_min(1e-20)
         best_scale = torch.where(solved > 0, solved, best_scale)
-    return best_scale
+    return Grid(best_scale, None)
 
 
 def fit_uniform_grid(groups: Tensor, importance: Tensor, levels: int) -> Grid:
@@ -93,7 +93,7 @@ def learn_codebook(groups: Tensor, importance: Tensor, levels: int, rounds: int 
     codebook = codebook / codebook.abs().max()
     flat_importance = importance.expand_as(groups)
     for _ in range(rounds):
-        scales = fit_codebook_scales(groups, importance, codebook, refine=1)
+        scales = fit_codebook_grid(groups, importance, codebook, refine=1).scales
         codes = nearest(groups / scales[:, None], midpoints(codebook)).flatten().long()
         weight = (flat_importance * scales[:, None] ** 2).flatten()
         total = torch.zeros(levels).index_add_(0, codes, weight)

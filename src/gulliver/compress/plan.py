@@ -14,8 +14,9 @@ they cost does.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +28,8 @@ from torch import Tensor
 
 from gulliver.compress.feedback import quantize_matrix
 from gulliver.compress.sizes import overhead_bytes, packed_overhead_bytes
-from gulliver.compress.statistics import Statistics, View, damage, open_statistics
+from gulliver.compress.statistics import Statistics, View, damage, feedback_moment, open_statistics
+from gulliver.compress.threads import each, workers
 from gulliver.core.artifact import Artifact
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, BudgetError, ConfigError
@@ -59,6 +61,17 @@ class Config(BaseModel):
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A class of rows of a weight: its damage in the reference format, and each format's damage divided by that."""
+
+    name: str
+    rows: int
+    columns: int
+    damage: float
+    ratios: list[float]
+
+
+@dataclass(frozen=True)
 class Item:
     """Something that gets one format: `rows` of a weight, with a damage for each format of the menu."""
 
@@ -84,7 +97,12 @@ def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     model, calibration = inputs["model"], inputs["calibration"]
     statistics = open_statistics(calibration, model)
     formats = menu(cfg.kind, cfg.min_bits)
-    items = measure(model, statistics, formats, cfg, ctx)
+    job, measured = measurer(model, statistics, formats, cfg), []
+    with ctx.progress.stage("plan", total=len(statistics.weights), unit="weight") as bar:
+        for rows in each(job, sorted(statistics.weights), workers(ctx)):
+            measured.extend(rows)
+            bar.advance(note=rows[0].name)
+    items = items_of(measured, formats)
     fixed = overhead_bytes(model, set(statistics.weights)) + row_lists(items)
     smallest = fixed + sum(min(item.bytes(fmt) for fmt in formats) for item in items)
     chosen = solve(items, formats, cfg.size_bytes - fixed)
@@ -110,41 +128,46 @@ def menu(kind: str, min_bits: int) -> list[Format]:
 
 
 # ---- what each choice costs -----------------------------------------------------------------------------------------
-def measure(
-    model: Artifact, statistics: Statistics, formats: Sequence[Format], cfg: Config, ctx: Context
-) -> list[Item]:
-    """Items with their damages, in order of the weights' names."""
+def measurer(
+    model: Artifact, statistics: Statistics, formats: Sequence[Format], cfg: Config
+) -> Callable[[str], list[Measured]]:
+    """A function from a weight's name to what was measured of each class of its rows; thread-safe."""
     empty = get_task(model.task).load(model.path, empty=True)
     canonical = {name: first for first, names in aliases(empty).items() for name in names}
     names = sorted(statistics.weights)
     probes = set(names[:: max(1, len(names) // PROBES)])
-    measured: list[tuple[str, int, int, float]] = []
-    ratios: list[list[float]] = []
-    seen: set[str] = set()
-    tensors = read_safetensors(model.path, torch.float32, only=lambda name: canonical.get(name) in statistics.weights)
-    with ctx.progress.stage("plan", total=len(names), unit="weight") as bar:
-        for stored, tensor in tensors:
-            name = canonical[stored]
-            if name in seen:
-                continue
-            seen.add(name)
-            matrix, views, moment = tensor.flatten(1), statistics.views(name), statistics.moment(name)
-            for rows in row_classes(views, matrix):
-                some, scale = sampled(rows, cfg.probe_rows)
-                found: list[float] = []
-                for fmt in [*(formats if name in probes else []), REFERENCE]:
-                    part = quantize_matrix(matrix[some], fmt, moment, feedback=cfg.feedback).part
-                    found.append(float(damage(matrix[some], part.dequantize(), views, some).sum()))
-                base = found.pop()
-                measured.append((name, len(rows), matrix.shape[1], scale * base))
-                if found and base > 0:
-                    ratios.append([one / base for one in found])
-            bar.advance(note=name)
-    typical = np.exp(np.mean(np.log(np.maximum(np.array(ratios), 1e-12)), 0))
+
+    def job(name: str) -> list[Measured]:
+        matrix, views = read_weight(model.path, name, canonical).flatten(1), statistics.views(name)
+        moment, measured = feedback_moment(views), []
+        for rows in row_classes(views, matrix):
+            some, scale = sampled(rows, cfg.probe_rows)
+            found: list[float] = []
+            for fmt in [REFERENCE, *(formats if name in probes else [])]:
+                part = quantize_matrix(matrix[some], fmt, moment, feedback=cfg.feedback)
+                found.append(damage(matrix[some], part, views, some))
+            base, others = found[0], found[1:]
+            ratios = [one / base for one in others] if base > 0 else []
+            measured.append(Measured(name, len(rows), matrix.shape[1], scale * base, ratios))
+        return measured
+
+    return job
+
+
+def items_of(measured: Sequence[Measured], formats: Sequence[Format]) -> list[Item]:
+    """Items with a damage for every format: that in the reference format, times the typical ratio of the other."""
+    table = np.array([row.ratios for row in measured if row.ratios])
+    typical = np.exp(np.mean(np.log(np.maximum(table, 1e-12)), 0)) if len(table) else np.ones(len(formats))
     return [
-        Item(name, rows, columns, tuple(float(base * ratio) for ratio in typical))
-        for name, rows, columns, base in sorted(measured, key=lambda row: row[0])
+        Item(row.name, row.rows, row.columns, tuple(float(row.damage * one) for one in typical)) for row in measured
     ]
+
+
+def read_weight(folder: Path, name: str, canonical: Mapping[str, str]) -> Tensor:
+    """One weight of a plain folder, as stored, under whichever of its names it stands."""
+    for _, tensor in read_safetensors(folder, only=lambda stored: canonical.get(stored) == name):
+        return tensor
+    raise ConfigError(f"{folder} holds no weights for {name}; compress a plain model as `gulliver pull` makes it")
 
 
 def row_lists(items: Sequence[Item]) -> int:

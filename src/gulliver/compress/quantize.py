@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +23,9 @@ from torch import Tensor
 from gulliver.compress.calibrate import check_ram
 from gulliver.compress.export_shards import ShardWriter
 from gulliver.compress.feedback import quantize_matrix
-from gulliver.compress.plan import Choice, planned, rows_of_classes
-from gulliver.compress.statistics import CALIBRATION, Statistics, damage, open_statistics
+from gulliver.compress.plan import Choice, planned, read_weight, rows_of_classes
+from gulliver.compress.statistics import CALIBRATION, Statistics, damage, feedback_moment, open_statistics
+from gulliver.compress.threads import each, workers
 from gulliver.core.artifact import Artifact
 from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError
@@ -60,22 +63,23 @@ def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     if is_packed(model.path):
         raise ConfigError(f"model {model.id[:12]} is packed already; quantize the model that it came from")
     statistics = open_statistics(calibration, model)
-    fixed = None if plan is not None else Format(cfg.bits, cfg.group_size, cfg.kind)
-    choices = planned(plan, statistics) if plan is not None else None
+    names = sorted(statistics.weights)
+    if plan is not None:
+        choices = planned(plan, statistics)
+    else:
+        fixed = Format(cfg.bits, cfg.group_size, cfg.kind)
+        choices = {name: Choice(((statistics.weights[name].shape[0], fixed),)) for name in names}
     empty = get_task(model.task).load(model.path, empty=True)
     canonical = {name: first for first, names in aliases(empty).items() for name in names}
-    names = sorted(statistics.weights)
+    files = {name: ctx.work / f"weight-{index:05}.safetensors" for index, name in enumerate(names)}
+    packing = _Packing(model.path, canonical, statistics, choices, cfg.method == "feedback", files)
     with ctx.progress.stage("quantize", total=len(names), unit="weight") as bar:
-        for index, name in enumerate(names):
-            if not _file(ctx.work, index).is_file():
-                choice = choices[name] if choices is not None else _whole(name, statistics, fixed)
-                weight = _read(model.path, name, canonical)
-                _pack(weight, name, choice, statistics, cfg, _file(ctx.work, index))
-                check_ram(ctx, name)
+        for name in each(partial(_pack, packing), names, workers(ctx)):
+            check_ram(ctx, name)
             bar.advance(note=name)
     parents = [part.id for part in (model, calibration, plan) if part is not None]
     with ctx.writer(kind="model", task=model.task, parents=parents, step_name="quantize", config=cfg) as writer:
-        entries = assemble(writer.path, model, canonical, {name: _file(ctx.work, i) for i, name in enumerate(names)})
+        entries = assemble(writer.path, model, canonical, files)
         write_atomic(writer.path / PACKING, packing_json({name: row["packing"] for name, row in entries.items()}))
         hurt = {name: row["damage"] for name, row in entries.items()}
         write_atomic(writer.path / DAMAGE, json.dumps(hurt, sort_keys=True, indent=1) + "\n")
@@ -84,38 +88,40 @@ def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
         return writer.commit()
 
 
-def _whole(name: str, statistics: Statistics, fixed: Format | None) -> Choice:
-    assert fixed is not None
-    return Choice(((statistics.weights[name].shape[0], fixed),))
+@dataclass(frozen=True)
+class _Packing:
+    """What packing one weight needs: where it is, what it becomes, and the file that it is left in."""
+
+    folder: Path
+    canonical: Mapping[str, str]
+    statistics: Statistics
+    choices: Mapping[str, Choice]
+    feedback: bool
+    files: Mapping[str, Path]
 
 
-def _read(folder: Path, name: str, canonical: Mapping[str, str]) -> Tensor:
-    """One weight of a plain folder, float32, under whichever of its names it stands."""
-    for _, tensor in read_safetensors(folder, torch.float32, only=lambda stored: canonical.get(stored) == name):
-        return tensor
-    raise ConfigError(f"{folder} holds no weights for {name}; quantize a plain model as `gulliver pull` makes it")
-
-
-def _pack(weight: Tensor, name: str, choice: Choice, statistics: Statistics, cfg: Config, path: Path) -> None:
-    """Quantize one weight and leave it, as stored, with its damage and its packing row in `path`."""
-    matrix = weight.flatten(1)
-    parts, row_part = [], None
-    views = statistics.views(name)
+def _pack(packing: _Packing, name: str) -> str:
+    """Quantize a weight and leave it, as stored, with its damage and packing row, in its file; returns the name."""
+    if packing.files[name].is_file():
+        return name
+    weight, choice = read_weight(packing.folder, name, packing.canonical), packing.choices[name]
+    matrix, views = weight.flatten(1), packing.statistics.views(name)
     classes = rows_of_classes(views, matrix, [count for count, _ in choice.parts])
-    if len(classes) > 1:
-        row_part = torch.empty(len(matrix), dtype=torch.uint8)
-        for index, rows in enumerate(classes):
-            row_part[rows] = index
-    moment = statistics.moment(name)
-    for rows, (_, fmt) in zip(classes, choice.parts, strict=True):
+    row_part = torch.empty(len(matrix), dtype=torch.uint8) if len(classes) > 1 else None
+    moment, hurt, parts = feedback_moment(views), 0.0, []
+    for index, (rows, (_, fmt)) in enumerate(zip(classes, choice.parts, strict=True)):
         chosen = matrix if row_part is None else matrix[rows]
-        parts.append(quantize_matrix(chosen, fmt, moment, feedback=cfg.method == "feedback").part)
+        part = quantize_matrix(chosen, fmt, moment, feedback=packing.feedback)
+        hurt += damage(chosen, part, views, None if row_part is None else rows)
+        parts.append(part)
+        if row_part is not None:
+            row_part[rows] = index
     packed = PackedTensor(tuple(weight.shape), parts, row_part)
-    hurt = float(damage(matrix, packed.dequantize().flatten(1), views).sum())
     facts = json.dumps({"packing": packing_entry(packed), "damage": hurt})
-    temporary = temporary_name(path)
+    temporary = temporary_name(packing.files[name])
     save_file(stored_form(name, packed), str(temporary), metadata={"facts": facts})
-    temporary.rename(path)
+    temporary.rename(packing.files[name])
+    return name
 
 
 def assemble(
@@ -166,7 +172,3 @@ def copy_beside(model: Artifact, folder: Path) -> None:
             continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(model.file(name), folder / name)
-
-
-def _file(work: Path, index: int) -> Path:
-    return work / f"weight-{index:05}.safetensors"

@@ -25,9 +25,11 @@ from torch import Tensor
 
 from gulliver.core.artifact import Artifact
 from gulliver.core.errors import ArtifactError
+from gulliver.runtime.packed import Part
 
 STATISTICS = "statistics.json"
 CALIBRATION = "calibration.json"
+CHUNK_ROWS = 4096
 ROWS = "rows.safetensors"
 """The file of all row weights, and of the moments of lookup tables."""
 FORMAT = 1
@@ -64,23 +66,6 @@ class Statistics:
         """The views of a weight, read from disk now."""
         return [View(self._tensor(file, moment), self._tensor(ROWS, rows)) for file, moment, rows in self._row(name)]
 
-    def moment(self, name: str) -> Tensor:
-        """One H for error feedback: the views' moments weighted by their mean row weight. [c, c], or [c]."""
-        total: Tensor | None = None
-        for view in self.views(name):
-            part = view.moment * float(view.rows.mean())
-            if total is None:
-                total = part
-            elif part.dim() == 1 and total.dim() == 2:
-                total.diagonal().add_(part)
-            elif part.dim() == 2 and total.dim() == 1:
-                total, part = part, total
-                total.diagonal().add_(part)
-            else:
-                total = total + part
-        assert total is not None, f"{name} has no view"
-        return total
-
     def _row(self, name: str) -> tuple[tuple[str, str, str], ...]:
         if name not in self.weights:
             raise ArtifactError(f"calibration {self.artifact.id[:12]} knows no weight {name!r}; calibrate this model")
@@ -97,16 +82,34 @@ class Statistics:
         return tensor
 
 
-def damage(weight: Tensor, approximation: Tensor, views: list[View], rows: Tensor | slice = slice(None)) -> Tensor:
-    """Damage of each row of `weight` [n, columns] replaced by `approximation`; `rows` says which rows these are."""
-    delta = approximation - weight
-    total = torch.zeros(len(weight))
-    for view in views:
-        if view.moment.dim() == 2:
-            energy = torch.linalg.vecdot(delta @ view.moment, delta)
-        else:
-            energy = delta.square() @ view.moment
-        total += 0.5 * view.rows[rows] * energy
+def feedback_moment(views: list[View]) -> Tensor:
+    """One H for error feedback: the views' moments weighted by their mean row weight. [columns, columns], or [c]."""
+    assert views, "a weight has at least one view"
+    if len(views) == 1:
+        return views[0].moment
+    parts = [view.moment * float(view.rows.mean()) for view in views]
+    full = next((part for part in parts if part.dim() == 2), None)
+    if full is None:
+        return torch.stack(parts).sum(0)
+    for part in parts:
+        if part is not full:
+            (full if part.dim() == 2 else full.diagonal()).add_(part)
+    return full
+
+
+def damage(weight: Tensor, part: Part, views: list[View], rows: Tensor | None = None) -> float:
+    """Damage of `weight` [n, columns] stored as `part`; `rows` says which rows of the whole weight these are."""
+    total = 0.0
+    for start in range(0, len(weight), CHUNK_ROWS):
+        stop = min(start + CHUNK_ROWS, len(weight))
+        delta = part.rows(start, stop).dequantize() - weight[start:stop].float()
+        which = slice(start, stop) if rows is None else rows[start:stop]
+        for view in views:
+            if view.moment.dim() == 2:
+                energy = torch.linalg.vecdot(delta @ view.moment, delta)
+            else:
+                energy = delta.square() @ view.moment
+            total += 0.5 * float((view.rows[which] * energy).sum())
     return total
 
 

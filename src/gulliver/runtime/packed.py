@@ -126,6 +126,27 @@ class Part:
             values = values - self.zeros.float()[:, :, None]
         return (values * scale[:, :, None]).view(rows, -1)[:, :columns]
 
+    def rows(self, start: int, stop: int) -> Part:
+        """The part's rows from `start` to before `stop`."""
+        zeros = None if self.zeros is None else self.zeros[start:stop]
+        chosen = self.codes[start:stop], self.scales[start:stop], self.factors[start:stop]
+        return Part(self.format, *chosen, zeros, self.codebook)
+
+
+def joined(parts: list[Part]) -> Part:
+    """Parts of one format and one codebook as one, rows in order."""
+    if len(parts) == 1:
+        return parts[0]
+    zeros = None if parts[0].zeros is None else torch.cat([part.zeros for part in parts if part.zeros is not None])
+    return Part(
+        parts[0].format,
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        torch.cat([part.factors for part in parts]),
+        zeros,
+        parts[0].codebook,
+    )
+
 
 @dataclass
 class PackedTensor:

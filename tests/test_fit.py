@@ -1,0 +1,280 @@
+"""`fit`, as users call it: a model within the budget with its report, or exit code 4 and the nearest point that is."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from compress_samples import Lab
+from language_samples import write_encoder
+
+import gulliver
+from gulliver import cli, run
+from gulliver.core import memory
+from gulliver.core.artifact import Artifact, open_artifact, verify
+from gulliver.core.errors import BudgetError, ConfigError, DataError
+from gulliver.core.progress import Progress
+from gulliver.core.store import Store
+from gulliver.tasks import get_task
+
+SIZE = 60_000
+DIGITS = 60_000
+SMALL: dict[str, dict[str, Any]] = {
+    "sample": {"count": 8, "tokens": 160},
+    "calibrate": {"examples": 8, "gradient_examples": 4},
+    "plan": {"probe_rows": 4, "feedback": False},
+    "quality": {},
+    "heal": {"steps": 2, "batch_size": 2},
+}
+
+
+@pytest.fixture(autouse=True)
+def small_efforts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same steps in every effort, with smaller numbers; what an effort leaves out stays out."""
+    from gulliver import fit
+
+    given = {
+        effort: {step: None if options is None else {**options, **SMALL[step]} for step, options in steps.items()}
+        for effort, steps in fit.EFFORTS.items()
+    }
+    monkeypatch.setattr(fit, "EFFORTS", given)
+
+
+def fit(lab: Lab, size: int | str = SIZE, **options: Any) -> Artifact:
+    quiet = Progress(quiet=True)
+    return gulliver.fit(lab.model, size=size, store=lab.store, progress=quiet, **({"data": lab.dataset} | options))
+
+
+def steps_run(lab: Lab) -> list[str]:
+    return [entry.step for entry in lab.store.runs()]
+
+
+@pytest.fixture
+def at_home(language: Lab, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """A command line over the store of the toy language model."""
+
+    def command(*words: str | Path) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.main([*map(str, words), "--home", str(language.store.home), "--quiet"])
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return command
+
+
+# ---- what comes out --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("effort", ["fast", "normal", "high"])
+def test_every_effort_fits_a_language_model(language: Lab, effort: str, tmp_path: Path) -> None:
+    before = len(steps_run(language))
+    out = tmp_path / "out"
+    made = fit(language, effort=effort, out=out)
+    assert made.path == out and made.weight_bytes <= SIZE < language.model.weight_bytes
+    assert open_artifact(out).id == made.id
+    verify(open_artifact(out))
+    ran = set(steps_run(language)[before:])
+    assert ("heal" in ran) == (effort == "high")
+    metrics = {item.metric: item for item in language.store.evidence(made.id)}
+    assert metrics["size_bytes"].value == made.weight_bytes
+    assert metrics["quality_loss"].parent_id == language.model.id
+    assert metrics["compress_peak_ram_bytes"].value > 0
+    assert get_task("language").answer(get_task("language").load(out), {"prompt": "the giant"}, folder=out)["text"]
+
+
+@pytest.mark.parametrize("effort", ["fast", "normal", "high"])
+def test_every_effort_fits_a_classifier(digits: Lab, effort: str, tmp_path: Path) -> None:
+    made = fit(digits, DIGITS, effort=effort, out=tmp_path / "out", data=None)
+    assert made.weight_bytes <= DIGITS < digits.model.weight_bytes
+    metrics = {item.metric: item.value for item in digits.store.evidence(made.id)}
+    assert metrics["accuracy_drop"] < 0.2
+    assert metrics["quality_loss"] < 0.5
+
+
+def test_an_encoder_is_fitted(language: Lab, tmp_path: Path) -> None:
+    made = gulliver.fit(
+        write_encoder(tmp_path / "encoder"),
+        size=40_000,
+        data=language.dataset,
+        effort="normal",
+        store=language.store,
+        progress=Progress(quiet=True),
+    )
+    assert made.weight_bytes <= 40_000
+
+
+def test_the_command_leaves_a_folder_that_explains_itself(
+    language: Lab, at_home: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = ["fit", language.model.id, "--data", language.dataset.id, "--size", "59kB", "--effort", "fast"]
+    code, shown, err = at_home(*words, "--out", out, "--max-drop", "50%", "--json")
+    assert code == 0, err
+    document = json.loads(shown)
+    assert document["path"] == str(out) and document["weight_bytes"] <= SIZE
+    assert document["report"] == str(out / "report.html")
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "<html" in page and "PASS" in page
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert document["id"][:12] in card and "perplexity" in card
+    evidence = json.loads((out / "evidence.json").read_text(encoding="utf-8"))
+    rows = evidence if isinstance(evidence, list) else evidence["evidence"]
+    assert {"size_bytes", "quality_loss", "compress_peak_ram_bytes"} <= {row["metric"] for row in rows}
+    assert any(f"--out {out}" in row["command"] for row in rows), rows[0]["command"]
+    code, shown, err = at_home("verify", out)
+    assert code == 0, err
+    assert {"packing.json", "model.safetensors", "config.json", "tokenizer.json"} <= set(open_artifact(out).files)
+
+
+def test_a_second_fit_does_no_work(language: Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first = fit(language, effort="normal")
+    before = len(steps_run(language))
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("a step ran again")
+
+    monkeypatch.setattr(run, "function", never)
+    assert fit(language, effort="normal", out=tmp_path / "out").id == first.id
+    assert len(steps_run(language)) == before
+    with pytest.raises(AssertionError, match="ran again"):
+        fit(language, SIZE + 1, effort="normal")
+
+
+def test_more_bytes_give_a_larger_and_better_model(language: Lab) -> None:
+    small, large = fit(language, 42_000, effort="fast"), fit(language, 90_000, effort="fast")
+    assert small.weight_bytes <= 42_000 < large.weight_bytes <= 90_000
+    assert small.weight_bytes > 0.7 * 42_000
+    worse, better = (
+        next(item.value for item in language.store.evidence(made.id) if item.metric == "kl_divergence")
+        for made in (small, large)
+    )
+    assert better < 0.5 * worse
+
+
+# ---- what cannot be ------------------------------------------------------------------------------------------------
+def test_a_size_that_no_format_reaches(
+    language: Lab, at_home: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    words = ["fit", language.model.id, "--data", language.dataset.id, "--effort", "fast", "--out", tmp_path / "out"]
+    code, _, err = at_home(*words, "--size", "9kB")
+    assert code == 4 and not (tmp_path / "out").exists() and "Traceback" not in err
+    nearest = re.search(r"nearest feasible point is ([\d,]+) bytes", err)
+    report = re.search(r"report: (\S+report\.html)", err)
+    assert nearest and report and "<html" in Path(report[1]).read_text(encoding="utf-8")
+    with pytest.raises(BudgetError) as refusal:
+        fit(language, 9_000, effort="fast")
+    least = refusal.value.nearest["size_bytes"]
+    assert f"{least:,}" == nearest[1]
+    assert fit(language, least, effort="fast").weight_bytes <= least
+    with pytest.raises(BudgetError):
+        fit(language, least - 1, effort="fast")
+
+
+def test_a_drop_that_no_model_of_this_size_keeps(
+    language: Lab, at_home: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    words = ["fit", language.model.id, "--data", language.dataset.id, "--effort", "fast", "--out", tmp_path / "out"]
+    code, shown, err = at_home(*words, "--size", "42kB", "--max-drop", "0.01%", "--json")
+    assert code == 4 and not (tmp_path / "out").exists()
+    assert "quality_loss <= 0.0001" in err + shown and "nearest feasible point" in err + shown
+    with pytest.raises(BudgetError) as refusal:
+        fit(language, 42_000, effort="fast", max_drop=0.0001)
+    nearest = refusal.value.nearest
+    assert nearest is not None and nearest["size_bytes"] > 0
+    loose = fit(language, 42_000, effort="fast", max_drop=0.9)
+    assert loose.weight_bytes <= 42_000
+
+
+def test_memory_that_is_too_little(language: Lab, at_home: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    words = ["fit", language.model.id, "--data", language.dataset.id, "--effort", "fast", "--out", tmp_path / "out"]
+    code, _, err = at_home(*words, "--size", "61kB", "--ram", "1MB")
+    assert code == 4 and "1 MB" in err and not (tmp_path / "out").exists()
+
+
+def test_memory_that_is_enough_is_judged(language: Lab) -> None:
+    limit = memory.current_rss_bytes() + 600_000_000
+    made = fit(language, 62_000, effort="fast", ram=limit)
+    peak = next(item for item in language.store.evidence(made.id) if item.metric == "compress_peak_ram_bytes")
+    assert 0 < peak.value <= limit
+
+
+def test_a_speed_that_no_machine_reaches(language: Lab) -> None:
+    with pytest.raises(BudgetError, match="decode_tokens_per_s >= 1e"):
+        fit(language, effort="fast", speed=1e12)
+
+
+# ---- what is asked -------------------------------------------------------------------------------------------------
+def test_data_come_from_the_lineage(language: Lab, digits: Lab) -> None:
+    made = fit(digits, DIGITS, data=None, effort="fast")
+    assert digits.dataset.id in {manifest["id"] for manifest in digits.store.lineage(made.id)}
+    with pytest.raises(DataError, match="--data"):
+        fit(language, data=None, effort="fast")
+
+
+def test_wrong_words(language: Lab, at_home: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="effort is 'huge'; choose one of fast, normal, high"):
+        fit(language, effort="huge")
+    with pytest.raises(ConfigError, match="64MB"):
+        fit(language, "sixty")
+    with pytest.raises(ConfigError, match="5%"):
+        fit(language, max_drop="5")
+    with pytest.raises(ConfigError, match="packed already"):
+        gulliver.fit(
+            language.quantize(bits=4),
+            size=SIZE,
+            data=language.dataset,
+            store=language.store,
+            progress=Progress(quiet=True),
+        )
+    code, _, err = at_home("fit", language.model.id, "--size", "1MB", "--out", tmp_path / "o", "--effort", "huge")
+    assert code == 2 and "huge" in err
+
+
+# ---- other tools read what was fitted ------------------------------------------------------------------------------
+def losses(network: torch.nn.Module, lab: Lab) -> torch.Tensor:
+    task = get_task("language")
+    stream = task.batches(lab.dataset, "eval", 4, 0, 0, folder=lab.model.path, tokens=64)
+    with torch.no_grad():
+        return torch.cat([task.loss(network, next(stream)) for _ in range(3)])
+
+
+def test_transformers_reads_the_export_and_agrees_with_us(language: Lab) -> None:
+    made = fit(language, effort="fast")
+    exported = language.step("export", {"format": "safetensors"}, model=made)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(str(exported.path), dtype=torch.float32).eval()
+    ours, task = losses(get_task("language").load(made.path), language), get_task("language")
+    assert torch.allclose(losses(theirs, language), ours, rtol=2e-2)
+    parent = losses(task.load(language.model.path), language)
+    assert (losses(theirs, language) - ours).abs().mean() < 0.5 * (ours - parent).abs().mean()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(exported.path))
+    assert tokenizer.decode(tokenizer("the queen finds")["input_ids"]) == "the queen finds"
+
+
+def test_integers_are_exported_bit_for_bit(language: Lab) -> None:
+    pytest.importorskip("compressed_tensors")
+    packed = language.quantize(bits=4, kind="uniform")
+    exported = language.step("export", {"format": "compressed-tensors"}, model=packed)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(str(exported.path)).eval()
+    ours = get_task("language").load(packed.path)
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        expected = theirs(tokens).logits  # compressed-tensors unpacks here
+        assert torch.allclose(expected, ours(tokens).logits, atol=1e-5)
+    assert torch.allclose(losses(theirs, language), losses(ours, language), rtol=1e-5)
+
+
+def test_a_fit_in_a_new_home_makes_the_same_model(language: Lab, tmp_path: Path) -> None:
+    here = fit(language, effort="fast")
+    there = gulliver.fit(
+        language.model.path,
+        size=SIZE,
+        data=language.dataset.path,
+        effort="fast",
+        store=Store(tmp_path / "home"),
+        progress=Progress(quiet=True),
+    )
+    assert there.id == here.id
