@@ -1,6 +1,7 @@
 """At most five of our frames between a command and the arithmetic, for every step that computes.
 
 A dispatch mode sees every operation on a torch tensor, forward and backward, and looks at the stack at that moment.
+Opening a model's files does not count: unpacking is reading, not the arithmetic that a command is for.
 The step `speed` is not here: it measures in a process of its own, which this one cannot see into.
 """
 
@@ -51,6 +52,8 @@ class Hops(TorchDispatchMode):
                 names.append(f"{place}:{code.co_name}")
             frame = frame.f_back
         names.reverse()
+        if "tasks/base.py:load" in names:
+            return []  # opening a model's files, which has a depth of its own, is not the arithmetic
         commands = [index for index, name in enumerate(names) if name.startswith(("cli.py:_run", "commands.py:_"))]
         return names[commands[0] + 1 : -1] if commands else names[:-1]
 

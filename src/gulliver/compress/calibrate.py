@@ -66,7 +66,7 @@ def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     network = task.load(model.path, empty=True)
     blocks = task.blocks(network, batches)
     chosen = _sensitivity(cfg, task, model, network, blocks, batches, ctx)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad():
         _stream(network, model, blocks, batches, cfg, ctx)
     resolved = cfg.model_copy(update={"sensitivity": "gradient" if chosen else "power"})
     known = fingerprints(row for part in (dataset, samples) if part for row in task.read(part.path, "train"))
@@ -150,7 +150,8 @@ def _stream(
             block = blocks[number]
             fill(network, model.path, block.prefixes)
             moments = Moments(watched, cfg.moments == "full")
-            passed = _pass(block, batches, _after(ctx.work, number - 1) if number else None, moments, ctx.work)
+            with torch.autocast("cpu", dtype=torch.bfloat16):  # a new one for each block: it keeps cast weights
+                passed = _pass(block, batches, _after(ctx.work, number - 1) if number else None, moments, ctx.work)
             moments.close()
             release(network, block.prefixes)
             _save(_tensors_of(moments), ctx.work / f"block-{number:04}.safetensors")

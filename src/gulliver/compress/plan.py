@@ -13,8 +13,11 @@ they cost does.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -222,20 +225,35 @@ def solve(items: Sequence[Item], formats: Sequence[Format], budget_bytes: int) -
     one_each = csr_matrix((np.ones(count * width), (rows, np.arange(count * width))))
     damages = np.array([item.damages for item in items]).ravel()
     scale = damages.sum() / len(damages) or 1.0
-    found = milp(
-        damages / scale,
-        constraints=[
-            LinearConstraint(csr_matrix(sizes.ravel()[None] / 1e6), -np.inf, budget_bytes / 1e6),
-            LinearConstraint(one_each, 1, 1),
-        ],
-        integrality=np.ones(count * width),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": GAP, "time_limit": 30.0},
-    )
+    with _silent():  # HiGHS writes to stdout, past Python
+        found = milp(
+            damages / scale,
+            constraints=[
+                LinearConstraint(csr_matrix(sizes.ravel()[None] / 1e6), -np.inf, budget_bytes / 1e6),
+                LinearConstraint(one_each, 1, 1),
+            ],
+            integrality=np.ones(count * width),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": GAP, "time_limit": 30.0},
+        )
     assert found.x is not None, f"HiGHS found no plan within {budget_bytes} bytes: {found.message}"
     chosen = found.x.reshape(count, width).argmax(1)
     assert sizes[np.arange(count), chosen].sum() <= budget_bytes + 1, "the solver's plan is larger than the budget"
     return [int(index) for index in chosen]
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing that compiled code writes to stdout is shown."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def plan_json(
@@ -247,8 +265,9 @@ def plan_json(
     fixed: int,
 ) -> dict[str, Any]:
     """What stands in plan.json; damages are in the unit of the statistics."""
+    places = {name: place for place, name in enumerate(statistics.blocks)}
     tensors: dict[str, dict[str, Any]] = {}
-    blocks: dict[str, float] = {}
+    blocks = {row.block: 0.0 for row in sorted(statistics.weights.values(), key=lambda row: places[row.block])}
     for item, index in zip(items, chosen, strict=True):
         fmt, row = formats[index], statistics.weights[item.name]
         entry = tensors.setdefault(item.name, {"name": item.name, "shape": list(row.shape), "bytes": 0, "parts": []})
@@ -263,7 +282,7 @@ def plan_json(
             last["damage"] + hurt,
         )
         entry["bytes"] += size
-        blocks[row.block] = blocks.get(row.block, 0.0) + hurt
+        blocks[row.block] += hurt
     for entry in tensors.values():
         for part in entry["parts"]:
             part["bits_per_weight"] = 8 * part["bytes"] / (part["rows"] * int(np.prod(entry["shape"][1:])))

@@ -55,11 +55,12 @@ class WeightRow:
 
 @dataclass(frozen=True)
 class Statistics:
-    """The report of `calibrate`, opened; tensors are read when asked for."""
+    """The report of `calibrate`, opened; tensors are read when asked for. `blocks` are in the network's order."""
 
     artifact: Artifact
     model_id: str
     weights: Mapping[str, WeightRow]
+    blocks: tuple[str, ...]
     sensitivity: str
 
     def views(self, name: str) -> list[View]:
@@ -123,7 +124,7 @@ def open_statistics(calibration: Artifact, model: Artifact) -> Statistics:
             name: WeightRow(name, tuple(row["shape"]), row["block"], tuple(tuple(view) for view in row["views"]))
             for name, row in body["weights"].items()
         }
-        statistics = Statistics(calibration, body["model"], weights, body["sensitivity"])
+        statistics = Statistics(calibration, body["model"], weights, tuple(body["blocks"]), body["sensitivity"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{STATISTICS} of {calibration.id[:12]} is damaged: {error!r}; calibrate again") from error
     if statistics.model_id != model.id:
