@@ -61,6 +61,7 @@ def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
         raise ConfigError(f"the model is for {model.task}, but the dataset is for {dataset.task}")
     if is_packed(model.path):
         raise ConfigError(f"model {model.id[:12]} is packed already; calibrate the plain model that it came from")
+    check_ram(ctx, "the start")
     task = get_task(model.task)
     batches = calibration_batches(task, cfg, [dataset, *([samples] if samples else [])], model, ctx)
     network = task.load(model.path, empty=True)
@@ -194,9 +195,12 @@ def _tensors_of(moments: Moments) -> dict[str, Tensor]:
 
 
 def check_ram(ctx: Context, where: str) -> None:
-    """BudgetError when the process has ever held more than the limit."""
+    """BudgetError when the process has ever held more than the limit; gives back what was freed."""
+    if ctx.max_ram_bytes is None:
+        return
+    memory.give_back_freed_memory()
     peak = memory.peak_rss_bytes()
-    if ctx.max_ram_bytes is not None and peak > ctx.max_ram_bytes:
+    if peak > ctx.max_ram_bytes:
         raise BudgetError(
             f"memory reached {peak / 1e6:.0f} MB at {where}; the limit is {ctx.max_ram_bytes / 1e6:.0f} MB. "
             "Raise max_ram_bytes, or lower batch_size or tokens"

@@ -62,6 +62,7 @@ def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     model, calibration, plan = inputs["model"], inputs["calibration"], inputs.get("plan")
     if is_packed(model.path):
         raise ConfigError(f"model {model.id[:12]} is packed already; quantize the model that it came from")
+    check_ram(ctx, "the start")
     statistics = open_statistics(calibration, model)
     names = sorted(statistics.weights)
     if plan is not None:

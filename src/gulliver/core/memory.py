@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
+_MMAP_THRESHOLD = -3
+"""The number of this option of mallopt in <malloc.h>."""
 _CLEAR = Path("/proc/self/clear_refs")
 
 
@@ -34,6 +36,19 @@ def reset_peak_rss() -> bool:
     except OSError:
         return False
     return True
+
+
+def give_back_freed_memory() -> None:
+    """Let what is freed go back to the system at once, and what is free now. Does nothing outside glibc.
+
+    glibc keeps freed blocks of up to 32 MB for later, which a limit on resident memory counts as used.
+    """
+    import ctypes
+
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
+        library.mallopt(_MMAP_THRESHOLD, 2**20)
+        library.malloc_trim(0)
 
 
 def total_ram_bytes() -> int:
