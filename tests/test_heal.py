@@ -122,12 +122,12 @@ def test_an_interrupted_run_makes_the_same_model(
     uses: list[int] = []
     real = heal._use
 
-    def counted(*args: Any) -> None:
+    def counted(*args: Any) -> Any:
         if len(uses) == stop:
             uses.append(-1)
             raise KeyboardInterrupt
         uses.append(len(uses))
-        real(*args)
+        return real(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(heal, "_use", counted)

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import nn
 
 from gulliver.compress.export_shards import ShardWriter
-from gulliver.compress.latent import LatentTensor
+from gulliver.compress.latent import LatentTensor, Rounded
 from gulliver.compress.observe import owners
 from gulliver.compress.quantize import DAMAGE, SHARD_BYTES, copy_beside
 from gulliver.compress.statistics import CALIBRATION
@@ -74,11 +74,8 @@ def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     latents, vectors = _trainable(student, teacher, model)
     batch_at = _batches(task, cfg, datasets, model, ctx)
 
-    def loss(index: int) -> Tensor:
-        _use(student, latents)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return task.loss(student, batch_at(index), teacher)
-
+    bfloat16 = torch.autocast("cpu", dtype=torch.bfloat16)
+    loss = bfloat16(lambda index: task.loss(_use(student, latents), batch_at(index), teacher))
     pairs = [pair for latent in latents.values() for pair in latent.parameters()]
     result = run_loop(
         parameters=[
@@ -153,12 +150,15 @@ def _trainable(
     return latents, vectors
 
 
-def _use(student: nn.Module, latents: dict[str, LatentTensor]) -> None:
-    """Give the network the weights that the latents have come to stand for."""
+def _use(student: nn.Module, latents: dict[str, LatentTensor]) -> nn.Module:
+    """Give the network the weights that the latents have come to stand for; returns it."""
     for name, latent in latents.items():
-        value = latent.value()
+        value = latent.joined(
+            [Rounded.apply(part.latent, part.change, part.scale, part.grid) for part in latent.parts]  # type: ignore[misc]
+        )
         for module in student.__dict__["latent_owners"][name]:
             module.__dict__["weight"] = value
+    return student
 
 
 def _batches(

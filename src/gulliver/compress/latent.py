@@ -25,7 +25,9 @@ Far enough that the first updates do not undo what error feedback chose.
 FINE = 8192
 
 
-class _Rounded(torch.autograd.Function):
+class Rounded(torch.autograd.Function):
+    """(latent, change, scale, grid) -> rounded values, with the gradients of the docstring above."""
+
     @staticmethod
     def forward(ctx: Any, latent: Tensor, change: Tensor, scale: Tensor, grid: Grid) -> Tensor:
         scales = scale * change.exp()
@@ -104,7 +106,7 @@ class LatentPart:
 
     def value(self) -> Tensor:
         """The rounded values, float32 [rows, columns], differentiable in `latent` and `change`."""
-        return _Rounded.apply(self.latent, self.change, self.scale, self.grid)  # type: ignore[no-any-return]
+        return Rounded.apply(self.latent, self.change, self.scale, self.grid)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def packed(self) -> Part:
@@ -139,7 +141,10 @@ class LatentTensor:
 
     def value(self) -> Tensor:
         """The weight as the network uses it, float32 in `shape`."""
-        values = [part.value() for part in self.parts]
+        return self.joined([part.value() for part in self.parts])
+
+    def joined(self, values: list[Tensor]) -> Tensor:
+        """The values of the parts as one weight in `shape`, rows in their places."""
         if self.row_part is None:
             return values[0].view(self.shape)
         order = torch.cat([part.rows for part in self.parts]).argsort()  # type: ignore[misc]
