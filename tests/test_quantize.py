@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -276,7 +277,8 @@ def test_a_killed_run_goes_on_and_makes_the_same_model(language: Lab, tmp_path: 
         while process.poll() is None and len(list((store.home / "work").glob("*/weight-*"))) <= seen:
             time.sleep(0.002)
         time.sleep(moments.uniform(0.0, 0.05))
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it may just have finished
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         seen = len(list((store.home / "work").glob("*/weight-*.safetensors")))
     done = {path: path.stat().st_mtime_ns for path in (store.home / "work").glob("*/weight-*.safetensors")}
