@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import sqlalchemy
-from sqlalchemy import Engine, NullPool, event
+from sqlalchemy import Engine, NullPool, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
@@ -18,6 +18,7 @@ from gulliver.core.errors import ConfigError, MissingExtra
 from gulliver.core.migrations import migrate
 
 BUSY_TIMEOUT_S = 60
+_LOCK = 7_350_613  # the advisory lock that all Gulliver processes agree on
 
 
 def open_database(home: Path, database_url: str | None) -> Engine:
@@ -54,8 +55,13 @@ def open_database(home: Path, database_url: str | None) -> Engine:
 
 @contextlib.contextmanager
 def write(engine: Engine) -> Iterator[sqlalchemy.Connection]:
-    """A transaction that writes: all of it or nothing. SQLite's write lock is taken at once."""
+    """A transaction that writes: all of it or nothing, and one at a time, so that row numbers follow commit order.
+
+    SQLite's write lock is taken at once; PostgreSQL, whose sequences stand outside transactions, takes an advisory one.
+    """
     with engine.connect().execution_options(gulliver_write=True) as connection, connection.begin():
+        if engine.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": _LOCK})
         yield connection
 
 
@@ -103,7 +109,7 @@ def _begin_sqlite(connection: sqlalchemy.Connection) -> None:
 
 
 def _schema_lock(url: sqlalchemy.URL) -> contextlib.AbstractContextManager[None]:
-    """Held while the schema is brought up to date: a file beside SQLite's; PostgreSQL locks for itself in `migrate`."""
+    """Held while the schema is brought up to date: a file beside SQLite's; PostgreSQL is locked by `write`."""
     if url.get_backend_name() != "sqlite":
         return contextlib.nullcontext()
     path = Path(url.database or "")

@@ -1,7 +1,7 @@
 """The database schema as a history. Append-only: a migration that has been released is never edited; add another.
 
 Each entry is the SQL of one migration, common or by dialect; `migrate` applies those that are missing, all in one
-transaction, and holds a lock so that processes that start at once do it once.
+transaction. Writers come one at a time (database.py), so processes that start at once do it once.
 """
 
 from __future__ import annotations
@@ -48,8 +48,6 @@ MIGRATIONS: Sequence[Sequence[str] | Mapping[str, Sequence[str]]] = (
     },
 )
 
-_LOCK = 7_350_613  # the advisory lock that all Gulliver processes agree on
-
 
 def migrate(connection: Connection) -> int:
     """Bring the database up to date inside the caller's write transaction; returns how many migrations were applied.
@@ -59,8 +57,6 @@ def migrate(connection: Connection) -> int:
     dialect = connection.dialect.name
     if dialect not in _ROW:
         raise ConfigError(f"the database is {dialect}; give sqlite:///FILE or postgresql+psycopg://HOST/NAME")
-    if dialect == "postgresql":
-        connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": _LOCK})
     connection.execute(text("CREATE TABLE IF NOT EXISTS schema_history (number BIGINT PRIMARY KEY)"))
     done = connection.execute(text("SELECT COALESCE(MAX(number), 0) FROM schema_history")).scalar_one()
     if done > len(MIGRATIONS):
