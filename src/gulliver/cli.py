@@ -10,16 +10,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from gulliver import __version__, steps
 from gulliver.commands import COMMANDS, MODEL_HELP, Session, described
 from gulliver.core.errors import ConfigError, GulliverError
+from gulliver.core.stdout import stdout_into
 from gulliver.steps import Step, did_you_mean
 
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
-        with _only_results_on_stdout():
+        with stdout_into(2), contextlib.redirect_stdout(sys.stderr):
             document, lines = options.act(options, _session(options, words))
     except GulliverError as failure:
         return _failed(failure, as_json)
@@ -48,20 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) if as_json else "\n".join(lines))
     return 0
-
-
-@contextlib.contextmanager
-def _only_results_on_stdout() -> Iterator[None]:
-    """What libraries print goes to stderr, also what compiled ones (the solver) write past Python."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def _session(options: argparse.Namespace, words: list[str]) -> Session:

@@ -48,7 +48,7 @@ EFFORTS: Mapping[str, Mapping[str, Mapping[str, Any] | None]] = {
         "quality": {},
     },
     "high": {
-        "sample": {"count": 48, "tokens": 384},
+        "sample": {"count": 96, "tokens": 384},
         "calibrate": {"examples": 96, "gradient_examples": 16},
         "plan": {},
         "heal": {"steps": 110},
@@ -147,12 +147,14 @@ def _loop(work: Fit) -> Artifact:
     for _ in range(MAX_ROUNDS):
         plan = work.step("plan", {"size_bytes": size_bytes}, model=work.parent, calibration=calibration)
         planned = json.loads(plan.file("plan.json").read_text(encoding="utf-8"))
-        fitted = work.step("quantize", model=work.parent, calibration=calibration, plan=plan)
+        packed = work.step("quantize", model=work.parent, calibration=calibration, plan=plan)
+        candidates = [packed]
         if EFFORTS[work.effort]["heal"] is not None:
-            fitted = work.step("heal", model=fitted, parent=work.parent, dataset=work.dataset, samples=samples)
-        evidence = _measure(work, fitted)
-        work.verdicts = [gate.judge(evidence, fitted.id) for gate in work.budget.gates()]
-        drop = _value(evidence, "quality_loss")
+            candidates += [work.step("heal", model=packed, parent=work.parent, dataset=work.dataset, samples=samples)]
+        drops = [_value(_measure(work, candidate), "quality_loss") for candidate in candidates]
+        drop = min(drops)  # healing must show on held-out data, or it is not kept
+        fitted = candidates[drops.index(drop)]
+        work.verdicts = [gate.judge(work.store.evidence(fitted.id), fitted.id) for gate in work.budget.gates()]
         work.menu = _in_drops(planned, drop)
         work.rounds.append(
             {

@@ -118,7 +118,8 @@ STEPS = (
         optional=("samples",),
         makes=("model",),
         compresses=True,
-        help="distil a packed model's scales, codebooks and norms against its parent",
+        version=2,
+        help="distil a packed model's codes, scales and norms against its parent",
     ),
     Step(
         "quality",

@@ -51,9 +51,11 @@ class Config(BaseModel):
     steps: int = Field(100, ge=1, description="updates")
     batch_size: int = Field(2, ge=1, description="examples per update")
     tokens: int | None = Field(None, ge=2, description="length of a window, for families that read sequences")
-    learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False, description="peak rate of the latent weights")
+    learning_rate: float = Field(
+        7e-3, gt=0, allow_inf_nan=False, description="peak rate of the latent weights, in distances between grid values"
+    )
     scale_rate: float = Field(5e-4, ge=0, allow_inf_nan=False, description="peak rate of the scales, as a ratio")
-    vector_rate: float = Field(1e-3, ge=0, allow_inf_nan=False, description="peak rate of norms and biases")
+    vector_rate: float = Field(3e-4, ge=0, allow_inf_nan=False, description="peak rate of norms and biases")
     warmup_steps: int = Field(5, ge=0, description="steps of linear warmup")
     max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False, description="gradients longer than this are clipped")
     checkpoint_every: int = Field(25, ge=1, description="steps between checkpoints; no effect on the result")
@@ -76,11 +78,11 @@ def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
 
     bfloat16 = torch.autocast("cpu", dtype=torch.bfloat16)
     loss = bfloat16(lambda index: task.loss(_use(student, latents), batch_at(index), teacher))
-    pairs = [pair for latent in latents.values() for pair in latent.parameters()]
+    parts = [part for latent in latents.values() for part in latent.parts]
     result = run_loop(
         parameters=[
-            {"params": [latent for latent, _ in pairs], "learning_rate": cfg.learning_rate},
-            {"params": [change for _, change in pairs], "learning_rate": cfg.scale_rate},
+            *({"params": [part.latent], "learning_rate": cfg.learning_rate * part.spacing()} for part in parts),
+            {"params": [part.change for part in parts], "learning_rate": cfg.scale_rate},
             {"params": list(vectors.values()), "learning_rate": cfg.vector_rate},
         ],
         loss=loss,

@@ -104,6 +104,11 @@ class LatentPart:
         self.latent = nn.Parameter(latent.contiguous())
         self.change = nn.Parameter(torch.zeros_like(self.scale))
 
+    def spacing(self) -> float:
+        """The mean distance between two neighbours of the grid, in the unit of the weights."""
+        steps = 1.0 if self.grid.sorted is None else float(self.grid.sorted.diff().mean())
+        return steps * float(self.scale.mean())
+
     def value(self) -> Tensor:
         """The rounded values, float32 [rows, columns], differentiable in `latent` and `change`."""
         return Rounded.apply(self.latent, self.change, self.scale, self.grid)  # type: ignore[no-any-return]

@@ -13,11 +13,9 @@ they cost does.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +35,7 @@ from gulliver.core.artifact import Artifact
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, BudgetError, ConfigError
 from gulliver.core.files import write_atomic
+from gulliver.core.stdout import stdout_into
 from gulliver.nets.weights import aliases, read_safetensors
 from gulliver.runtime.packed import CODEBOOK_BITS, GROUP_SIZES, PLANES, TILE_ROWS, Format
 from gulliver.tasks import get_task
@@ -225,7 +224,7 @@ def solve(items: Sequence[Item], formats: Sequence[Format], budget_bytes: int) -
     one_each = csr_matrix((np.ones(count * width), (rows, np.arange(count * width))))
     damages = np.array([item.damages for item in items]).ravel()
     scale = damages.sum() / len(damages) or 1.0
-    with _silent():  # HiGHS writes to stdout, past Python
+    with open(os.devnull, "wb") as nowhere, stdout_into(nowhere.fileno()):  # HiGHS chatters past Python
         found = milp(
             damages / scale,
             constraints=[
@@ -240,20 +239,6 @@ def solve(items: Sequence[Item], formats: Sequence[Format], budget_bytes: int) -
     chosen = found.x.reshape(count, width).argmax(1)
     assert sizes[np.arange(count), chosen].sum() <= budget_bytes + 1, "the solver's plan is larger than the budget"
     return [int(index) for index in chosen]
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Nothing that compiled code writes to stdout is shown."""
-    sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def plan_json(
