@@ -41,6 +41,8 @@ HEALING = "healing.json"
 COPIES = 7
 """float32 copies of all weights while healing: parent, model, latent, gradient, two moments, and what is in flight."""
 BATCH_BYTES = 2_000_000_000
+TURNS = (0, 1, 1, 1)
+"""Whose batch is next: 0 the user's data, 1 the parent's own. What a model heals on, it comes to favour."""
 
 
 class Config(BaseModel):
@@ -166,12 +168,15 @@ def _use(student: nn.Module, latents: dict[str, LatentTensor]) -> nn.Module:
 def _batches(
     task: Task, cfg: Config, datasets: list[Artifact], model: Artifact, ctx: Context
 ) -> Callable[[int], Batch]:
-    """Batch k, taken from the data sets in turn; free as long as batches are asked for in order."""
+    """Batch k, from the data sets in the order of `TURNS`; free as long as batches are asked for in order."""
     dials = {} if cfg.tokens is None else {"tokens": cfg.tokens}
     streams: dict[int, tuple[int, Iterator[Batch]]] = {}
+    order = [turn for turn in TURNS if turn < len(datasets)]
 
     def at(index: int) -> Batch:
-        turn, place = index % len(datasets), index // len(datasets)
+        rounds, now = divmod(index, len(order))
+        turn = order[now]
+        place = rounds * order.count(turn) + order[:now].count(turn)
         coming, stream = streams.get(turn, (-1, iter(())))
         if coming != place:
             stream = task.batches(
