@@ -86,6 +86,20 @@ def test_every_effort_fits_a_language_model(language: Lab, effort: str, tmp_path
     assert get_task("language").answer(get_task("language").load(out), {"prompt": "the giant"}, folder=out)["text"]
 
 
+@pytest.mark.parametrize(("rate", "kept"), [(0.01, "heal"), (50.0, "quantize")])
+def test_healing_is_kept_only_where_it_helps(
+    language: Lab, rate: float, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gulliver import fit as efforts
+
+    healing = {"steps": 60, "batch_size": 8, "learning_rate": rate, "scale_rate": 1e-4, "vector_rate": 1e-4}
+    monkeypatch.setattr(efforts, "EFFORTS", efforts.EFFORTS | {"high": efforts.EFFORTS["high"] | {"heal": healing}})
+    before = len(steps_run(language))
+    made = fit(language, 48_000, effort="high")
+    assert made.manifest["step"]["name"] == kept
+    assert "heal" in steps_run(language)[before:]
+
+
 @pytest.mark.parametrize("effort", ["fast", "normal", "high"])
 def test_every_effort_fits_a_classifier(digits: Lab, effort: str, tmp_path: Path) -> None:
     made = fit(digits, DIGITS, effort=effort, out=tmp_path / "out", data=None)

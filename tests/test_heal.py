@@ -95,13 +95,14 @@ def test_samples_take_their_turn(language: Lab, packed: Artifact, monkeypatch: p
     real = LanguageTask._batches
 
     def counted(self: Any, dataset: Artifact, split: str, batch_size: int, seed: int, step: int, *rest: Any, **d: Any):
-        asked.append((dataset.id, step))
-        return real(self, dataset, split, batch_size, seed, step, *rest, **d)
+        for number, batch in enumerate(real(self, dataset, split, batch_size, seed, step, *rest, **d), start=step):
+            asked.append((dataset.id, number))
+            yield batch
 
     monkeypatch.setattr(LanguageTask, "_batches", counted)
     inputs = {"model": packed, "parent": language.model, "dataset": language.dataset, "samples": own}
-    made = language.step("heal", QUICK | {"steps": 4}, **inputs)
-    assert asked == [(language.dataset.id, 0), (own.id, 0)]
+    made = language.step("heal", QUICK | {"steps": 6}, **inputs)
+    assert asked == [(language.dataset.id, 0), *((own.id, n) for n in range(3)), (language.dataset.id, 1), (own.id, 3)]
     assert made.parents == (packed.id, language.model.id, language.dataset.id, own.id)
     prints = contents(made, CALIBRATION)["paragraph_sha256_16"]
     assert len(prints) == len(contents(healed(language, packed, steps=3), CALIBRATION)["paragraph_sha256_16"]) + 1
