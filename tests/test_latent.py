@@ -102,9 +102,9 @@ def test_trained_values_are_what_is_packed() -> None:
     weight = sample(ROWS, 64)
     latent = LatentTensor(packed(weight, "c3g32"), weight)
     with torch.no_grad():
-        for values, change in latent.parameters():
-            values += 0.3 * sample(*values.shape, seed=2)
-            change += 0.05 * sample(*change.shape, seed=3)
+        for part in latent.parts:
+            part.latent += 0.3 * sample(*part.latent.shape, seed=2)
+            part.change += 0.05 * sample(*part.change.shape, seed=3)
     value = latent.value().detach()
     assert (latent.packed().dequantize() - value).norm() < 0.01 * value.norm()
     assert (value - weight).norm() > 0.2 * weight.norm()
@@ -165,14 +165,22 @@ def test_a_descent_step_on_scales_lowers_the_error() -> None:
     weight = sample(ROWS, 128)
     latent = LatentTensor(packed(weight, "u2g32", feedback=False), weight)
     with torch.no_grad():
-        for _, change in latent.parameters():
-            change += 0.3
+        for part in latent.parts:
+            part.change += 0.3
     errors = []
     for _ in range(30):
         error = (latent.value() - weight).square().sum()
         errors.append(float(error.detach()))
-        gradients = torch.autograd.grad(error, [change for _, change in latent.parameters()])
+        gradients = torch.autograd.grad(error, [part.change for part in latent.parts])
         with torch.no_grad():
-            for (_, change), gradient in zip(latent.parameters(), gradients, strict=True):
-                change -= 0.01 * gradient.sign()
+            for part, gradient in zip(latent.parts, gradients, strict=True):
+                part.change -= 0.01 * gradient.sign()
     assert errors[-1] < 0.9 * errors[0]
+
+
+def test_spacing_is_the_mean_distance_between_the_values_a_weight_can_take() -> None:
+    weight = sample(ROWS, 64)
+    for name in ("c4g32", "u4g32"):
+        latent = LatentTensor(packed(weight, name), weight).parts[0]
+        grid = latent.scale[:, :, None] * (torch.arange(16.0) if latent.grid.sorted is None else latent.grid.sorted)
+        assert abs(latent.spacing() / float(grid.diff().mean()) - 1) < 1e-4

@@ -8,7 +8,6 @@ u = dL/dv, dL/dw = u and dL/ds = Σ u · (c[q] - w / s) over the group (learned 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -138,11 +137,6 @@ class LatentTensor:
         for index, part in enumerate(tensor.parts):
             rows = None if tensor.row_part is None else (tensor.row_part == index).nonzero()[:, 0]
             self.parts.append(LatentPart(part, matrix if rows is None else matrix[rows], rows))
-
-    def parameters(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-        """(latent, change) of every part."""
-        for part in self.parts:
-            yield part.latent, part.change
 
     def value(self) -> Tensor:
         """The weight as the network uses it, float32 in `shape`."""
