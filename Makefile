@@ -1,6 +1,6 @@
 # make quickstart | test | check | docs | bench. PIP_ARGS goes to pip, for instance to take torch's small CPU build:
 #   make quickstart PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
-# make bench measures what has no row in benchmarks/results/compress.json yet, and draws the tables; a day on two cores.
+# make bench measures what has no row in benchmarks/results/compress.json yet, and draws the tables; about two hours.
 #   PARENT   the parent, a Hugging Face folder: the one that the peers in benchmarks/results/peers.json were made from
 #   DATA     a folder with wikitext-2.valid.txt, wikitext-2.test.txt and tinyshakespeare.txt
 #   SCRATCH  where the work is kept until it is whole (default out/bench; 25 GB)
