@@ -45,10 +45,11 @@ def fitted(home: Path) -> Path:
 
 @pytest.mark.real
 def test_fit_meets_its_budget_on_the_real_model_and_others_open_the_result(home: Path, fitted: Path) -> None:
-    shown = gulliver(home, "verify", fitted)
+    assert gulliver(home, "verify", fitted)["verified"]
+    shown = gulliver(home, "show", fitted)
     weights = sum(path.stat().st_size for path in fitted.glob("*.safetensors"))
     assert shown["weight_bytes"] == weights and 0.98 * SIZE < weights <= SIZE
-    evidence = {item["metric"]: item for item in gulliver(home, "show", shown["id"])["evidence"]}
+    evidence = {item["metric"]: item for item in shown["evidence"]}
     assert evidence["parameter_count"]["value"] == PARAMETERS
     assert 0 < evidence["quality_loss"]["value"] < evidence["quality_loss"]["high"] < 0.1
     assert evidence["perplexity_vs_baseline"]["high"] < 0.5
