@@ -177,7 +177,10 @@ def resume(args: argparse.Namespace, results: Results) -> None:
     """Kill calibrate and quantize at random instants, run them again, and compare what they made."""
     work = Stages(args.home / "resume", fresh=True)
     texts = (args.data_folder / CALIBRATION, args.data_folder / WIKITEXT)
-    row = resume_row(args.model or args.parent, texts, work.folder, args)
+    row = {
+        "model": args.model or weights_hash(args.parent),
+        **resume_row(args.model or args.parent, texts, work.folder, args),
+    }
     results.put("resume", key_of(args), row)
     work.finish(keep=args.keep)
 

@@ -36,7 +36,7 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "what": "measured", "result": "result", "time": "time", "ram": "peak memory",
         "fit": "`fit`, {size} at effort {effort}", "shift": "loss on Shakespeare ÷ loss on WikiText: {value}",
         "memory": "calibrate + quantize {parameters} B parameters ({parent} GB) under `--max-ram-bytes {ram}`",
-        "bytes": "{size} MB written", "resume": "killed {kills} times ({amid} amid work), run again",
+        "bytes": "{size} MB written", "resume": "{model}: killed {kills} times ({amid} amid work), run again",
         "same": "identical content ids", "other": "DIFFERENT content ids",
         "encoder": "sentence encoder at {bits} bits a weight, effort {effort}",
         "cosine": "cosine to the parent {value}",
@@ -50,7 +50,7 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "what": "测量项", "result": "结果", "time": "时间", "ram": "内存峰值",
         "fit": "`fit`，{size}，effort {effort}", "shift": "莎士比亚上的损失 ÷ WikiText 上的损失：{value}",
         "memory": "在 `--max-ram-bytes {ram}` 下校准并量化 {parameters} B 参数（{parent} GB）",
-        "bytes": "写出 {size} MB", "resume": "被强杀 {kills} 次（其中 {amid} 次正在计算）后重新运行",
+        "bytes": "写出 {size} MB", "resume": "{model}：被强杀 {kills} 次（其中 {amid} 次正在计算）后重新运行",
         "same": "内容 id 完全一致", "other": "内容 id 不一致",
         "encoder": "句子编码器，每权重 {bits} 位，effort {effort}", "cosine": "与原模型的余弦 {value}",
         "quickstart": "新克隆中的 `make quickstart`", "install": "其中安装 {seconds}",
@@ -192,7 +192,7 @@ def _memory_line(row: Mapping, words: Mapping[str, str]) -> list[str]:
 
 
 def _resume_line(row: Mapping, words: Mapping[str, str]) -> list[str]:
-    what = words["resume"].format(kills=row["kills"], amid=row["kills_amid_work"])
+    what = words["resume"].format(model=row["model"], kills=row["kills"], amid=row["kills_amid_work"])
     return [what, words["same" if row["identical"] else "other"], "", ""]
 
 
