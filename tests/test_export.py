@@ -17,7 +17,8 @@ from gulliver.compress.export import as_bfloat16, write_config
 from gulliver.compress.export_compressed import compressed_config, compressed_tensors, pack_bits, plan_layout
 from gulliver.compress.export_shards import ShardWriter
 from gulliver.core.errors import ConfigError
-from gulliver.runtime.packed import Format, PackedTensor, Part
+from gulliver.runtime.formats import Format
+from gulliver.runtime.packed import PackedTensor, Part
 
 VOCABULARY = 96
 EMBEDDING = "model.embed_tokens.weight"

@@ -17,7 +17,8 @@ from gulliver.core.progress import Progress
 from gulliver.core.store import Store
 from gulliver.run import call
 from gulliver.runtime.packed import PackedTensor
-from gulliver.runtime.reference import PACKING, read_stored
+from gulliver.runtime.packing import PACKING
+from gulliver.runtime.reference import read_stored
 from gulliver.tasks.language import LanguageTask
 
 RATES = {"learning_rate": 1.5e-2, "scale_rate": 3e-4, "vector_rate": 3e-4}

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from gulliver.compress.feedback import quantize_matrix
 from gulliver.compress.latent import LatentTensor
-from gulliver.runtime.packed import Format, PackedTensor
+from gulliver.runtime.formats import Format
+from gulliver.runtime.packed import PackedTensor
 
 ROWS = 24
 CASES = ["c2g32", "c3g64", "c4g128", "c6g32", "u2g32", "u4g64", "u8g128", "u3g32"]

@@ -8,17 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gulliver.core.errors import ArtifactError, ConfigError
-from gulliver.runtime.packed import (
-    CODEBOOK_BITS,
-    GROUP_SIZES,
-    PLANES,
-    Format,
-    PackedTensor,
-    Part,
-    pack,
-    unpack,
-    unpack_slowly,
-)
+from gulliver.runtime.formats import CODEBOOK_BITS, GROUP_SIZES, PLANES, Format
+from gulliver.runtime.packed import PackedTensor, Part, pack, unpack, unpack_slowly
 
 FORMATS = [Format(bits, size, "uniform") for bits in PLANES for size in GROUP_SIZES] + [
     Format(bits, size, "codebook") for bits in CODEBOOK_BITS for size in GROUP_SIZES

@@ -18,7 +18,7 @@ from gulliver.compress.plan import GAP, PLAN, Item, menu, planned, row_classes, 
 from gulliver.compress.statistics import View, open_statistics
 from gulliver.core.artifact import Artifact
 from gulliver.core.errors import ArtifactError, BudgetError
-from gulliver.runtime.packed import CODEBOOK_BITS, GROUP_SIZES, PLANES, Format
+from gulliver.runtime.formats import CODEBOOK_BITS, GROUP_SIZES, PLANES, Format
 from gulliver.runtime.reference import read_stored
 
 MENU = [Format(8, 64, "uniform"), Format(4, 64, "codebook"), Format(3, 128, "codebook"), Format(2, 32, "codebook")]

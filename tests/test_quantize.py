@@ -28,8 +28,10 @@ from gulliver.core.artifact import Artifact, copy_artifact, verify
 from gulliver.core.errors import BudgetError, ConfigError
 from gulliver.core.store import Store
 from gulliver.nets.weights import read_safetensors
-from gulliver.runtime.packed import Format, PackedTensor
-from gulliver.runtime.reference import is_packed, read_stored
+from gulliver.runtime.formats import Format
+from gulliver.runtime.packed import PackedTensor
+from gulliver.runtime.packing import is_packed
+from gulliver.runtime.reference import read_stored
 from gulliver.tasks import get_task
 
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from gulliver.compress.export_shards import ShardWriter
 from gulliver.core.errors import ArtifactError
 from gulliver.nets.weights import stored_names
-from gulliver.runtime.packed import Format, PackedTensor
+from gulliver.runtime.formats import Format
+from gulliver.runtime.packed import PackedTensor
+from gulliver.runtime.packing import PACKING, is_packed
 from gulliver.runtime.reference import (
     MAX_PACKING_BYTES,
-    PACKING,
-    is_packed,
     packing_entry,
     packing_json,
     read_stored,

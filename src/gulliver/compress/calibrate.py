@@ -29,7 +29,7 @@ from gulliver.core.errors import BudgetError, ConfigError, DataError
 from gulliver.core.files import temporary_name, write_atomic
 from gulliver.core.overlap import fingerprints
 from gulliver.nets.weights import aliases, assign, read_safetensors, release, unfilled
-from gulliver.runtime.reference import is_packed
+from gulliver.runtime.packing import is_packed
 from gulliver.tasks import get_task
 from gulliver.tasks.base import Batch, Block, Task, Weight
 

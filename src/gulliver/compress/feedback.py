@@ -28,7 +28,8 @@ from gulliver.compress.grid import (
     row_factors,
     split_scales,
 )
-from gulliver.runtime.packed import Format, Part, joined
+from gulliver.runtime.formats import Format
+from gulliver.runtime.packed import Part, joined
 
 DAMPING = 0.02
 CHUNK_ROWS = 8192

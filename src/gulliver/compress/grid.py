@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gulliver.runtime.packed import Format
+from gulliver.runtime.formats import Format
 
 SHRINKS = tuple(1.0 - 0.08 * step for step in range(7))
 SCALE_LEVELS = 255

@@ -32,7 +32,8 @@ from gulliver.learning.optim import OptimizerConfig
 from gulliver.learning.schedule import Schedule
 from gulliver.nets.weights import aliases
 from gulliver.runtime.packed import PackedTensor
-from gulliver.runtime.reference import PACKING, is_packed, packing_entry, packing_json, read_stored, stored_form
+from gulliver.runtime.packing import PACKING, is_packed
+from gulliver.runtime.reference import packing_entry, packing_json, read_stored, stored_form
 from gulliver.tasks import get_task
 from gulliver.tasks.base import Batch, Task, Weight
 

@@ -37,7 +37,7 @@ from gulliver.core.errors import ArtifactError, BudgetError, ConfigError
 from gulliver.core.files import write_atomic
 from gulliver.core.stdout import stdout_into
 from gulliver.nets.weights import aliases, read_safetensors
-from gulliver.runtime.packed import CODEBOOK_BITS, GROUP_SIZES, PLANES, TILE_ROWS, Format
+from gulliver.runtime.formats import CODEBOOK_BITS, GROUP_SIZES, PLANES, TILE_ROWS, Format
 from gulliver.tasks import get_task
 
 PLAN = "plan.json"

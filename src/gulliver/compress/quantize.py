@@ -31,8 +31,10 @@ from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError
 from gulliver.core.files import temporary_name, write_atomic
 from gulliver.nets.weights import aliases, read_safetensors
-from gulliver.runtime.packed import Format, PackedTensor
-from gulliver.runtime.reference import PACKING, is_packed, packing_entry, packing_json, stored_form
+from gulliver.runtime.formats import Format
+from gulliver.runtime.packed import PackedTensor
+from gulliver.runtime.packing import PACKING, is_packed
+from gulliver.runtime.reference import packing_entry, packing_json, stored_form
 from gulliver.tasks import get_task
 
 DAMAGE = "damage.json"

@@ -7,8 +7,9 @@ from collections.abc import Set
 from safetensors import safe_open
 
 from gulliver.core.artifact import Artifact
-from gulliver.nets.weights import aliases, weight_files
-from gulliver.runtime.packed import Format
+from gulliver.nets.files import weight_files
+from gulliver.nets.weights import aliases
+from gulliver.runtime.formats import Format
 from gulliver.tasks import get_task
 
 ENTRY_BYTES = 96

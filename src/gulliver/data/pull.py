@@ -23,7 +23,8 @@ from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
 from gulliver.core.files import write_atomic
 from gulliver.data import read
-from gulliver.nets.weights import aliases, read_safetensors, weight_files
+from gulliver.nets.files import weight_files
+from gulliver.nets.weights import aliases, read_safetensors
 from gulliver.tasks import converter, detect_task, get_task
 from gulliver.tasks.base import Task
 

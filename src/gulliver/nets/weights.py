@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from gulliver.core.errors import ArtifactError
+from gulliver.nets.files import weight_files
 
 
 @contextmanager
@@ -101,28 +102,6 @@ def unfilled(model: nn.Module) -> list[str]:
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a Hugging Face layout folder: those of its index, else all. ArtifactError if none."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise ArtifactError(f"{folder} has no *.safetensors")
-        return files
-    try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        plain = all(isinstance(name, str) and Path(name).name == name for name in names)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"{index} is not a safetensors index: {error}") from error
-    if not plain:
-        raise ArtifactError(f"{index} names a file outside its folder; do not use it")
-    files = [folder / name for name in sorted(set(names))]
-    for path in files:
-        if not path.is_file():
-            raise ArtifactError(f"{path} is listed in {index.name} but missing; download it again")
-    return files
 
 
 def stored_names(folder: Path) -> set[str]:

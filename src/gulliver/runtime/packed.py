@@ -17,73 +17,14 @@ what an 8-bit dot-product instruction takes. docs/artifact.md states the format 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from gulliver.core.errors import ArtifactError, ConfigError
-
-TILE_ROWS = 16
-ALIGNMENT = 64
-GROUP_SIZES = (32, 64, 128)
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
-"""Bits of a code -> widths of its planes, low bits first."""
-CODEBOOK_BITS = (2, 3, 4, 5, 6)
-
-
-@dataclass(frozen=True, order=True)
-class Format:
-    """How one part of a weight is stored: `bits` a code, one scale for `group_size` columns, `kind` of values."""
-
-    bits: int
-    group_size: int
-    kind: str  # "uniform" or "codebook"
-
-    def __post_init__(self) -> None:
-        if self.bits not in PLANES:
-            raise ConfigError(f"bits is {self.bits}; choose one of {', '.join(map(str, PLANES))}")
-        if self.group_size not in GROUP_SIZES:
-            raise ConfigError(f"group_size is {self.group_size}; choose one of {', '.join(map(str, GROUP_SIZES))}")
-        if self.kind not in ("uniform", "codebook"):
-            raise ConfigError(f"kind is {self.kind!r}; choose uniform or codebook")
-        if self.kind == "codebook" and self.bits not in CODEBOOK_BITS:
-            raise ConfigError(f"a codebook has 2 to 6 bits, not {self.bits}; use uniform")
-
-    @property
-    def name(self) -> str:
-        """Short name: "u4g64" (uniform) or "c4g64" (codebook)."""
-        return f"{self.kind[0]}{self.bits}g{self.group_size}"
-
-    @staticmethod
-    def parse(name: str) -> Format:
-        """The format of a short name. ConfigError for any other text."""
-        found = re.fullmatch(r"([uc])([1-9])g([1-9][0-9]{0,4})", name)
-        if not found:
-            raise ConfigError(f"{name[:40]!r} is no format; write it like u4g64 (uniform) or c4g64 (codebook)")
-        return Format(int(found[2]), int(found[3]), {"u": "uniform", "c": "codebook"}[found[1]])
-
-    @property
-    def levels(self) -> int:
-        return 1 << self.bits
-
-    def groups(self, columns: int) -> int:
-        return -(-columns // self.group_size)
-
-    def tile_bytes(self, columns: int) -> int:
-        """Bytes of one tile of 16 rows, padding included."""
-        groups = self.groups(columns)
-        codes = groups * self.group_size * TILE_ROWS * self.bits // 8
-        scales = groups * TILE_ROWS * (2 if self.kind == "uniform" else 1)
-        raw = codes + scales + 2 * TILE_ROWS
-        return -(-raw // ALIGNMENT) * ALIGNMENT
-
-    def packed_bytes(self, rows: int, columns: int) -> int:
-        """Bytes on disk of a part of `rows` rows, without the file header."""
-        table = self.levels if self.kind == "codebook" else 0
-        return -(-rows // TILE_ROWS) * self.tile_bytes(columns) + table
+from gulliver.core.errors import ArtifactError
+from gulliver.runtime.formats import PLANES, TILE_ROWS, Format
 
 
 @dataclass

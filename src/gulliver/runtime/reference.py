@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,25 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gulliver.core.errors import ArtifactError, ConfigError
-from gulliver.core.manifest import read_json
-from gulliver.nets.weights import read_safetensors, weight_files
-from gulliver.runtime.packed import Format, PackedTensor, Part, pack, unpack
-
-PACKING = "packing.json"
-FORMAT = 1
-MAX_PARTS = 16
-MAX_DIMENSIONS = 8
-MAX_PACKING_BYTES = 64 * 2**20
-
-
-_PIECE = re.compile(r"\.(?:(?:tiles|codebook)\.\d+|rows)$")
-"""The end of a stored name that belongs to a packed weight."""
-
-
-def is_packed(folder: Path) -> bool:
-    """Whether the model in `folder` has packed weights."""
-    return (folder / PACKING).is_file()
+from gulliver.core.errors import ArtifactError
+from gulliver.nets.files import weight_files
+from gulliver.nets.weights import read_safetensors
+from gulliver.runtime.formats import Format
+from gulliver.runtime.packed import PackedTensor, Part, pack, unpack
+from gulliver.runtime.packing import FORMAT, PACKING, PIECE, is_packed, read_packing, stored_names
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------
@@ -83,63 +69,17 @@ def read_stored(folder: Path) -> Iterator[tuple[str, PackedTensor | Tensor]]:
     """(name, packed weight or plain tensor) one at a time, as stored. ArtifactError for a damaged file."""
     packing = read_packing(folder) if is_packed(folder) else {}
     files = _where(folder)
-    owned = {stored for name, shape_parts in packing.items() for stored in _names(name, shape_parts[1])}
+    owned = {stored for name, shape_parts in packing.items() for stored in stored_names(name, shape_parts[1])}
     plain = sorted(set(files) - owned)
     for name in plain:
         if name in packing:
             raise ArtifactError(f"{folder}: {name} is stored both packed and plain; the files do not belong together")
-        if _PIECE.sub("", name) in packing:
+        if PIECE.sub("", name) in packing:
             raise ArtifactError(f"{folder}: {name} is stored, but no part in {PACKING} needs it; the model is damaged")
     for name in sorted(packing):
         yield name, _read_packed(name, *packing[name], files)
     for name in plain:
         yield name, _tensor(files, name)
-
-
-def read_packing(folder: Path) -> dict[str, tuple[tuple[int, ...], list[tuple[Format, int]]]]:
-    """Name -> (shape, [(format, rows) of each part]) from packing.json. ArtifactError when it breaks a rule."""
-    path = folder / PACKING
-    if path.stat().st_size > MAX_PACKING_BYTES:
-        raise ArtifactError(f"{path} has {path.stat().st_size} bytes; at most {MAX_PACKING_BYTES} are allowed")
-    body = read_json(path.read_bytes(), PACKING)
-    if not isinstance(body, dict) or set(body) != {"format", "tensors"} or not isinstance(body["tensors"], dict):
-        raise ArtifactError(f"{path} must hold format and tensors, nothing else; it is damaged")
-    if type(body["format"]) is not int or body["format"] != FORMAT:
-        raise ArtifactError(f"{path} has format {body['format']!r}; this Gulliver reads {FORMAT}: upgrade it")
-    return {name: _entry(row, f"{PACKING}: {name}") for name, row in body["tensors"].items()}
-
-
-def _entry(row: Any, what: str) -> tuple[tuple[int, ...], list[tuple[Format, int]]]:
-    if not isinstance(row, dict) or set(row) != {"shape", "parts"}:
-        raise ArtifactError(f"{what} must hold shape and parts; the file is damaged")
-    shape, parts = row["shape"], row["parts"]
-    sized = isinstance(shape, list) and 2 <= len(shape) <= MAX_DIMENSIONS
-    if not sized or not all(type(size) is int and size > 0 for size in shape):
-        raise ArtifactError(f"{what}: shape is {str(shape)[:80]}; it must be 2 to {MAX_DIMENSIONS} positive sizes")
-    if not isinstance(parts, list) or not 1 <= len(parts) <= MAX_PARTS:
-        raise ArtifactError(f"{what} must have 1 to {MAX_PARTS} parts; the file is damaged")
-    found = []
-    for part in parts:
-        if not isinstance(part, dict) or set(part) != {"format", "rows"}:
-            raise ArtifactError(f"{what}: a part must hold format and rows; the file is damaged")
-        if not isinstance(part["format"], str) or type(part["rows"]) is not int:
-            raise ArtifactError(f"{what}: a part's format must be text and its rows a number; the file is damaged")
-        try:
-            found.append((Format.parse(part["format"]), part["rows"]))
-        except ConfigError as error:
-            raise ArtifactError(f"{what}: {error}") from error
-    if min(rows for _, rows in found) < 1 or sum(rows for _, rows in found) != shape[0]:
-        raise ArtifactError(f"{what}: its parts have {[rows for _, rows in found]} rows, the weight has {shape[0]}")
-    return tuple(shape), found
-
-
-def _names(name: str, parts: list[tuple[Format, int]]) -> Iterator[str]:
-    for index, (fmt, _) in enumerate(parts):
-        yield f"{name}.tiles.{index}"
-        if fmt.kind == "codebook":
-            yield f"{name}.codebook.{index}"
-    if len(parts) > 1:
-        yield f"{name}.rows"
 
 
 def _where(folder: Path) -> dict[str, Path]:

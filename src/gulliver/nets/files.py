@@ -1,0 +1,91 @@
+"""Weight files: which safetensors files a folder has, and where each tensor's bytes stand in them. Knows no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from gulliver.core.errors import ArtifactError
+from gulliver.core.manifest import read_json
+
+ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1, "I8": 1, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "BOOL": 1}
+"""Code of a type in a header -> bytes of one number."""
+MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in a weight file: its type as the header spells it, shape, and bytes [offset, offset + length)."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a Hugging Face layout folder: those of its index, else all. ArtifactError if none."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ArtifactError(f"{folder} has no *.safetensors")
+        return files
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        plain = all(isinstance(name, str) and Path(name).name == name for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtifactError(f"{index} is not a safetensors index: {error}") from error
+    if not plain:
+        raise ArtifactError(f"{index} names a file outside its folder; do not use it")
+    files = [folder / name for name in sorted(set(names))]
+    for path in files:
+        if not path.is_file():
+            raise ArtifactError(f"{path} is listed in {index.name} but missing; download it again")
+    return files
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Name -> where it is, for every tensor in the weight files of a folder.
+
+    ArtifactError for a header that breaks the format's rules or promises bytes that are not there.
+    """
+    found: dict[str, Stored] = {}
+    for path in weight_files(folder):
+        for name, tensor in _header(path).items():
+            if name in found:
+                raise ArtifactError(f"{name} stands twice in the weight files of {folder}")
+            found[name] = tensor
+    return found
+
+
+def _header(path: Path) -> dict[str, Stored]:
+    size = path.stat().st_size
+    with open(path, "rb") as stream:
+        first = stream.read(8)
+        length = struct.unpack("<Q", first)[0] if len(first) == 8 else MAX_HEADER_BYTES + 1
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            raise ArtifactError(f"{path} is no whole safetensors file; download or make it again")
+        body = read_json(stream.read(length).rstrip(b" "), path.name)
+    if not isinstance(body, dict):
+        raise ArtifactError(f"{path} has a header that is no object; download or make it again")
+    body.pop("__metadata__", None)
+    return {name: _stored(path, name, row, 8 + length, size) for name, row in body.items()}
+
+
+def _stored(path: Path, name: str, row: object, start: int, size: int) -> Stored:
+    damaged = f"{path}: the header's row of {name[:200]!r} is damaged; download or make it again"
+    if not isinstance(row, dict) or set(row) != {"dtype", "shape", "data_offsets"}:
+        raise ArtifactError(damaged)
+    dtype, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
+    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    if dtype not in ITEM_BYTES or not lists or not all(type(n) is int and n >= 0 for n in [*shape, *offsets]):
+        raise ArtifactError(damaged)
+    begin, end = offsets
+    if end - begin != math.prod(shape) * ITEM_BYTES[dtype] or start + end > size:
+        raise ArtifactError(damaged)
+    return Stored(path, dtype, tuple(shape), start + begin, end - begin)

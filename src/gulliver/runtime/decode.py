@@ -1,0 +1,193 @@
+"""What runs a decoder one step at a time: tokens of several sequences in, logits out.
+
+A key/value cache is cut into blocks of `block_tokens` tokens. Who calls `step` says which blocks hold each sequence, in
+order of position, so that two sequences with the same beginning can share blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gulliver.core.errors import BudgetError, ConfigError, KernelError
+from gulliver.core.machine import usable_cores
+from gulliver.core.memory import cgroup_ram_bytes, current_rss_bytes, total_ram_bytes
+from gulliver.nets.files import weight_files
+from gulliver.runtime.lower import NotLowered, Weights, build, read_config
+
+_native: Any
+try:
+    from gulliver.runtime import _native  # type: ignore[no-redef]
+
+    _native_missing = None
+except ImportError as _error:
+    _native, _native_missing = (
+        None,
+        f"the native module is not there ({_error}); install a C++ compiler, then Gulliver again",
+    )
+
+MAX_ROWS = 256
+"""Most tokens of one step: a chunk of a prompt."""
+CACHE_BYTES = 2**31
+"""Most address space for keys and values when nobody says how many tokens; only what is used takes memory."""
+SCRATCH_BYTES = 48 * 2**20
+"""What a step may take beside weights and cache."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of one step. Rows of one sequence stand together, positions ascending without a gap."""
+
+    tokens: NDArray[np.int32]  # [rows]
+    positions: NDArray[np.int32]  # [rows], from 0
+    sequences: NDArray[np.int32]  # [rows]: the row of `blocks` that holds the token's sequence
+    blocks: NDArray[np.int32]  # [sequences, most blocks of one]: numbers of cache blocks in order of position
+    wanted: NDArray[np.int32]  # [answers]: rows whose logits are returned, ascending
+
+
+class Decoder(Protocol):
+    """A model that answers `step`. One thread at a time may call it."""
+
+    vocabulary: int
+    """Columns of the logits."""
+    positions: int
+    """Longest sequence it can hold, in tokens."""
+    block_tokens: int
+    cache_blocks: int
+    """Blocks there are, numbered from 0."""
+    max_rows: int
+    """Most rows of one step."""
+    shares_blocks: bool
+    """False when a block belongs to the sequence that wrote it: the first block then names the sequence."""
+    path: str
+    """What runs: "avx512-vnni", "avx2", …, or "reference"."""
+    why: str
+    """Why this path and not another, as one sentence."""
+
+    def step(self, batch: Batch) -> NDArray[np.float32]:
+        """Logits [answers, vocabulary] of the wanted rows. Keys and values of all rows are written to the cache first.
+
+        A row's position may lie before what the cache holds of its sequence: what stood there is overwritten.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the weights and the cache."""
+        ...
+
+
+class NativeDecoder:
+    """A decoder lowered to native code; see `Decoder`."""
+
+    shares_blocks = True
+    block_tokens = 16
+
+    def __init__(
+        self, folder: Path, *, threads: int, cache_tokens: int | None, slots: int, isa: str, max_ram_bytes: int | None
+    ) -> None:
+        config = read_config(folder)
+        file_bytes = sum(path.stat().st_size for path in weight_files(folder))
+        free = min(total_ram_bytes(), cgroup_ram_bytes() or total_ram_bytes())
+        room = free // 2 if max_ram_bytes is None else max_ram_bytes - current_rss_bytes() - SCRATCH_BYTES
+        weights = Weights(folder, in_place=file_bytes > room)
+        self.vocabulary, self.positions, self.max_rows = config.vocabulary, config.positions, MAX_ROWS
+        token_bytes = config.layers * config.kv_heads * 2 * (config.head_dim + 4)
+        if cache_tokens is None:  # memory is taken when a block is first used, so room for all slots costs nothing
+            cache_tokens = max(config.positions, min(slots * config.positions, CACHE_BYTES // token_bytes))
+        self.cache_blocks = max(1, -(-cache_tokens // self.block_tokens))
+        assert _native is not None
+        self._program = _native.Native(
+            hidden=config.hidden,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            intermediate=config.intermediate,
+            vocabulary=config.vocabulary,
+            positions=config.positions,
+            epsilon=config.epsilon,
+            attention_scale=config.attention_scale,
+            embedding_scale=config.embedding_scale,
+            gelu=config.gelu,
+            isa=isa,
+            threads=threads,
+            max_rows=self.max_rows,
+            cache_blocks=self.cache_blocks,
+        )
+        build(weights, config, self._program)
+        self.path = self._program.isa
+        self.why = f"{config.architecture} is lowered to native code"
+        if max_ram_bytes is not None and file_bytes > room:
+            self._hold(max_ram_bytes, file_bytes)
+
+    def _hold(self, max_ram_bytes: int, file_bytes: int) -> None:
+        """Keep the process under `max_ram_bytes`: weights beyond that are read again for every step."""
+        free = max_ram_bytes - current_rss_bytes() - SCRATCH_BYTES
+        if free >= file_bytes:
+            return
+        if free <= 0:
+            raise BudgetError(
+                f"--ram {max_ram_bytes / 1e6:.0f}MB leaves nothing for weights: the process alone takes "
+                f"{(current_rss_bytes() + SCRATCH_BYTES) / 1e6:.0f} MB; allow more"
+            )
+        self._program.hold(free)
+        self.why += f"; {file_bytes / 1e6:.0f} MB of weights in {free / 1e6:.0f} MB, the rest read anew each step"
+
+    def step(self, batch: Batch) -> NDArray[np.float32]:
+        logits = np.empty((len(batch.wanted), self.vocabulary), np.float32)
+        try:
+            self._program.step(batch.tokens, batch.positions, batch.sequences, batch.blocks, batch.wanted, logits)
+        except ValueError as error:
+            raise KernelError(f"a step was refused: {error}") from error
+        return logits
+
+    def close(self) -> None:
+        del self._program
+
+
+def native_reason() -> str | None:
+    """Why there is no native code here, or None when there is."""
+    return _native_missing
+
+
+def open_decoder(
+    folder: Path,
+    *,
+    threads: int | None = None,
+    cache_tokens: int | None = None,
+    slots: int = 16,
+    isa: str = "auto",
+    path: str = "auto",
+    max_ram_bytes: int | None = None,
+) -> Decoder:
+    """The fastest decoder that runs the model in `folder`.
+
+    `threads` defaults to the cores that this process may use; `cache_tokens` are of all sequences together; `slots` is how
+    many sequences are expected at once; `isa` forces an instruction set ("avx2", "plain", …); `path` is "auto", "native"
+    or "reference". ConfigError when a path or instruction set that was forced is not to be had, with the reason.
+    """
+    if path not in ("auto", "native", "reference"):
+        raise ConfigError(f"path is {path!r}; choose auto, native or reference")
+    reason = "it was asked for" if path == "reference" else _native_missing
+    if reason is None:
+        try:
+            return NativeDecoder(
+                folder,
+                threads=threads or usable_cores(),
+                cache_tokens=cache_tokens,
+                slots=slots,
+                isa=isa,
+                max_ram_bytes=max_ram_bytes,
+            )
+        except NotLowered as error:
+            reason = str(error)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    if path == "native" or isa != "auto":
+        raise ConfigError(f"{folder} cannot run natively, because {reason}; leave out --path and --isa")
+    from gulliver.runtime.reference_decode import ReferenceDecoder  # imports torch
+
+    return ReferenceDecoder(folder, threads=threads, cache_tokens=cache_tokens, slots=slots, why=f"because {reason}")

@@ -1,0 +1,324 @@
+"""Lowering: a model folder to a static native program, with weights used where they lie in the file.
+
+Nothing is copied or repacked but norms, biases and codebooks: tiles are read from the mapped file. What cannot be lowered
+raises NotLowered with the reason, and runs on the reference path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gulliver.core.errors import ArtifactError
+from gulliver.core.manifest import read_json
+from gulliver.nets.files import Stored, stored_tensors
+from gulliver.runtime.formats import ALIGNMENT
+from gulliver.runtime.packing import is_packed, read_packing
+from gulliver.runtime.rope import UnknownRope, frequencies, rope_parameters
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM")
+GATES = {"silu": False, "gelu_pytorch_tanh": True}
+"""Activation of the gate -> whether it is GELU's tanh form (the other is SiLU)."""
+_KINDS = {"BF16": 0, "F16": 1, "F32": 2}
+
+
+class NotLowered(Exception):
+    """The model has something the native path does not; the message says what, to follow "because"."""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What the native program needs to know of a config."""
+
+    architecture: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    positions: int
+    epsilon: float
+    gelu: bool
+    attention_scale: float
+    embedding_scale: float
+    windows: tuple[int, ...]  # keys a layer sees, 0: all
+    layer_rope: tuple[int, ...]  # which of `ropes` a layer uses
+    ropes: tuple[NDArray[np.float32], ...]
+    tied: bool
+
+    @property
+    def gemma(self) -> bool:
+        return self.architecture == "Gemma3ForCausalLM"
+
+
+def read_config(folder: Path) -> DecoderConfig:
+    """The config of a model folder. NotLowered for another architecture, ArtifactError for a damaged file."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ArtifactError(f"{folder} has no config.json; it is no model folder")
+    config = read_json(path.read_bytes(), "config.json")
+    if not isinstance(config, dict):
+        raise ArtifactError(f"{path} is no JSON object; it is damaged")
+    names = config.get("architectures") or []
+    architecture = names[0] if isinstance(names, list) and len(names) == 1 else str(names)
+    if architecture not in ARCHITECTURES:
+        raise NotLowered(f"its architecture is {str(architecture)[:80]}")
+    try:
+        return _decoder_config(config, architecture)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        raise ArtifactError(f"{path} lacks or garbles what a {architecture} needs: {error!r}") from error
+    except UnknownRope as error:
+        raise NotLowered(str(error)) from error
+
+
+def _decoder_config(config: Mapping[str, Any], architecture: str) -> DecoderConfig:
+    gemma = architecture == "Gemma3ForCausalLM"
+    hidden, heads, layers = (
+        int(config[f"{key}"]) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers")
+    )
+    head_dim = int(config.get("head_dim") or hidden // heads)
+    activation = str(
+        config.get("hidden_activation" if gemma else "hidden_act", "gelu_pytorch_tanh" if gemma else "silu")
+    )
+    if activation not in GATES:
+        raise NotLowered(f"its activation is {activation}")
+    if gemma and (config.get("final_logit_softcapping") or config.get("attn_logit_softcapping")):
+        raise NotLowered("it caps its logits")
+    if gemma and config.get("use_bidirectional_attention"):
+        raise NotLowered("it attends in both directions")
+    if head_dim % 4 or head_dim > 1024:
+        raise NotLowered(f"a head has {head_dim} numbers, which is no multiple of 4 up to 1024")
+    windows = _windows(config, architecture, layers)
+    ropes = rope_parameters(config)
+    kinds = ["full_attention", *(["sliding_attention"] if "sliding_attention" in ropes else [])]
+    if windows and len(kinds) == 1 and set(ropes) - {"full_attention"}:
+        raise NotLowered(f"its rotary embeddings are given for {', '.join(sorted(ropes))}")
+    return DecoderConfig(
+        architecture=architecture,
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=head_dim,
+        intermediate=int(config["intermediate_size"]),
+        vocabulary=int(config["vocab_size"]),
+        positions=int(config["max_position_embeddings"]),
+        epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        gelu=GATES[activation],
+        attention_scale=1.0 / math.sqrt(float(config.get("query_pre_attn_scalar", 256)) if gemma else head_dim),
+        embedding_scale=math.sqrt(hidden) if gemma else 1.0,
+        windows=windows,
+        layer_rope=tuple(1 if window and len(kinds) > 1 else 0 for window in windows),
+        ropes=tuple(frequencies(ropes[kind], head_dim) for kind in kinds),
+        tied=bool(config.get("tie_word_embeddings", gemma)),
+    )
+
+
+def _windows(config: Mapping[str, Any], architecture: str, layers: int) -> tuple[int, ...]:
+    """Keys that each layer sees, 0 for all."""
+    window = int(config.get("sliding_window") or 0)
+    kinds = config.get("layer_types")
+    if kinds is None and architecture == "Gemma3ForCausalLM":
+        pattern = int(config.get("sliding_window_pattern") or 6)
+        kinds = ["full_attention" if (layer + 1) % pattern == 0 else "sliding_attention" for layer in range(layers)]
+    elif architecture == "MistralForCausalLM":
+        kinds = ["sliding_attention"] * layers
+    elif architecture.startswith("Qwen") and not config.get("use_sliding_window"):
+        kinds = ["full_attention"] * layers
+    elif kinds is None and architecture.startswith("Qwen"):
+        first = int(config.get("max_window_layers", layers))
+        kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
+    elif kinds is None or architecture == "LlamaForCausalLM":
+        kinds = ["full_attention"] * layers
+    if len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        raise NotLowered(f"its kinds of layers are {sorted(set(map(str, kinds)))}")
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+
+
+Arrays = dict[str, NDArray[np.uint8]]
+"""Name of a stored tensor -> its bytes."""
+
+
+def mapped(stored: Mapping[str, Stored]) -> Arrays:
+    """The tensors where they lie in their files, read from the disk when they are used."""
+    paths = {tensor.path for tensor in stored.values()}
+    files = {path: np.memmap(path, dtype=np.uint8, mode="r") for path in paths}
+    return {name: files[at.path][at.offset : at.offset + at.length] for name, at in stored.items()}
+
+
+def read_into_huge_pages(stored: Mapping[str, Stored]) -> Arrays:
+    """The tensors in memory of our own: each begins at a cache line, in pages of 2 MB where the kernel has them.
+
+    One core reads such memory up to half faster than a mapped file: fewer address lookups, and the prefetcher, which stops at
+    the end of a page, seldom stops; and a load of 64 bytes never touches two cache lines.
+    """
+    places, size = {}, 0
+    for name, tensor in stored.items():
+        places[name], size = size, size + -(-tensor.length // ALIGNMENT) * ALIGNMENT
+    memory = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | getattr(mmap, "MAP_ANONYMOUS", 0))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(memory, np.uint8)
+    arrays = {name: whole[places[name] : places[name] + tensor.length] for name, tensor in stored.items()}
+    with contextlib.ExitStack() as stack:
+        paths = {tensor.path for tensor in stored.values()}
+        files = {path: stack.enter_context(open(path, "rb", buffering=0)) for path in paths}
+        for name, tensor in stored.items():
+            stream, view, at = files[tensor.path], memoryview(arrays[name]), 0
+            stream.seek(tensor.offset)
+            while at < tensor.length and (count := stream.readinto(view[at : at + 2**26])):
+                at += count
+            if at != tensor.length:
+                raise ArtifactError(f"{tensor.path} became shorter while it was read")
+    return arrays
+
+
+class Weights:
+    """The tensors of a folder: mapped `in_place`, or read into memory; every one that is asked for is counted as used."""
+
+    def __init__(self, folder: Path, *, in_place: bool) -> None:
+        self.folder = folder
+        self.stored = stored_tensors(folder)
+        self.packing = read_packing(folder) if is_packed(folder) else {}
+        self.arrays = (mapped if in_place else read_into_huge_pages)(self.stored)
+        self.used: set[str] = set()
+
+    def has(self, name: str) -> bool:
+        return name in self.stored or name in self.packing
+
+    def raw(self, name: str) -> tuple[Stored, NDArray[np.uint8]]:
+        """A stored tensor and its bytes."""
+        if name not in self.stored:
+            raise ArtifactError(f"the weight files of {self.folder} lack {name}; the model is damaged")
+        self.used.add(name)
+        return self.stored[name], self.arrays[name]
+
+    def vector(self, name: str, length: int, *, plus: float = 0.0) -> NDArray[np.float32]:
+        """A plain vector as float32, `plus` added to every number."""
+        stored, data = self.raw(name)
+        if stored.shape != (length,) or stored.dtype not in _KINDS:
+            raise ArtifactError(f"{name} is {stored.dtype} {list(stored.shape)}, not [{length}]; the model is damaged")
+        return as_float32(data, stored.dtype) + np.float32(plus)
+
+    def matrix(self, native: Any, name: str, rows: int, columns: int) -> int:
+        """The native handle of a weight, packed or plain."""
+        if name in self.packing:
+            return self._packed(native, name, rows, columns)
+        stored, data = self.raw(name)
+        if stored.shape != (rows, columns) or stored.dtype not in _KINDS:
+            raise ArtifactError(
+                f"{name} is {stored.dtype} {list(stored.shape)}, not [{rows}, {columns}]; it is damaged"
+            )
+        return native.plain(data.reshape(rows, -1), _KINDS[stored.dtype])
+
+    def _packed(self, native: Any, name: str, rows: int, columns: int) -> int:
+        shape, formats = self.packing[name]
+        if shape != (rows, columns):
+            raise ArtifactError(f"{name} is packed as {list(shape)}, config.json makes it [{rows}, {columns}]")
+        parts = []
+        for index, (fmt, count) in enumerate(formats):
+            tiles, data = self.raw(f"{name}.tiles.{index}")
+            expected = (-(-count // 16), fmt.tile_bytes(columns))
+            if tiles.dtype != "U8" or tiles.shape != expected:
+                raise ArtifactError(
+                    f"{name}.tiles.{index} is {tiles.dtype} {list(tiles.shape)}, not U8 {list(expected)}"
+                )
+            codebook = None
+            if fmt.kind == "codebook":
+                table, bytes_of_table = self.raw(f"{name}.codebook.{index}")
+                if table.dtype != "I8" or table.shape != (fmt.levels,):
+                    raise ArtifactError(f"{name}.codebook.{index} is {table.dtype} {list(table.shape)}; it is damaged")
+                codebook = bytes_of_table.copy().view(np.int8)
+            parts.append((data.reshape(expected), count, fmt.bits, fmt.group_size, codebook))
+        part_of_row = None
+        if len(parts) > 1:
+            stored, data = self.raw(f"{name}.rows")
+            if stored.dtype != "U8" or stored.shape != (rows,):
+                raise ArtifactError(f"{name}.rows is {stored.dtype} {list(stored.shape)}, not U8 [{rows}]")
+            counts = np.bincount(data, minlength=len(parts)).tolist()
+            if counts != [count for _, count, *_ in parts]:
+                raise ArtifactError(f"{name}.rows deals out {counts} rows; packing.json says otherwise")
+            part_of_row = data.copy()
+        return native.packed(parts, columns, part_of_row)
+
+
+def as_float32(data: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
+    """Stored bytes of a floating type as float32."""
+    if dtype == "BF16":
+        return (data.copy().view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return data.copy().view(np.float16 if dtype == "F16" else np.float32).astype(np.float32)
+
+
+def build(weights: Weights, config: DecoderConfig, native: Any) -> None:
+    """Hand every weight to the native program. NotLowered when tensors are left that it has no place for."""
+    query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    plus = 1.0 if config.gemma else 0.0  # Gemma stores its norms' weights less one
+    for rope in config.ropes:
+        native.rope(rope, 1.0)
+    for layer in range(config.layers):
+        at, attention = f"model.layers.{layer}.", f"model.layers.{layer}.self_attn."
+        post, before = at + "post_attention_layernorm.weight", at + "pre_feedforward_layernorm.weight"
+        matrices = {
+            name: weights.matrix(native, f"{at}{name}.weight", rows, columns)
+            for name, rows, columns in (
+                ("self_attn.q_proj", query, config.hidden),
+                ("self_attn.k_proj", key, config.hidden),
+                ("self_attn.v_proj", key, config.hidden),
+                ("self_attn.o_proj", config.hidden, query),
+                ("mlp.gate_proj", config.intermediate, config.hidden),
+                ("mlp.up_proj", config.intermediate, config.hidden),
+                ("mlp.down_proj", config.hidden, config.intermediate),
+            )
+        }
+        native.layer(
+            rope=config.layer_rope[layer],
+            window=config.windows[layer],
+            attention_norm=weights.vector(at + "input_layernorm.weight", config.hidden, plus=plus),
+            mlp_norm=weights.vector(before if config.gemma else post, config.hidden, plus=plus),
+            qkv=[matrices[f"self_attn.{name}_proj"] for name in "qkv"],
+            out=matrices["self_attn.o_proj"],
+            gate_up=[matrices["mlp.gate_proj"], matrices["mlp.up_proj"]],
+            down=matrices["mlp.down_proj"],
+            after_attention=weights.vector(post, config.hidden, plus=plus) if config.gemma else None,
+            after_mlp=(
+                weights.vector(at + "post_feedforward_layernorm.weight", config.hidden, plus=plus)
+                if config.gemma
+                else None
+            ),
+            query_norm=_optional(weights, attention + "q_norm.weight", config.head_dim, plus),
+            key_norm=_optional(weights, attention + "k_norm.weight", config.head_dim, plus),
+            bias=_bias(weights, attention, query, key),
+        )
+    embedding = weights.matrix(native, "model.embed_tokens.weight", config.vocabulary, config.hidden)
+    head = embedding
+    if weights.has("lm_head.weight"):
+        head = weights.matrix(native, "lm_head.weight", config.vocabulary, config.hidden)
+    elif not config.tied:
+        raise ArtifactError(f"the weight files of {weights.folder} lack lm_head.weight; the model is damaged")
+    native.finish(embedding, weights.vector("model.norm.weight", config.hidden, plus=plus), head)
+    left = sorted(name for name in set(weights.stored) - weights.used if not name.endswith("rotary_emb.inv_freq"))
+    if left:
+        raise NotLowered(f"it has {left[0]}, which the native path does not use")
+
+
+def _optional(weights: Weights, name: str, length: int, plus: float) -> NDArray[np.float32] | None:
+    return weights.vector(name, length, plus=plus) if weights.has(name) else None
+
+
+def _bias(weights: Weights, attention: str, query: int, key: int) -> NDArray[np.float32] | None:
+    """The biases of q, k and v in one row, when there are any."""
+    if not weights.has(attention + "q_proj.bias"):
+        return None
+    lengths = {"q": query, "k": key, "v": key}
+    return np.concatenate([weights.vector(f"{attention}{name}_proj.bias", count) for name, count in lengths.items()])

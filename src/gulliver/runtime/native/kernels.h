@@ -1,0 +1,88 @@
+// What every instruction set implements. One table per instruction set; `choose` picks one at run time.
+//
+// Packed weights stand in tiles of 16 output rows (docs/artifact.md). Activations are int8 in blocks of 32 columns:
+//     x[c] = scale[c / 32] * q[c],   sum[c / 32] = sum of q over the block,   -127 <= q <= 127
+// With weight code w, weight scale s (uint8), zero point z and row factor f, a block b of 32 columns adds
+//     y += f * s * scale[b] * (dot(w, q) - z * sum[b])
+// `table` holds a codebook's signed bytes with 128 added, so that the dot product may be unsigned x signed, with z = 128.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace gulliver {
+
+constexpr int kTileRows = 16;
+constexpr int kBlock = 32;          // columns that share one scale of the activations
+constexpr int kPad = 128;           // activations are padded with zeros to a multiple of this many columns
+constexpr int kMaxBatch = 16;       // rows of activations that one call of `product` takes
+constexpr int kCacheTokens = 16;    // tokens of one block of the key/value cache
+
+struct Part {
+  const uint8_t* tiles;             // [ceil(rows / 16), tile_bytes], any alignment
+  const int32_t* out_index;         // [rows] place of each row in the output, or null when row r goes to place r
+  size_t tile_bytes;
+  int rows, columns, groups;        // groups = ceil(columns / group_size)
+  int bits, group_size;             // 2 3 4 5 6 8; 32 64 128
+  bool uniform;
+  uint8_t table[64];                // codebook + 128, repeated to 64 entries
+};
+
+struct Plain {                      // a weight that is not packed, row by row
+  const void* data;                 // [rows, columns] bfloat16, float16 or float32, any alignment
+  int rows, columns;
+  int kind;                         // kBfloat16, kFloat16, kFloat32
+};
+constexpr int kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2;
+
+struct Activations {                // of one batch
+  const int8_t* q;                  // [batch, stride]
+  const float* scale;               // [batch, stride / 32]
+  const int32_t* sum;               // [batch, stride / 32]
+  int stride;                       // columns padded to a multiple of kPad
+};
+
+struct Attention {                  // one query head of one token
+  const uint8_t* cache;             // of the layer and its key head: blocks of keys [head_dim / 4][16][4] with 128 added,
+  size_t block_bytes;               //   values [4][head_dim][4], 16 float scales of keys, 16 of values
+  const int32_t* blocks;            // numbers of the sequence's blocks
+  int first, last;                  // tokens seen: positions first to last (not included)
+  int head_dim;                     // a multiple of 4
+  const int8_t* query;              // [head_dim]
+  int32_t query_sum;                // of the query's numbers
+  float query_scale;                // includes the attention's scale
+  float* scores;                    // room for the positions, rounded up to whole blocks, and 16 more
+  float* out;                       // [head_dim]
+};
+
+struct Kernels {
+  const char* name;
+  // Tiles first to last (not included) times 1 to kMaxBatch activations: y[b * y_stride + place of row] is set.
+  void (*product)(const Part&, int first, int last, const Activations&, int batch, float* y, int y_stride);
+  // Rows first to last of a plain weight times `batch` rows of floats x[b * x_stride]: y[b * y_stride + row] is set.
+  void (*plain)(const Plain&, int first, int last, const float* x, int x_stride, int batch, float* y, int y_stride);
+  // One row of `columns` floats, padded with zeros to `stride`, to int8 blocks; not-a-number becomes anything finite.
+  void (*quantize)(const float* x, int columns, int stride, int8_t* q, float* scale, int32_t* sum);
+  // `count` floats to int8 with one scale, which is returned; not-a-number becomes -127.
+  float (*to_bytes)(const float* x, int count, int8_t* out);
+  void (*attend)(const Attention&);
+  // The parts of `attend`. One query with a block of 16 keys: out[t] = sum over d of (keys[d / 4][t][d % 4] - 128) * q[d], d < head_dim.
+  // q_sum is the sum of q, for those who multiply unsigned keys.
+  void (*scores)(const int8_t* q, int32_t q_sum, const uint8_t* keys, int head_dim, int32_t* out);
+  // out[d] += sum over t < 16 of weight[t] * values[t / 4][d][t % 4]. Weights are not negative, and rounded to 7 bits of the
+  // block's largest one.
+  void (*accumulate)(const float* weight, const int8_t* values, int head_dim, float* out);
+  void (*rms_norm)(const float* x, const float* weight, float epsilon, int count, float* out);
+  float (*softmax)(float* x, int count);    // x becomes e^(x - max); returns their sum
+  void (*gate_silu)(const float* gate, const float* up, int count, float* out);
+  void (*gate_gelu)(const float* gate, const float* up, int count, float* out);   // the tanh form
+  void (*rotate)(float* x, const float* cosine, const float* sine, int half);     // pairs (x[i], x[i + half])
+};
+
+// The table of an instruction set, or null where this build or this machine has none of it.
+const Kernels* plain_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx2_vnni_kernels();
+const Kernels* avx512_kernels();
+const Kernels* neon_kernels();
+
+}  // namespace gulliver

@@ -1,0 +1,417 @@
+#include "program.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+
+namespace gulliver {
+namespace {
+
+constexpr size_t kLeastPiece = 8 << 10, kMostPiece = 96 << 10;  // bytes of weights in a piece of work
+constexpr int kPiecesPerThread = 8;
+
+int padded(int columns) { return (columns + kPad - 1) / kPad * kPad; }
+
+// One row of a packed part, column by column.
+void unpack_row(const Part& part, int row, float* out) {
+  const uint8_t* tile = part.tiles + size_t(row / kTileRows) * part.tile_bytes;
+  const int lane = row % kTileRows, low_bits = part.bits >= 4 ? (part.bits == 8 ? 8 : 4) : 2, high_bits = part.bits - low_bits;
+  const size_t group_bytes = size_t(part.group_size) * kTileRows * part.bits / 8;
+  const uint8_t* scales = tile + group_bytes * part.groups;
+  const uint8_t* zeros = scales + kTileRows * part.groups;
+  const uint8_t* factors = part.uniform ? zeros + kTileRows * part.groups : zeros;
+  const uint32_t bits = uint32_t(factors[2 * lane] | factors[2 * lane + 1] << 8) << 16;
+  float factor;
+  std::memcpy(&factor, &bits, 4);
+  auto field = [&](const uint8_t* plane, int width, int column) {
+    const int in_chunk = 32 / width, chunk = column / in_chunk, at = column % in_chunk;
+    return plane[64 * chunk + 4 * lane + at % 4] >> (width * (at / 4)) & ((1 << width) - 1);
+  };
+  for (int g = 0, column = 0; g < part.groups; g++) {
+    const uint8_t* group = tile + g * group_bytes;
+    const uint8_t* high = group + size_t(part.group_size) * kTileRows * low_bits / 8;
+    const float scale = factor * float(scales[kTileRows * g + lane]);
+    const int zero = part.uniform ? zeros[kTileRows * g + lane] : 128;
+    for (int i = 0; i < part.group_size && column < part.columns; i++, column++) {
+      int code = field(group, low_bits, i);
+      if (high_bits) code |= field(high, high_bits, i) << low_bits;
+      out[column] = scale * float((part.uniform ? code : part.table[code]) - zero);
+    }
+  }
+}
+
+}  // namespace
+
+size_t Matrix::bytes() const {
+  if (!packed()) return size_t(rows) * columns * (plain.kind == kFloat32 ? 4 : 2);
+  size_t total = 0;
+  for (const Part& part : parts) total += size_t((part.rows + kTileRows - 1) / kTileRows) * part.tile_bytes;
+  return total;
+}
+
+// What a thread needs for its own work; `activations` may be another thread's (the shared ones).
+struct Program::Mine {
+  std::vector<float> stream, normed, floats, scale, scores;
+  std::vector<int8_t> q;
+  std::vector<int32_t> sum;
+  int stride = 0, columns = 0, turn = 0, thread = 0, first = 0, last = 0;
+  Mine* shared = nullptr;           // where activations and the stream are: itself with one row, the common one with more
+
+  Mine(int rows, int hidden, int wide, int positions) {
+    stream.resize(size_t(rows) * hidden);
+    normed.resize(hidden);
+    floats.resize(size_t(rows) * wide);
+    scale.resize(size_t(rows) * padded(wide) / kBlock);
+    sum.resize(scale.size());
+    q.resize(size_t(rows) * padded(wide));
+    scores.resize(positions + kCacheTokens);
+  }
+  // The next product has `count` columns.
+  void expect(int count) {
+    columns = count;
+    stride = padded(count);
+  }
+  // One row of the shared floats to int8.
+  void quantize(const Kernels* kernels, int row) {
+    const size_t at = size_t(row) * stride, block = at / kBlock;
+    kernels->quantize(shared->floats.data() + size_t(row) * columns, columns, stride, shared->q.data() + at,
+                      shared->scale.data() + block, shared->sum.data() + block);
+  }
+};
+
+Program::Program(const Shape& s, const Kernels* k, int threads, int rows, int blocks)
+    : shape(s), max_rows(rows), cache_blocks(blocks), kernels(k), pool_(threads) {
+  width_ = (s.heads + 2 * s.kv_heads) * s.head_dim;
+  wide_ = std::max({s.hidden, s.heads * s.head_dim, s.intermediate});
+}
+
+Program::~Program() {
+  if (cache_) munmap(cache_, cache_bytes_);
+}
+
+Product Program::product_of(const std::vector<const Matrix*>& matrices) const {
+  Product product;
+  product.matrices = matrices;
+  size_t total = 0;
+  for (const Matrix* matrix : matrices) total += matrix->bytes();
+  const size_t wish = std::clamp(total / size_t(pool_.size() * kPiecesPerThread), kLeastPiece, kMostPiece);
+  for (size_t number = 0; number < matrices.size(); number++) {
+    const Matrix& matrix = *matrices[number];
+    product.at.push_back(product.rows);
+    product.rows += matrix.rows;
+    (matrix.packed() ? product.packed : product.plain) = true;
+    const int parts = matrix.packed() ? int(matrix.parts.size()) : 1;
+    for (int part = 0; part < parts; part++) {
+      const size_t unit = matrix.packed() ? matrix.parts[part].tile_bytes : matrix.bytes() / matrix.rows;
+      const int units = matrix.packed() ? (matrix.parts[part].rows + kTileRows - 1) / kTileRows : matrix.rows;
+      const int step = int(std::max<size_t>(1, wish / std::max<size_t>(unit, 1)));
+      for (int first = 0; first < units; first += step)
+        product.pieces.push_back({int(number), part, first, std::min(units, first + step)});
+    }
+  }
+  return product;
+}
+
+void Program::finish() {
+  block_bytes_ = size_t(2) * kCacheTokens * shape.head_dim + 2 * kCacheTokens * sizeof(float);
+  cache_bytes_ = block_bytes_ * cache_blocks * shape.kv_heads * layers.size();
+  void* memory = mmap(nullptr, cache_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  cache_ = static_cast<uint8_t*>(memory);
+  qkv_.resize(size_t(max_rows) * width_);
+  query_.resize(size_t(max_rows) * shape.heads * shape.head_dim);
+  queries_.resize(size_t(max_rows) * shape.heads);
+  attended_.resize(size_t(max_rows) * shape.heads * shape.head_dim);
+  gate_up_.resize(size_t(max_rows) * 2 * shape.intermediate);
+  added_.resize(size_t(max_rows) * shape.hidden);
+  angles_.resize(ropes.size() * max_rows * shape.head_dim);
+  for (int thread = 0; thread < pool_.size(); thread++) {
+    mine_.push_back(std::make_unique<Mine>(1, shape.hidden, wide_, shape.positions));
+    mine_.back()->thread = thread;
+  }
+  mine_.push_back(std::make_unique<Mine>(max_rows, shape.hidden, wide_, 0));
+  shares_ = std::vector<Share>((layers.size() * 5 + 1) * pool_.size());
+}
+
+uint8_t* Program::block(int layer, int head, int number) const {
+  return cache_ + block_bytes_ * ((size_t(layer) * shape.kv_heads + head) * cache_blocks + number);
+}
+
+void Program::embed(int token, float* out) const {
+  const Matrix& matrix = *embedding;
+  if (!matrix.packed()) {
+    const float one = 1.0f;           // a product of a column of ones would be slow: copy the row through the kernel's reader
+    const Plain row{static_cast<const char*>(matrix.plain.data) + size_t(token) * matrix.columns * (matrix.plain.kind == kFloat32 ? 4 : 2),
+                    matrix.columns, 1, matrix.plain.kind};
+    kernels->plain(row, 0, matrix.columns, &one, 1, 1, out, 0);
+  } else if (matrix.parts.size() == 1) {
+    unpack_row(matrix.parts[0], token, out);
+  } else {
+    unpack_row(matrix.parts[matrix.part_of[token]], matrix.row_in_part[token], out);
+  }
+  if (shape.embedding_scale != 1.0f)
+    for (int i = 0; i < matrix.columns; i++) out[i] *= shape.embedding_scale;
+}
+
+template <class Do>
+void Program::share(Mine& mine, Do&& work) {
+  const int threads = pool_.size();
+  Share* shares = shares_.data() + size_t(mine.turn++) * threads;
+  for (int number = shares[mine.thread].take(true); number >= 0; number = shares[mine.thread].take(true)) work(number);
+  for (int other = 1; other < threads; other++) {
+    Share& victim = shares[(mine.thread + other) % threads];
+    for (int number = victim.take(false); number >= 0; number = victim.take(false)) work(number);
+  }
+}
+
+void Program::product(const Product& product, int count, float* y, Mine& mine) {
+  share(mine, [&](int number) { piece(product, product.pieces[number], count, y, mine); });
+}
+
+// Rows of activations are passed sixteen at a time over one piece of weights, which stays in the cache.
+void Program::piece(const Product& product, const Piece& piece, int count, float* y, const Mine& mine) const {
+  const Mine& in = *mine.shared;
+  const Matrix& matrix = *product.matrices[piece.matrix];
+  const int stride = mine.stride, columns = mine.columns, blocks = stride / kBlock;
+  for (int first = 0; first < count; first += kMaxBatch) {
+    const int batch = std::min(kMaxBatch, count - first);
+    float* out = y + size_t(first) * product.rows + product.at[piece.matrix];
+    if (matrix.packed()) {
+      const Activations some{in.q.data() + size_t(first) * stride, in.scale.data() + size_t(first) * blocks,
+                             in.sum.data() + size_t(first) * blocks, stride};
+      kernels->product(matrix.parts[piece.part], piece.first, piece.last, some, batch, out, product.rows);
+    } else {
+      kernels->plain(matrix.plain, piece.first, piece.last, in.floats.data() + size_t(first) * columns, columns, batch, out,
+                     product.rows);
+    }
+  }
+}
+
+// Adds the last product to the stream, norms it and makes it int8: the input of the next product.
+void Program::open(Mine& mine, const float* norm, const float* after, bool add) {
+  Mine& in = *mine.shared;
+  const int hidden = shape.hidden;
+  mine.expect(hidden);
+  for (int row = mine.first; row < mine.last; row++) {
+    float* h = in.stream.data() + size_t(row) * hidden;
+    if (add) {
+      const float* more = added_.data() + size_t(row) * hidden;
+      if (after) {
+        kernels->rms_norm(more, after, shape.epsilon, hidden, mine.normed.data());
+        more = mine.normed.data();
+      }
+      for (int i = 0; i < hidden; i++) h[i] += more[i];
+    }
+    kernels->rms_norm(h, norm, shape.epsilon, hidden, in.floats.data() + size_t(row) * hidden);
+    mine.quantize(kernels, row);
+  }
+  if (count_ > 1) pool_.barrier().wait();
+}
+
+// A head of q or k: norm, rotate.
+void Program::prepare_head(const Layer& layer, int, int row, int head, float* x) {
+  const int half = shape.head_dim / 2;
+  const bool query = head < shape.heads;
+  const float* weight = query ? layer.query_norm : layer.key_norm;
+  if (weight) kernels->rms_norm(x, weight, shape.epsilon, shape.head_dim, x);
+  const float* angles = angles_.data() + (size_t(layer.rope) * max_rows + row) * shape.head_dim;
+  kernels->rotate(x, angles, angles + half, half);
+}
+
+void Program::attention(int number, Mine& mine) {
+  const Layer& layer = layers[number];
+  const int dim = shape.head_dim, all = shape.heads + shape.kv_heads, threads = pool_.size();
+  alignas(64) int8_t bytes[kMostHeadDim];
+  const int first_item = int(int64_t(count_) * all * mine.thread / threads);
+  const int last_item = int(int64_t(count_) * all * (mine.thread + 1) / threads);
+  for (int item = first_item; item < last_item; item++) {
+    const int row = item / all, head = item % all;
+    float* x = qkv_.data() + size_t(row) * width_ + head * dim;
+    if (layer.bias)
+      for (int i = 0; i < dim; i++) x[i] += layer.bias[head * dim + i];
+    prepare_head(layer, number, row, head, x);
+    if (head < shape.heads) {
+      Query& query = queries_[size_t(row) * shape.heads + head];
+      int8_t* q = query_.data() + (size_t(row) * shape.heads + head) * dim;
+      query.scale = kernels->to_bytes(x, dim, q) * shape.attention_scale;
+      query.sum = 0;
+      for (int d = 0; d < dim; d++) query.sum += q[d];
+      continue;
+    }
+    const int kv = head - shape.heads, position = (*rows_)[row].position, at = position % kCacheTokens;
+    uint8_t* where = block(number, kv, (*rows_)[row].blocks[position / kCacheTokens]);
+    float* scales = reinterpret_cast<float*>(where + size_t(2) * kCacheTokens * dim);
+    scales[at] = kernels->to_bytes(x, dim, bytes);
+    for (int d = 0; d < dim; d += 4) {                // four numbers of a head stand together
+      for (int c = 0; c < 4; c++) bytes[d + c] = int8_t(bytes[d + c] ^ -128);
+      std::memcpy(where + d * kCacheTokens + 4 * at, bytes + d, 4);
+    }
+    float* v = qkv_.data() + size_t(row) * width_ + (all + kv) * dim;
+    if (layer.bias)
+      for (int i = 0; i < dim; i++) v[i] += layer.bias[(all + kv) * dim + i];
+    scales[kCacheTokens + at] = kernels->to_bytes(v, dim, bytes);
+    uint8_t* values = where + size_t(kCacheTokens) * dim + size_t(at / 4) * 4 * dim + at % 4;   // four tokens stand together
+    for (int d = 0; d < dim; d++) values[4 * d] = uint8_t(bytes[d]);
+  }
+  pool_.barrier().wait();
+  // The heads that share keys follow each other, then the rows: keys stay near.
+  const int group = shape.heads / shape.kv_heads;
+  share(mine, [&](int item) {
+    const int row = item / group % count_, kv = item / group / count_;
+    attend(layer, number, row, kv * group + item % group, mine);
+  });
+  pool_.barrier().wait();
+}
+
+void Program::attend(const Layer& layer, int number, int row, int head, Mine& mine) {
+  const int dim = shape.head_dim, kv = head / (shape.heads / shape.kv_heads);
+  const Row& who = (*rows_)[row];
+  const size_t place = size_t(row) * shape.heads + head;
+  const int last = who.position + 1, first = layer.window && last > layer.window ? last - layer.window : 0;
+  kernels->attend({block(number, kv, 0), block_bytes_, who.blocks, first, last, dim, query_.data() + place * dim,
+                   queries_[place].sum, queries_[place].scale, mine.scores.data(), attended_.data() + place * dim});
+}
+
+void Program::work(int thread) {
+  Mine& mine = *mine_[thread];
+  const bool alone = count_ == 1;
+  Mine& in = alone ? mine : *mine_.back();
+  mine.shared = &in;
+  mine.turn = 0;
+  const int hidden = shape.hidden, query = shape.heads * shape.head_dim, middle = shape.intermediate;
+  // Rows of the cheap work: neighbours, so that threads seldom write to one cache line.
+  mine.first = alone ? 0 : int(int64_t(count_) * thread / pool_.size());
+  mine.last = alone ? 1 : int(int64_t(count_) * (thread + 1) / pool_.size());
+  for (int row = mine.first; row < mine.last; row++) embed((*rows_)[row].token, in.stream.data() + size_t(row) * hidden);
+  bool add = false;
+  const float* after = nullptr;
+  for (size_t number = 0; number < layers.size(); number++) {
+    const Layer& layer = layers[number];
+    open(mine, layer.attention_norm, after, add);
+    product(layer.qkv, count_, qkv_.data(), mine);
+    pool_.barrier().wait();
+    attention(int(number), mine);
+
+    mine.expect(query);
+    for (int row = mine.first; row < mine.last; row++) {
+      std::memcpy(in.floats.data() + size_t(row) * query, attended_.data() + size_t(row) * query, sizeof(float) * query);
+      mine.quantize(kernels, row);
+    }
+    if (!alone) pool_.barrier().wait();
+    product(layer.out, count_, added_.data(), mine);
+    pool_.barrier().wait();
+
+    open(mine, layer.mlp_norm, layer.after_attention, true);
+    product(layer.gate_up, count_, gate_up_.data(), mine);
+    pool_.barrier().wait();
+
+    mine.expect(middle);
+    for (int row = mine.first; row < mine.last; row++) {
+      const float* gate = gate_up_.data() + size_t(row) * 2 * middle;
+      (shape.gate == Gate::silu ? kernels->gate_silu : kernels->gate_gelu)(gate, gate + middle, middle,
+                                                                             in.floats.data() + size_t(row) * middle);
+      mine.quantize(kernels, row);
+    }
+    if (!alone) pool_.barrier().wait();
+    product(layer.down, count_, added_.data(), mine);
+    pool_.barrier().wait();
+    if (thread == 0) evict(number);
+    add = true;
+    after = layer.after_mlp;
+  }
+  // The head, for the wanted rows only: their streams move to the front.
+  const int chosen = int(wanted_->size());
+  mine.expect(hidden);
+  const int first_chosen = alone ? 0 : int(int64_t(chosen) * thread / pool_.size());
+  const int last_chosen = alone ? chosen : int(int64_t(chosen) * (thread + 1) / pool_.size());
+  for (int k = first_chosen; k < last_chosen; k++) {
+    const int row = (*wanted_)[k];
+    const float* more = added_.data() + size_t(row) * hidden;
+    if (after) {
+      kernels->rms_norm(more, after, shape.epsilon, hidden, mine.normed.data());
+      more = mine.normed.data();
+    }
+    float* h = in.stream.data() + size_t(row) * hidden;
+    for (int i = 0; i < hidden; i++) h[i] += more[i];
+    kernels->rms_norm(h, final_norm, shape.epsilon, hidden, in.floats.data() + size_t(k) * hidden);
+    mine.quantize(kernels, k);
+  }
+  if (!alone) pool_.barrier().wait();
+  if (chosen) product(head, chosen, logits_, mine);
+}
+
+// Every thread's share of each product of a step, in the order in which `work` comes to them.
+void Program::deal() {
+  const int threads = pool_.size();
+  Share* shares = shares_.data();
+  auto divide = [&](size_t total) {
+    for (int thread = 0; thread < threads; thread++)
+      (shares++)->set(uint32_t(total * thread / threads), uint32_t(total * (thread + 1) / threads));
+  };
+  for (const Layer& layer : layers) {
+    divide(layer.qkv.pieces.size());
+    divide(size_t(count_) * shape.heads);
+    for (const Product* product : {&layer.out, &layer.gate_up, &layer.down}) divide(product->pieces.size());
+  }
+  divide(head.pieces.size());
+}
+
+void Program::step(const std::vector<Row>& rows, const std::vector<int32_t>& wanted, float* logits) {
+  rows_ = &rows;
+  wanted_ = &wanted;
+  logits_ = logits;
+  count_ = int(rows.size());
+  const int half = shape.head_dim / 2;
+  for (size_t kind = 0; kind < ropes.size(); kind++)
+    for (int row = 0; row < count_; row++) {
+      float* angles = angles_.data() + (kind * max_rows + row) * shape.head_dim;
+      for (int i = 0; i < half; i++) {
+        const float angle = float(rows[row].position) * ropes[kind].frequency[i];
+        angles[i] = std::cos(angle) * ropes[kind].scale;
+        angles[half + i] = std::sin(angle) * ropes[kind].scale;
+      }
+    }
+  deal();
+  pool_.run([this](int thread) { work(thread); });
+}
+
+void Program::hold(size_t bytes) {
+  const size_t page = size_t(sysconf(_SC_PAGESIZE));
+  spans_.clear();
+  held_ = SIZE_MAX;
+  size_t kept = 0;
+  for (const Matrix* matrix : head.matrices) kept += matrix->bytes();
+  for (size_t number = 0; number < layers.size(); number++) {
+    std::vector<Span> spans;
+    auto add = [&](const void* data, size_t length) {
+      const uintptr_t start = (uintptr_t(data) + page - 1) / page * page, stop = (uintptr_t(data) + length) / page * page;
+      if (stop > start) spans.push_back({reinterpret_cast<char*>(start), size_t(stop - start)});
+      kept += length;
+    };
+    for (const Product* product : {&layers[number].qkv, &layers[number].out, &layers[number].gate_up, &layers[number].down})
+      for (const Matrix* matrix : product->matrices) {
+        if (!matrix->packed()) add(matrix->plain.data, matrix->bytes());
+        for (const Part& part : matrix->parts)
+          add(part.tiles, size_t((part.rows + kTileRows - 1) / kTileRows) * part.tile_bytes);
+      }
+    if (kept > bytes && held_ == SIZE_MAX) held_ = number;
+    spans_.push_back(std::move(spans));
+  }
+}
+
+// After a layer's use: ask for the pages of the next one that is not held, and give back its own.
+void Program::evict(size_t layer) {
+  if (held_ == SIZE_MAX) return;
+  size_t ahead = layer + 2 < layers.size() ? layer + 2 : held_;
+  if (ahead < held_) ahead = held_;
+  for (const Span& span : spans_[ahead]) madvise(span.start, span.length, MADV_WILLNEED);
+  if (layer < held_) return;
+  for (const Span& span : spans_[layer]) madvise(span.start, span.length, MADV_DONTNEED);
+}
+
+}  // namespace gulliver

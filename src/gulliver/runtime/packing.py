@@ -1,0 +1,74 @@
+"""packing.json: which weights of a model folder are packed, and how. Knows no torch; docs/artifact.md has the rules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gulliver.core.errors import ArtifactError, ConfigError
+from gulliver.core.manifest import read_json
+from gulliver.runtime.formats import Format
+
+PACKING = "packing.json"
+FORMAT = 1
+MAX_PARTS = 16
+MAX_DIMENSIONS = 8
+MAX_PACKING_BYTES = 64 * 2**20
+
+
+PIECE = re.compile(r"\.(?:(?:tiles|codebook)\.\d+|rows)$")
+"""The end of a stored name that belongs to a packed weight."""
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether the model in `folder` has packed weights."""
+    return (folder / PACKING).is_file()
+
+
+def read_packing(folder: Path) -> dict[str, tuple[tuple[int, ...], list[tuple[Format, int]]]]:
+    """Name -> (shape, [(format, rows) of each part]) from packing.json. ArtifactError when it breaks a rule."""
+    path = folder / PACKING
+    if path.stat().st_size > MAX_PACKING_BYTES:
+        raise ArtifactError(f"{path} has {path.stat().st_size} bytes; at most {MAX_PACKING_BYTES} are allowed")
+    body = read_json(path.read_bytes(), PACKING)
+    if not isinstance(body, dict) or set(body) != {"format", "tensors"} or not isinstance(body["tensors"], dict):
+        raise ArtifactError(f"{path} must hold format and tensors, nothing else; it is damaged")
+    if type(body["format"]) is not int or body["format"] != FORMAT:
+        raise ArtifactError(f"{path} has format {body['format']!r}; this Gulliver reads {FORMAT}: upgrade it")
+    return {name: _entry(row, f"{PACKING}: {name}") for name, row in body["tensors"].items()}
+
+
+def _entry(row: Any, what: str) -> tuple[tuple[int, ...], list[tuple[Format, int]]]:
+    if not isinstance(row, dict) or set(row) != {"shape", "parts"}:
+        raise ArtifactError(f"{what} must hold shape and parts; the file is damaged")
+    shape, parts = row["shape"], row["parts"]
+    sized = isinstance(shape, list) and 2 <= len(shape) <= MAX_DIMENSIONS
+    if not sized or not all(type(size) is int and size > 0 for size in shape):
+        raise ArtifactError(f"{what}: shape is {str(shape)[:80]}; it must be 2 to {MAX_DIMENSIONS} positive sizes")
+    if not isinstance(parts, list) or not 1 <= len(parts) <= MAX_PARTS:
+        raise ArtifactError(f"{what} must have 1 to {MAX_PARTS} parts; the file is damaged")
+    found = []
+    for part in parts:
+        if not isinstance(part, dict) or set(part) != {"format", "rows"}:
+            raise ArtifactError(f"{what}: a part must hold format and rows; the file is damaged")
+        if not isinstance(part["format"], str) or type(part["rows"]) is not int:
+            raise ArtifactError(f"{what}: a part's format must be text and its rows a number; the file is damaged")
+        try:
+            found.append((Format.parse(part["format"]), part["rows"]))
+        except ConfigError as error:
+            raise ArtifactError(f"{what}: {error}") from error
+    if min(rows for _, rows in found) < 1 or sum(rows for _, rows in found) != shape[0]:
+        raise ArtifactError(f"{what}: its parts have {[rows for _, rows in found]} rows, the weight has {shape[0]}")
+    return tuple(shape), found
+
+
+def stored_names(name: str, parts: list[tuple[Format, int]]) -> Iterator[str]:
+    """The names under which the weight files hold a packed weight's pieces."""
+    for index, (fmt, _) in enumerate(parts):
+        yield f"{name}.tiles.{index}"
+        if fmt.kind == "codebook":
+            yield f"{name}.codebook.{index}"
+    if len(parts) > 1:
+        yield f"{name}.rows"
