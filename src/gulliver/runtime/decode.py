@@ -92,7 +92,7 @@ class NativeDecoder:
         config = read_config(folder)
         file_bytes = sum(path.stat().st_size for path in weight_files(folder))
         free = min(total_ram_bytes(), cgroup_ram_bytes() or total_ram_bytes())
-        room = free // 2 if max_ram_bytes is None else max_ram_bytes - current_rss_bytes() - SCRATCH_BYTES
+        room = free // 2 if max_ram_bytes is None else _room_for_weights(max_ram_bytes)
         weights = Weights(folder, in_place=file_bytes > room)
         self.vocabulary, self.positions, self.max_rows = config.vocabulary, config.positions, MAX_ROWS
         token_bytes = config.layers * config.kv_heads * 2 * (config.head_dim + 4)
@@ -119,25 +119,14 @@ class NativeDecoder:
         )
         build(weights, config, self._program)
         self.path = self._program.isa
+        self._logits_stride = -(-config.vocabulary // 32) * 32 + 16  # rows that begin in different sets of the cache
         self.why = f"{config.architecture} is lowered to native code"
         if max_ram_bytes is not None and file_bytes > room:
-            self._hold(max_ram_bytes, file_bytes)
-
-    def _hold(self, max_ram_bytes: int, file_bytes: int) -> None:
-        """Keep the process under `max_ram_bytes`: weights beyond that are read again for every step."""
-        free = max_ram_bytes - current_rss_bytes() - SCRATCH_BYTES
-        if free >= file_bytes:
-            return
-        if free <= 0:
-            raise BudgetError(
-                f"--ram {max_ram_bytes / 1e6:.0f}MB leaves nothing for weights: the process alone takes "
-                f"{(current_rss_bytes() + SCRATCH_BYTES) / 1e6:.0f} MB; allow more"
-            )
-        self._program.hold(free)
-        self.why += f"; {file_bytes / 1e6:.0f} MB of weights in {free / 1e6:.0f} MB, the rest read anew each step"
+            self._program.hold(room)
+            self.why += f"; {file_bytes / 1e6:.0f} MB of weights in {room / 1e6:.0f} MB, the rest read anew each step"
 
     def step(self, batch: Batch) -> NDArray[np.float32]:
-        logits = np.empty((len(batch.wanted), self.vocabulary), np.float32)
+        logits = np.empty((len(batch.wanted), self._logits_stride), np.float32)[:, : self.vocabulary]
         try:
             self._program.step(batch.tokens, batch.positions, batch.sequences, batch.blocks, batch.wanted, logits)
         except ValueError as error:
@@ -146,6 +135,15 @@ class NativeDecoder:
 
     def close(self) -> None:
         del self._program
+
+
+def _room_for_weights(max_ram_bytes: int) -> int:
+    """What a limit for the process leaves for weights; BudgetError when that is nothing."""
+    others = current_rss_bytes() + SCRATCH_BYTES
+    if max_ram_bytes <= others:
+        told = f"leaves nothing for weights: the process takes {others / 1e6:.0f} MB without them; allow more"
+        raise BudgetError(f"a memory limit of {max_ram_bytes / 1e6:.0f} MB {told}")
+    return max_ram_bytes - others
 
 
 def native_reason() -> str | None:
@@ -165,9 +163,10 @@ def open_decoder(
 ) -> Decoder:
     """The fastest decoder that runs the model in `folder`.
 
-    `threads` defaults to the cores that this process may use; `cache_tokens` are of all sequences together; `slots` is how
-    many sequences are expected at once; `isa` forces an instruction set ("avx2", "plain", …); `path` is "auto", "native"
-    or "reference". ConfigError when a path or instruction set that was forced is not to be had, with the reason.
+    `threads` defaults to the cores that this process may use; `cache_tokens` are of all sequences together; `slots` is
+    how many sequences are expected at once; `isa` forces an instruction set ("avx2", "plain", …); `path` is "auto",
+    "native" or "reference"; `max_ram_bytes` limits the whole process: weights beyond it are read anew for each step.
+    ConfigError when a path or instruction set that was forced is not to be had, with the reason.
     """
     if path not in ("auto", "native", "reference"):
         raise ConfigError(f"path is {path!r}; choose auto, native or reference")

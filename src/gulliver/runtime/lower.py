@@ -1,7 +1,7 @@
-"""Lowering: a model folder to a static native program, with weights used where they lie in the file.
+"""Lowering: a model folder to a static native program.
 
-Nothing is copied or repacked but norms, biases and codebooks: tiles are read from the mapped file. What cannot be lowered
-raises NotLowered with the reason, and runs on the reference path.
+Nothing is repacked: the native code reads tiles as they stand in the file. What cannot be lowered raises NotLowered with
+the reason, and runs on the reference path.
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ def mapped(stored: Mapping[str, Stored]) -> Arrays:
 def read_into_huge_pages(stored: Mapping[str, Stored]) -> Arrays:
     """The tensors in memory of our own: each begins at a cache line, in pages of 2 MB where the kernel has them.
 
-    One core reads such memory up to half faster than a mapped file: fewer address lookups, and the prefetcher, which stops at
-    the end of a page, seldom stops; and a load of 64 bytes never touches two cache lines.
+    One core reads such memory up to half faster than a mapped file: there are fewer address lookups, the prefetcher
+    (which stops at the end of a page) seldom stops, and a load of 64 bytes never touches two cache lines.
     """
     places, size = {}, 0
     for name, tensor in stored.items():
@@ -185,7 +185,7 @@ def read_into_huge_pages(stored: Mapping[str, Stored]) -> Arrays:
 
 
 class Weights:
-    """The tensors of a folder: mapped `in_place`, or read into memory; every one that is asked for is counted as used."""
+    """The tensors of a folder, mapped `in_place` or read into memory; every one that is asked for is counted as used."""
 
     def __init__(self, folder: Path, *, in_place: bool) -> None:
         self.folder = folder

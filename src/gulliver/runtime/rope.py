@@ -1,7 +1,8 @@
 """Frequencies of rotary position embeddings, from a model's config, without torch.
 
 Pair i of a head of d numbers turns by position x theta^(-2i/d) (RoFormer, arXiv 2104.09864). `linear` divides all
-frequencies by a factor; `llama3` divides the slow ones and blends those between two wavelengths (Llama 3, arXiv 2407.21783).
+frequencies by a factor; `llama3` divides the slow ones and blends those between two wavelengths (Llama 3, arXiv
+2407.21783).
 """
 
 from __future__ import annotations

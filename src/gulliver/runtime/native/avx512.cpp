@@ -104,12 +104,14 @@ void tile_product(const Part& part, const uint8_t* tile, const Activations& x, i
       const int at = g * blocks + n;
       __m512i w[8];
       Codes<kBits, kUniform>::load(group, part.group_size, n, table, w);
-      for (int b = 0; b < count; b++) {
+#pragma GCC unroll 1
+      for (int b = 0; b < count; b++) {   // not unrolled: measured a quarter faster at 16, and no slower at 2
         const int32_t* q = reinterpret_cast<const int32_t*>(x.q + size_t(b) * x.stride + at * kBlock);
         const int32_t total = x.sum[b * x_blocks + at];
         __m512i even, odd = _mm512_setzero_si512();
         if constexpr (kUniform) even = _mm512_mullo_epi32(zero, _mm512_set1_epi32(-total));
         else even = _mm512_set1_epi32(-128 * total);
+#pragma GCC unroll 4
         for (int k = 0; k < 8; k += 2) {
           even = _mm512_dpbusd_epi32(even, w[k], _mm512_set1_epi32(q[k]));
           odd = _mm512_dpbusd_epi32(odd, w[k + 1], _mm512_set1_epi32(q[k + 1]));
@@ -193,7 +195,7 @@ inline __m512i broadcast4(const void* from) {
   return _mm512_set1_epi32(four);
 }
 
-void scores(const int8_t* q, int32_t q_sum, const uint8_t* keys, int head_dim, int32_t* out) {
+inline __attribute__((always_inline)) void scores(const int8_t* q, int32_t q_sum, const uint8_t* keys, int head_dim, int32_t* out) {
   __m512i even = _mm512_set1_epi32(-128 * q_sum), odd = _mm512_setzero_si512();
   int d = 0;
   for (; d + 8 <= head_dim; d += 8) {
@@ -205,7 +207,7 @@ void scores(const int8_t* q, int32_t q_sum, const uint8_t* keys, int head_dim, i
   _mm512_storeu_si512(out, _mm512_add_epi32(even, odd));
 }
 
-void accumulate(const float* weight, const int8_t* values, int head_dim, float* out) {
+inline __attribute__((always_inline)) void accumulate(const float* weight, const int8_t* values, int head_dim, float* out) {
   alignas(16) uint8_t rounded[kCacheTokens];
   const float scale = weigh(weight, rounded);
   const __m512 by = _mm512_set1_ps(scale);

@@ -7,6 +7,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstdint>
 #include <deque>
 #include <optional>
 #include <stdexcept>
@@ -150,12 +151,15 @@ class Native {
   std::string isa() const { return program_.kernels->name; }
 
   void step(const Ints& tokens, const Ints& positions, const Ints& sequences, const IntRows& blocks, const Ints& wanted,
-            FloatRows logits) {
+            nb::ndarray<float, nb::ndim<2>, nb::device::cpu> logits) {
     const size_t count = tokens.shape(0);
     demand(finished_, "the model is not finished");
     demand(count >= 1 && count <= size_t(program_.max_rows), "a step has 1 to max_rows rows");
     demand(positions.shape(0) == count && sequences.shape(0) == count, "tokens, positions and sequences differ in length");
     demand(logits.shape(0) == wanted.shape(0) && logits.shape(1) == size_t(program_.shape.vocabulary), "logits have a wrong shape");
+    const int64_t stride = wanted.shape(0) > 1 ? logits.stride(0) : int64_t(logits.shape(1));
+    demand(wanted.shape(0) == 0 || ((logits.shape(1) == 1 || logits.stride(1) == 1) && stride >= int64_t(logits.shape(1)) && stride < INT32_MAX),
+           "logits have wrong strides");
     std::vector<Row> rows(count);
     for (size_t i = 0; i < count; i++) {
       const int token = tokens.data()[i], position = positions.data()[i], sequence = sequences.data()[i];
@@ -171,7 +175,7 @@ class Native {
     for (size_t i = 0; i < chosen.size(); i++)
       demand(chosen[i] >= (i ? chosen[i - 1] + 1 : 0) && size_t(chosen[i]) < count, "wanted rows must ascend, below rows");
     nb::gil_scoped_release free;
-    program_.step(rows, chosen, logits.data());
+    program_.step(rows, chosen, logits.data(), int(stride));
   }
 
  private:

@@ -15,7 +15,16 @@ namespace {
 constexpr size_t kLeastPiece = 8 << 10, kMostPiece = 96 << 10;  // bytes of weights in a piece of work
 constexpr int kPiecesPerThread = 8;
 
-int padded(int columns) { return (columns + kPad - 1) / kPad * kPad; }
+// Columns of int8 activations, an odd number of cache lines: a power of two would put all rows in the same few cache sets.
+int padded(int columns) {
+  const int stride = (columns + kPad - 1) / kPad * kPad;
+  return stride % 128 ? stride : stride + 64;
+}
+// Floats of a row of outputs, likewise.
+int apart(int columns) {
+  const int stride = (columns + 15) / 16 * 16;
+  return stride % 32 ? stride : stride + 16;
+}
 
 // One row of a packed part, column by column.
 void unpack_row(const Part& part, int row, float* out) {
@@ -86,7 +95,7 @@ struct Program::Mine {
 
 Program::Program(const Shape& s, const Kernels* k, int threads, int rows, int blocks)
     : shape(s), max_rows(rows), cache_blocks(blocks), kernels(k), pool_(threads) {
-  width_ = (s.heads + 2 * s.kv_heads) * s.head_dim;
+  width_ = apart((s.heads + 2 * s.kv_heads) * s.head_dim);
   wide_ = std::max({s.hidden, s.heads * s.head_dim, s.intermediate});
 }
 
@@ -127,8 +136,8 @@ void Program::finish() {
   query_.resize(size_t(max_rows) * shape.heads * shape.head_dim);
   queries_.resize(size_t(max_rows) * shape.heads);
   attended_.resize(size_t(max_rows) * shape.heads * shape.head_dim);
-  gate_up_.resize(size_t(max_rows) * 2 * shape.intermediate);
-  added_.resize(size_t(max_rows) * shape.hidden);
+  gate_up_.resize(size_t(max_rows) * apart(2 * shape.intermediate));
+  added_.resize(size_t(max_rows) * apart(shape.hidden));
   angles_.resize(ropes.size() * max_rows * shape.head_dim);
   for (int thread = 0; thread < pool_.size(); thread++) {
     mine_.push_back(std::make_unique<Mine>(1, shape.hidden, wide_, shape.positions));
@@ -169,25 +178,25 @@ void Program::share(Mine& mine, Do&& work) {
   }
 }
 
-void Program::product(const Product& product, int count, float* y, Mine& mine) {
-  share(mine, [&](int number) { piece(product, product.pieces[number], count, y, mine); });
+void Program::product(const Product& product, int count, float* y, int y_stride, Mine& mine) {
+  share(mine, [&](int number) { piece(product, product.pieces[number], count, y, y_stride, mine); });
 }
 
 // Rows of activations are passed sixteen at a time over one piece of weights, which stays in the cache.
-void Program::piece(const Product& product, const Piece& piece, int count, float* y, const Mine& mine) const {
+void Program::piece(const Product& product, const Piece& piece, int count, float* y, int y_stride, const Mine& mine) const {
   const Mine& in = *mine.shared;
   const Matrix& matrix = *product.matrices[piece.matrix];
   const int stride = mine.stride, columns = mine.columns, blocks = stride / kBlock;
   for (int first = 0; first < count; first += kMaxBatch) {
     const int batch = std::min(kMaxBatch, count - first);
-    float* out = y + size_t(first) * product.rows + product.at[piece.matrix];
+    float* out = y + size_t(first) * y_stride + product.at[piece.matrix];
     if (matrix.packed()) {
       const Activations some{in.q.data() + size_t(first) * stride, in.scale.data() + size_t(first) * blocks,
                              in.sum.data() + size_t(first) * blocks, stride};
-      kernels->product(matrix.parts[piece.part], piece.first, piece.last, some, batch, out, product.rows);
+      kernels->product(matrix.parts[piece.part], piece.first, piece.last, some, batch, out, y_stride);
     } else {
       kernels->plain(matrix.plain, piece.first, piece.last, in.floats.data() + size_t(first) * columns, columns, batch, out,
-                     product.rows);
+                     y_stride);
     }
   }
 }
@@ -200,7 +209,7 @@ void Program::open(Mine& mine, const float* norm, const float* after, bool add) 
   for (int row = mine.first; row < mine.last; row++) {
     float* h = in.stream.data() + size_t(row) * hidden;
     if (add) {
-      const float* more = added_.data() + size_t(row) * hidden;
+      const float* more = added_.data() + size_t(row) * apart(hidden);
       if (after) {
         kernels->rms_norm(more, after, shape.epsilon, hidden, mine.normed.data());
         more = mine.normed.data();
@@ -293,7 +302,7 @@ void Program::work(int thread) {
   for (size_t number = 0; number < layers.size(); number++) {
     const Layer& layer = layers[number];
     open(mine, layer.attention_norm, after, add);
-    product(layer.qkv, count_, qkv_.data(), mine);
+    product(layer.qkv, count_, qkv_.data(), width_, mine);
     pool_.barrier().wait();
     attention(int(number), mine);
 
@@ -303,22 +312,22 @@ void Program::work(int thread) {
       mine.quantize(kernels, row);
     }
     if (!alone) pool_.barrier().wait();
-    product(layer.out, count_, added_.data(), mine);
+    product(layer.out, count_, added_.data(), apart(hidden), mine);
     pool_.barrier().wait();
 
     open(mine, layer.mlp_norm, layer.after_attention, true);
-    product(layer.gate_up, count_, gate_up_.data(), mine);
+    product(layer.gate_up, count_, gate_up_.data(), apart(2 * middle), mine);
     pool_.barrier().wait();
 
     mine.expect(middle);
     for (int row = mine.first; row < mine.last; row++) {
-      const float* gate = gate_up_.data() + size_t(row) * 2 * middle;
+      const float* gate = gate_up_.data() + size_t(row) * apart(2 * middle);
       (shape.gate == Gate::silu ? kernels->gate_silu : kernels->gate_gelu)(gate, gate + middle, middle,
                                                                              in.floats.data() + size_t(row) * middle);
       mine.quantize(kernels, row);
     }
     if (!alone) pool_.barrier().wait();
-    product(layer.down, count_, added_.data(), mine);
+    product(layer.down, count_, added_.data(), apart(hidden), mine);
     pool_.barrier().wait();
     if (thread == 0) evict(number);
     add = true;
@@ -331,7 +340,7 @@ void Program::work(int thread) {
   const int last_chosen = alone ? chosen : int(int64_t(chosen) * (thread + 1) / pool_.size());
   for (int k = first_chosen; k < last_chosen; k++) {
     const int row = (*wanted_)[k];
-    const float* more = added_.data() + size_t(row) * hidden;
+    const float* more = added_.data() + size_t(row) * apart(hidden);
     if (after) {
       kernels->rms_norm(more, after, shape.epsilon, hidden, mine.normed.data());
       more = mine.normed.data();
@@ -342,7 +351,7 @@ void Program::work(int thread) {
     mine.quantize(kernels, k);
   }
   if (!alone) pool_.barrier().wait();
-  if (chosen) product(head, chosen, logits_, mine);
+  if (chosen) product(head, chosen, logits_, logits_stride_, mine);
 }
 
 // Every thread's share of each product of a step, in the order in which `work` comes to them.
@@ -361,10 +370,11 @@ void Program::deal() {
   divide(head.pieces.size());
 }
 
-void Program::step(const std::vector<Row>& rows, const std::vector<int32_t>& wanted, float* logits) {
+void Program::step(const std::vector<Row>& rows, const std::vector<int32_t>& wanted, float* logits, int stride) {
   rows_ = &rows;
   wanted_ = &wanted;
   logits_ = logits;
+  logits_stride_ = stride;
   count_ = int(rows.size());
   const int half = shape.head_dim / 2;
   for (size_t kind = 0; kind < ropes.size(); kind++)

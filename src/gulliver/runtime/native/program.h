@@ -93,8 +93,8 @@ class Program {
 
   Product product_of(const std::vector<const Matrix*>& matrices) const;
   void finish();                    // after layers and head are set: makes the buffers
-  // Logits of the wanted rows (numbers ascending) go to logits [wanted, vocabulary].
-  void step(const std::vector<Row>& rows, const std::vector<int32_t>& wanted, float* logits);
+  // Logits of the wanted rows (numbers ascending) go to logits [wanted, vocabulary], whose rows are `stride` floats apart.
+  void step(const std::vector<Row>& rows, const std::vector<int32_t>& wanted, float* logits, int stride);
   // Keep at most about `bytes` of weights in memory: the pages of other layers are given back after use.
   void hold(size_t bytes);
   size_t cache_bytes() const { return cache_bytes_; }
@@ -114,8 +114,8 @@ class Program {
   struct Span { char* start; size_t length; };
   void work(int thread);
   void open(Mine& mine, const float* norm, const float* after, bool add);
-  void product(const Product& product, int count, float* y, Mine& mine);
-  void piece(const Product& product, const Piece& piece, int count, float* y, const Mine& mine) const;
+  void product(const Product& product, int count, float* y, int y_stride, Mine& mine);
+  void piece(const Product& product, const Piece& piece, int count, float* y, int y_stride, const Mine& mine) const;
   template <class Do>
   void share(Mine& mine, Do&& work);   // work(number) for every number of the next shares that `deal` made
   void deal();
@@ -131,7 +131,7 @@ class Program {
   size_t cache_bytes_ = 0, block_bytes_ = 0;
   const std::vector<Row>* rows_ = nullptr;
   const std::vector<int32_t>* wanted_ = nullptr;
-  int count_ = 0;
+  int count_ = 0, logits_stride_ = 0;
   float* logits_ = nullptr;
   int width_ = 0, wide_ = 0;                      // of q, k, v together; of the widest input of a product
   std::vector<float> qkv_, attended_, gate_up_, added_, angles_;
