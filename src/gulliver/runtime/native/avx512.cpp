@@ -85,6 +85,64 @@ inline __m512 scales_of(const uint8_t* bytes) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
 }
 
+// Reading ahead by hand, 16 KB into the second-level cache. Measured: a third to twice as fast for wide tiles of few bits at
+// batch 1, a fifth slower for narrow ones and 8 bits, where the hardware's own prefetcher keeps up.
+constexpr int kAhead = 16384, kNarrow = 1100;   // bytes; columns
+
+inline __m512 row_factors(const uint8_t* tile_end) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile_end));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+// One row of activations: the sum stays in a register. `kBlocks` are those of a group.
+template <int kBits, bool kUniform, int kBlocks>
+inline __m512 tile_single(const Part& part, const uint8_t* tile, const Activations& x, bool ahead) {
+  const __m512i table = _mm512_loadu_si512(part.table);
+  constexpr int kGroup = kBlocks * kBlock, kGroupBytes = kGroup * kTileRows * kBits / 8;
+  const uint8_t* scales = tile + size_t(kGroupBytes) * part.groups;
+  const uint8_t* zeros = scales + kTileRows * part.groups;
+  const int32_t* q = reinterpret_cast<const int32_t*>(x.q);
+  const float* x_scale = x.scale;
+  const int32_t* x_sum = x.sum;
+  __m512 sum = _mm512_setzero_ps();
+  for (int g = 0; g < part.groups; g++, tile += kGroupBytes) {
+    const __m512 scale = scales_of(scales + kTileRows * g);
+    __m512i zero;
+    if constexpr (kUniform) zero = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros + kTileRows * g)));
+#pragma GCC unroll 4
+    for (int n = 0; n < kBlocks; n++, q += 8, x_scale++, x_sum++) {
+      if (ahead)
+        for (int line = 0; line < kBits; line++)
+          _mm_prefetch(reinterpret_cast<const char*>(tile) + n * 64 * kBits + kAhead + 64 * line, _MM_HINT_T1);
+      __m512i w[8];
+      Codes<kBits, kUniform>::load(tile, kGroup, n, table, w);
+      __m512i even = _mm512_setzero_si512(), odd = even;
+#pragma GCC unroll 4
+      for (int k = 0; k < 8; k += 2) {
+        even = _mm512_dpbusd_epi32(even, w[k], _mm512_set1_epi32(q[k]));
+        odd = _mm512_dpbusd_epi32(odd, w[k + 1], _mm512_set1_epi32(q[k + 1]));
+      }
+      const __m512i total = _mm512_set1_epi32(*x_sum);
+      __m512i offset;
+      if constexpr (kUniform) offset = _mm512_mullo_epi32(zero, total);
+      else offset = _mm512_slli_epi32(total, 7);
+      const __m512 dot = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_add_epi32(even, odd), offset));
+      sum = _mm512_fmadd_ps(_mm512_mul_ps(dot, scale), _mm512_set1_ps(*x_scale), sum);
+    }
+  }
+  return _mm512_mul_ps(sum, row_factors((kUniform ? zeros : scales) + kTileRows * part.groups));
+}
+
+template <int kBits, bool kUniform>
+inline __m512 tile_single(const Part& part, const uint8_t* tile, const Activations& x) {
+  const bool ahead = kBits < 8 && part.columns > kNarrow;
+  switch (part.group_size) {
+    case 32: return tile_single<kBits, kUniform, 1>(part, tile, x, ahead);
+    case 64: return tile_single<kBits, kUniform, 2>(part, tile, x, ahead);
+    default: return tile_single<kBits, kUniform, 4>(part, tile, x, ahead);
+  }
+}
+
 template <int kBits, bool kUniform, int kBatch>
 void tile_product(const Part& part, const uint8_t* tile, const Activations& x, int batch, __m512* out) {
   const __m512i table = _mm512_loadu_si512(part.table);
@@ -107,33 +165,37 @@ void tile_product(const Part& part, const uint8_t* tile, const Activations& x, i
 #pragma GCC unroll 1
       for (int b = 0; b < count; b++) {   // not unrolled: measured a quarter faster at 16, and no slower at 2
         const int32_t* q = reinterpret_cast<const int32_t*>(x.q + size_t(b) * x.stride + at * kBlock);
-        const int32_t total = x.sum[b * x_blocks + at];
-        __m512i even, odd = _mm512_setzero_si512();
-        if constexpr (kUniform) even = _mm512_mullo_epi32(zero, _mm512_set1_epi32(-total));
-        else even = _mm512_set1_epi32(-128 * total);
+        const __m512i total = _mm512_set1_epi32(x.sum[b * x_blocks + at]);
+        __m512i even = _mm512_setzero_si512(), odd = even;
 #pragma GCC unroll 4
         for (int k = 0; k < 8; k += 2) {
           even = _mm512_dpbusd_epi32(even, w[k], _mm512_set1_epi32(q[k]));
           odd = _mm512_dpbusd_epi32(odd, w[k + 1], _mm512_set1_epi32(q[k + 1]));
         }
-        const __m512 dot = _mm512_cvtepi32_ps(_mm512_add_epi32(even, odd));
+        __m512i offset;
+        if constexpr (kUniform) offset = _mm512_mullo_epi32(zero, total);
+        else offset = _mm512_slli_epi32(total, 7);
+        const __m512 dot = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_add_epi32(even, odd), offset));
         sum[b] = _mm512_fmadd_ps(_mm512_mul_ps(dot, scale), _mm512_set1_ps(x.scale[b * x_blocks + at]), sum[b]);
       }
     }
   }
   const uint8_t* factors = (kUniform ? zeros : scales) + kTileRows * part.groups;
-  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(factors));
-  const __m512 factor = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  const __m512 factor = row_factors(factors);
   for (int b = 0; b < count; b++) out[b] = _mm512_mul_ps(sum[b], factor);
 }
 
 template <int kBits, bool kUniform>
 void product_of(const Part& part, int first, int last, const Activations& x, int batch, float* y, int y_stride) {
   __m512 out[kMaxBatch];
+  const size_t codes = size_t(part.group_size) * kTileRows * kBits / 8 * part.groups;
   for (int t = first; t < last; t++) {
     const uint8_t* tile = part.tiles + size_t(t) * part.tile_bytes;
+    // Codes are one long stream that the hardware fetches ahead; scales lie behind them and would be waited for.
+    for (size_t line = codes; line < part.tile_bytes; line += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(tile) + part.tile_bytes + line, _MM_HINT_T0);
     switch (batch) {
-      case 1: tile_product<kBits, kUniform, 1>(part, tile, x, batch, out); break;
+      case 1: out[0] = tile_single<kBits, kUniform>(part, tile, x); break;
       case 2: tile_product<kBits, kUniform, 2>(part, tile, x, batch, out); break;
       case 4: tile_product<kBits, kUniform, 4>(part, tile, x, batch, out); break;
       case 8: tile_product<kBits, kUniform, 8>(part, tile, x, batch, out); break;

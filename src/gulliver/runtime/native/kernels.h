@@ -43,7 +43,7 @@ struct Activations {                // of one batch
 
 struct Attention {                  // one query head of one token
   const uint8_t* cache;             // of the layer and its key head: blocks of keys [head_dim / 4][16][4] with 128 added,
-  size_t block_bytes;               //   values [4][head_dim][4], 16 float scales of keys, 16 of values
+  size_t block_stride;              //   values [4][head_dim][4], 16 float scales of keys, 16 of values; bytes between blocks
   const int32_t* blocks;            // numbers of the sequence's blocks
   int first, last;                  // tokens seen: positions first to last (not included)
   int head_dim;                     // a multiple of 4

@@ -128,10 +128,14 @@ Product Program::product_of(const std::vector<const Matrix*>& matrices) const {
 
 void Program::finish() {
   block_bytes_ = size_t(2) * kCacheTokens * shape.head_dim + 2 * kCacheTokens * sizeof(float);
-  cache_bytes_ = block_bytes_ * cache_blocks * shape.kv_heads * layers.size();
+  block_stride_ = block_bytes_ * shape.kv_heads * layers.size();
+  cache_bytes_ = block_stride_ * cache_blocks;
   void* memory = mmap(nullptr, cache_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   cache_ = static_cast<uint8_t*>(memory);
+#if defined(MADV_HUGEPAGE)
+  madvise(memory, cache_bytes_, MADV_HUGEPAGE);   // a step touches every layer's part of every block: many small pages otherwise
+#endif
   qkv_.resize(size_t(max_rows) * width_);
   query_.resize(size_t(max_rows) * shape.heads * shape.head_dim);
   queries_.resize(size_t(max_rows) * shape.heads);
@@ -148,7 +152,7 @@ void Program::finish() {
 }
 
 uint8_t* Program::block(int layer, int head, int number) const {
-  return cache_ + block_bytes_ * ((size_t(layer) * shape.kv_heads + head) * cache_blocks + number);
+  return cache_ + block_stride_ * number + block_bytes_ * (size_t(layer) * shape.kv_heads + head);
 }
 
 void Program::embed(int token, float* out) const {
@@ -282,7 +286,7 @@ void Program::attend(const Layer& layer, int number, int row, int head, Mine& mi
   const Row& who = (*rows_)[row];
   const size_t place = size_t(row) * shape.heads + head;
   const int last = who.position + 1, first = layer.window && last > layer.window ? last - layer.window : 0;
-  kernels->attend({block(number, kv, 0), block_bytes_, who.blocks, first, last, dim, query_.data() + place * dim,
+  kernels->attend({block(number, kv, 0), block_stride_, who.blocks, first, last, dim, query_.data() + place * dim,
                    queries_[place].sum, queries_[place].scale, mine.scores.data(), attended_.data() + place * dim});
 }
 

@@ -128,7 +128,7 @@ class Program {
 
   Pool pool_;
   uint8_t* cache_ = nullptr;
-  size_t cache_bytes_ = 0, block_bytes_ = 0;
+  size_t cache_bytes_ = 0, block_bytes_ = 0, block_stride_ = 0;   // of one layer and head; from block to block
   const std::vector<Row>* rows_ = nullptr;
   const std::vector<int32_t>* wanted_ = nullptr;
   int count_ = 0, logits_stride_ = 0;
