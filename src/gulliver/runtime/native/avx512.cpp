@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 
 namespace gulliver {
 namespace {
@@ -251,44 +252,7 @@ void quantize(const float* x, int columns, int stride, int8_t* q, float* scale, 
   }
 }
 
-inline __m512i broadcast4(const void* from) {
-  int32_t four;
-  std::memcpy(&four, from, 4);
-  return _mm512_set1_epi32(four);
-}
-
-inline __attribute__((always_inline)) void scores(const int8_t* q, int32_t q_sum, const uint8_t* keys, int head_dim, int32_t* out) {
-  __m512i even = _mm512_set1_epi32(-128 * q_sum), odd = _mm512_setzero_si512();
-  int d = 0;
-  for (; d + 8 <= head_dim; d += 8) {
-    even = _mm512_dpbusd_epi32(even, _mm512_loadu_si512(keys + d * kCacheTokens), broadcast4(q + d));
-    odd = _mm512_dpbusd_epi32(odd, _mm512_loadu_si512(keys + (d + 4) * kCacheTokens), broadcast4(q + d + 4));
-  }
-  for (; d < head_dim; d += 4)
-    even = _mm512_dpbusd_epi32(even, _mm512_loadu_si512(keys + d * kCacheTokens), broadcast4(q + d));
-  _mm512_storeu_si512(out, _mm512_add_epi32(even, odd));
-}
-
-inline __attribute__((always_inline)) void accumulate(const float* weight, const int8_t* values, int head_dim, float* out) {
-  alignas(16) uint8_t rounded[kCacheTokens];
-  const float scale = weigh(weight, rounded);
-  const __m512 by = _mm512_set1_ps(scale);
-  const __m512i w0 = broadcast4(rounded), w1 = broadcast4(rounded + 4), w2 = broadcast4(rounded + 8), w3 = broadcast4(rounded + 12);
-  for (int d = 0; d < head_dim; d += 16) {
-    const int left = head_dim - d < 16 ? head_dim - d : 16;
-    const __mmask16 keep = __mmask16((1u << left) - 1);
-    const int8_t* value = values + 4 * d;
-    __m512i a = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w0, _mm512_maskz_loadu_epi32(keep, value));
-    __m512i b = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w1, _mm512_maskz_loadu_epi32(keep, value + 4 * head_dim));
-    a = _mm512_dpbusd_epi32(a, w2, _mm512_maskz_loadu_epi32(keep, value + 8 * head_dim));
-    b = _mm512_dpbusd_epi32(b, w3, _mm512_maskz_loadu_epi32(keep, value + 12 * head_dim));
-    const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(a, b));
-    _mm512_mask_storeu_ps(out + d, keep, _mm512_fmadd_ps(sum, by, _mm512_maskz_loadu_ps(keep, out + d)));
-  }
-}
-
-#include "attend.inc"
-void attend(const Attention& a) { attend_with<scores, accumulate>(a); }
+#include "avx512_attend.inc"
 
 }  // namespace
 
