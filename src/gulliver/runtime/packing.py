@@ -17,9 +17,29 @@ MAX_PARTS = 16
 MAX_DIMENSIONS = 8
 MAX_PACKING_BYTES = 64 * 2**20
 
-
 PIECE = re.compile(r"\.(?:(?:tiles|codebook)\.\d+|rows)$")
 """The end of a stored name that belongs to a packed weight."""
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.(.*)")
+_USE = {
+    name: place
+    for place, name in enumerate(
+        """input_layernorm q_proj k_proj v_proj q_norm k_norm o_proj post_attention_layernorm pre_feedforward_layernorm
+        gate_proj up_proj down_proj post_feedforward_layernorm""".split()
+    )
+}
+"""Part of a layer's tensor names -> its place in the order of use."""
+
+
+def order_of_use(name: str) -> tuple[int, int, int, str]:
+    """Sorts names of (stored) tensors as a decoder reads them: embedding, layer by layer, final norm, head.
+
+    Inside a layer: norm, q, k, v, o, norm, gate, up, down. What has no known place comes in the order of its name.
+    """
+    layer = _LAYER.search(name)
+    if layer:
+        place = next((_USE[part] for part in layer[2].split(".") if part in _USE), len(_USE))
+        return 1, int(layer[1][:9]), place, name
+    return 0 if "embed" in name else 3 if "head" in name else 2 if "norm" in name else 1, 0, len(_USE), name
 
 
 def is_packed(folder: Path) -> bool:
@@ -37,7 +57,7 @@ def read_packing(folder: Path) -> dict[str, tuple[tuple[int, ...], list[tuple[Fo
         raise ArtifactError(f"{path} must hold format and tensors, nothing else; it is damaged")
     if type(body["format"]) is not int or body["format"] != FORMAT:
         raise ArtifactError(f"{path} has format {body['format']!r}; this Gulliver reads {FORMAT}: upgrade it")
-    return {name: _entry(row, f"{PACKING}: {name}") for name, row in body["tensors"].items()}
+    return {name: _entry(row, f"{PACKING}: {name[:200]}") for name, row in body["tensors"].items()}
 
 
 def _entry(row: Any, what: str) -> tuple[tuple[int, ...], list[tuple[Format, int]]]:

@@ -22,7 +22,7 @@ from gulliver.nets.files import weight_files
 from gulliver.nets.weights import read_safetensors
 from gulliver.runtime.formats import Format
 from gulliver.runtime.packed import PackedTensor, Part, pack, unpack
-from gulliver.runtime.packing import FORMAT, PACKING, PIECE, is_packed, read_packing, stored_names
+from gulliver.runtime.packing import FORMAT, PACKING, PIECE, is_packed, order_of_use, read_packing, stored_names
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------
@@ -66,17 +66,20 @@ def read_tensors(folder: Path, dtype: torch.dtype = torch.float32) -> Iterator[t
 
 
 def read_stored(folder: Path) -> Iterator[tuple[str, PackedTensor | Tensor]]:
-    """(name, packed weight or plain tensor) one at a time, as stored. ArtifactError for a damaged file."""
+    """(name, packed weight or plain tensor) one at a time, as stored: packed ones first, both in the order of use.
+
+    ArtifactError for a damaged file.
+    """
     packing = read_packing(folder) if is_packed(folder) else {}
     files = _where(folder)
     owned = {stored for name, shape_parts in packing.items() for stored in stored_names(name, shape_parts[1])}
-    plain = sorted(set(files) - owned)
+    plain = sorted(set(files) - owned, key=order_of_use)
     for name in plain:
         if name in packing:
             raise ArtifactError(f"{folder}: {name} is stored both packed and plain; the files do not belong together")
         if PIECE.sub("", name) in packing:
             raise ArtifactError(f"{folder}: {name} is stored, but no part in {PACKING} needs it; the model is damaged")
-    for name in sorted(packing):
+    for name in sorted(packing, key=order_of_use):
         yield name, _read_packed(name, *packing[name], files)
     for name in plain:
         yield name, _tensor(files, name)

@@ -163,8 +163,8 @@ void tile_product(const Part& part, const uint8_t* tile, const Activations& x, i
       const int at = g * blocks + n;
       __m512i w[8];
       Codes<kBits, kUniform>::load(group, part.group_size, n, table, w);
-#pragma GCC unroll 1
-      for (int b = 0; b < count; b++) {   // not unrolled: measured a quarter faster at 16, and no slower at 2
+#pragma GCC unroll 4
+      for (int b = 0; b < count; b++) {
         const int32_t* q = reinterpret_cast<const int32_t*>(x.q + size_t(b) * x.stride + at * kBlock);
         const __m512i total = _mm512_set1_epi32(x.sum[b * x_blocks + at]);
         __m512i even = _mm512_setzero_si512(), odd = even;

@@ -15,15 +15,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from gulliver.core.errors import ArtifactError, ConfigError
-from gulliver.nets.weights import aliases, assign, empty_parameters, stored_names, unfilled
-from gulliver.runtime.reference import is_packed, read_tensors
+from gulliver.core.errors import ConfigError
+from gulliver.nets.weights import aliases
+from gulliver.runtime.network import is_encoder as is_encoder
+from gulliver.runtime.network import load_network as load_network
+from gulliver.runtime.network import read_config as read_config
 from gulliver.tasks.base import Batch
 
 COMPANIONS = (
@@ -46,87 +45,6 @@ COMPANIONS = (
 
 BYTE_VOCABULARY = 257
 """A fresh network reads bytes; id 256 ends a text."""
-
-
-def read_config(folder: Path) -> transformers.PretrainedConfig:
-    """The config in `folder`. ArtifactError when there is none or transformers does not know the architecture."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ArtifactError(f"{folder} has no config.json; give a Hugging Face layout folder (or a .gguf file)")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError("it is not a JSON object")
-        if "auto_map" in raw:
-            raise ValueError("it asks to run code from the folder (auto_map), which Gulliver never does")
-        return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, ArithmeticError) as error:
-        raise ArtifactError(f"{path} is no usable model config: {str(error).splitlines()[0]}") from error
-
-
-def is_encoder(folder: Path, config: transformers.PretrainedConfig) -> bool:
-    """True for a sentence encoder, False for a causal language model."""
-    if (folder / "modules.json").is_file():
-        return True
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
-    known = {causal} if isinstance(causal, str) else set(causal)
-    names = config.architectures or list(known)
-    return not any(name.endswith(("ForCausalLM", "LMHeadModel")) or name in known for name in names)
-
-
-def empty_network(folder: Path) -> nn.Module:
-    """The network `config.json` describes, parameters on meta, buffers real, `source_folder` set."""
-    config = read_config(folder)
-    encoder = is_encoder(folder, config)
-    auto = transformers.AutoModel if encoder else transformers.AutoModelForCausalLM
-    try:
-        with empty_parameters(), no_init_weights():
-            model = auto.from_config(config, dtype=torch.float32)
-            model.tie_weights()
-    except (ValueError, TypeError, RuntimeError, ArithmeticError, KeyError, AttributeError) as error:
-        raise ArtifactError(f"{folder / 'config.json'} describes no network: {str(error).splitlines()[0]}") from error
-    model.source_folder = str(folder)
-    model.is_sentence_encoder = encoder
-    return model.eval()
-
-
-def load_network(folder: Path, empty: bool) -> nn.Module:
-    """The network with float32 weights from `folder` (plain or packed); without them when `empty`."""
-    model = empty_network(folder)
-    if empty:
-        return model
-    packed = is_packed(folder)
-    known = {name for names in aliases(model).values() for name in names} | {name for name, _ in model.named_buffers()}
-    if not packed and not known.issuperset(stored_names(folder)):
-        return _translated(model, folder)
-    assign(model, read_tensors(folder))
-    missing = unfilled(model)
-    if missing and packed:
-        raise ArtifactError(f"{folder} holds no weights for {missing[0]} ({len(missing)} tensors missing)")
-    return _translated(model, folder) if missing else model
-
-
-def _translated(model: nn.Module, folder: Path) -> nn.Module:
-    """Load through transformers, which knows the names that older or re-packed checkpoints use.
-
-    Weights that are missing are an error; a pooler, which mean pooling never reads, is filled with zeros.
-    """
-    auto: Any = transformers.AutoModel if model.is_sentence_encoder else transformers.AutoModelForCausalLM
-    try:
-        loaded, report = auto.from_pretrained(
-            str(folder), dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise ArtifactError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-    missing = sorted(report["missing_keys"])
-    spare = [name for name in missing if model.is_sentence_encoder and name.startswith("pooler.")]
-    wrong = [name for name in missing if name not in spare] + [str(key) for key in report["mismatched_keys"]]
-    if wrong:
-        raise ArtifactError(f"{folder} holds no usable weights for {wrong[0]} ({len(wrong)} in all)")
-    for name in spare:
-        torch.nn.init.zeros_(loaded.get_parameter(name))
-    loaded.source_folder, loaded.is_sentence_encoder = model.source_folder, model.is_sentence_encoder
-    return loaded.eval()
 
 
 def build_network(size: int, seed: int) -> nn.Module:

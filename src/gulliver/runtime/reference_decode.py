@@ -1,0 +1,130 @@
+"""The reference decoder: any causal language model that transformers loads, slow and right.
+
+Every sequence has a transformers cache of its own and is computed alone, in float32. A model whose state cannot be
+taken back (recurrent ones) is computed from the beginning at every step.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import DynamicCache
+
+from gulliver.core.errors import ConfigError
+from gulliver.runtime.decode import Batch
+from gulliver.runtime.network import load_network
+
+MAX_ROWS = 512
+BLOCK_TOKENS = 16
+NO_LIMIT = 32768
+"""Positions of a model whose config names no limit."""
+
+
+@dataclass
+class _Held:
+    """What the cache holds of one sequence."""
+
+    blocks: tuple[int, ...] = ()
+    tokens: list[int] = field(default_factory=list)
+    cache: Any = None
+
+
+class ReferenceDecoder:
+    """A decoder on torch and transformers; see `runtime.decode.Decoder`."""
+
+    shares_blocks = False
+    block_tokens = BLOCK_TOKENS
+    max_rows = MAX_ROWS
+    path = "reference"
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        threads: int | None = None,
+        cache_tokens: int | None = None,
+        slots: int = 16,
+        why: str = "because it was asked for",
+    ) -> None:
+        """`threads` are set for the whole process. ConfigError for a model that writes no text."""
+        if threads is not None:
+            torch.set_num_threads(threads)
+        model: Any = load_network(folder, empty=False)
+        if model.is_sentence_encoder:
+            raise ConfigError(f"{folder} is a sentence encoder, which writes no text; ask it for embeddings")
+        config = model.config.get_text_config(decoder=True)
+        self._model: Any = model
+        self._keeps = not model._is_stateful
+        self._cuts_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
+        self.positions: int = getattr(config, "max_position_embeddings", None) or NO_LIMIT
+        wanted = slots * self.positions if cache_tokens is None else cache_tokens
+        self.cache_blocks = max(1, -(-wanted // BLOCK_TOKENS))
+        self.why = f"transformers computes it in float32 {why}"
+        self._held: dict[int, _Held] = {}  # by the first block
+        self._owner: dict[int, int] = {}  # block -> the first block of the sequence it belongs to
+
+    def step(self, batch: Batch) -> NDArray[np.float32]:
+        """Logits [answers, vocabulary]; see `Decoder.step`."""
+        found: list[NDArray[np.float32]] = []
+        with torch.inference_mode():
+            for place in range(len(batch.blocks)):
+                rows = np.flatnonzero(batch.sequences == place)
+                if not len(rows):
+                    continue
+                first = int(batch.positions[rows[0]])
+                count = -(-(first + len(rows)) // BLOCK_TOKENS)
+                held = self._sequence(tuple(batch.blocks[place, :count].tolist()), first)
+                wanted = np.flatnonzero(np.isin(rows, batch.wanted))
+                keep = len(rows) - int(wanted[0]) if len(wanted) else 1
+                logits = self._forward(held, batch.tokens[rows].tolist(), keep)
+                found.append(logits[wanted - (len(rows) - keep)].float().numpy())
+        return np.concatenate(found) if found else np.empty((0, self.vocabulary), np.float32)
+
+    def _sequence(self, blocks: tuple[int, ...], first: int) -> _Held:
+        """The sequence that begins in blocks[0], cut to its first `first` tokens; who had these blocks is forgotten."""
+        if first == 0:
+            self._forget(blocks[0])
+            self._held[blocks[0]] = _Held(cache=DynamicCache())
+        held = self._held[blocks[0]]
+        assert len(held.tokens) >= first, f"position {first} follows a sequence of {len(held.tokens)} tokens"
+        for block in set(blocks) - set(held.blocks):
+            owner = self._owner.get(block)
+            if owner is not None and owner != blocks[0]:
+                self._forget(owner)
+            self._owner[block] = blocks[0]
+        held.blocks = blocks
+        beyond = len(held.tokens) - first
+        if beyond:
+            del held.tokens[first:]
+            if self._keeps:
+                held.cache.crop(-beyond)
+        return held
+
+    def _forget(self, first_block: int) -> None:
+        held = self._held.pop(first_block, None)
+        for block in held.blocks if held is not None else ():
+            self._owner.pop(block, None)
+
+    def _forward(self, held: _Held, tokens: list[int], keep: int) -> torch.Tensor:
+        """Logits of the last `keep` of the new tokens, [keep, vocabulary]."""
+        held.tokens += tokens
+        options: dict[str, Any] = {"logits_to_keep": keep} if self._cuts_logits else {}
+        if self._keeps:
+            ids = torch.tensor([tokens])
+            output = self._model(input_ids=ids, past_key_values=held.cache, use_cache=True, **options)
+        else:
+            output = self._model(input_ids=torch.tensor([held.tokens]), use_cache=False, **options)
+        return output.logits[0, -keep:]
+
+    def close(self) -> None:
+        """Free the weights and the cache."""
+        self._held.clear()
+        self._owner.clear()
+        self._model = None

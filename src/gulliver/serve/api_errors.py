@@ -1,0 +1,94 @@
+"""Errors as OpenAI's API writes them: {"error": {"message", "type", "param", "code"}}, with the status that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+
+
+class ApiError(Exception):
+    """An answer that refuses: `status` is the HTTP status, `param` the field at fault, `retry_after` seconds."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str | None = None,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.kind = kind or _kind(status)
+        self.param = param
+        self.code = code
+        self.retry_after = retry_after
+
+    def body(self) -> bytes:
+        """The JSON document."""
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return orjson.dumps({"error": error})
+
+    def headers(self) -> dict[str, str]:
+        """`retry-after` in whole seconds, at least one; a challenge where a key is missing."""
+        headers = {}
+        if self.retry_after is not None:
+            headers["retry-after"] = str(max(1, round(self.retry_after + 0.5)))
+        if self.status == HTTPStatus.UNAUTHORIZED:
+            headers["www-authenticate"] = "Bearer"
+        if self.status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE):
+            headers["connection"] = "close"  # what is left of the body is not read
+        return headers
+
+    def response(self, extra: Mapping[str, str] | None = None) -> Response:
+        """The whole answer."""
+        headers = {**self.headers(), **(extra or {})}
+        return Response(self.body(), self.status, headers, media_type="application/json")
+
+
+def _kind(status: int) -> str:
+    if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        return "authentication_error"
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        return "rate_limit_error"
+    return "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """A 400 about one field."""
+    return ApiError(HTTPStatus.BAD_REQUEST, message, param=param, code=code)
+
+
+def _path(location: Sequence[Any]) -> list[str]:
+    """The way to a field, without the names that pydantic gives to the forms of a union: "str", "list[…]"."""
+    forms = ("str", "body")
+    return [str(part) for part in location if part not in forms and not set("-[") & set(str(part))]
+
+
+def from_validation(problems: Any, fields: Mapping[str, Any] | None = None) -> ApiError:
+    """A 400 from the first of pydantic's problems. Values that were sent are not repeated: they may be prompt text."""
+    from gulliver.core.names import nearest
+
+    first = problems[0]
+    if first["type"] == "json_invalid":
+        reason = first.get("ctx", {}).get("error", "")
+        return bad_request(f"the body is not valid JSON ({str(reason).split(':')[0]}, at byte {first['loc'][-1]})")
+    same = [problem for problem in problems if problem["loc"][:2] == first["loc"][:2]]  # of a union, the nearest form
+    first = max(same, key=lambda problem: len(_path(problem["loc"])))
+    where = _path(first["loc"])
+    param = ".".join(where) or None
+    if first["type"] == "extra_forbidden":
+        name = str(first["loc"][-1])[:64]
+        near = nearest(name, fields or ())
+        hint = f"; did you mean {near!r}?" if near else "; docs/serving.md lists the fields that are known"
+        return bad_request(f"unknown field {name!r}{hint}", (param or name)[:128], "unknown_field")
+    if first["type"] == "missing":
+        return bad_request(f"the field {param or 'body'!r} is missing", param, "missing_field")
+    return bad_request(f"{param or 'the body'}: {first['msg']}"[:400], param[:128] if param else None, "invalid_value")

@@ -1,0 +1,109 @@
+"""Cache blocks: which are in use, by how many sequences, and which hold a beginning that somebody may ask for again.
+
+A full block whose tokens are certain is *published* under a key, the hash of its tokens and of the key of the block
+before it; so a key stands for all tokens from the sequence's beginning. A sequence whose tokens begin alike takes the
+block over instead of computing it. A published block that nobody uses stays until its room is needed or too many are
+kept; the one unused for longest goes first. Blocks that were written before are dealt out before fresh ones, since a
+decoder's cache takes memory when it is first touched. Keys are cryptographic (BLAKE2b of 16 bytes): no request can be
+made to meet another's.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import numpy as np
+
+Key = bytes
+START: Key = b""
+"""The key before the first block."""
+
+
+def next_key(before: Key, tokens: Sequence[int]) -> Key:
+    """The key of a full block with these tokens, after the block with the key `before`."""
+    return blake2b(before + np.array(tokens, np.int32).tobytes(), digest_size=16).digest()
+
+
+class BlockPool:
+    """The blocks 0 to `count` - 1 of one decoder. Not for several threads."""
+
+    def __init__(self, count: int, kept: int) -> None:
+        """`kept`: most published blocks without a user."""
+        self.count = count
+        self._kept = kept
+        self._empty = deque(range(count))
+        self._users = [0] * count
+        self._keys: list[Key | None] = [None] * count
+        self._published: dict[Key, int] = {}
+        self._unused: OrderedDict[int, None] = OrderedDict()  # published and without a user, oldest first
+
+    @property
+    def free(self) -> int:
+        """Blocks that `take` can give."""
+        return len(self._empty) + len(self._unused)
+
+    @property
+    def used(self) -> int:
+        """Blocks that some sequence uses."""
+        return self.count - self.free
+
+    def take(self) -> int | None:
+        """A block for one user to write to, or None when every block is in use."""
+        if self._empty:
+            block = self._empty.popleft()
+        elif self._unused:
+            block, _ = self._unused.popitem(last=False)
+            self._withdraw(block)
+        else:
+            return None
+        self._users[block] = 1
+        return block
+
+    def adopt(self, key: Key) -> int | None:
+        """The block published under `key` with one user more, or None when there is none."""
+        block = self._published.get(key)
+        if block is None:
+            return None
+        if self._users[block] == 0:
+            del self._unused[block]
+        self._users[block] += 1
+        return block
+
+    def publish(self, block: int, key: Key) -> None:
+        """From now on `block`, full and never written again, is found by `key`; the first to publish a key keeps it."""
+        if key not in self._published and self._keys[block] is None:
+            self._published[key] = block
+            self._keys[block] = key
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """One user less for each of a sequence's blocks, given in order of position.
+
+        The last is forgotten first, since a beginning is worth more than what follows it.
+        """
+        for block in reversed(blocks):
+            self._users[block] -= 1
+            assert self._users[block] >= 0, f"block {block} was released more often than taken"
+            if self._users[block] == 0:
+                if self._keys[block] is None:
+                    self._empty.appendleft(block)
+                else:
+                    self._unused[block] = None
+        while len(self._unused) > self._kept:
+            block, _ = self._unused.popitem(last=False)
+            self._withdraw(block)
+            self._empty.appendleft(block)
+
+    def forget(self) -> None:
+        """Withdraw all published blocks, since their contents are in doubt; users keep theirs."""
+        for block in list(self._published.values()):
+            self._withdraw(block)
+        self._empty.extend(self._unused)
+        self._unused.clear()
+
+    def _withdraw(self, block: int) -> None:
+        key = self._keys[block]
+        assert key is not None
+        del self._published[key]
+        self._keys[block] = None

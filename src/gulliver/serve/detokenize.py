@@ -1,0 +1,154 @@
+"""Tokens to text one at a time, and the search for stop texts in what comes.
+
+The decoders of most tokenizers map every token to fixed bytes: byte-level (GPT-2, Llama 3, Qwen), and SentencePiece's
+with its byte fallback (Llama 2, Mistral, Gemma). There the text is the bytes in a row, and a character that is not
+complete waits. For any other decoder (word pieces, …) the last tokens are decoded with and without the new one.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Sequence
+
+import tokenizers
+
+WINDOW = 8
+"""Tokens before the new one that a decoder without fixed bytes is shown."""
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class TokenBytes:
+    """Token id -> the bytes it writes. `exact` is False when the tokenizer's decoder looks at neighbours too."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self.special = frozenset(token for token, content in added.items() if content.special)
+        self._kind, self._space = _kind(tokenizer)
+        self.exact = self._kind != "other"
+        self._known: dict[int, bytes] = {}
+
+    def __getitem__(self, token: int) -> bytes:
+        found = self._known.get(token)
+        if found is None:
+            found = self._known[token] = self._bytes(token)
+        return found
+
+    def _bytes(self, token: int) -> bytes:
+        text = self._tokenizer.id_to_token(token)
+        if text is None:
+            return b""  # logits may have more columns than the tokenizer has tokens
+        if self._kind == "bytes":
+            if all(character in _CHARACTER_BYTE for character in text):
+                return bytes(_CHARACTER_BYTE[character] for character in text)
+            return text.encode("utf-8", "replace")
+        if self._kind == "pieces" and (byte := _BYTE.fullmatch(text)):
+            return bytes([int(byte[1], 16)])
+        return (text.replace(self._space, " ") if self._space else text).encode("utf-8", "replace")
+
+
+def _kind(tokenizer: tokenizers.Tokenizer) -> tuple[str, str]:
+    """("bytes", ""), ("pieces", what stands for a space), or ("other", "")."""
+    if tokenizer.decoder is None:
+        return "other", ""
+    decoder = json.loads(tokenizer.decoder.__getstate__())
+    steps = decoder.get("decoders", [decoder])
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return "bytes", ""
+    if kinds == ["Metaspace"]:
+        return "pieces", steps[0].get("replacement", "▁")
+    replaced = [step for step in steps if step["type"] == "Replace"]
+    plain = all(kind in ("Replace", "ByteFallback", "Fuse", "Strip") for kind in kinds)
+    strips = [step for step in steps if step["type"] == "Strip" and (step.get("content"), step.get("stop")) != (" ", 0)]
+    if plain and "ByteFallback" in kinds and len(replaced) == 1 and replaced[0].get("content") == " " and not strips:
+        return "pieces", replaced[0]["pattern"].get("String", "▁")
+    return "other", ""
+
+
+def _character_bytes() -> dict[str, int]:
+    """The byte behind each of GPT-2's printable stand-ins."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
+
+
+_CHARACTER_BYTE = _character_bytes()
+
+
+class Detokenizer:
+    """The text of one answer. `prompt` tells where it goes on: a word's leading space stays after other text."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, table: TokenBytes, prompt: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._table = table
+        self._special = table.special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace").decode
+        before = [token for token in prompt[-4 * WINDOW :] if token not in table.special]
+        self._strip = table.exact and not before and _strips(tokenizer)
+        self._window = before[-WINDOW:]
+        self._shown = "" if table.exact else tokenizer.decode(self._window)
+
+    def add(self, token: int) -> str:
+        """The text that is certain now and was not before: "" for a special token or a part of a character."""
+        if token in self._special:
+            return ""
+        if self._table.exact:
+            text = self._utf8(self._table[token])
+            if self._strip and text:
+                self._strip = False
+                return text.removeprefix(" ")
+            return text
+        self._window.append(token)
+        whole = self._tokenizer.decode(self._window)
+        if whole.endswith("\ufffd") and len(self._window) < 4 * WINDOW:
+            return ""
+        new = whole[len(self._shown) :]
+        if len(self._window) > 2 * WINDOW:
+            self._window = self._window[-WINDOW:]
+            whole = self._tokenizer.decode(self._window)
+        self._shown = whole
+        return new
+
+
+def _strips(tokenizer: tokenizers.Tokenizer) -> bool:
+    """Whether the decoder takes a space off the beginning of a text."""
+    probe = tokenizer.encode("a", add_special_tokens=False)
+    first = tokenizer.id_to_token(probe.ids[0]) if probe.ids else None
+    return first is not None and first.startswith("▁") and not tokenizer.decode(probe.ids).startswith(" ")
+
+
+class StopFinder:
+    """Holds back text that may turn out to be the beginning of a stop text."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def add(self, text: str) -> tuple[str, bool]:
+        """(text that is certain, whether a stop text was met); what follows the earliest stop text is dropped."""
+        if not self._stops:
+            return text, False
+        held = self._held + text
+        places = [place for stop in self._stops if (place := held.find(stop)) >= 0]
+        if places:
+            self._held = ""
+            return held[: min(places)], True
+        keep = max(_overlap(held, stop) for stop in self._stops)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep], False
+
+    def rest(self) -> str:
+        """What was held back, when the answer ends without a stop text."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0

@@ -1,0 +1,76 @@
+"""Limits per key, as token buckets: full at first, filled again at the stated rate, at most one minute's worth.
+
+A request takes one from the bucket of requests before it is read. What its tokens will be is not known then, so it is
+let in while the bucket of tokens is above zero and charged afterwards, prompt and completion; the bucket may fall below
+zero, and nothing more is let in until the debt is paid by time. Over a long time the rate holds exactly.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+MINUTE = 60.0
+
+
+class Bucket:
+    """A bucket of `per_minute` units. `clock` gives seconds and never goes back."""
+
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.per_minute = per_minute
+        self._clock = clock
+        self._level = float(per_minute)
+        self._then = clock()
+
+    def level(self) -> float:
+        """What is in it now; negative is a debt."""
+        now = self._clock()
+        self._level = min(float(self.per_minute), self._level + (now - self._then) * self.per_minute / MINUTE)
+        self._then = now
+        return self._level
+
+    def take(self, amount: float) -> None:
+        """Take out, whatever the level is."""
+        self._level = self.level() - amount
+
+    def seconds_until(self, amount: float) -> float:
+        """Seconds until it holds `amount`; 0 if it does."""
+        return max(0.0, (amount - self.level()) * MINUTE / self.per_minute)
+
+
+class Limiter:
+    """The two limits of one key; None is unlimited."""
+
+    def __init__(
+        self,
+        requests_per_minute: int | None,
+        tokens_per_minute: int | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.requests = Bucket(requests_per_minute, clock) if requests_per_minute else None
+        self.tokens = Bucket(tokens_per_minute, clock) if tokens_per_minute else None
+
+    def admit(self) -> tuple[str, float] | None:
+        """None, and a request is counted; or what ran out ("requests", "tokens") and seconds until there is more."""
+        if self.requests is not None and (wait := self.requests.seconds_until(1.0)) > 0:
+            return "requests", wait
+        if self.tokens is not None and (wait := self.tokens.seconds_until(1.0)) > 0:
+            return "tokens", wait
+        if self.requests is not None:
+            self.requests.take(1.0)
+        return None
+
+    def charge(self, tokens: int) -> None:
+        """Count the tokens of a request that was let in."""
+        if self.tokens is not None:
+            self.tokens.take(tokens)
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """OpenAI's x-ratelimit-* headers for what is limited."""
+        found = []
+        for name, bucket in (("requests", self.requests), ("tokens", self.tokens)):
+            if bucket is not None:
+                left = max(0, int(bucket.level()))
+                found.append((f"x-ratelimit-limit-{name}".encode(), str(bucket.per_minute).encode()))
+                found.append((f"x-ratelimit-remaining-{name}".encode(), str(left).encode()))
+        return found

@@ -1,0 +1,126 @@
+"""What a running server tells Prometheus. docs/serving.md lists every name.
+
+HTTP requests are counted here. What an engine knows of itself (tokens, queue, batch, cache, times) it counts in its own
+thread; it is asked when a scrape comes, so that a token costs nothing on the HTTP side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+from gulliver.serve import counters
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+REQUEST_SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+GAUGES = ("requests_running", "requests_waiting", "cache_blocks_used", "cache_blocks_total")
+FINISHED = "finished_"
+NAMES = {
+    "cache_blocks_total": "cache_blocks",
+    "requests": "requests_admitted",
+    "rejected": "requests_rejected",
+    "cached_tokens": "cached_prompt_tokens",
+    "first_token_seconds": "time_to_first_token_seconds",
+    "between_tokens_seconds": "inter_token_seconds",
+}
+HELP = {
+    "requests_running": "Completions in the batch now",
+    "requests_waiting": "Completions in the queue now",
+    "cache_blocks_used": "Blocks of the key/value cache that hold something",
+    "cache_blocks": "Blocks of the key/value cache there are",
+    "requests_admitted": "Completions let into the queue",
+    "requests_rejected": "Completions refused because the queue was full",
+    "preemptions": "Completions set back because the cache was full",
+    "steps": "Steps of the decoder",
+    "rows": "Tokens put through the decoder, of prompts and answers",
+    "prompt_tokens": "Tokens of prompts",
+    "cached_prompt_tokens": "Of these, found in the cache",
+    "completion_tokens": "Tokens generated",
+    "draft_offered": "Tokens guessed ahead",
+    "draft_accepted": "Of these, right",
+    "time_to_first_token_seconds": "From a completion's arrival to its first token",
+    "inter_token_seconds": "Between two tokens of one completion",
+    "queue_seconds": "From a completion's arrival to its place in the batch",
+    "request_seconds": "From a completion's arrival to its end",
+    "rows_per_step": "Tokens in one step of the decoder: the size of the batch",
+}
+
+
+class Measured(Protocol):
+    """What counts: an engine, or an encoder."""
+
+    def stats(self) -> dict[str, float]: ...
+    def histograms(self) -> dict[str, counters.Histogram]: ...
+
+
+class Metrics:
+    """All measures of one server, in a registry of its own."""
+
+    def __init__(self, models: Mapping[str, Measured]) -> None:
+        self.registry = CollectorRegistry()
+        labels = ("path", "method", "status", "model")
+        self.requests = Counter("gulliver_http_requests", "HTTP requests answered", labels, registry=self.registry)
+        self.seconds = Histogram(
+            "gulliver_http_request_seconds",
+            "From the arrival of an HTTP request to the end of its answer",
+            ("path",),
+            buckets=REQUEST_SECONDS,
+            registry=self.registry,
+        )
+        self.active = Gauge("gulliver_http_requests_active", "HTTP requests being answered", registry=self.registry)
+        ProcessCollector(registry=self.registry)
+        self.registry.register(_Models(models))
+
+    def text(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
+
+
+class _Models(Collector):
+    """Asks every model for its numbers when Prometheus asks."""
+
+    def __init__(self, models: Mapping[str, Measured]) -> None:
+        self._models = models
+
+    def collect(self) -> Iterator[Family]:
+        families: dict[str, Family] = {}
+        for model, measured in self._models.items():
+            for name, value in measured.stats().items():
+                _add_number(families, model, name, value)
+            for name, histogram in measured.histograms().items():
+                _add_histogram(families, model, name, histogram)
+        yield from families.values()
+
+
+def _add_number(families: dict[str, Family], model: str, name: str, value: float) -> None:
+    if name.startswith(FINISHED):
+        family = families.setdefault(
+            FINISHED, CounterMetricFamily("gulliver_completions", "Completions ended", labels=("model", "reason"))
+        )
+        family.add_sample("gulliver_completions_total", {"model": model, "reason": name.removeprefix(FINISHED)}, value)
+        return
+    shown = NAMES.get(name, name)
+    kind, end = (GaugeMetricFamily, "") if name in GAUGES else (CounterMetricFamily, "_total")
+    family = families.setdefault(shown, kind(f"gulliver_{shown}", _help(shown), labels=("model",)))
+    family.add_sample(f"gulliver_{shown}{end}", {"model": model}, value)
+
+
+def _add_histogram(families: dict[str, Family], model: str, name: str, histogram: counters.Histogram) -> None:
+    shown = NAMES.get(name, name)
+    family = families.setdefault(shown, HistogramMetricFamily(f"gulliver_{shown}", _help(shown), labels=("model",)))
+    bounds: Iterable[str] = (*(str(bound) for bound in histogram.bounds), "+Inf")
+    sums = accumulate(histogram.counts)
+    assert isinstance(family, HistogramMetricFamily), f"{name} is a number and a histogram"
+    family.add_metric([model], list(zip(bounds, map(float, sums), strict=True)), histogram.total)
+
+
+def _help(shown: str) -> str:
+    return HELP.get(shown, shown.replace("_", " "))

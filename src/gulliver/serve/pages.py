@@ -1,0 +1,172 @@
+"""What is not OpenAI's: the chat page, a model's card, health and measures."""
+
+from __future__ import annotations
+
+import hashlib
+import mimetypes
+from dataclasses import dataclass
+from http import HTTPStatus
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import orjson
+from fastapi import APIRouter
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from gulliver.core.errors import ArtifactError
+from gulliver.core.manifest import read_json
+from gulliver.serve import answers, metrics
+from gulliver.serve.api_errors import ApiError
+from gulliver.serve.json_body import answers_with
+from gulliver.serve.state import ServedModel, State
+
+TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
+TYPES |= {".js": "text/javascript; charset=utf-8", ".json": "application/json", ".webmanifest": "application/json"}
+PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "font-src 'self'; connect-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'; require-trusted-types-for 'script'",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "no-referrer",
+    "x-frame-options": "DENY",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+    "cache-control": "no-cache",  # kept, but asked for again by its tag: a new server never meets an old page
+}
+MAX_ANNOTATION_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class PageFile:
+    """One file of the page, in memory."""
+
+    content: bytes
+    media_type: str
+    tag: str
+
+
+def page_files() -> dict[str, PageFile]:
+    """The files of the chat page by name; it is part of the package."""
+    folder = resources.files("gulliver.serve") / "console"
+    found = {}
+    for file in folder.iterdir() if folder.is_dir() else ():
+        suffix = Path(file.name).suffix
+        if file.is_file() and suffix in (*TYPES, ".png", ".ico", ".woff2"):
+            content = file.read_bytes()
+            kind = TYPES.get(suffix) or mimetypes.guess_type(file.name)[0] or "application/octet-stream"
+            found[file.name] = PageFile(content, kind, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+    return found
+
+
+def page_router() -> APIRouter:
+    """`/` and the files beside it."""
+    routes = APIRouter(include_in_schema=False)
+    files = page_files()
+
+    async def serve(request: HttpRequest) -> Response:
+        name = request.path_params.get("name", "index.html")
+        file = files.get(name)
+        if file is None:
+            raise ApiError(HTTPStatus.NOT_FOUND, f"there is nothing at {request.url.path[:128]!r}", code="not_found")
+        headers = {**PAGE_HEADERS, "etag": file.tag}
+        if file.tag in [tag.strip() for tag in request.headers.get("if-none-match", "").split(",")]:
+            return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
+        return Response(file.content, headers=headers, media_type=file.media_type)
+
+    routes.add_api_route("/", serve, methods=["GET", "HEAD"])
+    routes.add_api_route("/{name}", serve, methods=["GET", "HEAD"])
+    return routes
+
+
+def router(state: State) -> APIRouter:
+    """Models, cards, health and measures."""
+    routes = APIRouter()
+
+    @routes.get("/v1/models", operation_id="list_models", tags=["models"], responses=answers_with(answers.ModelList))
+    async def list_models() -> Response:
+        """Every model that is served."""
+        return _json({"object": "list", "data": [_entry(model) for model in state.models.values()]})
+
+    @routes.get(
+        "/v1/models/{id:path}", operation_id="get_model", tags=["models"], responses=answers_with(answers.ModelEntry)
+    )
+    async def get_model(id: str) -> Response:
+        """One model."""
+        return _json(_entry(_found(state, id)))
+
+    @routes.get(
+        "/api/models/{id:path}", operation_id="get_card", tags=["models"], responses=answers_with(answers.ModelCard)
+    )
+    async def get_card(id: str) -> Response:
+        """A model's size, what runs it and why, its card and its evidence."""
+        model = _found(state, id)
+        return _json(await state.in_thread(_card, model))
+
+    @routes.get("/healthz", operation_id="health", tags=["server"], responses={200: {"model": answers.Health}})
+    async def health() -> Response:
+        """The process lives."""
+        return _json({"status": "ok"})
+
+    @routes.get("/readyz", operation_id="ready", tags=["server"], responses={503: {"model": answers.Health}})
+    async def ready() -> Response:
+        """The server takes requests; 503 from the moment it is asked to stop."""
+        status = HTTPStatus.SERVICE_UNAVAILABLE if state.draining else HTTPStatus.OK
+        return _json({"status": "draining" if state.draining else "ok"}, status)
+
+    @routes.get("/metrics", operation_id="metrics", tags=["server"], responses={200: {"content": {"text/plain": {}}}})
+    async def measures() -> Response:
+        """Measures for Prometheus."""
+        state.metrics.active.set(state.active)
+        return Response(state.metrics.text(), headers={"content-type": metrics.CONTENT_TYPE})
+
+    return routes
+
+
+def _json(body: Any, status: int = HTTPStatus.OK) -> Response:
+    return Response(orjson.dumps(body), status, media_type="application/json")
+
+
+def _found(state: State, name: str) -> ServedModel:
+    model = state.models.get(name)
+    return model if model is not None else state.model(name, "chat")
+
+
+def _entry(model: ServedModel) -> dict[str, Any]:
+    return {"id": model.name, "object": "model", "created": model.created, "owned_by": "gulliver"}
+
+
+def _card(model: ServedModel) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "artifact_id": model.artifact_id,
+        "kind": model.kind,
+        "size_bytes": model.size_bytes,
+        "path": model.path,
+        "why": model.why,
+        "context": model.context,
+        "card": _annotation(model.folder / "README.md"),
+        "evidence": _evidence(model.folder / "evidence.json"),
+    }
+
+
+def _annotation(path: Path) -> str | None:
+    """A text beside the model; None when there is none. What is not UTF-8 is shown as such."""
+    if path.is_symlink() or not path.is_file():
+        return None
+    with open(path, "rb") as stream:
+        return stream.read(MAX_ANNOTATION_BYTES).decode("utf-8", "replace")
+
+
+def _evidence(path: Path) -> list[dict[str, Any]]:
+    """The rows of evidence.json; none when it is missing or damaged (`gulliver verify` says what is wrong)."""
+    text = _annotation(path)
+    if text is None:
+        return []
+    try:
+        body = read_json(text.encode(), path.name)
+    except ArtifactError:
+        return []
+    rows = body.get("evidence") if isinstance(body, dict) else None
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []

@@ -1,0 +1,171 @@
+"""Constrained answers: whatever is drawn among the allowed tokens is an answer of the asked form."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from engine_samples import END, VOCABULARY, Collected, FakeDecoder, answer, ids, read_text
+
+from gulliver.core.errors import ConfigError, MissingExtra
+from gulliver.serve.engine import Engine, Request, Sampling
+from gulliver.serve.grammar import Grammar, Grammars
+from gulliver.serve.text import Text
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["big", "small"]}, "maxItems": 2},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
+    return read_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def grammars(text: Text) -> Grammars:
+    return Grammars(text.tokenizer, VOCABULARY, text.end_tokens)
+
+
+def drawn(grammar: Grammar, seed: int, most: int = 400) -> str | None:
+    """An answer of random allowed tokens; None when it has not ended after `most`."""
+    random, matcher, said = np.random.default_rng(seed), grammar.matcher(), []
+    for _ in range(most):
+        if matcher.finished:
+            break
+        token = int(random.choice(np.flatnonzero(matcher.allowed())))
+        if token == END:
+            break
+        said.append(token)
+        matcher.accept(token)
+    else:
+        return None
+    return bytes(said).decode()
+
+
+def test_answers_of_a_schema(grammars: Grammars) -> None:
+    grammar, seen = grammars.json_schema(PERSON), set()
+    for seed in range(30):
+        said = drawn(grammar, seed)
+        assert said is not None
+        person = json.loads(said)
+        assert list(person) == ["name", "age", "tags"]
+        assert isinstance(person["name"], str) and len(person["name"]) <= 8
+        assert type(person["age"]) is int and 0 <= person["age"] <= 150
+        assert len(person["tags"]) <= 2 and set(person["tags"]) <= {"big", "small"}
+        seen.add(said)
+    assert len(seen) > 20
+
+
+def test_any_object_on_one_line(grammars: Grammars) -> None:
+    grammar = grammars.json_object()
+    said = [found for seed in range(60) if (found := drawn(grammar, seed)) is not None]
+    assert len(said) > 10
+    for found in said:
+        assert isinstance(json.loads(found), dict)
+        assert not re.search(r"\s\s|\n", re.sub(r'"([^"\\]|\\.)*"', "", found))
+
+
+def test_texts_of_a_pattern(grammars: Grammars) -> None:
+    grammar = grammars.regex(r"(ja|nein), [0-9]{2}°")
+    for seed in range(20):
+        assert re.fullmatch(r"(ja|nein), [0-9]{2}°", drawn(grammar, seed) or "")
+
+
+def test_an_end_is_allowed_only_where_the_answer_may_end(grammars: Grammars) -> None:
+    matcher = grammars.regex("a+").matcher()
+    assert not matcher.allowed()[END]
+    matcher.accept(ord("a"))
+    assert matcher.allowed()[END] and not matcher.finished
+    with pytest.raises(ConfigError, match="grammar"):
+        matcher.accept(ord("b"))
+
+
+def test_matchers_of_one_grammar_do_not_know_each_other(grammars: Grammars) -> None:
+    grammar = grammars.regex("ab")
+    first, second = grammar.matcher(), grammar.matcher()
+    first.accept(ord("a"))
+    assert np.flatnonzero(first.allowed()).tolist() == [ord("b")]
+    assert np.flatnonzero(second.allowed()).tolist() == [ord("a")]
+
+
+def test_a_grammar_is_compiled_once(grammars: Grammars) -> None:
+    assert grammars.json_schema(PERSON) is grammars.json_schema(dict(PERSON))
+    assert grammars.regex("x") is not grammars.regex("y")
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        ("json_schema", {"type": "nonsense"}),
+        ("json_schema", {"type": "object", "properties": 3}),
+        ("json_schema", {"$ref": "#/nowhere"}),
+        ("json_schema", {"type": "string", "pattern": "((("}),
+        ("json_schema", False),
+        ("json_schema", {"minimum": float("nan")}),
+        ("json_schema", {"x": object()}),
+        ("regex", "((("),
+        ("regex", "(?=x)"),
+    ],
+    ids=str,
+)
+def test_forms_that_cannot_be_used_are_refused_with_the_reason(kind: str, form: Any, grammars: Grammars) -> None:
+    with pytest.raises(ConfigError, match=r"JSON schema|regular expression"):
+        getattr(grammars, kind)(form)
+
+
+def test_a_missing_library_is_named_with_the_remedy(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(MissingExtra, match=re.escape("pip install 'gulliver[serve]'")):
+        Grammars(text.tokenizer, VOCABULARY, text.end_tokens).regex("x")
+
+
+def test_an_engine_keeps_to_a_schema(text: Text) -> None:
+    engine = Engine(FakeDecoder(), text)
+    grammar = engine.grammars.json_schema(PERSON)
+    asked = [Request((seed,), None, Sampling(seed=seed, temperature=2.0), grammar=grammar) for seed in range(4)]
+    for pieces in engine.complete(asked):
+        assert pieces[-1].finish == "stop"
+        assert json.loads(answer(pieces)).keys() == PERSON["properties"].keys()
+    cut = engine.complete([Request((1,), 5, Sampling(seed=1), grammar=grammar)])[0]
+    assert cut[-1].finish == "length" and len(ids(cut)) == 5
+    engine.close()
+
+
+def test_a_model_with_more_logits_than_tokens(tmp_path: Path) -> None:
+    text = read_text(tmp_path)
+    matcher = Grammars(text.tokenizer, VOCABULARY + 63, text.end_tokens).regex("a").matcher()
+    assert matcher.allowed().shape == (VOCABULARY + 63,)
+    assert np.flatnonzero(matcher.allowed()).tolist() == [ord("a")]
+
+
+def test_a_request_whose_grammar_fails_ends_alone(text: Text) -> None:
+    engine = Engine(FakeDecoder(), text)
+
+    class Broken:
+        def matcher(self) -> Any:
+            return self
+
+        finished = False
+
+        def allowed(self) -> Any:
+            raise ConfigError("the grammar cannot go on: too complex")
+
+    bad, good = Collected(), Collected()
+    engine.submit(Request((1,), 5, grammar=Broken()), bad)  # type: ignore[arg-type]
+    engine.submit(Request((2,), 5), good)
+    assert bad.wait()[-1].finish == "error: the grammar cannot go on: too complex"
+    assert good.wait()[-1].finish == "length"
+    engine.close()
