@@ -2,7 +2,8 @@
 
 `safetensors` is the plain Hugging Face layout in bfloat16: packed weights are dequantized. bfloat16 keeps 8 significant
 bits, so a value is rounded by at most 2^-9 of itself; the largest such error stands in the artifact's config as
-`max_relative_rounding`. `compressed-tensors` keeps integer codes and is bit-exact (see export_compressed.py).
+`max_relative_rounding`. `compressed-tensors` keeps integer codes and is bit-exact (see export_compressed.py). `gguf` is
+one file for llama.cpp, exact unless another type is asked for (see export_gguf.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from gulliver.compress.export_compressed import compressed_config, compressed_tensors, plan_layout
+from gulliver.compress.export_gguf import write_gguf
 from gulliver.compress.export_shards import ShardWriter
 from gulliver.core.artifact import Artifact
 from gulliver.core.context import Context
@@ -36,29 +38,35 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["safetensors", "compressed-tensors", "gguf", "onnx"] = Field(
-        description="what to write; gguf and onnx are refused, this version cannot write them"
+        description="what to write; onnx is refused, this version cannot write it"
     )
     widen: bool = Field(
         default=False,
         description="compressed-tensors: store values that do not fit their own bits in wider codes (exact, larger)",
+    )
+    type: Literal["exact", "f32", "bf16", "f16", "q8_0"] = Field(
+        default="exact",
+        description="gguf: how matrices are stored; exact takes the smallest type that holds each bit for bit",
     )
 
 
 def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     """A model artifact in the layout of `cfg.format`. ConfigError where that format cannot hold the model."""
     model = inputs["model"]
-    if cfg.format in ("gguf", "onnx"):
-        raise ConfigError(
-            f"format is {cfg.format!r}, which cannot be written yet; use safetensors or compressed-tensors"
-        )
+    if cfg.format == "onnx":
+        raise ConfigError("format is 'onnx', which cannot be written yet; use safetensors, compressed-tensors or gguf")
     if cfg.widen and cfg.format != "compressed-tensors":
         raise ConfigError(f"widen is for compressed-tensors; {cfg.format} holds no codes, so leave it out")
+    if cfg.type != "exact" and cfg.format != "gguf":
+        raise ConfigError(f"type is for gguf; {cfg.format} has one way to store weights, so leave it out")
     raw = read_config(model)
     staging = ctx.work / "export"
     shutil.rmtree(staging, ignore_errors=True)  # what a killed run left: writing again is quick
     staging.mkdir(parents=True)
     if cfg.format == "safetensors":
         facts = _plain(model, raw, staging, ctx)
+    elif cfg.format == "gguf":
+        facts = write_gguf(model, staging, cfg.type, ctx)
     else:
         facts = _compressed(model, raw, staging, ctx, cfg.widen)
     with ctx.writer(
@@ -68,7 +76,8 @@ def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
         step_name="export",
         config={**cfg.model_dump(mode="json"), **facts},
     ) as writer:
-        copy_companions(model, writer.path)
+        if cfg.format != "gguf":  # a GGUF file holds all of it
+            copy_companions(model, writer.path)
         for path in sorted(staging.iterdir()):
             os.replace(path, writer.path / path.name)
         return writer.commit()

@@ -33,7 +33,7 @@ from gulliver.core.files import temporary_name, write_atomic
 from gulliver.nets.weights import aliases, read_safetensors
 from gulliver.runtime.formats import Format
 from gulliver.runtime.packed import PackedTensor
-from gulliver.runtime.packing import PACKING, is_packed
+from gulliver.runtime.packing import PACKING, is_packed, order_of_use
 from gulliver.runtime.reference import packing_entry, packing_json, stored_form
 from gulliver.tasks import get_task
 
@@ -130,7 +130,7 @@ def _pack(packing: _Packing, name: str) -> str:
 def assemble(
     folder: Path, model: Artifact, canonical: Mapping[str, str], files: Mapping[str, Path]
 ) -> dict[str, dict[str, Any]]:
-    """Write the weight files of a packed model from one file per packed weight, and what stays plain.
+    """Write the weight files of a packed model in the order of use, from one file per packed weight, then what stays plain.
 
     Returns the facts of each packed weight. What stays plain has 16 bits at most.
     """
@@ -138,7 +138,8 @@ def assemble(
 
     entries: dict[str, dict[str, Any]] = {}
     with ShardWriter(folder, SHARD_BYTES) as shards:
-        for name, path in files.items():
+        for name in sorted(files, key=order_of_use):
+            path = files[name]
             with safe_open(path, framework="pt") as opened:
                 entries[name] = json.loads(opened.metadata()["facts"])
             shards.add(load_file(path))

@@ -39,6 +39,7 @@ __all__ = [
     "ANNOTATIONS",
     "KINDS",
     "MANIFEST",
+    "WEIGHT_SUFFIXES",
     "Artifact",
     "ArtifactWriter",
     "FileEntry",
@@ -51,6 +52,9 @@ __all__ = [
     "verify",
     "write_annotation",
 ]
+
+WEIGHT_SUFFIXES = (".safetensors", ".gguf")
+"""How the names of weight files end."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,8 @@ class Artifact:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weight files (*.safetensors). This is what "size" means everywhere."""
-        return sum(entry.size_bytes for name, entry in self.files.items() if name.endswith(".safetensors"))
+        """Bytes of all weight files (*.safetensors, *.gguf). This is what "size" means everywhere."""
+        return sum(entry.size_bytes for name, entry in self.files.items() if name.endswith(WEIGHT_SUFFIXES))
 
     @property
     def manifest(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from gulliver.core.artifact import Artifact
+from gulliver.core.artifact import WEIGHT_SUFFIXES, Artifact
 from gulliver.core.evidence import Evidence
 from gulliver.core.files import write_atomic
 from gulliver.core.gate import Verdict
@@ -215,7 +215,7 @@ def _parent_id(model: Artifact, manifests: Sequence[Mapping[str, Any]], evidence
 
 def _weight_bytes(manifest: Mapping[str, Any]) -> int:
     files = manifest.get("files", {})
-    return sum(entry["size_bytes"] for name, entry in files.items() if name.endswith(".safetensors"))
+    return sum(entry["size_bytes"] for name, entry in files.items() if name.endswith(WEIGHT_SUFFIXES))
 
 
 def _machine(path: Path) -> Mapping[str, Any]:
