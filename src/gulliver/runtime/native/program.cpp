@@ -68,7 +68,7 @@ struct Program::Mine {
   std::vector<float> stream, normed, floats, scale, scores;
   std::vector<int8_t> q;
   std::vector<int32_t> sum;
-  int stride = 0, columns = 0, turn = 0, thread = 0, first = 0, last = 0;
+  int stride = 0, columns = 0, turn = 0, thread = 0, count = 0, first = 0, last = 0;
   Mine* shared = nullptr;           // where activations and the stream are: itself with one row, the common one with more
 
   Mine(int rows, int hidden, int wide, int positions) {
@@ -182,15 +182,15 @@ void Program::share(Mine& mine, Do&& work) {
   }
 }
 
-void Program::product(const Product& product, int count, float* y, int y_stride, Mine& mine) {
-  share(mine, [&](int number) { piece(product, product.pieces[number], count, y, y_stride, mine); });
+void Program::product(const Product& product, float* y, int y_stride, Mine& mine) {
+  share(mine, [&](int number) { piece(product, product.pieces[number], y, y_stride, mine); });
 }
 
 // Rows of activations are passed sixteen at a time over one piece of weights, which stays in the cache.
-void Program::piece(const Product& product, const Piece& piece, int count, float* y, int y_stride, const Mine& mine) const {
+void Program::piece(const Product& product, const Piece& piece, float* y, int y_stride, const Mine& mine) const {
   const Mine& in = *mine.shared;
   const Matrix& matrix = *product.matrices[piece.matrix];
-  const int stride = mine.stride, columns = mine.columns, blocks = stride / kBlock;
+  const int count = mine.count, stride = mine.stride, columns = mine.columns, blocks = stride / kBlock;
   for (int first = 0; first < count; first += kMaxBatch) {
     const int batch = std::min(kMaxBatch, count - first);
     float* out = y + size_t(first) * y_stride + product.at[piece.matrix];
@@ -223,7 +223,7 @@ void Program::open(Mine& mine, const float* norm, const float* after, bool add) 
     kernels->rms_norm(h, norm, shape.epsilon, hidden, in.floats.data() + size_t(row) * hidden);
     mine.quantize(kernels, row);
   }
-  if (count_ > 1) pool_.barrier().wait();
+  together();
 }
 
 // A head of q or k: norm, rotate.
@@ -272,55 +272,71 @@ void Program::attention(int number, Mine& mine) {
     for (int d = 0; d < dim; d++) values[4 * d] = uint8_t(bytes[d]);
   }
   pool_.barrier().wait();
+  const std::vector<int32_t>& wanted = *wanted_;
+  const bool last = number + 1 == int(layers.size());
+  if (last) {                       // whose logits nobody wants has done its part: the others move up
+    divide(mine, int(wanted.size()));
+    Mine& in = *mine.shared;
+    if (mine.thread == 0 && mine.count < count_)
+      for (int k = 0; k < mine.count; k++)
+        std::copy_n(in.stream.data() + size_t(wanted[k]) * shape.hidden, shape.hidden, in.stream.data() + size_t(k) * shape.hidden);
+  }
   // The heads that share keys follow each other, then the rows: keys stay near.
   const int group = shape.heads / shape.kv_heads;
   share(mine, [&](int item) {
-    const int row = item / group % count_, kv = item / group / count_;
-    attend(layer, number, row, kv * group + item % group, mine);
+    const int at = item / group % mine.count, kv = item / group / mine.count;
+    attend(layer, number, last ? wanted[at] : at, at, kv * group + item % group, mine);
   });
   pool_.barrier().wait();
 }
 
-void Program::attend(const Layer& layer, int number, int row, int head, Mine& mine) {
+void Program::attend(const Layer& layer, int number, int row, int at, int head, Mine& mine) {
   const int dim = shape.head_dim, kv = head / (shape.heads / shape.kv_heads);
   const Row& who = (*rows_)[row];
   const size_t place = size_t(row) * shape.heads + head;
   const int last = who.position + 1, first = layer.window && last > layer.window ? last - layer.window : 0;
   kernels->attend({block(number, kv, 0), block_stride_, who.blocks, first, last, dim, query_.data() + place * dim,
-                   queries_[place].sum, queries_[place].scale, mine.scores.data(), attended_.data() + place * dim});
+                   queries_[place].sum, queries_[place].scale, mine.scores.data(),
+                   attended_.data() + (size_t(at) * shape.heads + head) * dim});
+}
+
+// From here on a step has `count` rows, which the cheap work divides between the threads: neighbours, so that threads seldom
+// write to one cache line.
+void Program::divide(Mine& mine, int count) {
+  const bool alone = count_ == 1;
+  mine.count = count;
+  mine.first = alone ? 0 : int(int64_t(count) * mine.thread / pool_.size());
+  mine.last = alone ? count : int(int64_t(count) * (mine.thread + 1) / pool_.size());
 }
 
 void Program::work(int thread) {
   Mine& mine = *mine_[thread];
-  const bool alone = count_ == 1;
-  Mine& in = alone ? mine : *mine_.back();
+  Mine& in = count_ == 1 ? mine : *mine_.back();
   mine.shared = &in;
   mine.turn = 0;
+  divide(mine, count_);
   const int hidden = shape.hidden, query = shape.heads * shape.head_dim, middle = shape.intermediate;
-  // Rows of the cheap work: neighbours, so that threads seldom write to one cache line.
-  mine.first = alone ? 0 : int(int64_t(count_) * thread / pool_.size());
-  mine.last = alone ? 1 : int(int64_t(count_) * (thread + 1) / pool_.size());
   for (int row = mine.first; row < mine.last; row++) embed((*rows_)[row].token, in.stream.data() + size_t(row) * hidden);
-  bool add = false;
   const float* after = nullptr;
   for (size_t number = 0; number < layers.size(); number++) {
     const Layer& layer = layers[number];
-    open(mine, layer.attention_norm, after, add);
-    product(layer.qkv, count_, qkv_.data(), width_, mine);
+    open(mine, layer.attention_norm, after, number > 0);
+    product(layer.qkv, qkv_.data(), width_, mine);
     pool_.barrier().wait();
     attention(int(number), mine);
+    if (mine.count == 0) return;    // the cache is filled, and no logits are wanted
 
     mine.expect(query);
     for (int row = mine.first; row < mine.last; row++) {
       std::memcpy(in.floats.data() + size_t(row) * query, attended_.data() + size_t(row) * query, sizeof(float) * query);
       mine.quantize(kernels, row);
     }
-    if (!alone) pool_.barrier().wait();
-    product(layer.out, count_, added_.data(), apart(hidden), mine);
+    together();
+    product(layer.out, added_.data(), apart(hidden), mine);
     pool_.barrier().wait();
 
     open(mine, layer.mlp_norm, layer.after_attention, true);
-    product(layer.gate_up, count_, gate_up_.data(), apart(2 * middle), mine);
+    product(layer.gate_up, gate_up_.data(), apart(2 * middle), mine);
     pool_.barrier().wait();
 
     mine.expect(middle);
@@ -330,32 +346,14 @@ void Program::work(int thread) {
                                                                              in.floats.data() + size_t(row) * middle);
       mine.quantize(kernels, row);
     }
-    if (!alone) pool_.barrier().wait();
-    product(layer.down, count_, added_.data(), apart(hidden), mine);
+    together();
+    product(layer.down, added_.data(), apart(hidden), mine);
     pool_.barrier().wait();
     if (thread == 0) evict(number);
-    add = true;
     after = layer.after_mlp;
   }
-  // The head, for the wanted rows only: their streams move to the front.
-  const int chosen = int(wanted_->size());
-  mine.expect(hidden);
-  const int first_chosen = alone ? 0 : int(int64_t(chosen) * thread / pool_.size());
-  const int last_chosen = alone ? chosen : int(int64_t(chosen) * (thread + 1) / pool_.size());
-  for (int k = first_chosen; k < last_chosen; k++) {
-    const int row = (*wanted_)[k];
-    const float* more = added_.data() + size_t(row) * apart(hidden);
-    if (after) {
-      kernels->rms_norm(more, after, shape.epsilon, hidden, mine.normed.data());
-      more = mine.normed.data();
-    }
-    float* h = in.stream.data() + size_t(row) * hidden;
-    for (int i = 0; i < hidden; i++) h[i] += more[i];
-    kernels->rms_norm(h, final_norm, shape.epsilon, hidden, in.floats.data() + size_t(k) * hidden);
-    mine.quantize(kernels, k);
-  }
-  if (!alone) pool_.barrier().wait();
-  if (chosen) product(head, chosen, logits_, logits_stride_, mine);
+  open(mine, final_norm, after, true);
+  product(head, logits_, logits_stride_, mine);
 }
 
 // Every thread's share of each product of a step, in the order in which `work` comes to them.
@@ -368,7 +366,7 @@ void Program::deal() {
   };
   for (const Layer& layer : layers) {
     divide(layer.qkv.pieces.size());
-    divide(size_t(count_) * shape.heads);
+    divide((&layer == &layers.back() ? wanted_->size() : size_t(count_)) * shape.heads);
     for (const Product* product : {&layer.out, &layer.gate_up, &layer.down}) divide(product->pieces.size());
   }
   divide(head.pieces.size());

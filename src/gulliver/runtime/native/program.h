@@ -113,15 +113,18 @@ class Program {
   struct Query { float scale; int32_t sum; };     // of a row's query of one head: its scale, the sum of its int8 numbers
   struct Span { char* start; size_t length; };
   void work(int thread);
+  void divide(Mine& mine, int count);
+  void together() { if (count_ > 1) pool_.barrier().wait(); }   // with one row every thread did all of it
   void open(Mine& mine, const float* norm, const float* after, bool add);
-  void product(const Product& product, int count, float* y, int y_stride, Mine& mine);
-  void piece(const Product& product, const Piece& piece, int count, float* y, int y_stride, const Mine& mine) const;
+  void product(const Product& product, float* y, int y_stride, Mine& mine);
+  void piece(const Product& product, const Piece& piece, float* y, int y_stride, const Mine& mine) const;
   template <class Do>
   void share(Mine& mine, Do&& work);   // work(number) for every number of the next shares that `deal` made
   void deal();
   void attention(int number, Mine& mine);
   void prepare_head(const Layer& layer, int number, int row, int head, float* x);
-  void attend(const Layer& layer, int number, int row, int head, Mine& mine);
+  // Row `row` of the step, whose answer goes to place `at`.
+  void attend(const Layer& layer, int number, int row, int at, int head, Mine& mine);
   void embed(int token, float* out) const;
   void evict(size_t layer);
   uint8_t* block(int layer, int head, int number) const;
