@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -45,19 +44,11 @@ def make_state(models: Sequence[ServedModel], settings: Settings | None = None, 
 
 def make_app(state: State) -> FastAPI:
     """The ASGI application."""
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        del app
-        yield
-        state.threads.shutdown(wait=False, cancel_futures=True)
-
     app = FastAPI(
         title="Gulliver",
         description="Models of Gulliver behind OpenAI's API",
         docs_url=None,
         redoc_url=None,
-        lifespan=lifespan,
     )
     app.add_middleware(Gate, state=state)
     app.add_exception_handler(ApiError, _api_error)

@@ -59,7 +59,7 @@ def make_server(state: State) -> Server:
         http="httptools",
         loop="uvloop",
         ws="none",
-        lifespan="on",
+        lifespan="off",
         log_config=None,
         log_level=logging.WARNING,
         access_log=False,
@@ -78,7 +78,7 @@ def run(state: State, sock: socket.socket) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a stream takes two descriptors; the usual limit is 1024
     server = make_server(state)
     uvicorn_loop: Any = server.config.get_loop_factory()
-    with asyncio.Runner(loop_factory=uvicorn_loop) as runner:
+    with asyncio.Runner(loop_factory=uvicorn_loop) as runner, state.threads:
         runner.run(_serve(server, state, sock))
 
 

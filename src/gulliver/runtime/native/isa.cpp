@@ -11,7 +11,6 @@
 
 namespace gulliver {
 
-const Kernels* avx2_vl_kernels();  // "avx2-vnni" with AVX512's encoding of the same instruction
 
 namespace {
 

@@ -82,6 +82,7 @@ struct Kernels {
 const Kernels* plain_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx2_vnni_kernels();
+const Kernels* avx2_vl_kernels();
 const Kernels* avx512_kernels();
 const Kernels* neon_kernels();
 

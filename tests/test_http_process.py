@@ -1,0 +1,203 @@
+"""`gulliver serve` as a process: from a folder to answers, and to its end by a signal."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from language_samples import write_causal
+
+from gulliver import commands_serve
+from gulliver.core.errors import ConfigError
+from gulliver.serve.keys import add_key
+from gulliver.serve.process import listen
+
+FAKE = """
+import sys
+sys.path.insert(0, {tests!r})
+from http_samples import FakeEngine, served
+from gulliver.serve import logs, process
+from gulliver.serve.http import make_state
+from gulliver.serve.state import Settings
+logs.configure()
+engine = FakeEngine(answer=lambda request: "word " * 40, pause=0.01)
+sock = process.listen("127.0.0.1", 0)
+process.run(make_state([served(engine)], Settings(grace_seconds=float(sys.argv[1]))), sock)
+engine.close()
+"""
+SERVE = "import sys; from gulliver.cli import main; sys.exit(main(sys.argv[1:]))"
+BODY: dict[str, Any] = {"model": "fake", "prompt": "a", "max_tokens": 500, "stream": True}
+
+
+@contextlib.contextmanager
+def started(code: str, *words: object) -> Iterator[tuple[subprocess.Popen[str], str, list[dict[str, Any]]]]:
+    """A process that runs `code`, its URL once it serves, and its log, which grows."""
+    command = [sys.executable, "-W", "error", "-c", code, *map(str, words)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert process.stderr is not None
+    rows: list[dict[str, Any]] = []
+    try:
+        for line in process.stderr:
+            rows.append(json.loads(line))
+            if rows[-1]["event"] == "serving":
+                break
+        else:
+            raise AssertionError(f"it ended before it served: {rows}")
+        reader = threading.Thread(target=lambda stream: rows.extend(map(json.loads, stream)), args=(process.stderr,))
+        reader.start()
+        yield process, f"http://127.0.0.1:{rows[-1]['port']}", rows
+        reader.join(10)
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def fake() -> str:
+    return FAKE.format(tests=str(Path(__file__).parent))
+
+
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_a_stream_finish_and_ends_with_0(name: signal.Signals) -> None:
+    with started(fake(), 120) as (process, url, rows), httpx.Client(base_url=url, timeout=120) as client:
+        with client.stream("POST", "/v1/completions", json=BODY) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(name)
+            while client.get("/readyz").status_code != 503:
+                time.sleep(0.01)
+            assert client.post("/v1/completions", json=BODY).status_code == 503
+            text = "\n".join(lines)
+        assert text.count("data: {") > 150 and '"finish_reason":"stop"' in text and "[DONE]" in text
+        assert process.wait(30) == 0
+    assert [row["event"] for row in rows][-2:] == ["request", "stopped"] and "draining" in [
+        row["event"] for row in rows
+    ]
+
+
+def test_a_stream_that_outlives_the_grace_time_is_told() -> None:
+    with started(fake(), 0.2) as (process, url, rows), httpx.Client(base_url=url, timeout=120) as client:
+        with client.stream("POST", "/v1/completions", json=BODY) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            text = "\n".join(lines)
+        assert '"code":"shutting_down"' in text and "[DONE]" in text
+        assert process.wait(30) == 0
+    assert "grace_over" in [row["event"] for row in rows]
+
+
+def test_a_second_signal_skips_the_grace_time() -> None:
+    with started(fake(), 60) as (process, url, _), httpx.Client(base_url=url, timeout=120) as client:
+        with client.stream("POST", "/v1/completions", json=BODY) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            while client.get("/readyz").status_code != 503:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            assert '"code":"shutting_down"' in "\n".join(lines)
+        assert process.wait(30) == 0
+
+
+def test_idle_connections_do_not_hold_the_process() -> None:
+    with started(fake(), 120) as (process, url, _), httpx.Client(base_url=url, timeout=120) as client:
+        assert client.get("/healthz").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+def test_a_folder_is_served_from_the_command_line(tmp_path: Path) -> None:
+    folder = write_causal(tmp_path / "tiny")
+    keys = tmp_path / "keys.json"
+    words = (
+        "serve",
+        f"small={folder}",
+        "--port",
+        0,
+        "--threads",
+        1,
+        "--cache-tokens",
+        512,
+        "--api-keys",
+        keys,
+    )
+    headers = {"authorization": f"Bearer {add_key(keys, 'ann')}"}
+    with (
+        started(SERVE, *words) as (process, url, rows),
+        httpx.Client(base_url=url, timeout=60, headers=headers) as client,
+    ):
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["small"]
+        answer = client.post(
+            "/v1/completions", json={"model": "small", "prompt": "home", "max_tokens": 4, "ignore_eos": True}
+        )
+        assert answer.json()["usage"]["completion_tokens"] == 4
+        card = client.get("/api/models/small").json()
+        assert card["size_bytes"] > 1000 and card["context"] == 128 and card["why"] and card["artifact_id"] is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    assert next(row for row in rows if row["event"] == "request" and row.get("model"))["key"] == "ann"
+
+
+def test_a_native_model_is_served_without_torch() -> None:
+    code = "import sys; import gulliver.commands_serve, gulliver.serve.process, gulliver.serve.loaded\n"
+    code += "import gulliver.serve.embeddings; sys.exit(bool({'torch', 'transformers', 'scipy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def options(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    commands_serve.serve_arguments(parser)
+    return parser.parse_args(list(words))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("m", "--slots", "0"), "--slots is 0"),
+        (("m", "--timeout", "-1"), "--timeout is -1"),
+        (("m", "--cache-tokens", "0"), "--cache-tokens is 0"),
+        (("m", "--grace", "-1"), "--grace is -1"),
+        (("m", "--max-body", "big"), "--max-body is 'big'"),
+        (("m", "--api-keys", "/no/such/file"), "/no/such/file"),
+        (("m", "--port", "99999"), "99999"),
+        (("m", "--host", "no.such.host.invalid"), "no.such.host.invalid"),
+        (("a/m", "b/m", "--port", "0"), "two models would be called 'm'"),
+        (("=x", "--port", "0"), "names no model"),
+    ],
+)
+def test_wrong_options_stop_early(words: tuple[str, ...], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        commands_serve.serve(options(*words), SimpleNamespace())
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(ConfigError, match=f"port {other.getsockname()[1]} cannot be used"):
+            listen("127.0.0.1", other.getsockname()[1])
+
+
+def test_names_of_models(tmp_path: Path) -> None:
+    (tmp_path / "fitted").mkdir()
+    specs = [f"{tmp_path}/fitted/", "catalog:smollm2", "hf:org/name", "big=x/y.gguf", "z.gguf", "abc123"]
+    names = [name for name, _ in commands_serve.named_models(specs)]
+    assert names == ["fitted", "smollm2", "name", "big", "z", "abc123"]
