@@ -169,3 +169,8 @@ def test_a_request_whose_grammar_fails_ends_alone(text: Text) -> None:
     assert bad.wait()[-1].finish == "error: the grammar cannot go on: too complex"
     assert good.wait()[-1].finish == "length"
     engine.close()
+
+
+def test_a_schema_that_only_refers_to_itself_is_refused_when_it_is_compiled(grammars: Grammars) -> None:
+    with pytest.raises(ConfigError, match="grammar cannot go on"):
+        grammars.json_schema({"$ref": "#"})

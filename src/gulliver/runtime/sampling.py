@@ -44,8 +44,8 @@ class Sampling:
         _check("top_k", self.top_k, self.top_k >= 0, "be 0 (all) or more")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "lie above 0 and at most at 1")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "lie between 0 and 1")
-        good = 0 < self.repetition_penalty <= 100
-        _check("repetition_penalty", self.repetition_penalty, good, "lie above 0 and at most at 100; 1 is none")
+        good = 0.01 <= self.repetition_penalty <= 100
+        _check("repetition_penalty", self.repetition_penalty, good, "lie between 0.01 and 100; 1 is none")
         for name in ("presence_penalty", "frequency_penalty"):
             _check(name, getattr(self, name), abs(getattr(self, name)) <= 100, "lie between -100 and 100")
         for token, bias in self.logit_bias:

@@ -138,7 +138,9 @@ class Grammars:
         core = llguidance.LLMatcher(self._core, grammar, log_level=0)
         if core.is_error():
             raise ConfigError(f"{what} cannot be used: {_first_line(core.get_error())}")
-        return Grammar(core, self._vocabulary)
+        compiled = Grammar(core, self._vocabulary)
+        compiled.matcher().allowed()  # some mistakes ({"$ref": "#"}) show at the first token only
+        return compiled
 
 
 def _first_line(text: str) -> str:
