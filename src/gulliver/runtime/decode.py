@@ -69,7 +69,9 @@ class Decoder(Protocol):
     """Why this path and not another, as one sentence."""
 
     def step(self, batch: Batch) -> NDArray[np.float32]:
-        """Logits [answers, vocabulary] of the wanted rows. Keys and values of all rows are written to the cache first.
+        """Logits [answers, vocabulary] of the wanted rows, until the next step.
+
+        Keys and values of all rows are written to the cache first.
 
         A row's position may lie before what the cache holds of its sequence: what stood there is overwritten.
         """
@@ -119,6 +121,7 @@ class NativeDecoder:
         )
         build(weights, config, self._program)
         self.path = self._program.isa
+        self._logits = np.empty((0, 0), np.float32)  # kept: new memory for every step would be cleared page by page
         self._logits_stride = -(-config.vocabulary // 32) * 32 + 16  # rows that begin in different sets of the cache
         self.why = f"{config.architecture} is lowered to native code"
         if max_ram_bytes is not None and file_bytes > room:
@@ -126,7 +129,9 @@ class NativeDecoder:
             self.why += f"; {file_bytes / 1e6:.0f} MB of weights in {room / 1e6:.0f} MB, the rest read anew each step"
 
     def step(self, batch: Batch) -> NDArray[np.float32]:
-        logits = np.empty((len(batch.wanted), self._logits_stride), np.float32)[:, : self.vocabulary]
+        if len(self._logits) < len(batch.wanted):
+            self._logits = np.empty((len(batch.wanted), self._logits_stride), np.float32)
+        logits = self._logits[: len(batch.wanted), : self.vocabulary]
         try:
             self._program.step(batch.tokens, batch.positions, batch.sequences, batch.blocks, batch.wanted, logits)
         except ValueError as error:

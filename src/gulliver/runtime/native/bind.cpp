@@ -143,7 +143,13 @@ class Native {
     program_.embedding = matrix(embedding, s.vocabulary, s.hidden);
     program_.final_norm = vector_of(final_norm, s.hidden);
     program_.head = program_.product_of({matrix(head, s.vocabulary, s.hidden)});
-    program_.finish();
+    const double block = 2.0 * kCacheTokens * (s.head_dim + sizeof(float)) * s.kv_heads * double(program_.layers.size());
+    demand(block * program_.cache_blocks < double(int64_t(1) << 46), "the cache of keys and values would pass 64 TiB; allow fewer tokens");
+    try {
+      program_.finish();
+    } catch (const std::bad_alloc&) {
+      throw std::invalid_argument("the system gives no memory for the model's cache of keys and values and its buffers; allow fewer tokens");
+    }
     finished_ = true;
   }
 
@@ -220,6 +226,7 @@ void product(const std::string& isa, const Bytes& tiles, int rows, int columns, 
 
 NB_MODULE(_native, m) {
   using namespace gulliver;
+  nb::set_leak_warnings(false);   // an engine's thread may hold a model until the process ends
   m.doc() = "The native engine: packed weights times int8 activations, and decoders lowered to them.";
   m.def("instruction_sets", [] {
     std::vector<std::tuple<std::string, bool, std::string>> rows;
@@ -234,6 +241,9 @@ NB_MODULE(_native, m) {
                           const std::string& isa, int threads, int max_rows, int cache_blocks) {
         demand(hidden > 0 && heads > 0 && kv_heads > 0 && heads % kv_heads == 0 && intermediate > 0 && vocabulary > 0, "sizes must be positive");
         demand(head_dim > 0 && head_dim % 4 == 0 && head_dim <= kMostHeadDim, "head_dim must be a multiple of 4, at most 1024");
+        const int64_t most = 1 << 28;   // products of sizes stay far from the end of an int
+        demand(hidden < most && intermediate < most && vocabulary < most && positions < most && heads < most / 4 &&
+                   (int64_t(heads) + 2 * kv_heads) * head_dim < most, "sizes must be below 2^28");
         demand(positions > 0 && threads > 0 && threads <= 1024 && max_rows > 0 && cache_blocks > 0, "positions, threads, rows and blocks must be positive");
         const Shape shape{hidden, heads, kv_heads, head_dim, intermediate, vocabulary, positions, epsilon,
                           attention_scale, embedding_scale, gelu ? Gate::gelu : Gate::silu};
