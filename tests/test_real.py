@@ -6,17 +6,25 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors import safe_open
 
+from gulliver.runtime.decode import Batch, Decoder, native_reason, open_decoder
+
 MODEL = "catalog:smollm2-135m-instruct"
 SIZE = 84_000_000
 PARAMETERS = 134_515_008
+REAL_GAP_BOUND = 0.5
+"""Most nats by which the reference may prefer its own greedy token to the native path's."""
+REAL_LOSS_BOUND = 0.02
+"""Most nats per token by which the two paths' losses on a text may differ."""
 TEXT = """The lighthouse stood on a rock two miles from the harbour. Every evening the keeper climbed the stairs,
 lit the lamp, and wrote the time and the state of the sea in his book. In forty years he had missed two evenings."""
 
@@ -64,6 +72,37 @@ def test_fit_meets_its_budget_on_the_real_model_and_others_open_the_result(home:
     assert 0.9 < kept / given < 1.1
     with safe_open(next(plain.glob("*.safetensors")), "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+
+
+@pytest.mark.real
+@pytest.mark.skipif(native_reason() is not None, reason=str(native_reason()))
+def test_the_native_path_writes_what_the_reference_writes(fitted: Path) -> None:
+    """64 greedy tokens, given the same text so far, and the loss of a text: within a stated bound of the reference."""
+    native, reference = open_decoder(fitted, path="native"), open_decoder(fitted, path="reference")
+    start = transformers.AutoTokenizer.from_pretrained(fitted)(TEXT)["input_ids"]
+    tokens = np.array(start, np.int32)
+    losses = [], []
+    for decoder, kept in zip((native, reference), losses, strict=True):
+        logits = torch.tensor(stepped(decoder, tokens, 0, range(len(tokens) - 1)))
+        kept.append(float(torch.nn.functional.cross_entropy(logits, torch.tensor(tokens[1:], dtype=torch.long))))
+    assert abs(losses[0][0] - losses[1][0]) < REAL_LOSS_BOUND
+
+    agreed = 0
+    for position in range(len(tokens), len(tokens) + 64):
+        theirs = stepped(reference, tokens, position - 1, [0])[0]
+        ours = stepped(native, tokens, position - 1, [0])[0]
+        agreed += int(ours.argmax() == theirs.argmax())
+        assert theirs.max() - theirs[ours.argmax()] < REAL_GAP_BOUND
+        tokens = np.append(tokens, np.int32(theirs.argmax()))
+    assert agreed >= 60
+
+
+def stepped(decoder: Decoder, tokens: np.ndarray, start: int, wanted: Sequence[int]) -> np.ndarray:
+    """Logits of rows `wanted` of the tokens from position `start` on, as one step."""
+    rows = np.arange(start, len(tokens), dtype=np.int32)
+    blocks = np.arange(len(tokens) // decoder.block_tokens + 1, dtype=np.int32)[None]
+    wanted_rows = np.array(wanted, np.int32)
+    return decoder.step(Batch(tokens[rows], rows, np.zeros_like(rows), blocks, wanted_rows)).copy()
 
 
 def loss_of(folder: Path) -> float:
