@@ -184,11 +184,31 @@ def test_weights_beyond_the_memory_limit_are_read_anew_and_give_the_same(
     monkeypatch.setattr(decode, "current_rss_bytes", lambda: 10**8)
     tokens = tokens_of(3)
     wanted = logits_of(native(models["llama-packed"]), tokens, chunk=50)
-    decoder = native(models["llama-packed"], max_ram_bytes=10**8 + decode.SCRATCH_BYTES + 40_000)
+    with pytest.raises(BudgetError, match=r"allow \d+ MB") as refusal:
+        native(models["llama-packed"], cache_tokens=128, max_ram_bytes=10**8)
+    assert refusal.value.nearest is not None
+    smallest = refusal.value.nearest["max_ram_bytes"]
+    decoder = native(models["llama-packed"], cache_tokens=128, max_ram_bytes=smallest)
     assert "read anew" in decoder.why
     np.testing.assert_allclose(logits_of(decoder, tokens, chunk=50), wanted, atol=2e-4)
-    with pytest.raises(BudgetError, match="allow more"):
-        native(models["llama-packed"], max_ram_bytes=10**8)
+    with pytest.raises(BudgetError):
+        native(models["llama-packed"], cache_tokens=128, max_ram_bytes=smallest - 1)
+    whole = native(models["llama-packed"], cache_tokens=128, max_ram_bytes=smallest + 10**6)
+    assert "read anew" not in whole.why
+
+
+def test_a_memory_limit_makes_the_cache_smaller(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "current_rss_bytes", lambda: 10**8)
+    free = open_decoder(models["llama"], path="native", slots=16)
+    size = sum(path.stat().st_size for path in models["llama"].glob("*.safetensors"))
+    limited = open_decoder(
+        models["llama"], path="native", slots=16, max_ram_bytes=10**8 + decode.SCRATCH_BYTES + size + 200_000
+    )
+    assert 0 < limited.cache_blocks < free.cache_blocks
+
+
+def test_a_first_step_may_want_no_logits(models: dict[str, Path]) -> None:
+    assert native(models["llama"]).step(batch_of([(3, 0, 0)], [[0]], [])).shape == (0, 203)
 
 
 @pytest.mark.parametrize(

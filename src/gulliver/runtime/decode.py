@@ -6,6 +6,8 @@ order of position, so that two sequences with the same beginning can share block
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from gulliver.core.errors import BudgetError, ConfigError, KernelError
 from gulliver.core.machine import usable_cores
 from gulliver.core.memory import cgroup_ram_bytes, current_rss_bytes, total_ram_bytes
-from gulliver.nets.files import weight_files
+from gulliver.nets.files import stored_tensors, weight_files
 from gulliver.runtime.lower import NotLowered, Weights, build, read_config
 
 _native: Any
@@ -36,6 +38,8 @@ CACHE_BYTES = 2**31
 """Most address space for keys and values when nobody says how many tokens; only what is used takes memory."""
 SCRATCH_BYTES = 48 * 2**20
 """What a step may take beside weights and cache."""
+LEAST_CACHE_TOKENS = 512
+"""Tokens that the cache holds under any memory limit, if the model's context is not shorter."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +98,17 @@ class NativeDecoder:
         config = read_config(folder)
         file_bytes = sum(path.stat().st_size for path in weight_files(folder))
         free = min(total_ram_bytes(), cgroup_ram_bytes() or total_ram_bytes())
-        room = free // 2 if max_ram_bytes is None else _room_for_weights(max_ram_bytes)
-        weights = Weights(folder, in_place=file_bytes > room)
         self.vocabulary, self.positions, self.max_rows = config.vocabulary, config.positions, MAX_ROWS
         token_bytes = config.layers * config.kv_heads * 2 * (config.head_dim + 4)
-        if cache_tokens is None:  # memory is taken when a block is first used, so room for all slots costs nothing
-            cache_tokens = max(config.positions, min(slots * config.positions, CACHE_BYTES // token_bytes))
-        self.cache_blocks = max(1, -(-cache_tokens // self.block_tokens))
+        # Memory is taken when a block is first used, so room for all slots costs nothing where there is no limit.
+        most = cache_tokens or max(config.positions, min(slots * config.positions, CACHE_BYTES // token_bytes))
+        held, in_place = None, file_bytes > free // 2
+        if max_ram_bytes is not None:
+            least = cache_tokens or min(LEAST_CACHE_TOKENS, most)
+            held, cache_bytes = _shared_out(folder, max_ram_bytes, file_bytes, least * token_bytes)
+            most, in_place = min(most, cache_bytes // token_bytes), held is not None
+        weights = Weights(folder, in_place=in_place)
+        self.cache_blocks = max(1, -(-most // self.block_tokens))
         assert _native is not None
         self._program = _native.Native(
             hidden=config.hidden,
@@ -121,12 +129,15 @@ class NativeDecoder:
         )
         build(weights, config, self._program)
         self.path = self._program.isa
-        self._logits = np.empty((0, 0), np.float32)  # kept: new memory for every step would be cleared page by page
         self._logits_stride = -(-config.vocabulary // 32) * 32 + 16  # rows that begin in different sets of the cache
+        # The buffer is kept: new memory for every step would be cleared page by page.
+        self._logits = np.empty((0, self._logits_stride), np.float32)
         self.why = f"{config.architecture} is lowered to native code"
-        if max_ram_bytes is not None and file_bytes > room:
-            self._program.hold(room)
-            self.why += f"; {file_bytes / 1e6:.0f} MB of weights in {room / 1e6:.0f} MB, the rest read anew each step"
+        if held is not None:
+            self._program.hold(held)
+            self.why += (
+                f"; {held / 1e6:.0f} of {file_bytes / 1e6:.0f} MB of weights stay, the rest is read anew each step"
+            )
 
     def step(self, batch: Batch) -> NDArray[np.float32]:
         if len(self._logits) < len(batch.wanted):
@@ -142,13 +153,34 @@ class NativeDecoder:
         del self._program
 
 
-def _room_for_weights(max_ram_bytes: int) -> int:
-    """What a limit for the process leaves for weights; BudgetError when that is nothing."""
+def _shared_out(folder: Path, max_ram_bytes: int, file_bytes: int, least_cache_bytes: int) -> tuple[int | None, int]:
+    """(bytes of weights that stay in memory, bytes of the cache) under a limit for the process; None: all weights stay.
+
+    The head stays in any case, and one layer at a time must be there. BudgetError names the smallest limit that works.
+    """
     others = current_rss_bytes() + SCRATCH_BYTES
-    if max_ram_bytes <= others:
-        told = f"leaves nothing for weights: the process takes {others / 1e6:.0f} MB without them; allow more"
-        raise BudgetError(f"a memory limit of {max_ram_bytes / 1e6:.0f} MB {told}")
-    return max_ram_bytes - others
+    room = max_ram_bytes - others
+    if file_bytes + least_cache_bytes <= room:
+        return None, room - file_bytes
+    stored = stored_tensors(folder)
+    layers: Counter[str] = Counter()
+    for name, tensor in stored.items():
+        if name.startswith("model.layers."):
+            layers[name.split(".")[2]] += tensor.length
+    own_head = any(name.startswith("lm_head.") for name in stored)
+    head_name = "lm_head." if own_head else "model.embed_tokens."
+    head = sum(tensor.length for name, tensor in stored.items() if name.startswith(head_name))
+    passing = max(layers.values(), default=0)
+    least = head + passing + least_cache_bytes
+    if least > room:
+        raise BudgetError(
+            f"a memory limit of {max_ram_bytes / 1e6:.0f} MB is too little: the head takes {head / 1e6:.0f} MB, "
+            f"a layer {passing / 1e6:.0f} MB, the cache {least_cache_bytes / 1e6:.0f} MB, "
+            f"all else {others / 1e6:.0f} MB; allow {math.ceil((others + least) / 1e6)} MB",
+            {"max_ram_bytes": others + least},
+        )
+    cache_bytes = max(least_cache_bytes, (room - head - passing) // 4)
+    return room - passing - cache_bytes, cache_bytes
 
 
 def native_reason() -> str | None:
@@ -170,7 +202,8 @@ def open_decoder(
 
     `threads` defaults to the cores that this process may use; `cache_tokens` are of all sequences together; `slots` is
     how many sequences are expected at once; `isa` forces an instruction set ("avx2", "plain", …); `path` is "auto",
-    "native" or "reference"; `max_ram_bytes` limits the whole process: weights beyond it are read anew for each step.
+    "native" or "reference"; `max_ram_bytes` limits the whole process: weights beyond it are read anew for each step,
+    and the cache fills what is left. BudgetError with the smallest limit that works when it is too little.
     ConfigError when a path or instruction set that was forced is not to be had, with the reason.
     """
     if path not in ("auto", "native", "reference"):
