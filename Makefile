@@ -1,19 +1,32 @@
-# make quickstart | test | check | docs | bench. PIP_ARGS goes to pip, for instance to take torch's small CPU build:
+# make quickstart | test | check | docs | bench | fuzz. PIP_ARGS goes to pip, for instance to take torch's small CPU build:
 #   make quickstart PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
-# make bench measures what has no row in benchmarks/results/compress.json yet, and draws the tables; about two hours.
+# make bench measures what has no row in benchmarks/results yet, and draws the tables; hours, on a machine that does nothing
+# else. Its halves: make bench-compress (compress.json) and make bench-runtime (runtime.json), which needs make bench-peers once.
 #   PARENT   the parent, a Hugging Face folder: the one that the peers in benchmarks/results/peers.json were made from
 #   DATA     a folder with wikitext-2.valid.txt, wikitext-2.test.txt and tinyshakespeare.txt
+#   MODEL    the fitted model whose speed is measured (default: what bench-compress leaves of 72MB at effort normal)
+#   PEERS    what bench-peers makes: llama.cpp and OpenVINO GenAI with their files (default SCRATCH/peers)
 #   SCRATCH  where the work is kept until it is whole (default out/bench; 25 GB)
-#   PART     one part instead of all:  make bench PARENT=… DATA=… PART="fit --effort high --size 84MB"
+#   PART     one part instead of all:  make bench-compress PARENT=… DATA=… PART="fit --effort high --size 84MB"
+#                                      make bench-runtime PARENT=… DATA=… PART="decode --rounds 9"
+# make fuzz tries random packed tensors on the native kernels under the sanitizers; COUNT of them (default 1000000, minutes).
 PYTHON ?= python3
 PIP_ARGS ?=
 WORKERS ?= 2
 BIN := .venv/bin
 SMALL := out/smollm2-84mb
 SCRATCH ?= out/bench
+MODEL ?= $(SCRATCH)/fit-normal-72MB/fitted
+PEERS ?= $(SCRATCH)/peers
 PART ?= all
+COUNT ?= 1000000
+# What an installation is made from: it is made again when the native sources change.
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/gulliver/runtime/native/*)
+RUNTIME = $(BIN)/python benchmarks/runtime.py --model "$(MODEL)" --parent "$(PARENT)" --data-folder "$(DATA)" \
+  --home "$(SCRATCH)" --peers "$(PEERS)"
+GIVEN = test -n "$(PARENT)" && test -n "$(DATA)" || { echo "usage: make $@ PARENT=FOLDER DATA=FOLDER"; exit 2; }
 
-.PHONY: quickstart venv test check docs bench clean
+.PHONY: quickstart venv test check docs bench bench-compress bench-peers bench-runtime fuzz clean
 
 quickstart: .venv/installed
 	$(BIN)/gulliver fit catalog:smollm2-135m-instruct --size 84MB --effort fast --data catalog:shakespeare --out $(SMALL)
@@ -21,12 +34,12 @@ quickstart: .venv/installed
 
 venv: .venv/installed-dev
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e .
 	touch $@
 
-.venv/installed-dev: pyproject.toml constraints.txt
+.venv/installed-dev: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	touch .venv/installed $@
@@ -43,9 +56,28 @@ check: .venv/installed-dev
 docs: .venv/installed-dev
 	$(BIN)/python docs/make_steps.py
 
-bench: .venv/installed-dev
-	@test -n "$(PARENT)" && test -n "$(DATA)" || { echo "usage: make bench PARENT=FOLDER DATA=FOLDER"; exit 2; }
+bench:
+	@test "$(PART)" = all || { echo "one part is for make bench-compress or make bench-runtime"; exit 2; }
+	$(MAKE) bench-compress
+	$(MAKE) bench-runtime
+
+bench-compress: .venv/installed-dev
+	@$(GIVEN)
 	$(BIN)/python benchmarks/compress.py --parent "$(PARENT)" --data-folder "$(DATA)" --home "$(SCRATCH)" $(PART)
+
+bench-peers: .venv/installed-dev
+	@$(GIVEN)
+	$(RUNTIME) models
+	$(BIN)/python benchmarks/peers_runtime_openvino.py build --peers "$(PEERS)" --parent "$(PARENT)"
+	$(BIN)/python benchmarks/peers_runtime_llama.py --peers "$(PEERS)" --parent "$(PARENT)" \
+	  --large "$(SCRATCH)/models/large-bf16" --python "$(PEERS)/ov-venv/bin/python"
+
+bench-runtime: .venv/installed-dev
+	@$(GIVEN)
+	$(RUNTIME) $(PART)
+
+fuzz:
+	$(MAKE) -C tests/native run COUNT=$(COUNT)
 
 clean:
 	rm -rf .venv out build
