@@ -202,12 +202,24 @@ def test_run_prints_a_table_and_a_second_run_does_nothing(
 
 def test_doctor_says_what_runs_and_why(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from gulliver.core.machine import identify
+    from gulliver.runtime import decode
 
     monkeypatch.setattr("gulliver.core.machine.describe", lambda home: identify())
     document = _ok(command("doctor", "--json"))
     assert document["cores"] >= 1
-    assert "reference path" in document["kernels"]["reference"]
-    assert "kernels" in command("doctor")[1]
+    rows = {row["name"]: row for row in document["kernels"]}
+    assert "reference path" in rows["reference"]["why"]
+    if decode.native_reason() is None:
+        states = [row["state"] for row in document["kernels"][:-1]]
+        assert states.count("runs") == 1 and rows["plain"]["state"] in ("runs", "can run")
+        assert "runs" not in states[states.index("runs") + 1 :] and "can run" not in states[: states.index("runs")]
+        assert all(row["why"] for row in rows.values())
+        assert "Llama" in rows["reference"]["why"]
+    assert "kernels plain" in command("doctor")[1] or decode.native_reason()
+    monkeypatch.setattr("gulliver.runtime.decode._native_missing", "there was no compiler")
+    rows = {row["name"]: row for row in _ok(command("doctor", "--json"))["kernels"]}
+    assert rows["native"] == {"name": "native", "state": "cannot run", "why": "there was no compiler"}
+    assert rows["reference"]["why"].startswith("every model")
 
 
 def test_help_imports_no_torch_and_no_step() -> None:

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "gulliver"
-TOP = ("__main__", "cli", "commands", "api", "fit", "run", "recipe", "steps")
+TOP = (
+    *("__main__", "cli", "commands", "commands_generate", "commands_serve"),
+    *("api", "chat", "bench", "generate", "fit", "run", "recipe", "steps"),
+)
 STAGES = ("data", "train", "compress", "audit", "serve")
 FLOORS = ("learning", "tasks", "runtime", "nets", "report", "core")
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -8,6 +8,7 @@ import pytest
 from language_samples import text, write_causal, write_dataset
 from test_vision import DIGITS, make_dataset
 
+from gulliver import steps
 from gulliver.audit import measure, speed
 from gulliver.audit.quality import CALIBRATION, REPORT, Config, run
 from gulliver.core.artifact import canonical_json, verify
@@ -15,6 +16,7 @@ from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, ConfigError, DataError, GulliverError
 from gulliver.core.evidence import Evidence
 from gulliver.core.overlap import fingerprints
+from gulliver.runtime.decode import native_reason
 from gulliver.tasks import get_task
 
 PASSAGE = "the giant measures every island and the queen counts the lanterns. " * 4
@@ -130,17 +132,23 @@ def test_speed_is_measured_in_a_process_of_its_own(store, ctx):
     }
     assert recorded["decode_tokens_per_s"].n == 2 and recorded["decode_tokens_per_s"].value > 0
     assert 0 < recorded["load_ram_bytes"].value <= recorded["peak_ram_bytes"].value
-    assert recorded["load_seconds"].detail["path"] == "reference"
+    detail = recorded["decode_tokens_per_s"].detail
+    if native_reason() is None:
+        assert detail["path"] not in ("", "reference") and "native" in detail["why"]
+    else:
+        assert detail["path"] == "reference" and native_reason() in detail["why"]
+    assert steps.find("speed").version == 2, "the numbers of version 1 are the reference path's"
     body = json.loads(report.file(speed.REPORT).read_text())
     assert len(body["evidence"]) == len(recorded) and body["model"] == model.id
 
 
 def test_every_family_can_be_measured(vision):
-    found = measure.measure(vision[0].path, "vision", 2)
-    assert found["load_ram_bytes"] > 0
+    found = measure.measure(str(vision[0].path), "vision", 2)
+    assert found["load_ram_bytes"] > 0 and found["streams"] == {}
+    assert found["path"] == "reference" and "architecture" in found["why"]
     assert all(len(rates) == 2 for rates in found["rates"].values())
 
 
 def test_a_failing_process_says_why(tmp_path):
     with pytest.raises(GulliverError, match=r"no config\.json"):
-        speed.in_fresh_process({"folder": str(tmp_path), "task": "language", "repeats": 2})
+        measure.in_fresh_process({"folder": str(tmp_path), "task": "language", "repeats": 2})

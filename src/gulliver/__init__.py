@@ -13,16 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gulliver.api import audit, list_artifacts, show, verify
+    from gulliver.bench import bench
     from gulliver.fit import fit
+    from gulliver.generate import generate
     from gulliver.run import run_recipe as run
 
 __version__ = "0.1.0"
 
 __all__ = [
     "audit",
+    "bench",
     "calibrate",  # pyright: ignore[reportUnsupportedDunderAll]
     "export",  # pyright: ignore[reportUnsupportedDunderAll]
     "fit",
+    "generate",
     "heal",  # pyright: ignore[reportUnsupportedDunderAll]
     "list_artifacts",
     "plan",  # pyright: ignore[reportUnsupportedDunderAll]
@@ -40,13 +44,15 @@ __all__ = [
 
 _FUNCTIONS = {
     "audit": "gulliver.api:audit",
+    "bench": "gulliver.bench:bench",
     "fit": "gulliver.fit:fit",
+    "generate": "gulliver.generate:generate",
     "list_artifacts": "gulliver.api:list_artifacts",
     "run": "gulliver.run:run_recipe",
     "show": "gulliver.api:show",
     "verify": "gulliver.api:verify",
 }
-_FILES = ("audit", "fit", "run", "train")
+_FILES = ("audit", "bench", "fit", "generate", "run", "train")
 """Public functions that share their name with a file or folder of this package."""
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shlex
 import sys
 import traceback
@@ -34,28 +35,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
-        with stdout_into(2), contextlib.redirect_stdout(sys.stderr):
+        with contextlib.ExitStack() as stack:
+            if as_json or not options.streams:
+                stack.enter_context(stdout_into(2))
+                stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             document, lines = options.act(options, _session(options, words))
     except GulliverError as failure:
         return _failed(failure, as_json)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who read our output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's last flush has somewhere to go
+        return 0
     except Exception as failure:
         traceback.print_exc()
         if as_json:
             _print_error(failure, 1)
         return 1
-    print(json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) if as_json else "\n".join(lines))
+    if as_json:
+        lines = [json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False)]
+    if lines:
+        print("\n".join(lines))
     return 0
 
 
 def _session(options: argparse.Namespace, words: list[str]) -> Session:
     from gulliver.core.progress import Progress
-    from gulliver.run import open_store
 
-    store = open_store(options.home, options.database)
-    return Session(store, Progress(quiet=options.quiet), shlex.join(["gulliver", *words]))
+    return Session(options.home, options.database, Progress(quiet=options.quiet), shlex.join(["gulliver", *words]))
 
 
 def _failed(failure: GulliverError, as_json: bool) -> int:
@@ -116,7 +124,7 @@ def _parser(chosen: str | None, rows: dict[str, str]) -> tuple[argparse.Argument
         command = next((command for command in COMMANDS if command.name == chosen), None)
         if command is not None:
             command.arguments(below[chosen])
-            below[chosen].set_defaults(act=command.act)
+            below[chosen].set_defaults(act=command.act, streams=command.streams)
         else:
             _step_arguments(below[chosen], steps.find(chosen))
         _common_arguments(below[chosen])
@@ -158,7 +166,7 @@ def _step_arguments(parser: argparse.ArgumentParser, row: Step) -> None:
             parser.add_argument(flag, metavar=name.upper().rpartition("_")[2], required=field.is_required(), **options)
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
     parser.add_argument("--out", metavar="DIR", help="also copy what was made there")
-    parser.set_defaults(act=_run_step)
+    parser.set_defaults(act=_run_step, streams=False)
 
 
 def _input_help(role: str) -> str:

@@ -1,33 +1,51 @@
-"""The commands that are not steps: fit, run, audit, show, verify, list, doctor. Each returns (JSON document, lines)."""
+"""The commands that are not steps, in one list. Each returns (JSON document, lines).
+
+Here are fit, run, audit, show, verify, list and doctor; the others are in commands_generate.py and commands_serve.py.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-MODEL_HELP = "an artifact id, a folder, a .gguf file, catalog:NAME or hf:ORG/NAME"
+from gulliver import commands_generate, commands_serve
+from gulliver.commands_generate import MODEL_HELP
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command that is not a step: `arguments` fills its parser, `act` returns (JSON document, lines of text)."""
+    """A command that is not a step: `arguments` fills its parser, `act` returns (JSON document, lines of text).
+
+    `streams` says that it writes to stdout itself, as the words come, unless --json is given.
+    """
 
     name: str
     help: str
     arguments: Callable[[argparse.ArgumentParser], None]
     act: Callable[[argparse.Namespace, Any], tuple[Any, list[str]]]
+    streams: bool = False
 
 
 @dataclass(frozen=True)
 class Session:
     """What every command is given: the store, the progress bars, and the command line that repeats it."""
 
-    store: Any
+    home: str | None
+    database: str | None
     progress: Any
     command: str
+
+    @cached_property
+    def store(self) -> Any:
+        """The store, opened when it is first needed: answering with a local folder needs none."""
+        from gulliver.run import open_store
+
+        return open_store(self.home, self.database)
 
 
 def described(artifact: Any, session: Session, out: str | None, *, reused: bool = False) -> tuple[Any, list[str]]:
@@ -236,11 +254,32 @@ def _doctor(options: argparse.Namespace, session: Session) -> tuple[Any, list[st
     from gulliver.core.machine import describe
 
     document = asdict(describe(session.store.home))
-    width = max(map(len, document))
-    lines = [f"{name:<{width}}  {value}" for name, value in document.items()]
-    reason = "no native kernel is built; every model runs on the reference path (torch)"
-    document["kernels"] = {"reference": reason}
-    return document, [*lines, f"{'kernels':<{width}}  reference: {reason}"]
+    document["kernels"] = kernels = _kernels()
+    rows = [*document.items()][:-1]
+    rows += [(f"kernels {row['name']}", f"{row['state']}: {row['why']}") for row in kernels]
+    width = max(len(name) for name, _ in rows)
+    return document, [f"{name:<{width}}  {value}" for name, value in rows]
+
+
+def _kernels() -> list[dict[str, str]]:
+    """What can run a model here, best first: its state is "runs", "can run" or "cannot run"."""
+    from gulliver.runtime.decode import native_reason
+    from gulliver.runtime.lower import ARCHITECTURES
+
+    reason = native_reason()
+    rows: list[dict[str, str]] = []
+    if reason is None:
+        native: Any = importlib.import_module("gulliver.runtime._native")
+        for name, here, why in native.instruction_sets():
+            first = here and not any(row["state"] == "runs" for row in rows)
+            state = "runs" if first else "can run" if here else "cannot run"
+            rows.append({"name": name, "state": state, "why": f"{why}; --isa {name} forces it" if here else why})
+        rows[[row["state"] for row in rows].index("runs")]["why"] += "; it is the best that is here"
+    else:
+        rows.append({"name": "native", "state": "cannot run", "why": reason})
+    native_ones = ", ".join(name.removesuffix("ForCausalLM") for name in ARCHITECTURES)
+    what = f"what is not {native_ones}" if reason is None else "every model"
+    return [*rows, {"name": "reference", "state": "runs", "why": f"{what}: the reference path, on torch"}]
 
 
 def _no_arguments(parser: argparse.ArgumentParser) -> None:
@@ -298,4 +337,31 @@ COMMANDS = (
         _no_arguments,
         _doctor,
     ),
+    Command(
+        "generate",
+        "answer a prompt, as the words come",
+        commands_generate.generate_arguments,
+        commands_generate.generate,
+        streams=True,
+    ),
+    Command(
+        "chat",
+        "talk with a model on the terminal",
+        commands_generate.chat_arguments,
+        commands_generate.chat,
+        streams=True,
+    ),
+    Command(
+        "bench",
+        "prefill, decode, batch, cold start and memory of a model, measured now",
+        commands_generate.bench_arguments,
+        commands_generate.bench,
+    ),
+    Command(
+        "serve",
+        "answer requests over HTTP as OpenAI's API does, with a chat page",
+        commands_serve.serve_arguments,
+        commands_serve.serve,
+    ),
+    Command("keys", "the API keys that `gulliver serve` asks for", commands_serve.keys_arguments, commands_serve.keys),
 )

@@ -109,6 +109,7 @@ STEPS = (
         optional=("plan",),
         makes=("model",),
         compresses=True,
+        version=2,
         help="pack a model's weights into few bits, by the plan or in one format",
     ),
     Step(
@@ -118,7 +119,7 @@ STEPS = (
         optional=("samples",),
         makes=("model",),
         compresses=True,
-        version=2,
+        version=3,
         help="distil a packed model's codes, scales and norms against its parent",
     ),
     Step(
@@ -134,6 +135,7 @@ STEPS = (
         "gulliver.audit.speed:run",
         needs=("model",),
         makes=("report",),
+        version=2,
         help="measure a model's speed, memory and size on this machine",
     ),
     Step(
@@ -142,6 +144,7 @@ STEPS = (
         needs=("model",),
         makes=("model",),
         compresses=True,
+        version=2,
         help="write a model in another tool's format, exactly or not at all",
     ),
 )

@@ -1,46 +1,137 @@
 """Measures one model in a process of its own, so that memory is the model's and not of whatever ran before.
 
 python -m gulliver.audit.measure '{"folder": …, "task": …, "repeats": …}'    -> one JSON object on stdout
+
+What the native path runs is measured there, without torch in the process; every other model on the reference path.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gulliver.audit.decoding import CACHE_TOKENS, MAX_STREAMS, bytes_per_token, workloads
+from gulliver.core.errors import ConfigError, GulliverError
+from gulliver.core.machine import bandwidth_gb_s, identify, usable_cores
 from gulliver.core.memory import current_rss_bytes, peak_rss_bytes
+from gulliver.runtime.decode import NativeDecoder, native_reason
+from gulliver.runtime.lower import NotLowered
 from gulliver.tasks import get_task
 
+BANDWIDTH_BYTES = 2**27
+"""Bytes that each core reads to measure the bandwidth."""
 
-def measure(folder: Path, task_name: str, repeats: int) -> dict[str, Any]:
-    """{"load_seconds", "load_ram_bytes", "peak_ram_bytes", "threads", "rates": {metric: [units per second]}}.
 
-    Every workload runs once unmeasured, then `repeats` times.
+def in_fresh_process(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer of `measure` to `request`, its arguments. GulliverError when the process fails."""
+    command = [sys.executable, "-m", "gulliver.audit.measure", json.dumps(request)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or [f"the process ended with {done.returncode}"]
+        raise GulliverError(f"measuring {request['folder']} failed: {last[0]}")
+    return json.loads(done.stdout)
+
+
+def measure(
+    folder: str,
+    task: str,
+    repeats: int,
+    *,
+    threads: int | None = None,
+    isa: str = "auto",
+    streams: tuple[int, ...] = (),
+    bandwidth: bool = False,
+) -> dict[str, Any]:
+    """{"load_seconds", "load_ram_bytes", "peak_ram_bytes", "threads", "path", "why", "rates", "streams", …}.
+
+    "rates": {metric: [units per second]}; "streams": {how many at once: [tokens per second of all together]}, empty on
+    the reference path. Every workload runs once unmeasured, then `repeats` times. With `bandwidth`, on the native path:
+    "bytes_per_token", and "bandwidth": [[GB/s, tokens per second right after]].
     """
+    threads = threads or usable_cores()
+    start = time.perf_counter()
+    decoder = native(Path(folder), threads=threads, isa=isa)
+    if isinstance(decoder, str):
+        return _reference(Path(folder), task, repeats, threads, decoder)
+    found = {"load_seconds": time.perf_counter() - start, "load_ram_bytes": current_rss_bytes()}
+    work = workloads(decoder, tuple(streams))
+    rates = _rates(work, repeats)
+    found |= {"peak_ram_bytes": peak_rss_bytes(), "threads": threads, "path": decoder.path, "why": decoder.why}
+    found["streams"] = {str(count): rates.pop(str(count)) for count in streams}
+    if bandwidth:
+        found["bytes_per_token"] = bytes_per_token(Path(folder))
+        found["bandwidth"] = [_beside_bandwidth(work["decode_tokens_per_s"]) for _ in range(repeats)]
+    return {**found, "rates": rates}
+
+
+def native(folder: Path, *, threads: int, isa: str) -> NativeDecoder | str:
+    """The model on the native path, or why it does not run there. ConfigError for an `isa` that is not here."""
+    reason = native_reason()
+    if reason is None:
+        try:
+            return NativeDecoder(
+                folder, threads=threads, cache_tokens=CACHE_TOKENS, slots=MAX_STREAMS, isa=isa, max_ram_bytes=None
+            )
+        except NotLowered as error:
+            reason = str(error)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    if isa != "auto":
+        raise ConfigError(f"{folder} cannot run natively, because {reason}; leave out --isa")
+    return reason
+
+
+def _reference(folder: Path, task_name: str, repeats: int, threads: int, reason: str) -> dict[str, Any]:
     import torch
 
+    torch.set_num_threads(threads)
     start = time.perf_counter()
     task = get_task(task_name)
     model = task.load(folder)
-    found: dict[str, Any] = {"load_seconds": time.perf_counter() - start, "load_ram_bytes": current_rss_bytes()}
-    rates: dict[str, list[float]] = {}
-    workloads = getattr(task, "workloads", None)  # a family without any is measured for memory and loading alone
-    for metric, workload in (workloads(model, folder) if workloads else {}).items():
-        workload()
-        for _ in range(repeats):
-            start = time.perf_counter()
-            units = workload()
-            rates.setdefault(metric, []).append(units / (time.perf_counter() - start))
-    return found | {"peak_ram_bytes": peak_rss_bytes(), "threads": torch.get_num_threads(), "rates": rates}
+    found = {"load_seconds": time.perf_counter() - start, "load_ram_bytes": current_rss_bytes()}
+    work = getattr(task, "workloads", None)  # a family without any is measured for memory and loading alone
+    rates = _rates(work(model, folder) if work else {}, repeats)
+    found |= {"peak_ram_bytes": peak_rss_bytes(), "threads": torch.get_num_threads(), "rates": rates, "streams": {}}
+    return {**found, "path": "reference", "why": f"it does not run natively, because {reason}"}
+
+
+def _rates(work: Mapping[str, Callable[[], int]], repeats: int) -> dict[str, list[float]]:
+    """Units per second of every workload, in turn, so that a change of the machine's pace meets all of them."""
+    for once in work.values():
+        once()
+    rates: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(repeats):
+        for name, once in work.items():
+            rates[name].append(_rate(once))
+    return rates
+
+
+def _rate(work: Callable[[], int]) -> float:
+    start = time.perf_counter()
+    units = work()
+    return units / (time.perf_counter() - start)
+
+
+def _beside_bandwidth(decode: Callable[[], int]) -> tuple[float, float]:
+    """GB/s that all cores read now, and tokens per second right after, the caches filled again."""
+    machine = identify()
+    reached = bandwidth_gb_s(machine.cores, min(BANDWIDTH_BYTES, machine.usable_ram_bytes // 16))
+    decode()
+    return reached, _rate(decode)
 
 
 def main(request: str) -> None:
-    """Answer one request, a JSON object, on stdout."""
-    asked = json.loads(request)
-    print(json.dumps(measure(Path(asked["folder"]), asked["task"], asked["repeats"])))
+    """Answer one request, a JSON object of `measure`'s arguments, on stdout."""
+    try:
+        answer = measure(**json.loads(request))
+    except GulliverError as error:
+        raise SystemExit(f"{error}") from None
+    print(json.dumps(answer))
 
 
 if __name__ == "__main__":

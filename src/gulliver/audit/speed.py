@@ -1,22 +1,21 @@
-"""Step `speed`: how fast a model answers on this machine, and in how much memory, by the reference path.
+"""Step `speed`: how fast a model answers on this machine, and in how much memory.
 
-What a unit of work is (prompt tokens, generated tokens, examples) is the task's affair. Everything is measured in a
-fresh process. The interval of a rate is Student's over repeats; it says how this machine was at that moment.
+Decoders that the native path runs are measured there, all other models on the reference path; the detail of the
+evidence says which one and why. What a unit of work is (prompt tokens, generated tokens, examples) is the task's
+affair. Everything is measured in a fresh process. The interval of a rate is Student's over repeats; it says how this
+machine was at that moment.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from gulliver.audit.measure import in_fresh_process
 from gulliver.audit.quality import write_report
 from gulliver.core.artifact import Artifact
 from gulliver.core.context import Context
-from gulliver.core.errors import GulliverError
 from gulliver.core.evidence import Evidence, measured, paired_interval
 
 REPORT = "speed.json"
@@ -42,19 +41,9 @@ def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     return report
 
 
-def in_fresh_process(request: dict[str, Any]) -> dict[str, Any]:
-    """The answer of `gulliver.audit.measure` to `request`."""
-    command = [sys.executable, "-m", "gulliver.audit.measure", json.dumps(request)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or [f"the process ended with {done.returncode}"]
-        raise GulliverError(f"measuring {request['folder']} failed: {last[0]}")
-    return json.loads(done.stdout)
-
-
 def evidence_of(found: dict[str, Any], repeats: int) -> list[Evidence]:
     """Evidence from what `measure` returned; the lower end of a rate is cut at zero."""
-    detail = {"path": "reference", "threads": found["threads"], "repeats": repeats}
+    detail = {"path": found["path"], "why": found["why"], "threads": found["threads"], "repeats": repeats}
     evidence = [
         measured(name, found[name], detail=detail) for name in ("load_seconds", "load_ram_bytes", "peak_ram_bytes")
     ]

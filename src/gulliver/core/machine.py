@@ -123,7 +123,7 @@ def measure_machine(machine: Machine, size_bytes: int = 2**27, rows: int = 1024)
     """`machine` with bandwidth (`size_bytes` read per core) and peaks (`rows` x `rows` products) measured now."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     figures = {
-        "bandwidth_gb_s": _round(_bandwidth_gb_s(machine.cores, min(size_bytes, machine.usable_ram_bytes // 16))),
+        "bandwidth_gb_s": _round(bandwidth_gb_s(machine.cores, min(size_bytes, machine.usable_ram_bytes // 16))),
         "load_average": None if load is None else round(load, 2),
         **{name: _round(value) for name, value in _gemm_peaks(machine.cores, rows).items()},
     }
@@ -140,7 +140,7 @@ def usable_cores() -> int:
     return count
 
 
-def _bandwidth_gb_s(cores: int, size_bytes: int) -> float:
+def bandwidth_gb_s(cores: int, size_bytes: int) -> float:
     """Reads per second by one thread per core, each over its own array that no cache holds."""
     import numpy
 
