@@ -6,7 +6,10 @@ order of position, so that two sequences with the same beginning can share block
 
 from __future__ import annotations
 
+import atexit
 import math
+import threading
+import weakref
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +41,7 @@ CACHE_BYTES = 2**31
 """Most address space for keys and values when nobody says how many tokens; only what is used takes memory."""
 SCRATCH_BYTES = 48 * 2**20
 """What a step may take beside weights and cache."""
+MAX_CACHE_TOKENS = 2**30
 LEAST_CACHE_TOKENS = 512
 """Tokens that the cache holds under any memory limit, if the model's context is not shorter."""
 
@@ -54,7 +58,7 @@ class Batch:
 
 
 class Decoder(Protocol):
-    """A model that answers `step`. One thread at a time may call it."""
+    """A model that answers `step`; of several threads that call it, one waits for the other."""
 
     vocabulary: int
     """Columns of the logits."""
@@ -95,6 +99,8 @@ class NativeDecoder:
     def __init__(
         self, folder: Path, *, threads: int, cache_tokens: int | None, slots: int, isa: str, max_ram_bytes: int | None
     ) -> None:
+        if cache_tokens is not None and not 0 < cache_tokens <= MAX_CACHE_TOKENS:
+            raise ConfigError(f"cache_tokens is {cache_tokens}; it must be from 1 to {MAX_CACHE_TOKENS}")
         config = read_config(folder)
         file_bytes = sum(path.stat().st_size for path in weight_files(folder))
         free = min(total_ram_bytes(), cgroup_ram_bytes() or total_ram_bytes())
@@ -109,8 +115,9 @@ class NativeDecoder:
             most, in_place = min(most, cache_bytes // token_bytes), held is not None
         weights = Weights(folder, in_place=in_place)
         self.cache_blocks = max(1, -(-most // self.block_tokens))
+        self._lock = threading.Lock()
         assert _native is not None
-        self._program = _native.Native(
+        self._program: Any = _native.Native(
             hidden=config.hidden,
             heads=config.heads,
             kv_heads=config.kv_heads,
@@ -128,6 +135,7 @@ class NativeDecoder:
             cache_blocks=self.cache_blocks,
         )
         build(weights, config, self._program)
+        _open.add(self)
         self.path = self._program.isa
         self._logits_stride = -(-config.vocabulary // 32) * 32 + 16  # rows that begin in different sets of the cache
         # The buffer is kept: new memory for every step would be cleared page by page.
@@ -140,17 +148,32 @@ class NativeDecoder:
             )
 
     def step(self, batch: Batch) -> NDArray[np.float32]:
-        if len(self._logits) < len(batch.wanted):
-            self._logits = np.empty((len(batch.wanted), self._logits_stride), np.float32)
-        logits = self._logits[: len(batch.wanted), : self.vocabulary]
-        try:
-            self._program.step(batch.tokens, batch.positions, batch.sequences, batch.blocks, batch.wanted, logits)
-        except ValueError as error:
-            raise KernelError(f"a step was refused: {error}") from error
-        return logits
+        with self._lock:
+            if self._program is None:
+                raise KernelError("a step was refused: the decoder is closed")
+            if len(self._logits) < len(batch.wanted):
+                self._logits = np.empty((len(batch.wanted), self._logits_stride), np.float32)
+            logits = self._logits[: len(batch.wanted), : self.vocabulary]
+            try:
+                self._program.step(batch.tokens, batch.positions, batch.sequences, batch.blocks, batch.wanted, logits)
+            except (ValueError, RuntimeError) as error:
+                raise KernelError(f"a step was refused: {error}") from error
+            return logits
 
     def close(self) -> None:
-        del self._program
+        """Free the weights and the cache, once the step that is under way is done."""
+        with self._lock:
+            self._program = None
+
+
+_open: weakref.WeakSet[NativeDecoder] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A daemon thread that comes out of a step after Python's end would abort the process."""
+    for decoder in list(_open):
+        decoder.close()
 
 
 def _shared_out(folder: Path, max_ram_bytes: int, file_bytes: int, least_cache_bytes: int) -> tuple[int | None, int]:
@@ -221,7 +244,7 @@ def open_decoder(
             )
         except NotLowered as error:
             reason = str(error)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raise ConfigError(str(error)) from error
     if path == "native" or isa != "auto":
         raise ConfigError(f"{folder} cannot run natively, because {reason}; leave out --path and --isa")

@@ -53,12 +53,15 @@ class Format:
     def groups(self, columns: int) -> int:
         return -(-columns // self.group_size)
 
-    def tile_bytes(self, columns: int) -> int:
-        """Bytes of one tile of 16 rows, padding included."""
+    def factors_at(self, columns: int) -> int:
+        """Where in a tile its 16 row factors begin, in bytes."""
         groups = self.groups(columns)
         codes = groups * self.group_size * TILE_ROWS * self.bits // 8
-        scales = groups * TILE_ROWS * (2 if self.kind == "uniform" else 1)
-        raw = codes + scales + 2 * TILE_ROWS
+        return codes + groups * TILE_ROWS * (2 if self.kind == "uniform" else 1)
+
+    def tile_bytes(self, columns: int) -> int:
+        """Bytes of one tile of 16 rows, padding included."""
+        raw = self.factors_at(columns) + 2 * TILE_ROWS
         return -(-raw // ALIGNMENT) * ALIGNMENT
 
     def packed_bytes(self, rows: int, columns: int) -> int:

@@ -1,7 +1,7 @@
 """Lowering: a model folder to a static native program.
 
-Nothing is repacked: the native code reads tiles as they stand in the file. What cannot be lowered raises NotLowered with
-the reason, and runs on the reference path.
+Nothing is repacked: the native code reads tiles as they stand in the file. What cannot be lowered raises NotLowered
+with the reason, and runs on the reference path.
 """
 
 from __future__ import annotations
@@ -17,17 +17,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gulliver.core.errors import ArtifactError
+from gulliver.core.errors import ArtifactError, BudgetError
 from gulliver.core.manifest import read_json
-from gulliver.nets.files import Stored, stored_tensors
+from gulliver.nets.files import ITEM_BYTES, Stored, stored_tensors
 from gulliver.runtime.formats import ALIGNMENT
-from gulliver.runtime.packing import is_packed, read_packing
+from gulliver.runtime.packing import is_packed, order_of_use, read_packing
 from gulliver.runtime.rope import UnknownRope, frequencies, rope_parameters
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM")
 GATES = {"silu": False, "gelu_pytorch_tanh": True}
 """Activation of the gate -> whether it is GELU's tanh form (the other is SiLU)."""
+_HEAD_DIM = {"Qwen3ForCausalLM": 128, "Gemma3ForCausalLM": 256}
+"""Where a config does not say it, and it is not the hidden size over the heads."""
+_WINDOW = 4096
+"""Keys that a layer with a window sees where a config does not say it; null is no window."""
 _KINDS = {"BF16": 0, "F16": 1, "F32": 2}
+MAX_CONFIG_BYTES = 16 * 2**20
+MAX_LAYERS = 10_000
+MAX_WIDTH = 2**18
+"""Most numbers of a layer's input or output; several times what the largest models have."""
+MAX_LENGTH = 2**24
+"""Most tokens of a vocabulary or a context."""
 
 
 class NotLowered(Exception):
@@ -66,6 +76,8 @@ def read_config(folder: Path) -> DecoderConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise ArtifactError(f"{folder} has no config.json; it is no model folder")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ArtifactError(f"{path} has {path.stat().st_size} bytes; at most {MAX_CONFIG_BYTES} are allowed")
     config = read_json(path.read_bytes(), "config.json")
     if not isinstance(config, dict):
         raise ArtifactError(f"{path} is no JSON object; it is damaged")
@@ -75,47 +87,67 @@ def read_config(folder: Path) -> DecoderConfig:
         raise NotLowered(f"its architecture is {str(architecture)[:80]}")
     try:
         return _decoder_config(config, architecture)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise ArtifactError(f"{path} lacks or garbles what a {architecture} needs: {error!r}") from error
     except UnknownRope as error:
         raise NotLowered(str(error)) from error
 
 
+def _whole(config: Mapping[str, Any], key: str, most: int, default: int | None = None, least: int = 1) -> int:
+    """A whole number of a config; a default stands for null, too."""
+    value: Any = default if config.get(key) is None else config[key]
+    if type(value) is not int or not least <= value <= most:
+        told = "missing" if value is None else str(value)[:80]
+        raise ArtifactError(f"config.json: {key} is {told}; it must be a whole number from {least} to {most}")
+    return value
+
+
+def _real(config: Mapping[str, Any], key: str, least: float, most: float, default: float) -> float:
+    """A number of a config; a default stands for null, too."""
+    value: Any = default if config.get(key) is None else config[key]
+    if type(value) not in (int, float) or not least <= value <= most:
+        raise ArtifactError(f"config.json: {key} is {str(value)[:80]}; it must be a number from {least} to {most}")
+    return float(value)
+
+
 def _decoder_config(config: Mapping[str, Any], architecture: str) -> DecoderConfig:
     gemma = architecture == "Gemma3ForCausalLM"
-    hidden, heads, layers = (
-        int(config[f"{key}"]) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers")
-    )
-    head_dim = int(config.get("head_dim") or hidden // heads)
+    hidden, heads = _whole(config, "hidden_size", MAX_WIDTH), _whole(config, "num_attention_heads", MAX_WIDTH)
+    layers = _whole(config, "num_hidden_layers", MAX_LAYERS)
+    head_dim = _whole(config, "head_dim", MAX_WIDTH, default=_HEAD_DIM.get(architecture, hidden // heads))
+    kv_heads = _whole(config, "num_key_value_heads", heads, default=heads)
     activation = str(
         config.get("hidden_activation" if gemma else "hidden_act", "gelu_pytorch_tanh" if gemma else "silu")
     )
     if activation not in GATES:
-        raise NotLowered(f"its activation is {activation}")
+        raise NotLowered(f"its activation is {activation[:80]}")
     if gemma and (config.get("final_logit_softcapping") or config.get("attn_logit_softcapping")):
         raise NotLowered("it caps its logits")
     if gemma and config.get("use_bidirectional_attention"):
         raise NotLowered("it attends in both directions")
+    if config.get("quantization_config"):
+        raise NotLowered("its weights are packed by another tool")
     if head_dim % 4 or head_dim > 1024:
         raise NotLowered(f"a head has {head_dim} numbers, which is no multiple of 4 up to 1024")
+    if heads * head_dim > MAX_WIDTH or heads % kv_heads:
+        told = f"{heads} heads of {head_dim} numbers, {kv_heads} of keys, do not go together"
+        raise ArtifactError(f"config.json: {told}; it is damaged")
     windows = _windows(config, architecture, layers)
-    ropes = rope_parameters(config)
-    kinds = ["full_attention", *(["sliding_attention"] if "sliding_attention" in ropes else [])]
-    if windows and len(kinds) == 1 and set(ropes) - {"full_attention"}:
-        raise NotLowered(f"its rotary embeddings are given for {', '.join(sorted(ropes))}")
+    ropes = rope_parameters(config, gemma=gemma)
+    kinds = list(ropes)
     return DecoderConfig(
         architecture=architecture,
         hidden=hidden,
         layers=layers,
         heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
+        kv_heads=kv_heads,
         head_dim=head_dim,
-        intermediate=int(config["intermediate_size"]),
-        vocabulary=int(config["vocab_size"]),
-        positions=int(config["max_position_embeddings"]),
-        epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        intermediate=_whole(config, "intermediate_size", MAX_WIDTH),
+        vocabulary=_whole(config, "vocab_size", MAX_LENGTH),
+        positions=_whole(config, "max_position_embeddings", MAX_LENGTH),
+        epsilon=_real(config, "rms_norm_eps", 0.0, 1.0, 1e-6),
         gelu=GATES[activation],
-        attention_scale=1.0 / math.sqrt(float(config.get("query_pre_attn_scalar", 256)) if gemma else head_dim),
+        attention_scale=1.0 / math.sqrt(_real(config, "query_pre_attn_scalar", 1e-6, 1e9, 256) if gemma else head_dim),
         embedding_scale=math.sqrt(hidden) if gemma else 1.0,
         windows=windows,
         layer_rope=tuple(1 if window and len(kinds) > 1 else 0 for window in windows),
@@ -126,22 +158,24 @@ def _decoder_config(config: Mapping[str, Any], architecture: str) -> DecoderConf
 
 def _windows(config: Mapping[str, Any], architecture: str, layers: int) -> tuple[int, ...]:
     """Keys that each layer sees, 0 for all."""
-    window = int(config.get("sliding_window") or 0)
+    window = 0
+    if config.get("sliding_window", _WINDOW) is not None:
+        window = _whole(config, "sliding_window", 2**31 - 1, default=_WINDOW, least=0)
     kinds = config.get("layer_types")
     if kinds is None and architecture == "Gemma3ForCausalLM":
-        pattern = int(config.get("sliding_window_pattern") or 6)
+        pattern = _whole(config, "sliding_window_pattern", MAX_LAYERS, default=6)
         kinds = ["full_attention" if (layer + 1) % pattern == 0 else "sliding_attention" for layer in range(layers)]
     elif architecture == "MistralForCausalLM":
         kinds = ["sliding_attention"] * layers
     elif architecture.startswith("Qwen") and not config.get("use_sliding_window"):
         kinds = ["full_attention"] * layers
     elif kinds is None and architecture.startswith("Qwen"):
-        first = int(config.get("max_window_layers", layers))
+        first = _whole(config, "max_window_layers", MAX_LAYERS, default=28, least=0)
         kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
     elif kinds is None or architecture == "LlamaForCausalLM":
         kinds = ["full_attention"] * layers
     if len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
-        raise NotLowered(f"its kinds of layers are {sorted(set(map(str, kinds)))}")
+        raise NotLowered(f"it has {len(kinds)} layers of these kinds: {', '.join(sorted(set(map(str, kinds))))[:80]}")
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
@@ -149,11 +183,14 @@ Arrays = dict[str, NDArray[np.uint8]]
 """Name of a stored tensor -> its bytes."""
 
 
-def mapped(stored: Mapping[str, Stored]) -> Arrays:
-    """The tensors where they lie in their files, read from the disk when they are used."""
-    paths = {tensor.path for tensor in stored.values()}
-    files = {path: np.memmap(path, dtype=np.uint8, mode="r") for path in paths}
-    return {name: files[at.path][at.offset : at.offset + at.length] for name, at in stored.items()}
+def mapped(stored: Mapping[str, Stored]) -> tuple[Arrays, dict[Path, mmap.mmap]]:
+    """The tensors where they lie in their files, read from the disk when they are used; and the maps of the files."""
+    maps: dict[Path, mmap.mmap] = {}
+    for path in {tensor.path for tensor in stored.values()}:
+        with open(path, "rb") as stream:
+            maps[path] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    files = {path: np.frombuffer(whole, np.uint8) for path, whole in maps.items()}
+    return {name: files[at.path][at.offset : at.offset + at.length] for name, at in stored.items()}, maps
 
 
 def read_into_huge_pages(stored: Mapping[str, Stored]) -> Arrays:
@@ -161,11 +198,17 @@ def read_into_huge_pages(stored: Mapping[str, Stored]) -> Arrays:
 
     One core reads such memory up to half faster than a mapped file: there are fewer address lookups, the prefetcher
     (which stops at the end of a page) seldom stops, and a load of 64 bytes never touches two cache lines.
+
+    BudgetError when there is no such memory.
     """
     places, size = {}, 0
-    for name, tensor in stored.items():
+    for name, tensor in sorted(stored.items(), key=lambda row: order_of_use(row[0])):
         places[name], size = size, size + -(-tensor.length // ALIGNMENT) * ALIGNMENT
-    memory = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | getattr(mmap, "MAP_ANONYMOUS", 0))
+    try:
+        memory = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | getattr(mmap, "MAP_ANONYMOUS", 0))
+    except OSError as error:
+        told = f"the system gives no {size / 1e6:.0f} MB for the weights ({error}); free memory, or limit it with --ram"
+        raise BudgetError(told) from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
@@ -175,7 +218,7 @@ def read_into_huge_pages(stored: Mapping[str, Stored]) -> Arrays:
         paths = {tensor.path for tensor in stored.values()}
         files = {path: stack.enter_context(open(path, "rb", buffering=0)) for path in paths}
         for name, tensor in stored.items():
-            stream, view, at = files[tensor.path], memoryview(arrays[name]), 0
+            stream, view, at = files[tensor.path], arrays[name].data, 0
             stream.seek(tensor.offset)
             while at < tensor.length and (count := stream.readinto(view[at : at + 2**26])):
                 at += count
@@ -185,13 +228,15 @@ def read_into_huge_pages(stored: Mapping[str, Stored]) -> Arrays:
 
 
 class Weights:
-    """The tensors of a folder, mapped `in_place` or read into memory; every one that is asked for is counted as used."""
+    """The tensors of a folder, mapped `in_place` or read into memory; each that is asked for is counted as used."""
 
     def __init__(self, folder: Path, *, in_place: bool) -> None:
         self.folder = folder
         self.stored = stored_tensors(folder)
         self.packing = read_packing(folder) if is_packed(folder) else {}
-        self.arrays = (mapped if in_place else read_into_huge_pages)(self.stored)
+        if twice := sorted(set(self.packing) & set(self.stored)):
+            raise ArtifactError(f"{twice[0][:200]!r} is stored both packed and plain; the files do not belong together")
+        self.arrays, self.maps = mapped(self.stored) if in_place else (read_into_huge_pages(self.stored), {})
         self.used: set[str] = set()
 
     def has(self, name: str) -> bool:
@@ -220,12 +265,16 @@ class Weights:
             raise ArtifactError(
                 f"{name} is {stored.dtype} {list(stored.shape)}, not [{rows}, {columns}]; it is damaged"
             )
+        if data.ctypes.data % ITEM_BYTES[stored.dtype]:
+            told = f"{name} begins at byte {stored.offset} of its file, in the middle of a number"
+            raise ArtifactError(f"{told}; write the file again with safetensors, or allow more memory")
         return native.plain(data.reshape(rows, -1), _KINDS[stored.dtype])
 
     def _packed(self, native: Any, name: str, rows: int, columns: int) -> int:
         shape, formats = self.packing[name]
         if shape != (rows, columns):
             raise ArtifactError(f"{name} is packed as {list(shape)}, config.json makes it [{rows}, {columns}]")
+        self.used.add(name)
         parts = []
         for index, (fmt, count) in enumerate(formats):
             tiles, data = self.raw(f"{name}.tiles.{index}")
@@ -240,6 +289,7 @@ class Weights:
                 if table.dtype != "I8" or table.shape != (fmt.levels,):
                     raise ArtifactError(f"{name}.codebook.{index} is {table.dtype} {list(table.shape)}; it is damaged")
                 codebook = bytes_of_table.copy().view(np.int8)
+            self._check_factors(f"{name}.tiles.{index}", data.reshape(expected), fmt.factors_at(columns), count)
             parts.append((data.reshape(expected), count, fmt.bits, fmt.group_size, codebook))
         part_of_row = None
         if len(parts) > 1:
@@ -251,6 +301,16 @@ class Weights:
                 raise ArtifactError(f"{name}.rows deals out {counts} rows; packing.json says otherwise")
             part_of_row = data.copy()
         return native.packed(parts, columns, part_of_row)
+
+    def _check_factors(self, name: str, tiles: NDArray[np.uint8], at: int, rows: int) -> None:
+        """ArtifactError when a row in use has a factor that is not finite. A mapped file's pages are given back."""
+        factors = tiles[:, at : at + 32].copy().view("<u2").reshape(-1)[:rows]
+        if ((factors & 0x7F80) == 0x7F80).any():
+            raise ArtifactError(f"{name} has a row factor that is not finite; the model is damaged")
+        stored = self.stored[name]
+        if stored.path in self.maps:
+            start = stored.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            self.maps[stored.path].madvise(mmap.MADV_DONTNEED, start, stored.offset + stored.length - start)
 
 
 def as_float32(data: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
@@ -264,6 +324,7 @@ def build(weights: Weights, config: DecoderConfig, native: Any) -> None:
     """Hand every weight to the native program. NotLowered when tensors are left that it has no place for."""
     query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
     plus = 1.0 if config.gemma else 0.0  # Gemma stores its norms' weights less one
+    norms = config.architecture in ("Qwen3ForCausalLM", "Gemma3ForCausalLM")  # of each head of q and k
     for rope in config.ropes:
         native.rope(rope, 1.0)
     for layer in range(config.layers):
@@ -296,9 +357,9 @@ def build(weights: Weights, config: DecoderConfig, native: Any) -> None:
                 if config.gemma
                 else None
             ),
-            query_norm=_optional(weights, attention + "q_norm.weight", config.head_dim, plus),
-            key_norm=_optional(weights, attention + "k_norm.weight", config.head_dim, plus),
-            bias=_bias(weights, attention, query, key),
+            query_norm=weights.vector(attention + "q_norm.weight", config.head_dim, plus=plus) if norms else None,
+            key_norm=weights.vector(attention + "k_norm.weight", config.head_dim, plus=plus) if norms else None,
+            bias=_bias(weights, attention, query, key) if config.architecture == "Qwen2ForCausalLM" else None,
         )
     embedding = weights.matrix(native, "model.embed_tokens.weight", config.vocabulary, config.hidden)
     head = embedding
@@ -307,18 +368,13 @@ def build(weights: Weights, config: DecoderConfig, native: Any) -> None:
     elif not config.tied:
         raise ArtifactError(f"the weight files of {weights.folder} lack lm_head.weight; the model is damaged")
     native.finish(embedding, weights.vector("model.norm.weight", config.hidden, plus=plus), head)
-    left = sorted(name for name in set(weights.stored) - weights.used if not name.endswith("rotary_emb.inv_freq"))
+    there = {*weights.stored, *weights.packing}
+    left = sorted(name for name in there - weights.used if not name.endswith("rotary_emb.inv_freq"))
     if left:
-        raise NotLowered(f"it has {left[0]}, which the native path does not use")
+        raise NotLowered(f"it has {left[0][:200]}, which the native path does not use")
 
 
-def _optional(weights: Weights, name: str, length: int, plus: float) -> NDArray[np.float32] | None:
-    return weights.vector(name, length, plus=plus) if weights.has(name) else None
-
-
-def _bias(weights: Weights, attention: str, query: int, key: int) -> NDArray[np.float32] | None:
-    """The biases of q, k and v in one row, when there are any."""
-    if not weights.has(attention + "q_proj.bias"):
-        return None
+def _bias(weights: Weights, attention: str, query: int, key: int) -> NDArray[np.float32]:
+    """The biases of q, k and v in one row."""
     lengths = {"q": query, "k": key, "v": key}
     return np.concatenate([weights.vector(f"{attention}{name}_proj.bias", count) for name, count in lengths.items()])

@@ -20,14 +20,11 @@ MAX_PACKING_BYTES = 64 * 2**20
 PIECE = re.compile(r"\.(?:(?:tiles|codebook)\.\d+|rows)$")
 """The end of a stored name that belongs to a packed weight."""
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.(.*)")
-_USE = {
-    name: place
-    for place, name in enumerate(
-        """input_layernorm q_proj k_proj v_proj q_norm k_norm o_proj post_attention_layernorm pre_feedforward_layernorm
-        gate_proj up_proj down_proj post_feedforward_layernorm""".split()
-    )
-}
-"""Part of a layer's tensor names -> its place in the order of use."""
+_LAYER_ORDER = (
+    *("input_layernorm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj", "post_attention_layernorm"),
+    *("pre_feedforward_layernorm", "gate_proj", "up_proj", "down_proj", "post_feedforward_layernorm"),
+)
+_USE = {name: place for place, name in enumerate(_LAYER_ORDER)}
 
 
 def order_of_use(name: str) -> tuple[int, int, int, str]:

@@ -14,46 +14,78 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gulliver.core.errors import ArtifactError
+
+LEAST, MOST = 1e-6, 1e30
+"""What a base, factor or length may be, so that all frequencies are finite in float32."""
+
 
 class UnknownRope(Exception):
     """A kind of rotary embedding that is not here; the message names it."""
 
 
 def frequencies(rope: Mapping[str, Any], head_dim: int) -> NDArray[np.float32]:
-    """Frequencies [head_dim / 2] in radians per position. `rope` is one entry of a config's `rope_parameters`."""
+    """Frequencies [head_dim / 2] in radians per position. `rope` is one entry of a config's `rope_parameters`.
+
+    ArtifactError for a number that is no number or out of all bounds, UnknownRope for a kind that is not here.
+    """
     kind = str(rope.get("rope_type", "default"))
     if float(rope.get("partial_rotary_factor") or 1.0) != 1.0:
         raise UnknownRope("it rotates a part of each head only")
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    plain = (1.0 / np.float32(rope.get("rope_theta", 10000.0)) ** exponent).astype(np.float32)
+    plain = (1.0 / np.float32(_number(rope, "rope_theta", 10000.0)) ** exponent).astype(np.float32)
     if kind == "default":
         return plain
     if kind == "linear":
-        return (plain / np.float32(rope["factor"])).astype(np.float32)
+        return (plain / np.float32(_number(rope, "factor"))).astype(np.float32)
     if kind == "llama3":
         return _llama3(plain, rope)
-    raise UnknownRope(f"its rotary embedding is of type {kind!r}")
+    raise UnknownRope(f"its rotary embedding is of type {kind[:80]!r}")
+
+
+def _number(rope: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value: Any = default if rope.get(key) is None else rope[key]
+    if type(value) not in (int, float) or not LEAST <= value <= MOST:
+        raise ArtifactError(f"config.json: {key} of its rope is {str(value)[:80]}; it must be from {LEAST} to {MOST}")
+    return float(value)
 
 
 def _llama3(plain: NDArray[np.float32], rope: Mapping[str, Any]) -> NDArray[np.float32]:
-    factor, trained = float(rope["factor"]), float(rope["original_max_position_embeddings"])
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    factor, trained = _number(rope, "factor"), _number(rope, "original_max_position_embeddings")
+    low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
+    if high <= low:
+        raise ArtifactError(
+            f"config.json: high_freq_factor of its rope is {high}; it must be above low_freq_factor, {low}"
+        )
     wavelength = 2 * math.pi / plain.astype(np.float64)
     blend = np.clip((trained / wavelength - low) / (high - low), 0.0, 1.0)  # 0: slow, divided; 1: fast, left alone
     return (plain * ((1 - blend) / factor + blend)).astype(np.float32)
 
 
-def rope_parameters(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Kind of layer -> its rope, from any version of transformers' configs; "full_attention" is always there."""
-    given = config.get("rope_parameters")
-    if isinstance(given, Mapping) and any(isinstance(value, Mapping) for value in given.values()):
-        return {kind: rope for kind, rope in given.items() if isinstance(rope, Mapping)}
-    rope = dict(given or config.get("rope_scaling") or {})
-    if "type" in rope:  # how older configs spell it
-        rope.setdefault("rope_type", rope.pop("type"))
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    found: dict[str, Mapping[str, Any]] = {"full_attention": rope}
-    local = config.get("rope_local_base_freq")
-    if local is not None:
-        found["sliding_attention"] = {"rope_type": "default", "rope_theta": local}
-    return found
+def rope_parameters(config: Mapping[str, Any], *, gemma: bool) -> dict[str, dict[str, Any]]:
+    """Kind of layer -> its rope, from any version of transformers' configs; "full_attention" is always there.
+
+    Gemma 3 alone has another one for "sliding_attention".
+    """
+    given, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    if not gemma:
+        return {"full_attention": _rope(config, scaling or given, "rope_theta", 1e4)}
+    full, sliding = given.get("full_attention") or {}, given.get("sliding_attention") or {}
+    return {
+        "full_attention": _rope(config, {**full, **scaling}, "rope_theta", 1e6),
+        "sliding_attention": _rope(config, sliding, "rope_local_base_freq", 1e4),
+    }
+
+
+def _rope(config: Mapping[str, Any], given: Mapping[str, Any], base: str, theta: float) -> dict[str, Any]:
+    """One rope, with what stands outside it in a config."""
+    rope = dict(given)
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise UnknownRope(f"its rotary embeddings are given for {', '.join(sorted(rope))[:80]}")
+    rope.setdefault("rope_type", rope.get("type", "default"))  # how older configs spell it
+    rope.setdefault("rope_theta", config.get(base, theta))
+    rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if config.get("original_max_position_embeddings") is not None:
+        rope["original_max_position_embeddings"] = config["original_max_position_embeddings"]
+    rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+    return rope

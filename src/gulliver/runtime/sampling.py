@@ -79,7 +79,8 @@ class Sampler:
                 self._bias[token] = bias
         self._counts: dict[int, int] = {}  # of the answer
         self._seen: dict[int, None] = dict.fromkeys(prompt) if sampling.repetition_penalty != 1 else {}
-        self._counting = bool(sampling.presence_penalty or sampling.frequency_penalty or self._seen)
+        repetition = sampling.repetition_penalty != 1
+        self._counting = bool(sampling.presence_penalty or sampling.frequency_penalty or repetition)
 
     def observe(self, token: int) -> None:
         """Tell the sampler the answer's next token, after each `draw`."""

@@ -29,6 +29,8 @@ using FloatRows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>
 using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using IntRows = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
+constexpr int kMostThreads = 1024, kMostRows = 4096, kMostWidth = 1 << 18, kMostLength = 1 << 24;
+
 void demand(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
 }
@@ -108,6 +110,7 @@ class Native {
   }
 
   void rope(const Floats& frequency, float scale) {
+    demand(!finished_, "the model is finished");
     demand(frequency.shape(0) * 2 == size_t(program_.shape.head_dim), "a rope has head_dim / 2 frequencies");
     program_.ropes.push_back({{frequency.data(), frequency.data() + frequency.shape(0)}, scale});
   }
@@ -118,6 +121,7 @@ class Native {
              const std::optional<Floats>& key_norm, const std::optional<Floats>& bias) {
     const Shape& s = program_.shape;
     const int query = s.heads * s.head_dim, key = s.kv_heads * s.head_dim;
+    demand(!finished_, "the model is finished");
     demand(rope >= 0 && size_t(rope) < program_.ropes.size() && window >= 0, "there is no such rope or window");
     demand(qkv.size() == 3 && gate_up.size() == 2, "qkv are three matrices, gate_up two");
     Layer layer;
@@ -153,7 +157,10 @@ class Native {
     finished_ = true;
   }
 
-  void hold(size_t bytes) { program_.hold(bytes); }
+  void hold(size_t bytes) {
+    demand(finished_, "the model is not finished");
+    program_.hold(bytes);
+  }
   std::string isa() const { return program_.kernels->name; }
 
   void step(const Ints& tokens, const Ints& positions, const Ints& sequences, const IntRows& blocks, const Ints& wanted,
@@ -167,13 +174,15 @@ class Native {
     demand(wanted.shape(0) == 0 || ((logits.shape(1) == 1 || logits.stride(1) == 1) && stride >= int64_t(logits.shape(1)) && stride < INT32_MAX),
            "logits have wrong strides");
     std::vector<Row> rows(count);
+    // A copy: the caller may change its array while the step runs without the interpreter's lock.
+    const std::vector<int32_t> table(blocks.data(), blocks.data() + blocks.shape(0) * blocks.shape(1));
     for (size_t i = 0; i < count; i++) {
       const int token = tokens.data()[i], position = positions.data()[i], sequence = sequences.data()[i];
       demand(token >= 0 && token < program_.shape.vocabulary, "a token is not in the vocabulary");
       demand(position >= 0 && position < program_.shape.positions, "a position is outside the context");
       demand(sequence >= 0 && size_t(sequence) < blocks.shape(0), "a row names a sequence without blocks");
       demand(size_t(position / kCacheTokens) < blocks.shape(1), "a sequence has too few blocks for its position");
-      rows[i] = {token, position, blocks.data() + size_t(sequence) * blocks.shape(1)};
+      rows[i] = {token, position, table.data() + size_t(sequence) * blocks.shape(1)};
       for (int b = 0; b <= position / kCacheTokens; b++)
         demand(rows[i].blocks[b] >= 0 && rows[i].blocks[b] < program_.cache_blocks, "there is no such cache block");
     }
@@ -241,10 +250,11 @@ NB_MODULE(_native, m) {
                           const std::string& isa, int threads, int max_rows, int cache_blocks) {
         demand(hidden > 0 && heads > 0 && kv_heads > 0 && heads % kv_heads == 0 && intermediate > 0 && vocabulary > 0, "sizes must be positive");
         demand(head_dim > 0 && head_dim % 4 == 0 && head_dim <= kMostHeadDim, "head_dim must be a multiple of 4, at most 1024");
-        const int64_t most = 1 << 28;   // products of sizes stay far from the end of an int
-        demand(hidden < most && intermediate < most && vocabulary < most && positions < most && heads < most / 4 &&
-                   (int64_t(heads) + 2 * kv_heads) * head_dim < most, "sizes must be below 2^28");
-        demand(positions > 0 && threads > 0 && threads <= 1024 && max_rows > 0 && cache_blocks > 0, "positions, threads, rows and blocks must be positive");
+        demand(threads > 0 && threads <= kMostThreads, "threads must be 1 to 1024");
+        demand(positions > 0 && max_rows > 0 && cache_blocks > 0, "positions, rows and blocks must be positive");
+        // So that no product of two sizes leaves the range of int.
+        demand(hidden <= kMostWidth && heads <= kMostWidth / head_dim && intermediate <= kMostWidth && max_rows <= kMostRows &&
+                   vocabulary <= kMostLength && positions <= kMostLength, "a size is out of range");
         const Shape shape{hidden, heads, kv_heads, head_dim, intermediate, vocabulary, positions, epsilon,
                           attention_scale, embedding_scale, gelu ? Gate::gelu : Gate::silu};
         new (self) Native(shape, isa, threads, max_rows, cache_blocks);

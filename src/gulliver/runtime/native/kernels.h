@@ -38,7 +38,7 @@ struct Activations {                // of one batch
   const int8_t* q;                  // [batch, stride]
   const float* scale;               // [batch, stride / 32]
   const int32_t* sum;               // [batch, stride / 32]
-  int stride;                       // columns padded to a multiple of kPad
+  int stride;                       // a multiple of 64; at least the columns rounded up to a multiple of kPad
 };
 
 struct Attention {                  // one query head of one token

@@ -1,5 +1,11 @@
 #include "pool.h"
 
+#include <unistd.h>
+
+#include <stdexcept>
+#include <string>
+#include <system_error>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -43,7 +49,8 @@ void Barrier::wait() {
   const uint32_t round = round_.load(std::memory_order_acquire);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
     arrived_.store(0, std::memory_order_relaxed);
-    round_.store(round + 1, std::memory_order_release);
+    // Not just a release: `notify_all` looks whether anybody sleeps, and must not look before the others can see the round.
+    round_.store(round + 1, std::memory_order_seq_cst);
     round_.notify_all();
     return;
   }
@@ -54,13 +61,26 @@ void Barrier::wait() {
   while (round_.load(std::memory_order_acquire) == round) round_.wait(round, std::memory_order_acquire);
 }
 
-Pool::Pool(int threads) : size_(threads), barrier_(threads) {
-  for (int number = 0; number < threads; number++) threads_.emplace_back([this, number] { loop(number); });
+Pool::Pool(int threads) : size_(threads), process_(getpid()), barrier_(threads) {
+  threads_.reserve(size_t(threads));
+  try {
+    for (int number = 0; number < threads; number++) threads_.emplace_back([this, number] { loop(number); });
+  } catch (const std::system_error&) {
+    const size_t started = threads_.size();
+    stop();
+    throw std::runtime_error("the system gives " + std::to_string(started) + " of " + std::to_string(threads) + " threads");
+  }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { stop(); }
+
+void Pool::stop() {
+  if (getpid() != process_) {       // a fork has only the thread that forked: nobody to wait for
+    for (auto& thread : threads_) thread.detach();
+    return;
+  }
   stop_ = true;
-  turn_.fetch_add(1, std::memory_order_release);
+  turn_.fetch_add(1);
   turn_.notify_all();
   for (auto& thread : threads_) thread.join();
 }
@@ -71,14 +91,15 @@ void Pool::loop(int number) {
     turn_.wait(seen, std::memory_order_acquire);
     if (stop_) return;
     (*work_)(number);
-    if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) running_.notify_one();
+    if (running_.fetch_sub(1) == 1) running_.notify_one();
   }
 }
 
 void Pool::run(const std::function<void(int)>& work) {
+  if (getpid() != process_) throw std::runtime_error("the process was forked; open the model again in the child");
   work_ = &work;
   running_.store(size_, std::memory_order_relaxed);
-  turn_.fetch_add(1, std::memory_order_release);
+  turn_.fetch_add(1);
   turn_.notify_all();
   for (int left = running_.load(std::memory_order_acquire); left != 0; left = running_.load(std::memory_order_acquire))
     running_.wait(left, std::memory_order_acquire);

@@ -26,18 +26,21 @@ class Barrier {
 
 class Pool {
  public:
-  explicit Pool(int threads);
+  explicit Pool(int threads);       // throws std::runtime_error when the system gives fewer threads
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
   int size() const { return size_; }
   Barrier& barrier() { return barrier_; }
-  // Run `work(thread number)` on all threads; returns when all are done.
+  // Run `work(thread number)`, which throws nothing, on all threads; returns when all are done. One caller at a time.
+  // Throws std::runtime_error in a child process, where the threads are not.
   void run(const std::function<void(int)>& work);
 
  private:
   void loop(int number);
+  void stop();
   const int size_;
+  const int process_;               // that made the threads
   Barrier barrier_;
   const std::function<void(int)>* work_ = nullptr;
   bool stop_ = false;

@@ -17,13 +17,22 @@ constexpr int kPiecesPerThread = 8;
 
 // Columns of int8 activations, an odd number of cache lines: a power of two would put all rows in the same few cache sets.
 int padded(int columns) {
-  const int stride = (columns + kPad - 1) / kPad * kPad;
-  return stride % 128 ? stride : stride + 64;
+  return (columns + kPad - 1) / kPad * kPad + 64;
 }
 // Floats of a row of outputs, likewise.
 int apart(int columns) {
   const int stride = (columns + 15) / 16 * 16;
   return stride % 32 ? stride : stride + 16;
+}
+
+// bfloat16 to float; `from` has any alignment.
+void widen(const char* from, int count, float* out) {
+  for (int i = 0; i < count; i++) {
+    uint16_t half;
+    std::memcpy(&half, from + 2 * i, 2);
+    const uint32_t bits = uint32_t(half) << 16;
+    std::memcpy(out + i, &bits, 4);
+  }
 }
 
 // One row of a packed part, column by column.
@@ -113,7 +122,6 @@ Product Program::product_of(const std::vector<const Matrix*>& matrices) const {
     const Matrix& matrix = *matrices[number];
     product.at.push_back(product.rows);
     product.rows += matrix.rows;
-    (matrix.packed() ? product.packed : product.plain) = true;
     const int parts = matrix.packed() ? int(matrix.parts.size()) : 1;
     for (int part = 0; part < parts; part++) {
       const size_t unit = matrix.packed() ? matrix.parts[part].tile_bytes : matrix.bytes() / matrix.rows;
@@ -158,10 +166,16 @@ uint8_t* Program::block(int layer, int head, int number) const {
 void Program::embed(int token, float* out) const {
   const Matrix& matrix = *embedding;
   if (!matrix.packed()) {
-    const float one = 1.0f;           // a product of a column of ones would be slow: copy the row through the kernel's reader
-    const Plain row{static_cast<const char*>(matrix.plain.data) + size_t(token) * matrix.columns * (matrix.plain.kind == kFloat32 ? 4 : 2),
-                    matrix.columns, 1, matrix.plain.kind};
-    kernels->plain(row, 0, matrix.columns, &one, 1, 1, out, 0);
+    const size_t at = size_t(token) * matrix.columns;
+    if (matrix.plain.kind == kBfloat16) {
+      widen(static_cast<const char*>(matrix.plain.data) + 2 * at, matrix.columns, out);
+    } else if (matrix.plain.kind == kFloat32) {
+      std::memcpy(out, static_cast<const char*>(matrix.plain.data) + 4 * at, 4 * size_t(matrix.columns));
+    } else {                        // as a product of a column with 1: slow, but float16 is rare
+      const float one = 1.0f;
+      const Plain row{static_cast<const char*>(matrix.plain.data) + 2 * at, matrix.columns, 1, kFloat16};
+      kernels->plain(row, 0, matrix.columns, &one, 1, 1, out, 0);
+    }
   } else if (matrix.parts.size() == 1) {
     unpack_row(matrix.parts[0], token, out);
   } else {
@@ -227,7 +241,7 @@ void Program::open(Mine& mine, const float* norm, const float* after, bool add) 
 }
 
 // A head of q or k: norm, rotate.
-void Program::prepare_head(const Layer& layer, int, int row, int head, float* x) {
+void Program::prepare_head(const Layer& layer, int row, int head, float* x) {
   const int half = shape.head_dim / 2;
   const bool query = head < shape.heads;
   const float* weight = query ? layer.query_norm : layer.key_norm;
@@ -247,7 +261,7 @@ void Program::attention(int number, Mine& mine) {
     float* x = qkv_.data() + size_t(row) * width_ + head * dim;
     if (layer.bias)
       for (int i = 0; i < dim; i++) x[i] += layer.bias[head * dim + i];
-    prepare_head(layer, number, row, head, x);
+    prepare_head(layer, row, head, x);
     if (head < shape.heads) {
       Query& query = queries_[size_t(row) * shape.heads + head];
       int8_t* q = query_.data() + (size_t(row) * shape.heads + head) * dim;
@@ -277,9 +291,10 @@ void Program::attention(int number, Mine& mine) {
   if (last) {                       // whose logits nobody wants has done its part: the others move up
     divide(mine, int(wanted.size()));
     Mine& in = *mine.shared;
-    if (mine.thread == 0 && mine.count < count_)
+    float* stream = in.stream.data();
+    if (mine.thread == 0)
       for (int k = 0; k < mine.count; k++)
-        std::copy_n(in.stream.data() + size_t(wanted[k]) * shape.hidden, shape.hidden, in.stream.data() + size_t(k) * shape.hidden);
+        if (wanted[k] != k) std::copy_n(stream + size_t(wanted[k]) * shape.hidden, shape.hidden, stream + size_t(k) * shape.hidden);
   }
   // The heads that share keys follow each other, then the rows: keys stay near.
   const int group = shape.heads / shape.kv_heads;
@@ -390,29 +405,38 @@ void Program::step(const std::vector<Row>& rows, const std::vector<int32_t>& wan
     }
   deal();
   pool_.run([this](int thread) { work(thread); });
+  for (const Span& span : outer_) madvise(span.start, span.length, MADV_DONTNEED);
+}
+
+// The whole pages of a matrix: those at its ends may hold other weights, too.
+size_t Program::spans_of(const Matrix& matrix, std::vector<Span>& spans) {
+  const size_t page = size_t(sysconf(_SC_PAGESIZE));
+  auto add = [&](const void* data, size_t length) {
+    const uintptr_t start = (uintptr_t(data) + page - 1) / page * page, stop = (uintptr_t(data) + length) / page * page;
+    if (stop > start) spans.push_back({reinterpret_cast<char*>(start), size_t(stop - start)});
+  };
+  if (!matrix.packed()) add(matrix.plain.data, matrix.bytes());
+  for (const Part& part : matrix.parts) add(part.tiles, size_t((part.rows + kTileRows - 1) / kTileRows) * part.tile_bytes);
+  return matrix.bytes();
 }
 
 void Program::hold(size_t bytes) {
-  const size_t page = size_t(sysconf(_SC_PAGESIZE));
   spans_.clear();
+  outer_.clear();
   held_ = SIZE_MAX;
-  size_t kept = 0;
-  for (const Matrix* matrix : head.matrices) kept += matrix->bytes();
-  for (size_t number = 0; number < layers.size(); number++) {
-    std::vector<Span> spans;
-    auto add = [&](const void* data, size_t length) {
-      const uintptr_t start = (uintptr_t(data) + page - 1) / page * page, stop = (uintptr_t(data) + length) / page * page;
-      if (stop > start) spans.push_back({reinterpret_cast<char*>(start), size_t(stop - start)});
-      kept += length;
-    };
-    for (const Product* product : {&layers[number].qkv, &layers[number].out, &layers[number].gate_up, &layers[number].down})
-      for (const Matrix* matrix : product->matrices) {
-        if (!matrix->packed()) add(matrix->plain.data, matrix->bytes());
-        for (const Part& part : matrix->parts)
-          add(part.tiles, size_t((part.rows + kTileRows - 1) / kTileRows) * part.tile_bytes);
-      }
-    if (kept > bytes && held_ == SIZE_MAX) held_ = number;
-    spans_.push_back(std::move(spans));
+  std::vector<size_t> sizes;
+  for (const Layer& layer : layers) {
+    sizes.push_back(0);
+    spans_.emplace_back();
+    for (const Product* product : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down})
+      for (const Matrix* matrix : product->matrices) sizes.back() += spans_of(*matrix, spans_.back());
+  }
+  const Matrix* last = head.matrices[0];
+  if (embedding != last) spans_of(*embedding, outer_);   // a step touches few of its rows, all steps together all of them
+  size_t kept = last->bytes();
+  for (size_t number = 0; number < sizes.size() && held_ == SIZE_MAX; number++) {
+    kept += sizes[number];
+    if (kept > bytes) held_ = number;
   }
 }
 

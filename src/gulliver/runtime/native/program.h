@@ -31,7 +31,6 @@ struct Product {                                   // several matrices with one 
   std::vector<int> at;                             // where each one's rows begin in the output
   std::vector<Piece> pieces;
   int rows = 0;
-  bool packed = false, plain = false;              // which kinds of weights are in it
 };
 
 enum class Gate { silu, gelu };
@@ -95,7 +94,8 @@ class Program {
   void finish();                    // after layers and head are set: makes the buffers
   // Logits of the wanted rows (numbers ascending) go to logits [wanted, vocabulary], whose rows are `stride` floats apart.
   void step(const std::vector<Row>& rows, const std::vector<int32_t>& wanted, float* logits, int stride);
-  // Keep at most about `bytes` of weights in memory: the pages of other layers are given back after use.
+  // Keep the head and as many layers as go into `bytes` in memory: the pages of other layers, and of an embedding that is not
+  // the head, are given back after use. Only for weights in mapped files.
   void hold(size_t bytes);
   size_t cache_bytes() const { return cache_bytes_; }
 
@@ -122,11 +122,12 @@ class Program {
   void share(Mine& mine, Do&& work);   // work(number) for every number of the next shares that `deal` made
   void deal();
   void attention(int number, Mine& mine);
-  void prepare_head(const Layer& layer, int number, int row, int head, float* x);
+  void prepare_head(const Layer& layer, int row, int head, float* x);
   // Row `row` of the step, whose answer goes to place `at`.
   void attend(const Layer& layer, int number, int row, int at, int head, Mine& mine);
   void embed(int token, float* out) const;
   void evict(size_t layer);
+  static size_t spans_of(const Matrix& matrix, std::vector<Span>& spans);   // returns the bytes of the matrix
   uint8_t* block(int layer, int head, int number) const;
 
   Pool pool_;
@@ -143,6 +144,7 @@ class Program {
   std::vector<std::unique_ptr<Mine>> mine_;       // of each thread; the last one is shared by all when there are more rows
   std::vector<Share> shares_;                     // of each product of a step, one for each thread
   std::vector<std::vector<Span>> spans_;          // pages of each layer's weights that may be given back
+  std::vector<Span> outer_;                       // of the embedding, given back after a step
   size_t held_ = SIZE_MAX;                        // layers from this one on are given back after use
 };
 
