@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +11,10 @@ import httpx
 import pytest
 from http_samples import FakeEngine, Running, serving
 
-from gulliver.serve import answers
+from gulliver.serve import answers, chat_api, stream
+from gulliver.serve.completion_json import CompletionAnswer
 from gulliver.serve.requests import Request
+from gulliver.serve.schemas import ChatRequest
 
 HELLO = [{"role": "user", "content": "hi"}]
 
@@ -140,7 +143,7 @@ def test_the_options_reach_the_engine(client: httpx.Client, engine: FakeEngine) 
     assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.25, -0.5)
     assert sampling.logit_bias == ((7, -100.0),)
     assert asked.stop == ("x", "y") and asked.stop_tokens == (5,) and asked.ignore_end and asked.max_tokens == 3
-    assert asked.timeout_seconds == 600
+    assert asked.timeout_seconds == pytest.approx(600, abs=5)
 
 
 def test_the_defaults_are_openais(client: httpx.Client, engine: FakeEngine) -> None:
@@ -312,3 +315,29 @@ def test_a_bug_is_a_500_in_the_same_shape(client: httpx.Client, engine: FakeEngi
     response = chat(client)
     assert response.status_code == 500 and "secret" not in response.text
     answers.ErrorAnswer.model_validate_json(response.content, strict=True)
+
+
+def test_a_long_answer_is_written_beside_the_loop(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    writers: list[str] = []
+
+    def whole(self: CompletionAnswer, *arguments: Any) -> bytes:
+        writers.append(threading.current_thread().name)
+        return written(self, *arguments)
+
+    written = CompletionAnswer.whole
+    monkeypatch.setattr(CompletionAnswer, "whole", whole)
+    monkeypatch.setattr(stream, "INLINE_TOKENS", 10)
+    for prompt in ("a", "a" * 20):
+        body = {"model": "fake", "prompt": prompt, "echo": True, "max_tokens": 0, "logprobs": 2}
+        assert client.post("/v1/completions", json=body).json()["choices"][0]["text"] == prompt
+    assert len(writers) == 2 and writers[0] != writers[1]
+
+
+def test_earlier_calls_count_as_something_to_read() -> None:
+    call = {"function": {"name": "f", "arguments": "x" * 5000}}
+    messages = [
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "user", "content": [{"type": "text", "text": "ab"}]},
+    ]
+    body = ChatRequest.model_validate({"model": "fake", "messages": messages})
+    assert [chat_api._characters(message) - chat_api.MESSAGE_CHARACTERS for message in body.messages] == [5000, 2]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,3 +119,31 @@ def test_the_sockets_are_let_go() -> None:
             read_all(server, BODY, 0)
         time.sleep(0.1)
         assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def test_a_socket_is_not_closed_within_a_write() -> None:
+    """Another client's connection may have the descriptor at once."""
+    ours, theirs = socket.socketpair()
+    begun, go_on, calls = threading.Event(), threading.Event(), []
+
+    def send(data: bytes) -> int:
+        begun.set()
+        assert go_on.wait(10)
+        calls.append("sent")
+        return len(data)
+
+    with ours, theirs:
+        way: Any = direct.Direct(None, os.dup(ours.fileno()))
+        kept, way._socket = way._socket, SimpleNamespace(send=send, close=lambda: calls.append("closed"))
+        threads = [threading.Thread(target=way.write, args=(b"one",)), threading.Thread(target=way.close)]
+        threads[0].start()
+        assert begun.wait(10)
+        threads[1].start()
+        threads[1].join(0.1)
+        go_on.set()
+        for thread in threads:
+            thread.join(10)
+        assert calls == ["sent", "closed"]
+        kept.close()
+        way._socket = kept
+        assert way.write(b"two") == b""

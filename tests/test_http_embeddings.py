@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,10 @@ from http_samples import FakeEngine, served, serving
 from language_samples import write_encoder
 
 from gulliver.core.errors import ArtifactError
-from gulliver.serve import answers
+from gulliver.serve import answers, embeddings
 from gulliver.serve.embeddings import Encoder, is_encoder, read_pooling
 from gulliver.serve.requests import EngineClosed, QueueFull
+from gulliver.serve.state import Settings
 
 TEXTS = ["a giant", "home", "a giant made at home among small machines"]
 
@@ -110,6 +113,38 @@ def test_an_encoder_does_not_chat(client: httpx.Client) -> None:
     body = {"model": "encoder", "messages": [{"role": "user", "content": "hi"}]}
     response = client.post("/v1/chat/completions", json=body)
     assert response.status_code == 400 and "/v1/embeddings" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("end", ["gone", "timeout", "drain"])
+def test_work_that_nobody_waits_for_ends(end: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(folder, "encoder")
+    passes = 0
+
+    def one_pass(texts: Any) -> np.ndarray:
+        nonlocal passes
+        passes += 1
+        time.sleep(0.02)
+        return np.zeros((len(texts), encoder.width), np.float32)
+
+    monkeypatch.setattr(encoder, "_pass", one_pass)
+    monkeypatch.setattr(embeddings, "BATCH_TOKENS", 1)
+    models = [served(encoder, "encoder", folder, "embeddings")]
+    body = {"model": "encoder", "input": ["a"] * 500}
+    settings = Settings(timeout_seconds=0.2 if end == "timeout" else 60)
+    with serving(FakeEngine(), models=models, settings=settings) as server, server.client() as client:
+        if end == "gone":
+            with pytest.raises(httpx.ReadTimeout):
+                client.post("/v1/embeddings", json=body, timeout=0.2)
+        else:
+            timer = threading.Timer(0.2, encoder.drain, [0.0])
+            if end == "drain":
+                timer.start()
+            assert client.post("/v1/embeddings", json=body).status_code == (503 if end == "drain" else 504)
+        deadline = time.monotonic() + 10
+        while encoder.stats()["requests_waiting"] and time.monotonic() < deadline:
+            time.sleep(0.01)
+    encoder.close()
+    assert 0 < passes < 250
 
 
 def test_its_measures(client: httpx.Client) -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -20,7 +21,9 @@ import pytest
 from http_samples import FakeEngine, Running, serving
 
 from gulliver.serve import logs, process
+from gulliver.serve.generation import IN_FLIGHT, Mailbox, Run
 from gulliver.serve.keys import KeyRing, add_key, remove_key
+from gulliver.serve.requests import EngineClosed, Piece, Request
 from gulliver.serve.state import Settings
 
 BODY = {"model": "fake", "prompt": "ab", "max_tokens": 1000}
@@ -104,6 +107,13 @@ def test_a_request_that_takes_too_long_is_ended(stream: bool, slow: FakeEngine) 
             assert '"code":"timeout"' in response.text and response.text.endswith("data: [DONE]\n\n")
         else:
             assert response.status_code == 504 and response.json()["error"]["type"] == "timeout_error"
+
+
+def test_the_time_is_of_the_whole_request(slow: FakeEngine) -> None:
+    with serving(slow, settings=Settings(timeout_seconds=0.5)) as server, server.client() as client:
+        began = time.monotonic()
+        assert client.post("/v1/completions", json={**BODY, "n": 128}).status_code == 504
+        assert time.monotonic() - began < 2  # eight times 16 completions, each of which would run for five seconds
 
 
 # ---- clients that go away --------------------------------------------------------------------------------------------
@@ -203,6 +213,33 @@ def drained(server: Running, hurried: asyncio.Event | None = None) -> threading.
     thread.start()
     until(lambda: server.state.draining)
     return thread
+
+
+def test_what_is_given_up_comes_after_what_the_engine_writes() -> None:
+    """The engine's thread may be writing to the socket; the loop must not begin meanwhile."""
+
+    async def order() -> list[tuple[int, str | None]]:
+        delivered: list[Callable[[Piece], None]] = []
+
+        def submit(request: Request, deliver: Callable[[Piece], None]) -> Any:
+            if len(delivered) == IN_FLIGHT:
+                raise EngineClosed("closed")
+            delivered.append(deliver)
+            return SimpleNamespace(cancel=lambda: None)
+
+        engine, loop = SimpleNamespace(submit=submit), asyncio.get_running_loop()
+        run = Run(engine, [Request((1,), max_tokens=1)] * (IN_FLIGHT + 2), Mailbox(loop), streamed=True)
+        run.start()
+        for deliver in delivered:
+            deliver(Piece("", finish="stop"))
+            await asyncio.sleep(0)
+        taken = []
+        while items := await run.take():
+            taken += [(index, piece.finish) for index, piece in items]
+        return taken
+
+    ended = [(index, "stop") for index in range(IN_FLIGHT)]
+    assert asyncio.run(order()) == [*ended, (IN_FLIGHT, "cancelled"), (IN_FLIGHT + 1, "cancelled")]
 
 
 def test_a_drain_lets_streams_finish_and_refuses_new_work() -> None:

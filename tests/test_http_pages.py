@@ -80,7 +80,10 @@ def test_the_page_is_served_with_a_strict_policy(client: httpx.Client) -> None:
         assert kind.startswith("text/javascript" if name.endswith(".js") else "text/css")
 
 
-@pytest.mark.parametrize("path", ["/no.js", "/..%2fhttp.py", "/%2e%2e/http.py", "/__init__.py", "/console/index.html"])
+@pytest.mark.parametrize(
+    "path",
+    ["/no.js", "/..%2fhttp.py", "/%2e%2e/http.py", "/__init__.py", "/console/index.html", "/v1/completions/"],
+)
 def test_nothing_else_is_served(path: str, client: httpx.Client) -> None:
     assert client.get(path).status_code == 404
 

@@ -36,6 +36,8 @@ READINGS = [
     ('<tool_call>{"name": "add", "argu', '<tool_call>{"name": "add", "argu', []),
     ('{"answer": 42}', '{"answer": 42}', []),
     ("[1, 2] are numbers", "[1, 2] are numbers", []),
+    ('{"name": "add", "arguments": {"a": NaN}}', '{"name": "add", "arguments": {"a": NaN}}', []),  # no JSON
+    ('{"name": "add", "arguments": {"a": "\\ud800"}}', '{"name": "add", "arguments": {"a": "\\ud800"}}', []),
     ("a < b and <tool", "a < b and <tool", []),
     ("[" * 50_000, "[" * 50_000, []),
     ("", "", []),

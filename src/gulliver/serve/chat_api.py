@@ -17,9 +17,12 @@ from gulliver.serve.chat_json import ChatAnswer
 from gulliver.serve.generation import Run
 from gulliver.serve.json_body import JsonRoute, answers_with
 from gulliver.serve.requests import Request
-from gulliver.serve.schemas import MAX_CHOICES, ChatRequest, JsonObjectFormat, JsonSchemaFormat
+from gulliver.serve.schemas import MAX_CHOICES, ChatRequest, JsonObjectFormat, JsonSchemaFormat, Message
 from gulliver.serve.state import ServedModel, State, call_of
 from gulliver.serve.stream import answered
+
+MESSAGE_CHARACTERS = 16
+"""What a template writes around a message, about."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def router(state: State) -> APIRouter:
         call = call_of(request)
         call.model = model.name
         _check(body)
-        size = sum(_characters(message.content) for message in body.messages)
+        size = sum(map(_characters, body.messages))
         slow = bool(body.tools or body.response_format or tools.forced(body))
         prompt = await state.prepared(size if not slow else 1 << 30, _prompt, body, model)
         run = Run(
@@ -64,10 +67,12 @@ def router(state: State) -> APIRouter:
     return routes
 
 
-def _characters(content: Any) -> int:
-    if isinstance(content, str):
-        return len(content)
-    return sum(len(part.text or part.refusal or "") for part in content or ())
+def _characters(message: Message) -> int:
+    """How much there is to read; a message costs something even when it is empty."""
+    content = message.content or ""
+    parts = [content] if isinstance(content, str) else [part.text or part.refusal or "" for part in content]
+    parts += [call.function.arguments for call in message.tool_calls or ()]
+    return MESSAGE_CHARACTERS + sum(map(len, parts))
 
 
 def _check(body: ChatRequest) -> None:

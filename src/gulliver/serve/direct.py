@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -23,16 +24,18 @@ class Direct:
     def __init__(self, cycle: Any, descriptor: int) -> None:
         self._cycle = cycle
         self._socket = socket.socket(fileno=descriptor)
+        self._closing = threading.Lock()
 
     def write(self, body: bytes) -> bytes:
         """Send one chunk; returns what the socket did not take. A connection that broke takes everything."""
         framed = b"%x\r\n%b\r\n" % (len(body), body)
-        try:
-            return framed[self._socket.send(framed) :]
-        except BlockingIOError:
-            return framed
-        except OSError:
-            return b""  # the loop learns of it by itself, and cancels
+        with self._closing:  # a descriptor closed within `send` may be another client's at once
+            try:
+                return framed[self._socket.send(framed) :]
+            except BlockingIOError:
+                return framed
+            except OSError:
+                return b""  # the loop learns of it by itself, and cancels
 
     def is_flushed(self) -> bool:
         """Whether the kernel has all that the loop wrote, and chunks may follow."""
@@ -45,7 +48,8 @@ class Direct:
 
     def close(self) -> None:
         """Let go of the socket; the connection itself stays the loop's."""
-        self._socket.close()
+        with self._closing:
+            self._socket.close()
 
 
 class KeepsSend:

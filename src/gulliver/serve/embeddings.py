@@ -59,13 +59,19 @@ class Encoder:
         self._queue = queue
         self._waiting = 0
         self._closed = False
+        self._stopping = False
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, f"gulliver-{name}")
         self._counts = {"requests": 0.0, "rejected": 0.0, "prompt_tokens": 0.0}
         self._seconds = Histogram(SECONDS)
 
-    def submit(self, texts: Sequence[Sequence[int]]) -> Future[NDArray[np.float32]]:
-        """Vectors [texts, width] of tokenized texts. QueueFull when too many requests wait, EngineClosed at the end."""
+    def submit(
+        self, texts: Sequence[Sequence[int]], stop: threading.Event | None = None
+    ) -> Future[NDArray[np.float32]]:
+        """Vectors [texts, width] of tokenized texts. QueueFull when too many requests wait, EngineClosed at the end.
+
+        When `stop` is set, the work ends before the next pass, by EngineClosed as the future's exception.
+        """
         with self._lock:
             if self._closed:
                 raise EngineClosed(f"the model {self.name} takes no new requests")
@@ -73,7 +79,7 @@ class Encoder:
                 self._counts["rejected"] += 1
                 raise QueueFull(self._waiting, 1.0 + self._waiting * self._mean_seconds())
             self._waiting += 1
-        future = self._thread.submit(self._encode, texts, time.monotonic())
+        future = self._thread.submit(self._encode, texts, stop, time.monotonic())
         future.add_done_callback(self._done)
         return future
 
@@ -86,16 +92,17 @@ class Encoder:
         return {"request_seconds": self._seconds}
 
     def drain(self, seconds: float) -> bool:
-        """Take nothing new and wait for what is under way; False when that takes longer than `seconds`."""
+        """Take nothing new and wait for what is under way; what takes longer than `seconds` is ended: then False."""
         self._closed = True
         end = time.monotonic() + seconds
         while self._waiting and time.monotonic() < end:
             time.sleep(0.02)
+        self._stopping = True
         return not self._waiting
 
     def close(self) -> None:
-        """End the thread; what waits is dropped."""
-        self._closed = True
+        """End the thread; what waits is dropped, and what runs ends before its next pass."""
+        self._closed = self._stopping = True
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _done(self, future: Future[Any]) -> None:
@@ -106,11 +113,15 @@ class Encoder:
     def _mean_seconds(self) -> float:
         return self._seconds.total / max(1, sum(self._seconds.counts))
 
-    def _encode(self, texts: Sequence[Sequence[int]], arrived: float) -> NDArray[np.float32]:
+    def _encode(
+        self, texts: Sequence[Sequence[int]], stop: threading.Event | None, arrived: float
+    ) -> NDArray[np.float32]:
         vectors = np.zeros((len(texts), self.width), np.float32)
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         start = 0
         while start < len(order):
+            if self._stopping or (stop is not None and stop.is_set()):
+                raise EngineClosed(f"the model {self.name} was asked to stop")
             end = start + 1
             while end < len(order) and (end + 1 - start) * len(texts[order[end]]) <= BATCH_TOKENS:
                 end += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from fastapi import APIRouter
 from numpy.typing import NDArray
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
+from starlette.types import Receive
 
 from gulliver.core.errors import ConfigError, GulliverError
 from gulliver.serve import answers
@@ -23,6 +25,7 @@ from gulliver.serve.json_body import JsonRoute, answers_with
 from gulliver.serve.requests import Piece
 from gulliver.serve.schemas import EmbeddingRequest
 from gulliver.serve.state import ServedModel, State, call_of
+from gulliver.serve.stream import CLIENT_CLOSED
 
 
 def router(state: State) -> APIRouter:
@@ -45,21 +48,34 @@ def router(state: State) -> APIRouter:
             raise bad_request(f"this model's vectors have {width} dimensions, no other number", "dimensions")
         texts = await state.in_thread(_tokens, body, model)
         call.choices = len(texts)
-        try:
-            future = model.engine.submit(texts)
-        except GulliverError as error:
-            raise refused(error) from None
+        stop = threading.Event()
+        watch = asyncio.ensure_future(_watch(request.receive, stop))
         try:
             async with asyncio.timeout(state.settings.timeout_seconds):
-                vectors = await asyncio.wrap_future(future)
+                vectors = await asyncio.wrap_future(model.engine.submit(texts, stop))
+        except GulliverError as error:
+            if not stop.is_set():
+                raise refused(error) from None
+            call.finish = "gone"
+            return Response(status_code=CLIENT_CLOSED)
         except TimeoutError:
             problem = failure_of(Piece("", finish="timeout"))
             raise problem or ApiError(504, "") from None
+        finally:
+            stop.set()
+            watch.cancel()
         call.prompt_tokens = sum(map(len, texts))
         call.finish = "stop"
         return Response(_body(vectors, body, model, call.prompt_tokens), media_type="application/json")
 
     return routes
+
+
+async def _watch(receive: Receive, stop: threading.Event) -> None:
+    """Say when the client has gone away."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    stop.set()
 
 
 def _tokens(body: EmbeddingRequest, model: ServedModel) -> list[tuple[int, ...]]:

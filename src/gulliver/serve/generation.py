@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -74,6 +75,8 @@ class Run:
         self._flushed = -1  # of what came, what the kernel has
         self._short: Callable[[int, Piece], bytes] | None = None
         self._left = len(requests)
+        self._began = time.monotonic()
+        self._given_up: list[tuple[int, Piece]] = []
         self._waiter: asyncio.Future[None] | None = None
 
     @property
@@ -163,6 +166,7 @@ class Run:
             self.last[index] = item
             self._left -= 1
             self._go_on()
+            self._end_given_up()
         waiter = self._waiter
         if waiter is not None and not waiter.done() and (self._streamed or not self._left):
             waiter.set_result(None)
@@ -170,13 +174,24 @@ class Run:
     def _submit(self) -> None:
         while self._pending and len(self._tickets) < IN_FLIGHT:
             index = self._pending[0]
+            request = self._in_time(self.requests[index])
+            if request is None:
+                self._give_up("timeout")
+                return
             try:
-                self._tickets[index] = self._engine.submit(self.requests[index], partial(self._deliver, index))
+                self._tickets[index] = self._engine.submit(request, partial(self._deliver, index))
             except QueueFull:
                 if self._tickets:
                     return
                 raise
             self._pending.popleft()
+
+    def _in_time(self, request: Request) -> Request | None:
+        """The request with the time that is left of the run's; None when none is."""
+        if request.timeout_seconds is None:
+            return request
+        left = request.timeout_seconds - (time.monotonic() - self._began)
+        return replace(request, timeout_seconds=left) if left > 0 else None
 
     def _go_on(self) -> None:
         """Submit more in the place of what ended; a full queue is tried again, a closed one ends the rest."""
@@ -193,10 +208,17 @@ class Run:
 
     def _give_up(self, reason: str) -> None:
         """End what was never submitted."""
-        rest = list(self._pending)
+        self._given_up += [(index, Piece("", finish=reason)) for index in self._pending]
         self._pending.clear()
-        for index in rest:
-            self.arrive(index, Piece("", finish=reason))
+        self._end_given_up()
+
+    def _end_given_up(self) -> None:
+        """Let arrive what was given up, once the engine's thread writes nothing more: two must not write at once."""
+        if self._tickets:
+            return
+        given_up, self._given_up = self._given_up, []
+        for index, piece in given_up:
+            self.arrive(index, piece)
 
 
 def refused(error: GulliverError) -> ApiError:

@@ -49,6 +49,7 @@ def make_app(state: State) -> FastAPI:
         description="Models of Gulliver behind OpenAI's API",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # the address would be made of the host that the client names
     )
     app.add_middleware(Gate, state=state)
     app.add_exception_handler(ApiError, _api_error)

@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -122,8 +123,8 @@ def read_keys(path: Path) -> list[Key]:
     if not isinstance(rows, list) or body.get("format") != FORMAT:
         raise ConfigError(f'{path} is no key file; it must hold {{"format": {FORMAT}, "keys": [...]}}')
     keys = [_key(row, path) for row in rows]
-    for name in (key.name for key in keys):
-        if sum(name == key.name for key in keys) > 1:
+    for name, times in Counter(key.name for key in keys).items():
+        if times > 1:
             raise ConfigError(f"{path} holds the name {name!r} twice; remove one of them")
     return keys
 

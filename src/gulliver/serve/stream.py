@@ -24,6 +24,9 @@ HEADERS = [
 CLIENT_CLOSED = 499
 """The status that is logged when a client went away before its answer; nobody receives it."""
 
+INLINE_TOKENS = 256
+"""Answers with more tokens whose logprobs may have to be written are written in a thread; others' go on meanwhile."""
+
 
 class Writer(Protocol):
     """Turns pieces into bytes: ChatAnswer, CompletionAnswer. `count` comes before `closing` and `whole`."""
@@ -107,7 +110,10 @@ async def whole(run: Run, request: HttpRequest, writer: Writer) -> Response:
         run.cancel()
     if run.gone:
         return Response(status_code=CLIENT_CLOSED)
-    return Response(writer.whole(run, pieces), HTTPStatus.OK, media_type="application/json")
+    size = sum(len(piece.tokens) + len(piece.prompt) for _, piece in pieces)
+    work = partial(writer.whole, run, pieces)
+    body = await asyncio.to_thread(work) if size > INLINE_TOKENS else work()
+    return Response(body, HTTPStatus.OK, media_type="application/json")
 
 
 async def answered(run: Run, request: HttpRequest, writer: Writer, *, streamed: bool) -> Response:

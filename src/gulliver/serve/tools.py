@@ -84,7 +84,7 @@ def _open_tail(text: str) -> int:
 
 def read_calls(text: str, names: Collection[str]) -> tuple[str, list[Called]]:
     """(text that is no call, calls). JSON that is no call of one of `names` stays in the text."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(parse_constant=_no_number)
     calls: list[Called] = []
     kept: list[str] = []
     position = 0
@@ -97,10 +97,10 @@ def read_calls(text: str, names: Collection[str]) -> tuple[str, list[Called]]:
             continue
         try:
             value, end = decoder.raw_decode(text, start)
+            found = _calls(value, names)
         except (ValueError, RecursionError):
             kept.append(text[position:])
             break
-        found = _calls(value, names)
         kept.append(text[position : start if found else end])
         calls += found
         position = end
@@ -113,7 +113,7 @@ def read_calls(text: str, names: Collection[str]) -> tuple[str, list[Called]]:
 
 
 def _calls(value: Any, names: Collection[str]) -> list[Called]:
-    """The calls that a JSON value is; [] when any part of it is none."""
+    """The calls that a JSON value is; [] when any part of it is none. ValueError for text that is no Unicode."""
     rows = value if isinstance(value, list) else [value]
     found = []
     for row in rows:
@@ -123,8 +123,14 @@ def _calls(value: Any, names: Collection[str]) -> list[Called]:
         if not isinstance(name, str) or name not in names:
             return []
         arguments = row.get("arguments", row.get("parameters", {}))
-        found.append(Called(name, arguments if isinstance(arguments, str) else _json(arguments)))
+        text = arguments if isinstance(arguments, str) else _json(arguments)
+        text.encode()  # ValueError: half a character (a lone surrogate) cannot be sent
+        found.append(Called(name, text))
     return found
+
+
+def _no_number(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _json(value: Any) -> str:
