@@ -19,15 +19,8 @@ from gulliver.core.errors import ArtifactError
 from gulliver.nets.weights import stored_names
 from gulliver.runtime.formats import Format
 from gulliver.runtime.packed import PackedTensor
-from gulliver.runtime.packing import PACKING, is_packed
-from gulliver.runtime.reference import (
-    MAX_PACKING_BYTES,
-    packing_entry,
-    packing_json,
-    read_stored,
-    read_tensors,
-    stored_form,
-)
+from gulliver.runtime.packing import MAX_PACKING_BYTES, PACKING, is_packed
+from gulliver.runtime.reference import packing_entry, packing_json, read_stored, read_tensors, stored_form
 
 WEIGHTS = "model.safetensors"
 

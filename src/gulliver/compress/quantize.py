@@ -130,7 +130,7 @@ def _pack(packing: _Packing, name: str) -> str:
 def assemble(
     folder: Path, model: Artifact, canonical: Mapping[str, str], files: Mapping[str, Path]
 ) -> dict[str, dict[str, Any]]:
-    """Write the weight files of a packed model in the order of use, from one file per packed weight, then what stays plain.
+    """Write the weight files of a packed model: packed weights in the order of use, each from its file; then the rest.
 
     Returns the facts of each packed weight. What stays plain has 16 bits at most.
     """

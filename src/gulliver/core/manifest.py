@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -79,7 +80,7 @@ def read_json(data: bytes, what: str) -> Any:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         seen = dict(items)
         if len(seen) != len(items):
-            twice = next(key for key in seen if sum(key == other for other, _ in items) > 1)
+            twice = next(key for key, count in Counter(key for key, _ in items).items() if count > 1)
             raise ArtifactError(f"{what}: the key {twice!r} stands there twice")
         return seen
 

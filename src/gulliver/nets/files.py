@@ -11,9 +11,13 @@ from pathlib import Path
 from gulliver.core.errors import ArtifactError
 from gulliver.core.manifest import read_json
 
-ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1, "I8": 1, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "BOOL": 1}
-"""Code of a type in a header -> bytes of one number."""
+ITEM_BYTES = {
+    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8},
+    **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1},
+}
+"""Code of a type in a header -> bytes of one number. Types of less than a byte are not here."""
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 16
 
 
 @dataclass(frozen=True)
@@ -31,10 +35,12 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a Hugging Face layout folder: those of its index, else all. ArtifactError if none."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
         if not files:
             raise ArtifactError(f"{folder} has no *.safetensors")
         return files
+    if index.stat().st_size > MAX_HEADER_BYTES:
+        raise ArtifactError(f"{index} has {index.stat().st_size} bytes; at most {MAX_HEADER_BYTES} are allowed")
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         plain = all(isinstance(name, str) and Path(name).name == name for name in names)
@@ -52,13 +58,13 @@ def weight_files(folder: Path) -> list[Path]:
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Name -> where it is, for every tensor in the weight files of a folder.
 
-    ArtifactError for a header that breaks the format's rules or promises bytes that are not there.
+    ArtifactError for a header that breaks the format's rules: bytes that are missing, shared by two tensors or unused.
     """
     found: dict[str, Stored] = {}
     for path in weight_files(folder):
         for name, tensor in _header(path).items():
             if name in found:
-                raise ArtifactError(f"{name} stands twice in the weight files of {folder}")
+                raise ArtifactError(f"{name[:200]!r} stands twice in the weight files of {folder}")
             found[name] = tensor
     return found
 
@@ -74,7 +80,18 @@ def _header(path: Path) -> dict[str, Stored]:
     if not isinstance(body, dict):
         raise ArtifactError(f"{path} has a header that is no object; download or make it again")
     body.pop("__metadata__", None)
-    return {name: _stored(path, name, row, 8 + length, size) for name, row in body.items()}
+    found = {name: _stored(path, name, row, 8 + length, size) for name, row in body.items()}
+    end = 8 + length
+    for name, tensor in sorted(found.items(), key=lambda item: (item[1].offset, item[1].length)):
+        if tensor.offset != end:
+            raise ArtifactError(
+                f"{path}: {name[:200]!r} begins at byte {tensor.offset}, what stands before it ends at {end}: tensors "
+                "overlap or leave a hole; download or make it again"
+            )
+        end += tensor.length
+    if end != size:
+        raise ArtifactError(f"{path} has {size} bytes, its header describes {end}; download or make it again")
+    return found
 
 
 def _stored(path: Path, name: str, row: object, start: int, size: int) -> Stored:
@@ -82,8 +99,9 @@ def _stored(path: Path, name: str, row: object, start: int, size: int) -> Stored
     if not isinstance(row, dict) or set(row) != {"dtype", "shape", "data_offsets"}:
         raise ArtifactError(damaged)
     dtype, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
-    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
-    if dtype not in ITEM_BYTES or not lists or not all(type(n) is int and n >= 0 for n in [*shape, *offsets]):
+    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2 and len(shape) <= MAX_DIMENSIONS
+    known = isinstance(dtype, str) and dtype in ITEM_BYTES
+    if not known or not lists or not all(type(n) is int and n >= 0 for n in [*shape, *offsets]):
         raise ArtifactError(damaged)
     begin, end = offsets
     if end - begin != math.prod(shape) * ITEM_BYTES[dtype] or start + end > size:

@@ -21,6 +21,22 @@ from torch import Tensor, nn
 from gulliver.core.errors import ArtifactError
 from gulliver.nets.files import weight_files
 
+CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Type -> how a safetensors header spells it."""
+
 
 @contextmanager
 def empty_parameters() -> Iterator[None]:
@@ -152,7 +168,7 @@ def write_safetensors(
     offsets: dict[str, int] = {}
     for name in sorted(shapes):
         length = size * math.prod(shapes[name])
-        header[name] = {"dtype": _CODES[dtype], "shape": list(shapes[name]), "data_offsets": [at, at + length]}
+        header[name] = {"dtype": CODES[dtype], "shape": list(shapes[name]), "data_offsets": [at, at + length]}
         offsets[name], at = at, at + length
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -166,6 +182,3 @@ def write_safetensors(
             stream.seek(start + offset)
             stream.write(tensor.to(dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
     assert not offsets, f"no data came for {sorted(offsets)[0]}"
-
-
-_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
