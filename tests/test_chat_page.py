@@ -113,7 +113,7 @@ def test_a_model_that_makes_embeddings_is_not_offered(page: Any, server: FakeSer
 
 def test_settings_arrive_in_the_request_and_survive_a_reload(page: Any, server: FakeServer) -> None:
     wanted = {
-        "temperature": 0.7, "max_tokens": 64, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1,
+        "temperature": 0.9, "max_tokens": 64, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1,
         "seed": 7,
     }  # fmt: skip
     page.get_by_role("button", name="Settings").click()
@@ -141,7 +141,8 @@ def test_settings_arrive_in_the_request_and_survive_a_reload(page: Any, server: 
     page.keyboard.press("Escape")
     send(page)
     answered(page, 3)
-    assert set(server.requests[-1]) == {"model", "messages", "stream", "stream_options"}
+    assert set(server.requests[-1]) == {"model", "messages", "stream", "stream_options", "temperature"}
+    assert server.requests[-1]["temperature"] == 0.7  # the page's own default
 
 
 def test_the_card_and_the_evidence_of_the_model(page: Any) -> None:

@@ -1,6 +1,7 @@
 // The settings panel: a system prompt and the sampling options, remembered in this browser.
 //
-// A field left empty is not sent, so that the server's own default holds; a value out of range is never sent.
+// A field left empty is not sent, so that the server's own default holds; a value out of range is never sent. Only the
+// temperature has a default of the page: OpenAI's default of 1 lets small models wander off.
 
 import { element } from "./inline.js";
 import { keep, recall } from "./memory.js";
@@ -15,6 +16,8 @@ const OPTIONS = [
   ["repetition_penalty", "Repetition penalty", "Above 0, up to 2. More than 1 makes repeating rarer.", 0.01, 2, false],
   ["seed", "Seed", "A whole number. The same seed gives the same answer.", 0, 2 ** 32 - 1, true],
 ];
+
+const DEFAULTS = { temperature: 0.7 };
 
 // The number in a field's text; null when it is empty, undefined when it may not be sent.
 function parse(text, [, , , smallest, largest, whole]) {
@@ -45,6 +48,10 @@ export class Settings {
 
   // The sampling options of a request.
   values() {
+    return { ...DEFAULTS, ...this.#given() };
+  }
+
+  #given() {
     const pairs = this.fields.map(({ option, input }) => [option[0], parse(input.value, option)]);
     return Object.fromEntries(pairs.filter(([, value]) => value !== null && value !== undefined));
   }
@@ -57,7 +64,7 @@ export class Settings {
     const [name, label, help] = option;
     const decimal = option[5] ? "numeric" : "decimal";
     const input = element("input", { id: `option-${name}`, type: "text", inputMode: decimal, autocomplete: "off" });
-    input.placeholder = "default";
+    input.placeholder = String(DEFAULTS[name] ?? "default");
     input.setAttribute("aria-describedby", `help-${name}`);
     const about = element("p", { id: `help-${name}`, className: "soft" }, help);
     const title = element("label", { htmlFor: input.id }, label);
@@ -78,7 +85,7 @@ export class Settings {
       input.setAttribute("aria-invalid", String(wrong));
       input.nextElementSibling.textContent = wrong ? `Not sent: ${option[2]}` : option[2];
     }
-    const values = this.values();
+    const values = this.#given();
     const system = this.systemPrompt();
     keep("settings", { ...values, ...(system ? { system } : {}) });
     this.changed(Object.keys(values).length + (system ? 1 : 0));
