@@ -36,7 +36,7 @@ def test_names_are_unique_and_no_command_shares_one() -> None:
 
 
 def test_the_public_names_are_the_table_and_the_commands() -> None:
-    others = {"audit", "fit", "list_artifacts", "run", "show", "verify"}
+    others = {"audit", "bench", "fit", "generate", "list_artifacts", "run", "show", "verify"}
     assert set(gulliver.__all__) == {row.name for row in STEPS} | others
     for name in gulliver.__all__:
         assert callable(getattr(gulliver, name))
