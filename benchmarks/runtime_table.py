@@ -128,7 +128,8 @@ def _load(row: Mapping, words: Mapping[str, str]) -> Iterator[Claim]:
     given = {"clients": row["clients"], "seconds": f"{row['seconds']:.0f}", "killed": f"{row['killed_share']:.0%}"}
     errors, late = row["errors"], row["p99_over_median"]
     yield Claim("load", words["errors"].format(**given), errors, errors, errors, 0, 0, False, "{:.0f}".format)
-    steep, error = (value / 1e6 for value in row["rss_bytes_per_minute"].values())
+    growth = row["rss_bytes_per_minute"]
+    steep, error = growth["value"] / 1e6, growth["standard_error"] / 1e6
     yield Claim("load", words["growth"], steep, steep - 2 * error, steep + 2 * error, 2, 1, False, "{:.2f} MB".format)
     yield Claim("load", words["late"], late, late, late, None, 5, False)
 
