@@ -4,7 +4,7 @@
 //
 // Built with the address and undefined-behaviour sanitizers (tests/native/Makefile). A tensor has a random format, ragged
 // rows and columns, random bytes everywhere (also in padding, scales and factors, which may be not-a-number), a random range
-// of tiles, 1 to 16 activations and, at times, scattered output rows. All memory has its exact size. One tensor in three is
+// of tiles, 1 to 70 activations and, at times, scattered output rows. All memory has its exact size. One tensor in three is
 // made so that float sums are exact: there every instruction set must give the same bits, also where all codes are the largest.
 #include <algorithm>
 #include <cstdio>
@@ -70,12 +70,12 @@ Case random_case(Random& random) {
   part.uniform = part.bits == 8 || random.one_in(2);
   part.group_size = random.of(32, 64, 128);
   part.rows = random.one_in(4) ? random.from(1, 50) : random.from(1, 17);
-  part.columns = random.one_in(16) ? random.from(1, 512) : random.one_in(3) ? random.from(1, 160) : random.from(1, 40);
+  part.columns = random.one_in(60) ? random.from(1900, 2300) : random.one_in(16) ? random.from(1, 512) : random.one_in(3) ? random.from(1, 160) : random.from(1, 40);
   part.groups = (part.columns + part.group_size - 1) / part.group_size;
   part.tile_bytes = reference::tile_bytes(part);
   for (int i = 0; i < 64; i++) part.table[i] = i < 1 << part.bits ? uint8_t(random.bits()) : part.table[i - (1 << part.bits)];
   made.tiles = (part.rows + kTileRows - 1) / kTileRows;
-  made.batch = random.one_in(3) ? random.from(1, kMaxBatch) : random.from(1, 4);
+  made.batch = random.one_in(40) ? random.from(17, 70) : random.one_in(3) ? random.from(1, kPanel + 2) : random.from(1, 4);
   made.extreme = random.one_in(10);
   made.exact = made.extreme || random.one_in(3);
   made.first = random.one_in(4) ? random.below(made.tiles) : 0;
@@ -115,17 +115,51 @@ void fill_floats(Random& random, float* x, int count) {
 
 using Sets = std::vector<InstructionSet>;
 
-// Every set's `quantize` must give the reference's bytes.
-void check_quantize(const Sets& sets, const float* x, int columns, int stride, const int8_t* q, const float* scale,
-                    const int32_t* sum, Guarded* guards) {
+// Activations in memory of its exact size.
+struct Inputs {
+  int side, blocks;
+  size_t rows, numbers;
+  Exact q, scale, sum, minus, shift, base;
+
+  Inputs(Guarded* guards, int batch, int columns)
+      : side(batch == 1 ? 1 : kPanel), blocks((columns + kPad - 1) / kPad * (kPad / kBlock)),
+        rows(size_t((batch + side - 1) / side * side)), numbers(rows * size_t(blocks)),
+        q(guards, numbers * kBlock), scale(guards ? guards + 1 : nullptr, 4 * numbers), sum(guards ? guards + 2 : nullptr, 4 * numbers),
+        minus(guards ? guards + 3 : nullptr, 4 * numbers), shift(guards ? guards + 4 : nullptr, 4 * numbers),
+        base(guards ? guards + 5 : nullptr, 4 * rows) {
+    std::memset(q.as(), 77, numbers * kBlock);
+    for (Exact* one : {&scale, &sum, &minus, &shift}) std::memset(one->as(), 77, 4 * numbers);
+    std::memset(base.as(), 77, 4 * rows);
+  }
+  Places places(int row) {
+    const size_t at = size_t(row / side) * blocks * side + row % side;
+    return {q.as<int8_t>() + at * kBlock, scale.as<float>() + at, sum.as<int32_t>() + at, minus.as<int32_t>() + at,
+            shift.as<int32_t>() + at, base.as<float>() + row, side};
+  }
+  Activations view() {
+    return {q.as<int8_t>(), scale.as<float>(), sum.as<int32_t>(), minus.as<int32_t>(), shift.as<int32_t>(), base.as<float>(), side, blocks};
+  }
+  bool same(Inputs& other) {
+    return !std::memcmp(q.as(), other.q.as(), numbers * kBlock) && !std::memcmp(scale.as(), other.scale.as(), 4 * numbers) &&
+           !std::memcmp(sum.as(), other.sum.as(), 4 * numbers) && !std::memcmp(minus.as(), other.minus.as(), 4 * numbers) &&
+           !std::memcmp(shift.as(), other.shift.as(), 4 * numbers) && !std::memcmp(base.as(), other.base.as(), 4 * rows);
+  }
+  void scale_one() {
+    for (size_t i = 0; i < numbers; i++) scale.as<float>()[i] = 1.0f, shift.as<int32_t>()[i] = 0;
+    for (size_t i = 0; i < rows; i++) base.as<float>()[i] = 1.0f;
+  }
+};
+
+// Every set's `quantize` must give the reference's bytes, and write nothing else. x: [batch, columns].
+void check_quantize(const Sets& sets, const std::vector<float>& x, int batch, int columns, Inputs& wanted, Guarded* guards) {
   for (const auto& set : sets) {
-    const int blocks = stride / kBlock;
-    Exact q_mine(guards, size_t(stride)), scale_mine(guards ? guards + 1 : nullptr, 4 * size_t(blocks)),
-        sum_mine(guards ? guards + 2 : nullptr, 4 * size_t(blocks));
-    set.kernels->quantize(x, columns, stride, q_mine.as<int8_t>(), scale_mine.as<float>(), sum_mine.as<int32_t>());
-    if (std::memcmp(q_mine.as(), q, size_t(stride)) || std::memcmp(scale_mine.as(), scale, 4 * size_t(blocks)) ||
-        std::memcmp(sum_mine.as(), sum, 4 * size_t(blocks)))
-      fail(set.name + ": quantize differs, " + std::to_string(columns) + " columns");
+    Inputs mine(guards ? guards + 1 : nullptr, batch, columns);
+    for (int row = 0; row < batch; row++) {
+      Exact line(guards, 4 * size_t(columns));
+      std::memcpy(line.as(), x.data() + size_t(row) * columns, 4 * size_t(columns));
+      set.kernels->quantize(line.as<float>(), columns, mine.blocks, mine.places(row));
+    }
+    if (!mine.same(wanted)) fail(set.name + ": quantize differs, " + std::to_string(columns) + " columns");
   }
 }
 
@@ -184,26 +218,21 @@ void try_tensor(Random& random, const Sets& sets, Guarded* all_guards) {
     part.out_index = places.as<int32_t>();
   }
 
-  const int stride = (part.columns + kPad - 1) / kPad * kPad, blocks = stride / kBlock;
-  Exact q(guard(2), size_t(of.batch) * stride), scale(guard(3), 4 * size_t(of.batch) * blocks),
-      sum(guard(4), 4 * size_t(of.batch) * blocks);
+  Inputs inputs(guards ? guards + 2 : nullptr, of.batch, part.columns);
+  std::vector<float> x(size_t(of.batch) * part.columns);
   for (int b = 0; b < of.batch; b++) {
-    Exact x(guard(5), 4 * size_t(part.columns));
-    fill_floats(random, x.as<float>(), part.columns);
-    if (of.extreme) std::fill(x.as<float>(), x.as<float>() + part.columns, random.one_in(2) ? 1.0f : -1.0f);
-    int8_t* q_row = q.as<int8_t>() + size_t(b) * stride;
-    float* scale_row = scale.as<float>() + size_t(b) * blocks;
-    int32_t* sum_row = sum.as<int32_t>() + size_t(b) * blocks;
-    reference::quantize(x.as<float>(), part.columns, stride, q_row, scale_row, sum_row);
-    if (b == 0) check_quantize(sets, x.as<float>(), part.columns, stride, q_row, scale_row, sum_row, guard(6));
-    if (of.exact) std::fill(scale_row, scale_row + blocks, 1.0f);
+    float* row = x.data() + size_t(b) * part.columns;
+    fill_floats(random, row, part.columns);
+    if (of.extreme) std::fill(row, row + part.columns, random.one_in(2) ? 1.0f : -1.0f);
+    reference::quantize(row, part.columns, inputs.blocks, inputs.places(b));
   }
-  const Activations x{q.as<int8_t>(), scale.as<float>(), sum.as<int32_t>(), stride};
+  check_quantize(sets, x, of.batch, part.columns, inputs, guards ? guards + 9 : nullptr);
+  if (of.exact) inputs.scale_one();
 
   std::vector<reference::Sum> wanted(size_t(of.batch) * part.rows);
   for (int row = of.first * kTileRows; row < std::min(part.rows, of.last * kTileRows); row++)
-    for (int b = 0; b < of.batch; b++) wanted[size_t(b) * part.rows + row] = reference::product(part, row, x, b);
-  check_product(sets, of, x, wanted, guard(9));
+    for (int b = 0; b < of.batch; b++) wanted[size_t(b) * part.rows + row] = reference::product(part, row, inputs.view(), b);
+  check_product(sets, of, inputs.view(), wanted, guard(8));
 }
 
 }  // namespace
@@ -218,7 +247,7 @@ int main(int count, char** arguments) {
     if (chosen) sets.push_back(set);
   }
   if (sets.empty() || tensors < 1) fail("nothing to test");
-  const auto guards = std::make_unique<Guarded[]>(10);
+  const auto guards = std::make_unique<Guarded[]>(16);
   for (long n = 0; n < tensors; n++) {
     Random random(seed * 1000003 + uint64_t(n));
     try_tensor(random, sets, guards.get());

@@ -102,41 +102,27 @@ void check_to_bytes(const Kernels& kernels, int count) {
   }
 }
 
-// A cache of some blocks with random bytes, of which a sequence has a few in any order.
-void check_attend(const Kernels& kernels, int head_dim, int first, int last) {
-  const int blocks = (last + kCacheTokens - 1) / kCacheTokens, all = blocks + 2;
-  const size_t values_at = size_t(kCacheTokens) * head_dim, scales_at = 2 * values_at, block_bytes = scales_at + 8 * kCacheTokens;
-  Array<uint8_t> cache(int(block_bytes) * all, [] { return uint8_t(generator()); });
-  const Array<int32_t> places(blocks, [n = blocks + 1]() mutable { return n--; });
-  for (int b = -2; b < blocks; b++)
-    for (int n = 0; n < 2 * kCacheTokens; n++) {
-      const int left = last - b * kCacheTokens;
-      const float scale = b >= 0 && n % kCacheTokens < left ? drawn(0.001f, 0.01f) : std::nanf("");  // not in use
-      std::memcpy(cache.at + block_bytes * size_t(b < 0 ? b + 2 : places.at[b]) + scales_at + 4 * n, &scale, 4);
-    }
-  const Array<int8_t> query(head_dim, any_byte);
-  Array<float> scores(blocks * kCacheTokens + 16, [] { return 7.0f; }), out(head_dim, [] { return 7.0f; });
-  int32_t sum = 0;
-  for (int d = 0; d < head_dim; d++) sum += query.at[d];
-  const float query_scale = 0.01f;
-  kernels.attend({cache.at, block_bytes, places.at, first, last, head_dim, query.at, sum, query_scale, scores.at, out.at});
-
+// One head's answer against sums in double.
+void compare_attend(const std::string& what, const uint8_t* cache, size_t block_bytes, const int32_t* places, int first, int last,
+                    int head_dim, const int8_t* query, float query_scale, const float* out) {
+  const int blocks = (last + kCacheTokens - 1) / kCacheTokens;
+  const size_t values_at = size_t(kCacheTokens) * head_dim, scales_at = 2 * values_at;
   std::vector<double> weight, wanted(size_t(head_dim), 0.0), slack(size_t(head_dim), 0.0);
   double most = -1e30, total = 0;
   for (int pass = 0; pass < 2; pass++) {
     for (int t = first; t < last; t++) {
-      const uint8_t* block = cache.at + block_bytes * size_t(places.at[t / kCacheTokens]);
+      const uint8_t* block = cache + block_bytes * size_t(places[t / kCacheTokens]);
       float scale;
       std::memcpy(&scale, block + scales_at + 4 * (t % kCacheTokens), 4);
       double dot = 0;
-      for (int d = 0; d < head_dim; d++) dot += (block[d / 4 * 64 + 4 * (t % kCacheTokens) + d % 4] - 128) * query.at[d];
+      for (int d = 0; d < head_dim; d++) dot += (block[d / 4 * 64 + 4 * (t % kCacheTokens) + d % 4] - 128) * query[d];
       const double score = dot * scale * query_scale;
       if (pass == 0) most = std::fmax(most, score);
       else weight.push_back(std::exp(score - most)), total += weight.back();
     }
   }
   for (int b = first / kCacheTokens; b < blocks; b++) {
-    const uint8_t* block = cache.at + block_bytes * size_t(places.at[b]);
+    const uint8_t* block = cache + block_bytes * size_t(places[b]);
     float by[kCacheTokens] = {};
     for (int t = 0; t < kCacheTokens; t++) {
       const int at = b * kCacheTokens + t;
@@ -152,9 +138,32 @@ void check_attend(const Kernels& kernels, int head_dim, int first, int last) {
       }
   }
   for (int d = 0; d < head_dim; d++)
-    demand(std::fabs(out.at[d] - wanted[d]) <= slack[d] + 1e-5, std::string("attend, ") + kernels.name + ", head_dim " +
+    demand(std::fabs(out[d] - wanted[d]) <= slack[d] + 1e-5, what + ", head_dim " +
            std::to_string(head_dim) + ", tokens " + std::to_string(first) + " to " + std::to_string(last) + ", number " +
-           std::to_string(d) + " is " + std::to_string(out.at[d]) + ", not " + std::to_string(wanted[d]));
+           std::to_string(d) + " is " + std::to_string(out[d]) + ", not " + std::to_string(wanted[d]));
+}
+
+// A cache of some blocks with random bytes, of which a sequence has a few in any order.
+void check_attend(const Kernels& kernels, int head_dim, int first, int last, int heads) {
+  const int blocks = (last + kCacheTokens - 1) / kCacheTokens, all = blocks + 2;
+  const size_t values_at = size_t(kCacheTokens) * head_dim, scales_at = 2 * values_at, block_bytes = scales_at + 8 * kCacheTokens;
+  Array<uint8_t> cache(int(block_bytes) * all, [] { return uint8_t(generator()); });
+  const Array<int32_t> places(blocks, [n = blocks + 1]() mutable { return n--; });
+  for (int b = -2; b < blocks; b++)
+    for (int n = 0; n < 2 * kCacheTokens; n++) {
+      const int left = last - b * kCacheTokens;
+      const float scale = b >= 0 && n % kCacheTokens < left ? drawn(0.001f, 0.01f) : std::nanf("");  // not in use
+      std::memcpy(cache.at + block_bytes * size_t(b < 0 ? b + 2 : places.at[b]) + scales_at + 4 * n, &scale, 4);
+    }
+  const Array<int8_t> query(head_dim * heads, any_byte);
+  Array<float> scores(blocks * kCacheTokens * heads, [] { return 7.0f; }), out(head_dim * heads, [] { return 7.0f; });
+  Array<Query> queries(heads, [] { return Query{0.01f, 0}; });
+  for (int i = 0; i < head_dim * heads; i++) queries.at[i / head_dim].sum += query.at[i];
+  for (int h = 0; h < heads; h++) queries.at[h].scale += 0.002f * float(h);
+  kernels.attend({cache.at, block_bytes, places.at, first, last, head_dim, heads, query.at, queries.at, scores.at, out.at});
+  for (int h = 0; h < heads; h++)
+    compare_attend(std::string("attend, ") + kernels.name + ", head " + std::to_string(h) + " of " + std::to_string(heads), cache.at,
+                   block_bytes, places.at, first, last, head_dim, query.at + h * head_dim, queries.at[h].scale, out.at + h * head_dim);
 }
 
 void check_attention(const Kernels& kernels) {
@@ -165,7 +174,7 @@ void check_attention(const Kernels& kernels) {
   for (const int head_dim : {4, 8, 36, 64, 80, 128, 256})
     for (const int last : {1, 2, 15, 16, 17, 33, 100})
       for (const int first : {0, 1, 16, 31})
-        if (first < last) check_attend(kernels, head_dim, first, last);
+        if (first < last) check_attend(kernels, head_dim, first, last, 1 + (head_dim / 4 + first + last) % kMostHeads);
   for (int count = 1; count <= 130; count++) check_to_bytes(kernels, count);
 }
 

@@ -63,6 +63,11 @@ struct Sum {
   double most;    // of all that may come up on the way, in whatever order the factors of a term are multiplied
 };
 
+// Where block `block` of the activations b stands.
+inline size_t place(const Activations& x, int b, int block) {
+  return (size_t(b / x.side) * x.blocks + block) * x.side + b % x.side;
+}
+
 // One row of the part times the activations b.
 inline Sum product(const Part& part, int row, const Activations& x, int b) {
   const uint8_t* tile = part.tiles + size_t(row / 16) * part.tile_bytes;
@@ -73,33 +78,49 @@ inline Sum product(const Part& part, int row, const Activations& x, int b) {
     const int last = first + 32 < part.columns ? first + 32 : part.columns;
     int64_t dot = 0;
     for (int column = first; column < last; column++)
-      dot += int64_t(level(part, tile, lane, column)) * x.q[size_t(b) * x.stride + column];
-    const double by_x = x.scale[size_t(b) * (x.stride / 32) + first / 32];
+      dot += int64_t(level(part, tile, lane, column)) * x.q[place(x, b, first / 32) * 32 + column % 32];
+    const double by_x = x.scale[place(x, b, first / 32)];
     const double scale = tile[scales_at(part) + size_t(16) * (first / part.group_size) + lane];
     const double term = double(dot) * scale * by_x;
     sum.value += term;
-    sum.size += std::fabs(term);
+    sum.size += std::fabs(term) + std::ldexp(scale * by_x, -100);  // what nothing may become where exponents are added
     sum.most += std::fabs(term) + (std::fabs(double(dot)) + scale) * by_x;
   }
   return {sum.value * by, sum.size * std::fabs(by), sum.most};
 }
 
-// The contract of Kernels::quantize, with the rule for what is not an ordinary number.
-inline void quantize(const float* x, int columns, int stride, int8_t* q, float* scale, int32_t* sum) {
-  for (int first = 0; first < stride; first += 32) {
+// The contract of Kernels::quantize, with the rule for what is not an ordinary number. The row's largest number decides the
+// scale of its block, the other blocks halve it while their own numbers fit: at most 40 times, and never to a subnormal number.
+inline void quantize(const float* x, int columns, int blocks, const gulliver::Places& to) {
+  auto largest = [&](int first, int last) {
     float most = 0.0f;
-    for (int i = first; i < first + 32 && i < columns; i++)
+    for (int i = first; i < last && i < columns; i++)
       if (!std::isnan(x[i])) most = std::fmax(most, std::fabs(x[i]));
     most = std::fmin(most, std::numeric_limits<float>::max());
-    if (most < 1e-30f) most = 0.0f;
-    const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
-    scale[first / 32] = most / 127.0f;
-    sum[first / 32] = 0;
-    for (int i = first; i < first + 32; i++) {
-      const volatile float scaled = i < columns ? x[i] * inverse : 0.0f;  // volatile: rounded before what follows
-      q[i] = std::isnan(scaled) ? -127 : int8_t(std::nearbyint(std::fmin(std::fmax(scaled, -127.0f), 127.0f)));
-      sum[first / 32] += q[i];
+    return most;
+  };
+  const float most = largest(0, columns), top = most < 1e-30f ? 0.0f : most / 127.0f;
+  auto scale_of = [&](float wanted) {
+    float scale = top;
+    for (int k = 0; k < 40 && scale / 2 >= wanted && scale / 2 >= 2 * std::numeric_limits<float>::min(); k++) scale /= 2;
+    return scale;
+  };
+  *to.base = scale_of(0.0f);
+  for (int b = 0; b < blocks; b++) {
+    const int at = b * to.side;
+    const float scale = to.scale[at] = scale_of(largest(32 * b, 32 * b + 32) / 127.0f);
+    to.shift[at] = scale > 0 ? std::ilogb(scale / *to.base) << 23 : 0;
+    to.sum[at] = 0;
+    for (int i = 0; i < 32; i++) {
+      const int column = 32 * b + i;
+      const volatile float inverse = top > 0 ? 127.0f / most * (top / scale) : 0.0f;
+      const volatile float scaled = column < columns ? x[column] * inverse : 0.0f;  // volatile: rounded before what follows
+      const bool number = !std::isnan(scaled) || top == 0;
+      const float within = std::fmin(std::fmax(scaled, -127.0f), 127.0f);
+      to.q[32 * at + i] = top == 0 ? 0 : number ? int8_t(std::nearbyint(within)) : -127;
+      to.sum[at] += to.q[32 * at + i];
     }
+    to.minus[at] = -128 * to.sum[at];
   }
 }
 

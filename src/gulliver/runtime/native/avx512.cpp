@@ -12,6 +12,7 @@ namespace gulliver {
 namespace {
 
 #include "float_ops.inc"
+#include "quantize.inc"
 
 // Eight vectors of codes or table values for 32 columns of 16 rows, from the code bytes of a group.
 // `block` is the number of the 32-column block in its group; `group_size` fixes where the second plane starts.
@@ -95,6 +96,23 @@ inline __m512 row_factors(const uint8_t* tile_end) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
+// sum += four unsigned weights times the four activations at q, in each lane. The compiler would broadcast them on their own.
+inline void add_dot(__m512i& sum, __m512i weights, const int32_t& q) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(weights), "m"(q));
+}
+
+// dot * 2^(shift / 2^23), by adding to the exponents: cheaper than to multiply, since the dot products need the same units.
+// (Nothing becomes 2^(shift / 2^23 - 127), which is nothing beside any sum.)
+inline __m512 shifted(__m512i dot, int32_t shift) {
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(dot)), _mm512_set1_epi32(shift)));
+}
+
+// A sum of blocks, which counts in units of `base`, times the factors of the rows. The factors come last: the sum is up to 2^60
+// times as large as what it stands for.
+inline __m512 finished(__m512 sum, float base, __m512 factors) {
+  return _mm512_mul_ps(_mm512_mul_ps(sum, _mm512_set1_ps(base)), factors);
+}
+
 // One row of activations: the sum stays in a register. `kBlocks` are those of a group.
 template <int kBits, bool kUniform, int kBlocks>
 inline __m512 tile_single(const Part& part, const uint8_t* tile, const Activations& x, bool ahead) {
@@ -103,35 +121,31 @@ inline __m512 tile_single(const Part& part, const uint8_t* tile, const Activatio
   const uint8_t* scales = tile + size_t(kGroupBytes) * part.groups;
   const uint8_t* zeros = scales + kTileRows * part.groups;
   const int32_t* q = reinterpret_cast<const int32_t*>(x.q);
-  const float* x_scale = x.scale;
-  const int32_t* x_sum = x.sum;
+  const int32_t *x_sum = kUniform ? x.sum : x.minus, *shift = x.shift;
   __m512 sum = _mm512_setzero_ps();
   for (int g = 0; g < part.groups; g++, tile += kGroupBytes) {
     const __m512 scale = scales_of(scales + kTileRows * g);
     __m512i zero;
     if constexpr (kUniform) zero = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros + kTileRows * g)));
 #pragma GCC unroll 4
-    for (int n = 0; n < kBlocks; n++, q += 8, x_scale++, x_sum++) {
+    for (int n = 0; n < kBlocks; n++, q += 8, x_sum++, shift++) {
       if (ahead)
         for (int line = 0; line < kBits; line++)
           _mm_prefetch(reinterpret_cast<const char*>(tile) + n * 64 * kBits + kAhead + 64 * line, _MM_HINT_T1);
       __m512i w[8];
       Codes<kBits, kUniform>::load(tile, kGroup, n, table, w);
-      __m512i even = _mm512_setzero_si512(), odd = even;
+      __m512i even = kUniform ? _mm512_setzero_si512() : _mm512_set1_epi32(*x_sum), odd = _mm512_setzero_si512();
 #pragma GCC unroll 4
       for (int k = 0; k < 8; k += 2) {
-        even = _mm512_dpbusd_epi32(even, w[k], _mm512_set1_epi32(q[k]));
-        odd = _mm512_dpbusd_epi32(odd, w[k + 1], _mm512_set1_epi32(q[k + 1]));
+        add_dot(even, w[k], q[k]);
+        add_dot(odd, w[k + 1], q[k + 1]);
       }
-      const __m512i total = _mm512_set1_epi32(*x_sum);
-      __m512i offset;
-      if constexpr (kUniform) offset = _mm512_mullo_epi32(zero, total);
-      else offset = _mm512_slli_epi32(total, 7);
-      const __m512 dot = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_add_epi32(even, odd), offset));
-      sum = _mm512_fmadd_ps(_mm512_mul_ps(dot, scale), _mm512_set1_ps(*x_scale), sum);
+      __m512i dot = _mm512_add_epi32(even, odd);
+      if constexpr (kUniform) dot = _mm512_sub_epi32(dot, _mm512_mullo_epi32(zero, _mm512_set1_epi32(*x_sum)));
+      sum = _mm512_fmadd_ps(shifted(dot, *shift), scale, sum);
     }
   }
-  return _mm512_mul_ps(sum, row_factors((kUniform ? zeros : scales) + kTileRows * part.groups));
+  return finished(sum, *x.base, row_factors((kUniform ? zeros : scales) + kTileRows * part.groups));
 }
 
 template <int kBits, bool kUniform>
@@ -144,76 +158,128 @@ inline __m512 tile_single(const Part& part, const uint8_t* tile, const Activatio
   }
 }
 
-template <int kBits, bool kUniform, int kBatch>
-void tile_product(const Part& part, const uint8_t* tile, const Activations& x, int batch, __m512* out) {
+// Many rows of activations: a tile is unpacked once, to a byte a weight, for all of them.
+constexpr int kChunk = 64;          // blocks that are unpacked at a time, 32 KB
+
+struct Chunk {
+  alignas(64) uint8_t weights[kChunk][8][64];     // of four columns and 16 rows each
+  alignas(64) float scale[kChunk][kTileRows];
+  alignas(64) int32_t zero[kChunk][kTileRows];    // of uniform codes
+};
+
+// Blocks first to last (not included) of a tile.
+template <int kBits, bool kUniform>
+void unpack(const Part& part, const uint8_t* tile, int first, int last, Chunk& chunk) {
   const __m512i table = _mm512_loadu_si512(part.table);
-  const int blocks = part.group_size / kBlock, x_blocks = x.stride / kBlock;
+  const int in_group = part.group_size / kBlock;
   const size_t group_bytes = size_t(part.group_size) * kTileRows * kBits / 8;
   const uint8_t* scales = tile + group_bytes * part.groups;
   const uint8_t* zeros = scales + kTileRows * part.groups;
-  const int count = kBatch ? kBatch : batch;
-  __m512 sum[kBatch ? kBatch : kMaxBatch];
-  for (int b = 0; b < count; b++) sum[b] = _mm512_setzero_ps();
-  for (int g = 0; g < part.groups; g++) {
-    const uint8_t* group = tile + g * group_bytes;
-    const __m512 scale = scales_of(scales + kTileRows * g);
-    __m512i zero;
-    if constexpr (kUniform) zero = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros + kTileRows * g)));
-    for (int n = 0; n < blocks; n++) {
-      const int at = g * blocks + n;
-      __m512i w[8];
-      Codes<kBits, kUniform>::load(group, part.group_size, n, table, w);
+  for (int block = first; block < last; block++) {
+    const int group = block / in_group, at = block - first;
+    __m512i w[8];
+    Codes<kBits, kUniform>::load(tile + group_bytes * group, part.group_size, block % in_group, table, w);
+    for (int k = 0; k < 8; k++) _mm512_store_si512(chunk.weights[at][k], w[k]);
+    _mm512_store_ps(chunk.scale[at], scales_of(scales + kTileRows * group));
+    if constexpr (kUniform)
+      _mm512_store_si512(chunk.zero[at], _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros + kTileRows * group))));
+  }
+}
+
+// Blocks first to last (not included), which the chunk holds, times kRows rows of activations from number `row` of a panel on:
+// added to the sums. Four rows take turns, so that no dot product waits for the one before it.
+template <bool kUniform, int kRows>
+void multiply(const Chunk& chunk, int first, int last, const Activations& x, int row, __m512* sums) {
+  __m512 sum[kRows];
+#pragma GCC unroll 8
+  for (int b = 0; b < kRows; b++) sum[b] = sums[b];
+  size_t at = size_t(first) * kPanel + row;
+  for (int block = 0; block < last - first; block++, at += kPanel) {
+    const int32_t* q = reinterpret_cast<const int32_t*>(x.q + at * kBlock);
+    const __m512 scale = _mm512_load_ps(chunk.scale[block]);
+    __m512i w[8];
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; k++) w[k] = _mm512_load_si512(chunk.weights[block][k]);
+#pragma GCC unroll 2
+    for (int start = 0; start < kRows; start += 4) {
+      constexpr int kMost = kRows < 4 ? kRows : 4;
+      const int count = kRows - start < kMost ? kRows - start : kMost;
+      __m512i dot[kMost];
+#pragma GCC unroll 4
+      for (int b = 0; b < count; b++) dot[b] = kUniform ? _mm512_setzero_si512() : _mm512_set1_epi32(x.minus[at + start + b]);
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; k++)
+#pragma GCC unroll 4
+        for (int b = 0; b < count; b++) add_dot(dot[b], w[k], q[8 * (start + b) + k]);
 #pragma GCC unroll 4
       for (int b = 0; b < count; b++) {
-        const int32_t* q = reinterpret_cast<const int32_t*>(x.q + size_t(b) * x.stride + at * kBlock);
-        const __m512i total = _mm512_set1_epi32(x.sum[b * x_blocks + at]);
-        __m512i even = _mm512_setzero_si512(), odd = even;
-#pragma GCC unroll 4
-        for (int k = 0; k < 8; k += 2) {
-          even = _mm512_dpbusd_epi32(even, w[k], _mm512_set1_epi32(q[k]));
-          odd = _mm512_dpbusd_epi32(odd, w[k + 1], _mm512_set1_epi32(q[k + 1]));
-        }
-        __m512i offset;
-        if constexpr (kUniform) offset = _mm512_mullo_epi32(zero, total);
-        else offset = _mm512_slli_epi32(total, 7);
-        const __m512 dot = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_add_epi32(even, odd), offset));
-        sum[b] = _mm512_fmadd_ps(_mm512_mul_ps(dot, scale), _mm512_set1_ps(x.scale[b * x_blocks + at]), sum[b]);
+        if constexpr (kUniform)
+          dot[b] = _mm512_sub_epi32(dot[b], _mm512_mullo_epi32(_mm512_load_si512(chunk.zero[block]), _mm512_set1_epi32(x.sum[at + start + b])));
+        sum[start + b] = _mm512_fmadd_ps(shifted(dot[b], x.shift[at + start + b]), scale, sum[start + b]);
       }
     }
   }
-  const uint8_t* factors = (kUniform ? zeros : scales) + kTileRows * part.groups;
-  const __m512 factor = row_factors(factors);
-  for (int b = 0; b < count; b++) out[b] = _mm512_mul_ps(sum[b], factor);
+#pragma GCC unroll 8
+  for (int b = 0; b < kRows; b++) sums[b] = sum[b];
+}
+
+using Multiply = void (*)(const Chunk&, int, int, const Activations&, int, __m512*);
+
+template <bool kUniform>
+constexpr Multiply kMultiply[9] = {nullptr, multiply<kUniform, 1>, multiply<kUniform, 2>, multiply<kUniform, 3>, multiply<kUniform, 4>,
+                                   multiply<kUniform, 5>, multiply<kUniform, 6>, multiply<kUniform, 7>, multiply<kUniform, 8>};
+
+// The outputs of tile t to their places.
+inline void store(const Part& part, int t, __m512 value, float* line) {
+  const int row = t * kTileRows, rows = part.rows - row < kTileRows ? part.rows - row : kTileRows;
+  const __mmask16 keep = __mmask16((1u << rows) - 1);
+  if (part.out_index) _mm512_mask_i32scatter_ps(line, keep, _mm512_maskz_loadu_epi32(keep, part.out_index + row), value, 4);
+  else _mm512_mask_storeu_ps(line + row, keep, value);
+}
+
+// Each eight rows of activations are stored at once, to lines asked for before: 256 at the end would wait for as many lines.
+// With every eight goes a share of the next tile.
+template <int kBits, bool kUniform>
+void tile_product(const Part& part, int t, const Activations& x, int batch, float* y, int y_stride) {
+  const uint8_t* tile = part.tiles + size_t(t) * part.tile_bytes;
+  const size_t codes = size_t(part.group_size) * kTileRows * kBits / 8 * part.groups;
+  const __m512 factor = row_factors(tile + codes + kTileRows * part.groups * (kUniform ? 2 : 1));
+  const int blocks = part.group_size / kBlock * part.groups;
+  const size_t share = part.tile_bytes / size_t((batch + 7) / 8) + 63;
+  size_t at = part.tile_bytes;
+  Chunk chunk;
+  __m512 sums[kMaxBatch];
+  for (int start = 0; start < blocks; start += kChunk) {
+    const int stop = blocks - start < kChunk ? blocks : start + kChunk;
+    unpack<kBits, kUniform>(part, tile, start, stop, chunk);
+    for (int row = 0; row < batch; row += 8) {
+      const int count = batch - row < 8 ? batch - row : 8;
+      for (size_t stop_at = at + share; stop == blocks && at < stop_at; at += 64) _mm_prefetch(reinterpret_cast<const char*>(tile) + at, _MM_HINT_T1);
+      for (int b = row; b < row + count; b++) {
+        if (start == 0) sums[b] = _mm512_setzero_ps();
+        _mm_prefetch(reinterpret_cast<const char*>(y + size_t(b) * y_stride + t * kTileRows), _MM_HINT_T0);
+      }
+      kMultiply<kUniform>[count](chunk, start, stop, x.from(row / kPanel * kPanel), row % kPanel, sums + row);
+      if (stop < blocks) continue;
+      for (int b = row; b < row + count; b++)
+        store(part, t, finished(sums[b], x.base[b], factor), y + size_t(b) * y_stride);
+    }
+  }
 }
 
 template <int kBits, bool kUniform>
 void product_of(const Part& part, int first, int last, const Activations& x, int batch, float* y, int y_stride) {
-  __m512 out[kMaxBatch];
   const size_t codes = size_t(part.group_size) * kTileRows * kBits / 8 * part.groups;
   for (int t = first; t < last; t++) {
+    if (batch > 1) {
+      tile_product<kBits, kUniform>(part, t, x, batch, y, y_stride);
+      continue;
+    }
     const uint8_t* tile = part.tiles + size_t(t) * part.tile_bytes;
     // Codes are one long stream that the hardware fetches ahead; scales lie behind them and would be waited for.
     for (size_t line = codes; line < part.tile_bytes; line += 64)
       _mm_prefetch(reinterpret_cast<const char*>(tile) + part.tile_bytes + line, _MM_HINT_T0);
-    switch (batch) {
-      case 1: out[0] = tile_single<kBits, kUniform>(part, tile, x); break;
-      case 2: tile_product<kBits, kUniform, 2>(part, tile, x, batch, out); break;
-      case 4: tile_product<kBits, kUniform, 4>(part, tile, x, batch, out); break;
-      case 8: tile_product<kBits, kUniform, 8>(part, tile, x, batch, out); break;
-      case 16: tile_product<kBits, kUniform, 16>(part, tile, x, batch, out); break;
-      default: tile_product<kBits, kUniform, 0>(part, tile, x, batch, out);
-    }
-    const int row = t * kTileRows, rows = part.rows - row < kTileRows ? part.rows - row : kTileRows;
-    const __mmask16 keep = __mmask16((1u << rows) - 1);
-    for (int b = 0; b < batch; b++) {
-      float* line = y + size_t(b) * y_stride;
-      if (part.out_index) {
-        const __m512i place = _mm512_maskz_loadu_epi32(keep, part.out_index + row);
-        _mm512_mask_i32scatter_ps(line, keep, place, out[b], 4);
-      } else {
-        _mm512_mask_storeu_ps(line + row, keep, out[b]);
-      }
-    }
+    store(part, t, tile_single<kBits, kUniform>(part, tile, x), y);
   }
 }
 
@@ -228,28 +294,26 @@ void product(const Part& part, int first, int last, const Activations& x, int ba
 #undef CASE
 }
 
-constexpr float kLargest = 3.402823466e38f, kSmallest = 1e-30f;
 
-void quantize(const float* x, int columns, int stride, int8_t* q, float* scale, int32_t* sum) {
-  for (int at = 0; at < stride; at += kBlock) {
-    __m512 low = _mm512_setzero_ps(), high = low;
-    if (at < columns) {
-      const int left = columns - at < kBlock ? columns - at : kBlock;
-      const uint32_t keep = left == 32 ? 0xffffffffu : (1u << left) - 1;
-      low = _mm512_maskz_loadu_ps(__mmask16(keep), x + at);
-      high = _mm512_maskz_loadu_ps(__mmask16(keep >> 16), x + at + 16);
-    }
-    // Not-a-number counts as nothing in the maximum (the second operand wins) and ends as -127.
-    const __m512 size = _mm512_max_ps(_mm512_abs_ps(high), _mm512_max_ps(_mm512_abs_ps(low), _mm512_setzero_ps()));
-    const float largest = _mm512_reduce_max_ps(size), most = largest > kLargest ? kLargest : largest < kSmallest ? 0.0f : largest;
-    const __m512 by = _mm512_set1_ps(most > 0.0f ? 127.0f / most : 0.0f), edge = _mm512_set1_ps(127.0f);
-    const __m512i a = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(low, by), _mm512_sub_ps(_mm512_setzero_ps(), edge)), edge));
-    const __m512i b = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(high, by), _mm512_sub_ps(_mm512_setzero_ps(), edge)), edge));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + at), _mm512_cvtsepi32_epi8(a));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + at + 16), _mm512_cvtsepi32_epi8(b));
-    scale[at / kBlock] = most / 127.0f;
-    sum[at / kBlock] = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+// The part of the maximum that not-a-number leaves alone: the second operand wins.
+float largest_of_block(const float* x) {
+  const __m512 low = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x)), _mm512_setzero_ps());
+  return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x + 16)), low));
+}
+
+int32_t round_block(const float* x, float by, int8_t* q) {
+  const __m512 edge = _mm512_set1_ps(127.0f), least = _mm512_set1_ps(-127.0f), times = _mm512_set1_ps(by);
+  __m512i part[2];
+  for (int n = 0; n < 2; n++) {
+    const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + 16 * n), times);
+    part[n] = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(scaled, least), edge));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16 * n), _mm512_cvtsepi32_epi8(part[n]));
   }
+  return _mm512_reduce_add_epi32(_mm512_add_epi32(part[0], part[1]));
+}
+
+void quantize(const float* x, int columns, int blocks, const Places& to) {
+  quantize_row<largest_of_block, round_block>(x, columns, blocks, to);
 }
 
 #include "avx512_attend.inc"

@@ -12,6 +12,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "activations.h"
 #include "isa.h"
 #include "program.h"
 
@@ -218,16 +219,12 @@ void product(const std::string& isa, const Bytes& tiles, int rows, int columns, 
              const std::optional<Signed>& codebook, const FloatRows& x, FloatRows y) {
   const Kernels* kernels = kernels_of(isa);
   const Part part = part_of(tiles, rows, columns, bits, group_size, codebook);
-  const int batch = int(x.shape(0)), stride = (columns + kPad - 1) / kPad * kPad, blocks = stride / kBlock;
-  demand(batch >= 1 && batch <= kMaxBatch && x.shape(1) == size_t(columns), "x must be [1 to 16, columns]");
+  const int batch = int(x.shape(0));
+  demand(batch >= 1 && batch <= kMaxBatch && x.shape(1) == size_t(columns), "x must be [1 to 256, columns]");
   demand(y.shape(0) == size_t(batch) && y.shape(1) == size_t(rows), "y must be [batch, rows]");
-  std::vector<int8_t> q(size_t(batch) * stride);
-  std::vector<float> scale(size_t(batch) * blocks);
-  std::vector<int32_t> sum(scale.size());
-  for (int b = 0; b < batch; b++)
-    kernels->quantize(x.data() + size_t(b) * columns, columns, stride, q.data() + size_t(b) * stride, scale.data() + size_t(b) * blocks,
-                      sum.data() + size_t(b) * blocks);
-  kernels->product(part, 0, int(tiles.shape(0)), {q.data(), scale.data(), sum.data(), stride}, batch, y.data(), rows);
+  ActivationRoom room(batch, columns);
+  for (int b = 0; b < batch; b++) room.set(kernels, batch, columns, b, x.data() + size_t(b) * columns);
+  kernels->product(part, 0, int(tiles.shape(0)), room.view(batch, columns), batch, y.data(), rows);
 }
 
 }  // namespace

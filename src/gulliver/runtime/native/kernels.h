@@ -2,6 +2,7 @@
 //
 // Packed weights stand in tiles of 16 output rows (docs/artifact.md). Activations are int8 in blocks of 32 columns:
 //     x[c] = scale[c / 32] * q[c],   sum[c / 32] = sum of q over the block,   -127 <= q <= 127
+// The scales of one row differ by powers of two, so that a block's sum comes to the row's scale by adding to its exponent.
 // With weight code w, weight scale s (uint8), zero point z and row factor f, a block b of 32 columns adds
 //     y += f * s * scale[b] * (dot(w, q) - z * sum[b])
 // `table` holds a codebook's signed bytes with 128 added, so that the dot product may be unsigned x signed, with z = 128.
@@ -14,7 +15,8 @@ namespace gulliver {
 constexpr int kTileRows = 16;
 constexpr int kBlock = 32;          // columns that share one scale of the activations
 constexpr int kPad = 128;           // activations are padded with zeros to a multiple of this many columns
-constexpr int kMaxBatch = 16;       // rows of activations that one call of `product` takes
+constexpr int kPanel = 16;          // rows of activations that stand side by side
+constexpr int kMaxBatch = 256;      // rows of activations that one call of `product` takes
 constexpr int kCacheTokens = 16;    // tokens of one block of the key/value cache
 
 struct Part {
@@ -34,34 +36,53 @@ struct Plain {                      // a weight that is not packed, row by row
 };
 constexpr int kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2;
 
-struct Activations {                // of one batch
-  const int8_t* q;                  // [batch, stride]
-  const float* scale;               // [batch, stride / 32]
-  const int32_t* sum;               // [batch, stride / 32]
-  int stride;                       // a multiple of 64; at least the columns rounded up to a multiple of kPad
+struct Activations {                // rows in panels of `side`, block by block; room for whole panels
+  const int8_t* q;                  // [panels, blocks, side, 32]
+  const float* scale;               // [panels, blocks, side]
+  const int32_t *sum, *minus;       // [panels, blocks, side]; minus = -128 * sum
+  const int32_t* shift;             // [panels, blocks, side]: scale = base * 2^(shift / 2^23), shift >= 0
+  const float* base;                // [panels, side]
+  int side, blocks;                 // 1 for a batch of one row, kPanel for more; blocks cover the columns rounded up to kPad
+  // The rows from `row`, a multiple of `side`, on.
+  Activations from(int row) const {
+    const size_t at = size_t(row) * blocks;
+    return {q + at * kBlock, scale + at, sum + at, minus + at, shift + at, base + row, side, blocks};
+  }
 };
 
-struct Attention {                  // one query head of one token
+struct Places {                     // where `quantize` puts one row: block b at q + 32 * side * b, and number side * b of the others
+  int8_t* q;
+  float* scale;
+  int32_t *sum, *minus, *shift;
+  float* base;
+  int side;
+};
+
+constexpr int kMostHeads = 4;       // query heads that share keys and are attended together
+
+struct Query { float scale; int32_t sum; };     // of one query head: the scale of its int8 numbers, which includes the attention's; their sum
+
+struct Attention {                  // query heads of one token that share their keys
   const uint8_t* cache;             // of the layer and its key head: blocks of keys [head_dim / 4][16][4] with 128 added,
   size_t block_stride;              //   values [4][head_dim][4], 16 float scales of keys, 16 of values; bytes between blocks
   const int32_t* blocks;            // numbers of the sequence's blocks
   int first, last;                  // tokens seen: positions first to last (not included)
   int head_dim;                     // a multiple of 4
-  const int8_t* query;              // [head_dim]
-  int32_t query_sum;                // of the query's numbers
-  float query_scale;                // includes the attention's scale
-  float* scores;                    // room for the positions, rounded up to whole blocks, and 16 more
-  float* out;                       // [head_dim]
+  int heads;                        // 1 to kMostHeads
+  const int8_t* query;              // [heads, head_dim]
+  const Query* queries;             // [heads]
+  float* scores;                    // room for kMostHeads times as many numbers as the positions' blocks hold
+  float* out;                       // [heads, head_dim]
 };
 
 struct Kernels {
   const char* name;
   // Tiles first to last (not included) times 1 to kMaxBatch activations: y[b * y_stride + place of row] is set.
   void (*product)(const Part&, int first, int last, const Activations&, int batch, float* y, int y_stride);
-  // Rows first to last of a plain weight times `batch` rows of floats x[b * x_stride]: y[b * y_stride + row] is set.
+  // Rows first to last of a plain weight times 1 to kPanel rows of floats x[b * x_stride]: y[b * y_stride + row] is set.
   void (*plain)(const Plain&, int first, int last, const float* x, int x_stride, int batch, float* y, int y_stride);
-  // One row of `columns` floats, padded with zeros to `stride`, to int8 blocks; not-a-number becomes anything finite.
-  void (*quantize)(const float* x, int columns, int stride, int8_t* q, float* scale, int32_t* sum);
+  // One row of `columns` floats, followed by zeros, to `blocks` blocks; not-a-number becomes anything finite.
+  void (*quantize)(const float* x, int columns, int blocks, const Places& to);
   // `count` floats to int8 with one scale, which is returned; not-a-number becomes -127.
   float (*to_bytes)(const float* x, int count, int8_t* out);
   void (*attend)(const Attention&);

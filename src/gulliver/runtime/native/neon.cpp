@@ -70,9 +70,9 @@ struct Weights {
   }
 };
 
-// total[c][quarter] = dot products of one block with activations c = 0 .. kCount - 1, which stand `stride` bytes apart.
+// total[c][quarter] = dot products of one block with activations c = 0 .. kCount - 1, which stand side by side.
 template <int kCount, class Block>
-inline void dots(const Block& weights, const int8_t* q, int stride, int32x4_t total[][kQuarters]) {
+inline void dots(const Block& weights, const int8_t* q, int32x4_t total[][kQuarters]) {
   for (int c = 0; c < kCount; c++)
     for (int quarter = 0; quarter < kQuarters; quarter++) total[c][quarter] = vdupq_n_s32(0);
 #pragma GCC unroll 8
@@ -80,7 +80,7 @@ inline void dots(const Block& weights, const int8_t* q, int stride, int32x4_t to
 #pragma GCC unroll 4
     for (int c = 0; c < kCount; c++) {
       int32_t word;
-      std::memcpy(&word, q + size_t(c) * stride + 4 * k, 4);
+      std::memcpy(&word, q + c * kBlock + 4 * k, 4);
       const int8x16_t four = vreinterpretq_s8_s32(vdupq_n_s32(word));
 #pragma GCC unroll 4
       for (int quarter = 0; quarter < kQuarters; quarter++)
@@ -108,9 +108,9 @@ template <int kBits, bool kUniform, int kCount>
 inline void add_block(const Weights<kBits, kUniform>& weights, const GroupScales& group, const Activations& x, int first,
                       int block, float32x4_t sum[][kQuarters]) {
   int32x4_t total[kCount][kQuarters];
-  dots<kCount>(weights, x.q + size_t(first) * x.stride + size_t(block) * kBlock, x.stride, total);
+  dots<kCount>(weights, x.q + (size_t(block) * x.side + first) * kBlock, total);
   for (int c = 0; c < kCount; c++) {
-    const size_t place = size_t(first + c) * (x.stride / kBlock) + block;
+    const size_t place = size_t(block) * x.side + first + c;
     const float32x4_t by = vdupq_n_f32(x.scale[place]);
     for (int quarter = 0; quarter < kQuarters; quarter++) {
       int32x4_t dot = total[c][quarter];
@@ -166,7 +166,7 @@ void store(const Part& part, int row, const float32x4_t value[kQuarters], float*
 
 template <int kBits, bool kUniform>
 void product_of(const Part& part, int first, int last, const Activations& x, int batch, float* y, int y_stride) {
-  float32x4_t out[kMaxBatch][kQuarters];
+  float32x4_t out[kPanel][kQuarters];
   for (int t = first; t < last; t++) {
     const uint8_t* tile = part.tiles + size_t(t) * part.tile_bytes;
     if (batch == 1) tile_product<kBits, kUniform>(part, tile, x, 1, out);  // a constant: the loops over activations vanish
@@ -182,28 +182,31 @@ void product(const Part& part, int first, int last, const Activations& x, int ba
        product_of<6, false>, nullptr, nullptr},
       {nullptr, nullptr, product_of<2, true>, product_of<3, true>, product_of<4, true>, product_of<5, true>,
        product_of<6, true>, nullptr, product_of<8, true>}};
-  of[part.uniform][part.bits](part, first, last, x, batch, y, y_stride);
+  for (int row = 0; row < batch; row += kPanel)
+    of[part.uniform][part.bits](part, first, last, x.from(row), batch - row < kPanel ? batch - row : kPanel, y + size_t(row) * y_stride, y_stride);
 }
 
-void quantize_block(const float* x, int8_t* q, float* scale, int32_t* sum) {
+float largest_of_block(const float* x) {
   float32x4_t most = vdupq_n_f32(0.0f);
   for (int n = 0; n < 8; n++) most = vmaxnmq_f32(vabsq_f32(vld1q_f32(x + 4 * n)), most);  // skips NaN
-  const Step step = step_of(vmaxnmvq_f32(most));
+  return vmaxnmvq_f32(most);
+}
+
+int32_t round_block(const float* x, float by, int8_t* q) {
   int32x4_t total = vdupq_n_s32(0);
   int16x4_t part[8];
   for (int n = 0; n < 8; n++) {
-    const float32x4_t scaled = vmulq_f32(vld1q_f32(x + 4 * n), vdupq_n_f32(step.inverse));
+    const float32x4_t scaled = vmulq_f32(vld1q_f32(x + 4 * n), vdupq_n_f32(by));
     const int32x4_t whole = vcvtnq_s32_f32(vminnmq_f32(vmaxnmq_f32(scaled, vdupq_n_f32(-127.0f)), vdupq_n_f32(127.0f)));
     total = vaddq_s32(total, whole);
     part[n] = vmovn_s32(whole);
   }
   for (int n = 0; n < 4; n++) vst1_s8(q + 8 * n, vmovn_s16(vcombine_s16(part[2 * n], part[2 * n + 1])));
-  *scale = step.scale;
-  *sum = vaddvq_s32(total);
+  return vaddvq_s32(total);
 }
 
-void quantize(const float* x, int columns, int stride, int8_t* q, float* scale, int32_t* sum) {
-  quantize_row<quantize_block>(x, columns, stride, q, scale, sum);
+void quantize(const float* x, int columns, int blocks, const Places& to) {
+  quantize_row<largest_of_block, round_block>(x, columns, blocks, to);
 }
 
 void scores(const int8_t* q, int32_t, const uint8_t* keys, int head_dim, int32_t* out) {

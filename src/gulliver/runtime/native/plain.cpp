@@ -65,7 +65,7 @@ float factor_of(const uint8_t* bytes) {
 void add_block(const Block& weights, const uint8_t* scales, const Activations& x, int batch, int block,
                float out[][kTileRows]) {
   for (int b = 0; b < batch; b++) {
-    const size_t place = size_t(b) * (x.stride / kBlock) + block;
+    const size_t place = size_t(block) * x.side + b;
     int16_t q[kBlock];
     for (int c = 0; c < kBlock; c++) q[c] = x.q[place * kBlock + c];
     for (int row = 0; row < kTileRows; row++) {
@@ -96,8 +96,8 @@ void tile_product(const Part& part, const uint8_t* tile, const Activations& x, i
     for (int b = 0; b < batch; b++) out[b][row] *= factor_of(factors + 2 * row);
 }
 
-void product(const Part& part, int first, int last, const Activations& x, int batch, float* y, int y_stride) {
-  float out[kMaxBatch][kTileRows];
+void panel_product(const Part& part, int first, int last, const Activations& x, int batch, float* y, int y_stride) {
+  float out[kPanel][kTileRows];
   for (int t = first; t < last; t++) {
     tile_product(part, part.tiles + size_t(t) * part.tile_bytes, x, batch, out);
     for (int r = 0; r < kTileRows && t * kTileRows + r < part.rows; r++) {
@@ -107,27 +107,32 @@ void product(const Part& part, int first, int last, const Activations& x, int ba
   }
 }
 
-void quantize_block(const float* x, int8_t* q, float* scale, int32_t* sum) {
+void product(const Part& part, int first, int last, const Activations& x, int batch, float* y, int y_stride) {
+  for (int row = 0; row < batch; row += kPanel)
+    panel_product(part, first, last, x.from(row), batch - row < kPanel ? batch - row : kPanel, y + size_t(row) * y_stride, y_stride);
+}
+
+float largest_of_block(const float* x) {
   float most = 0.0f;
   for (int i = 0; i < kBlock; i++) most = std::fabs(x[i]) > most ? std::fabs(x[i]) : most;
-  const Step step = step_of(most);
+  return most;
+}
+
+int32_t round_block(const float* x, float by, int8_t* q) {
   int32_t total = 0;
   for (int i = 0; i < kBlock; i++) {
-    float scaled = x[i] * step.inverse;
+    float scaled = x[i] * by;
     scaled = scaled > -127.0f ? scaled : -127.0f;
     scaled = scaled < 127.0f ? scaled : 127.0f;
     const float shifted = scaled + 12582912.0f;  // 1.5 * 2^23: the unit is the last bit, rounded to even
-    int32_t bits;
-    std::memcpy(&bits, &shifted, 4);
-    q[i] = int8_t(bits - 0x4b400000);
+    q[i] = int8_t(bits_of(shifted) - 0x4b400000);
     total += q[i];
   }
-  *scale = step.scale;
-  *sum = total;
+  return total;
 }
 
-void quantize(const float* x, int columns, int stride, int8_t* q, float* scale, int32_t* sum) {
-  quantize_row<quantize_block>(x, columns, stride, q, scale, sum);
+void quantize(const float* x, int columns, int blocks, const Places& to) {
+  quantize_row<largest_of_block, round_block>(x, columns, blocks, to);
 }
 
 #include "attend.inc"

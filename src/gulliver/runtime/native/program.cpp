@@ -9,17 +9,15 @@
 #include <new>
 #include <stdexcept>
 
+#include "activations.h"
+
 namespace gulliver {
 namespace {
 
 constexpr size_t kLeastPiece = 8 << 10, kMostPiece = 96 << 10;  // bytes of weights in a piece of work
 constexpr int kPiecesPerThread = 8;
 
-// Columns of int8 activations, an odd number of cache lines: a power of two would put all rows in the same few cache sets.
-int padded(int columns) {
-  return (columns + kPad - 1) / kPad * kPad + 64;
-}
-// Floats of a row of outputs, likewise.
+// Floats of a row of outputs, an odd number of cache lines: a power of two would put all rows in the same few cache sets.
 int apart(int columns) {
   const int stride = (columns + 15) / 16 * 16;
   return stride % 32 ? stride : stride + 16;
@@ -74,31 +72,21 @@ size_t Matrix::bytes() const {
 
 // What a thread needs for its own work; `activations` may be another thread's (the shared ones).
 struct Program::Mine {
-  std::vector<float> stream, normed, floats, scale, scores;
-  std::vector<int8_t> q;
-  std::vector<int32_t> sum;
-  int stride = 0, columns = 0, turn = 0, thread = 0, count = 0, first = 0, last = 0;
+  Array<float> stream, normed, floats;
+  std::unique_ptr<float[]> scores;  // not cleared: most of a long context is never used
+  ActivationRoom input;             // of a product: what `floats` holds, in int8
+  int columns = 0, turn = 0, thread = 0, count = 0, first = 0, last = 0;
   Mine* shared = nullptr;           // where activations and the stream are: itself with one row, the common one with more
 
-  Mine(int rows, int hidden, int wide, int positions) {
+  Mine(int rows, int hidden, int wide, int positions) : input(rows, wide) {
     stream.resize(size_t(rows) * hidden);
     normed.resize(hidden);
     floats.resize(size_t(rows) * wide);
-    scale.resize(size_t(rows) * padded(wide) / kBlock);
-    sum.resize(scale.size());
-    q.resize(size_t(rows) * padded(wide));
-    scores.resize(positions + kCacheTokens);
-  }
-  // The next product has `count` columns.
-  void expect(int count) {
-    columns = count;
-    stride = padded(count);
+    scores.reset(new float[size_t(positions + 2 * kCacheTokens) * kMostHeads]);
   }
   // One row of the shared floats to int8.
   void quantize(const Kernels* kernels, int row) {
-    const size_t at = size_t(row) * stride, block = at / kBlock;
-    kernels->quantize(shared->floats.data() + size_t(row) * columns, columns, stride, shared->q.data() + at,
-                      shared->scale.data() + block, shared->sum.data() + block);
+    shared->input.set(kernels, count, columns, row, shared->floats.data() + size_t(row) * columns);
   }
 };
 
@@ -200,21 +188,19 @@ void Program::product(const Product& product, float* y, int y_stride, Mine& mine
   share(mine, [&](int number) { piece(product, product.pieces[number], y, y_stride, mine); });
 }
 
-// Rows of activations are passed sixteen at a time over one piece of weights, which stays in the cache.
+// Many rows of activations pass over one piece of weights, which stays in the cache.
 void Program::piece(const Product& product, const Piece& piece, float* y, int y_stride, const Mine& mine) const {
   const Mine& in = *mine.shared;
   const Matrix& matrix = *product.matrices[piece.matrix];
-  const int count = mine.count, stride = mine.stride, columns = mine.columns, blocks = stride / kBlock;
-  for (int first = 0; first < count; first += kMaxBatch) {
-    const int batch = std::min(kMaxBatch, count - first);
+  const int count = mine.count, most = matrix.packed() ? kMaxBatch : kPanel;
+  for (int first = 0; first < count; first += most) {
+    const int batch = std::min(most, count - first);
     float* out = y + size_t(first) * y_stride + product.at[piece.matrix];
     if (matrix.packed()) {
-      const Activations some{in.q.data() + size_t(first) * stride, in.scale.data() + size_t(first) * blocks,
-                             in.sum.data() + size_t(first) * blocks, stride};
-      kernels->product(matrix.parts[piece.part], piece.first, piece.last, some, batch, out, y_stride);
+      kernels->product(matrix.parts[piece.part], piece.first, piece.last, in.input.view(count, mine.columns).from(first), batch, out, y_stride);
     } else {
-      kernels->plain(matrix.plain, piece.first, piece.last, in.floats.data() + size_t(first) * columns, columns, batch, out,
-                     y_stride);
+      const float* x = in.floats.data() + size_t(first) * mine.columns;
+      kernels->plain(matrix.plain, piece.first, piece.last, x, mine.columns, batch, out, y_stride);
     }
   }
 }
@@ -223,7 +209,7 @@ void Program::piece(const Product& product, const Piece& piece, float* y, int y_
 void Program::open(Mine& mine, const float* norm, const float* after, bool add) {
   Mine& in = *mine.shared;
   const int hidden = shape.hidden;
-  mine.expect(hidden);
+  mine.columns = hidden;
   for (int row = mine.first; row < mine.last; row++) {
     float* h = in.stream.data() + size_t(row) * hidden;
     if (add) {
@@ -297,22 +283,21 @@ void Program::attention(int number, Mine& mine) {
         if (wanted[k] != k) std::copy_n(stream + size_t(wanted[k]) * shape.hidden, shape.hidden, stream + size_t(k) * shape.hidden);
   }
   // The heads that share keys follow each other, then the rows: keys stay near.
-  const int group = shape.heads / shape.kv_heads;
+  const int group = shape.heads / shape.kv_heads, items = items_of_group(), each = together_of();
   share(mine, [&](int item) {
-    const int at = item / group % mine.count, kv = item / group / mine.count;
-    attend(layer, number, last ? wanted[at] : at, at, kv * group + item % group, mine);
+    const int at = item / items % mine.count, kv = item / items / mine.count, first = item % items * each;
+    attend(layer, number, last ? wanted[at] : at, at, kv * group + first, kv * group + std::min(first + each, group), mine);
   });
   pool_.barrier().wait();
 }
 
-void Program::attend(const Layer& layer, int number, int row, int at, int head, Mine& mine) {
-  const int dim = shape.head_dim, kv = head / (shape.heads / shape.kv_heads);
+void Program::attend(const Layer& layer, int number, int row, int at, int first_head, int last_head, Mine& mine) {
+  const int dim = shape.head_dim, kv = first_head / (shape.heads / shape.kv_heads);
   const Row& who = (*rows_)[row];
-  const size_t place = size_t(row) * shape.heads + head;
+  const size_t place = size_t(row) * shape.heads + first_head;
   const int last = who.position + 1, first = layer.window && last > layer.window ? last - layer.window : 0;
-  kernels->attend({block(number, kv, 0), block_stride_, who.blocks, first, last, dim, query_.data() + place * dim,
-                   queries_[place].sum, queries_[place].scale, mine.scores.data(),
-                   attended_.data() + (size_t(at) * shape.heads + head) * dim});
+  kernels->attend({block(number, kv, 0), block_stride_, who.blocks, first, last, dim, last_head - first_head, query_.data() + place * dim,
+                   queries_.data() + place, mine.scores.get(), attended_.data() + (size_t(at) * shape.heads + first_head) * dim});
 }
 
 // From here on a step has `count` rows, which the cheap work divides between the threads: neighbours, so that threads seldom
@@ -341,7 +326,7 @@ void Program::work(int thread) {
     attention(int(number), mine);
     if (mine.count == 0) return;    // the cache is filled, and no logits are wanted
 
-    mine.expect(query);
+    mine.columns = query;
     for (int row = mine.first; row < mine.last; row++) {
       std::memcpy(in.floats.data() + size_t(row) * query, attended_.data() + size_t(row) * query, sizeof(float) * query);
       mine.quantize(kernels, row);
@@ -354,7 +339,7 @@ void Program::work(int thread) {
     product(layer.gate_up, gate_up_.data(), apart(2 * middle), mine);
     pool_.barrier().wait();
 
-    mine.expect(middle);
+    mine.columns = middle;
     for (int row = mine.first; row < mine.last; row++) {
       const float* gate = gate_up_.data() + size_t(row) * apart(2 * middle);
       (shape.gate == Gate::silu ? kernels->gate_silu : kernels->gate_gelu)(gate, gate + middle, middle,
@@ -381,7 +366,7 @@ void Program::deal() {
   };
   for (const Layer& layer : layers) {
     divide(layer.qkv.pieces.size());
-    divide((&layer == &layers.back() ? wanted_->size() : size_t(count_)) * shape.heads);
+    divide((&layer == &layers.back() ? wanted_->size() : size_t(count_)) * shape.kv_heads * items_of_group());
     for (const Product* product : {&layer.out, &layer.gate_up, &layer.down}) divide(product->pieces.size());
   }
   divide(head.pieces.size());

@@ -3,6 +3,7 @@
 // With one row, every thread keeps the residual stream and the activations for itself and repeats the cheap work on them
 // (add, norm, quantize), which saves barriers. With more rows, the cheap work is split between threads by rows.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "pages.h"
 #include "pool.h"
 
 namespace gulliver {
@@ -110,7 +112,6 @@ class Program {
 
  private:
   struct Mine;
-  struct Query { float scale; int32_t sum; };     // of a row's query of one head: its scale, the sum of its int8 numbers
   struct Span { char* start; size_t length; };
   void work(int thread);
   void divide(Mine& mine, int count);
@@ -123,8 +124,11 @@ class Program {
   void deal();
   void attention(int number, Mine& mine);
   void prepare_head(const Layer& layer, int row, int head, float* x);
-  // Row `row` of the step, whose answer goes to place `at`.
-  void attend(const Layer& layer, int number, int row, int at, int head, Mine& mine);
+  // Query heads first_head to last_head (not included), which share keys, of row `row` of the step; the answer goes to place `at`.
+  void attend(const Layer& layer, int number, int row, int at, int first_head, int last_head, Mine& mine);
+  // Heads that share keys are attended together, a few at a time; one by one where a single row has to keep all threads busy.
+  int together_of() const { return count_ == 1 ? 1 : std::min(shape.heads / shape.kv_heads, kMostHeads); }
+  int items_of_group() const { return (shape.heads / shape.kv_heads + together_of() - 1) / together_of(); }
   void embed(int token, float* out) const;
   void evict(size_t layer);
   static size_t spans_of(const Matrix& matrix, std::vector<Span>& spans);   // returns the bytes of the matrix
@@ -138,7 +142,7 @@ class Program {
   int count_ = 0, logits_stride_ = 0;
   float* logits_ = nullptr;
   int width_ = 0, wide_ = 0;                      // of q, k, v together; of the widest input of a product
-  std::vector<float> qkv_, attended_, gate_up_, added_, angles_;
+  Array<float> qkv_, attended_, gate_up_, added_, angles_;
   std::vector<Query> queries_;
   std::vector<int8_t> query_;
   std::vector<std::unique_ptr<Mine>> mine_;       // of each thread; the last one is shared by all when there are more rows
