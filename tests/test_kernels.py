@@ -31,18 +31,18 @@ def product(isa: str, part: Part, x: np.ndarray, tiles: torch.Tensor | None = No
 def rounded(x: np.ndarray) -> np.ndarray:
     """What int8 blocks of 32 make of x [batch, columns], none of whose rows is zero: float64.
 
-    A row's largest number decides the scale of its block; the other blocks halve it while their own numbers fit.
+    A row's largest number decides the scale of its block; the others have the smallest scale that leaves room for their own,
+    out of this one over 2^n times 1, 1 1/8, ... 1 7/8.
     """
     out = np.zeros(x.shape)
     largest = np.abs(x).max(axis=1, keepdims=True)
     for start in range(0, x.shape[1], BLOCK):
         block = x[:, start : start + BLOCK]
-        most, scale = np.abs(block).max(axis=1, keepdims=True) / np.float32(127), largest / np.float32(127)
-        halved = np.ones_like(largest)
-        for _ in range(40):
-            halved = np.where(scale * halved / 2 >= most, halved / 2, halved)
-        levels = np.rint(block * (np.float32(127) / largest / halved))
-        out[:, start : start + BLOCK] = levels * (scale * halved).astype(np.float64)
+        share = np.maximum(np.abs(block).max(axis=1, keepdims=True) / largest, np.float32(2.0**-40)).astype(np.float64)
+        power = 2.0 ** np.floor(np.log2(share))
+        share = np.minimum(power * (1 + np.ceil((share / power - 1) * 8) / 8), 1.0)
+        levels = np.rint(block * (np.float32(127) / largest / share))
+        out[:, start : start + BLOCK] = levels * (largest / np.float32(127) * share)
     return out
 
 

@@ -119,33 +119,33 @@ using Sets = std::vector<InstructionSet>;
 struct Inputs {
   int side, blocks;
   size_t rows, numbers;
-  Exact q, scale, sum, minus, shift, base;
+  Exact q, scale, sum, minus, shift, eighths, base;
 
   Inputs(Guarded* guards, int batch, int columns)
       : side(batch == 1 ? 1 : kPanel), blocks((columns + kPad - 1) / kPad * (kPad / kBlock)),
         rows(size_t((batch + side - 1) / side * side)), numbers(rows * size_t(blocks)),
         q(guards, numbers * kBlock), scale(guards ? guards + 1 : nullptr, 4 * numbers), sum(guards ? guards + 2 : nullptr, 4 * numbers),
         minus(guards ? guards + 3 : nullptr, 4 * numbers), shift(guards ? guards + 4 : nullptr, 4 * numbers),
-        base(guards ? guards + 5 : nullptr, 4 * rows) {
+        eighths(guards ? guards + 5 : nullptr, 4 * numbers), base(guards ? guards + 6 : nullptr, 4 * rows) {
     std::memset(q.as(), 77, numbers * kBlock);
-    for (Exact* one : {&scale, &sum, &minus, &shift}) std::memset(one->as(), 77, 4 * numbers);
+    for (Exact* one : {&scale, &sum, &minus, &shift, &eighths}) std::memset(one->as(), 77, 4 * numbers);
     std::memset(base.as(), 77, 4 * rows);
   }
   Places places(int row) {
     const size_t at = size_t(row / side) * blocks * side + row % side;
     return {q.as<int8_t>() + at * kBlock, scale.as<float>() + at, sum.as<int32_t>() + at, minus.as<int32_t>() + at,
-            shift.as<int32_t>() + at, base.as<float>() + row, side};
+            shift.as<int32_t>() + at, eighths.as<int32_t>() + at, base.as<float>() + row, side};
   }
   Activations view() {
-    return {q.as<int8_t>(), scale.as<float>(), sum.as<int32_t>(), minus.as<int32_t>(), shift.as<int32_t>(), base.as<float>(), side, blocks};
+    return {q.as<int8_t>(), scale.as<float>(), sum.as<int32_t>(), minus.as<int32_t>(), shift.as<int32_t>(), eighths.as<int32_t>(), base.as<float>(), side, blocks};
   }
   bool same(Inputs& other) {
     return !std::memcmp(q.as(), other.q.as(), numbers * kBlock) && !std::memcmp(scale.as(), other.scale.as(), 4 * numbers) &&
            !std::memcmp(sum.as(), other.sum.as(), 4 * numbers) && !std::memcmp(minus.as(), other.minus.as(), 4 * numbers) &&
-           !std::memcmp(shift.as(), other.shift.as(), 4 * numbers) && !std::memcmp(base.as(), other.base.as(), 4 * rows);
+           !std::memcmp(shift.as(), other.shift.as(), 4 * numbers) && !std::memcmp(eighths.as(), other.eighths.as(), 4 * numbers) && !std::memcmp(base.as(), other.base.as(), 4 * rows);
   }
   void scale_one() {
-    for (size_t i = 0; i < numbers; i++) scale.as<float>()[i] = 1.0f, shift.as<int32_t>()[i] = 0;
+    for (size_t i = 0; i < numbers; i++) scale.as<float>()[i] = 1.0f, shift.as<int32_t>()[i] = eighths.as<int32_t>()[i] = 0;
     for (size_t i = 0; i < rows; i++) base.as<float>()[i] = 1.0f;
   }
 };
@@ -226,13 +226,13 @@ void try_tensor(Random& random, const Sets& sets, Guarded* all_guards) {
     if (of.extreme) std::fill(row, row + part.columns, random.one_in(2) ? 1.0f : -1.0f);
     reference::quantize(row, part.columns, inputs.blocks, inputs.places(b));
   }
-  check_quantize(sets, x, of.batch, part.columns, inputs, guards ? guards + 9 : nullptr);
+  check_quantize(sets, x, of.batch, part.columns, inputs, guards ? guards + 10 : nullptr);
   if (of.exact) inputs.scale_one();
 
   std::vector<reference::Sum> wanted(size_t(of.batch) * part.rows);
   for (int row = of.first * kTileRows; row < std::min(part.rows, of.last * kTileRows); row++)
     for (int b = 0; b < of.batch; b++) wanted[size_t(b) * part.rows + row] = reference::product(part, row, inputs.view(), b);
-  check_product(sets, of, inputs.view(), wanted, guard(8));
+  check_product(sets, of, inputs.view(), wanted, guard(9));
 }
 
 }  // namespace
@@ -247,7 +247,7 @@ int main(int count, char** arguments) {
     if (chosen) sets.push_back(set);
   }
   if (sets.empty() || tensors < 1) fail("nothing to test");
-  const auto guards = std::make_unique<Guarded[]>(16);
+  const auto guards = std::make_unique<Guarded[]>(18);
   for (long n = 0; n < tensors; n++) {
     Random random(seed * 1000003 + uint64_t(n));
     try_tensor(random, sets, guards.get());

@@ -3,7 +3,9 @@
 #pragma once
 #include <cmath>
 #include <cstring>
+#include <algorithm>
 #include <limits>
+#include <utility>
 
 #include "kernels.h"
 
@@ -90,7 +92,8 @@ inline Sum product(const Part& part, int row, const Activations& x, int b) {
 }
 
 // The contract of Kernels::quantize, with the rule for what is not an ordinary number. The row's largest number decides the
-// scale of its block, the other blocks halve it while their own numbers fit: at most 40 times, and never to a subnormal number.
+// scale of its block, the other blocks halve it while their own numbers fit, at most 40 times and never to a subnormal number,
+// and then take as few eighths on top as they need.
 inline void quantize(const float* x, int columns, int blocks, const gulliver::Places& to) {
   auto largest = [&](int first, int last) {
     float most = 0.0f;
@@ -100,20 +103,33 @@ inline void quantize(const float* x, int columns, int blocks, const gulliver::Pl
     return most;
   };
   const float most = largest(0, columns), top = most < 1e-30f ? 0.0f : most / 127.0f;
-  auto scale_of = [&](float wanted) {
-    float scale = top;
-    for (int k = 0; k < 40 && scale / 2 >= wanted && scale / 2 >= 2 * std::numeric_limits<float>::min(); k++) scale /= 2;
-    return scale;
+  // {exponent below the top's, eighths}
+  auto scale_of = [&](float wanted) -> std::pair<int, int> {
+    const int most_halvings = std::min(40, std::ilogb(top) + 125);
+    if (wanted >= top) return {0, 0};
+    if (wanted == 0.0f) return {most_halvings, 0};
+    int halvings = std::ilogb(top) - std::ilogb(wanted);
+    const volatile float one_over = 1.0f / std::ldexp(top, -std::ilogb(top));
+    const volatile float ratio = std::ldexp(wanted, -std::ilogb(wanted)) * one_over;
+    if (ratio < 1.0f) halvings++;
+    int eighths = int(std::ceil((double(ratio < 1.0f ? 2 * ratio : ratio) - 1) * 8));
+    if (eighths == 8) halvings--, eighths = 0;
+    if (halvings <= 0) return {0, 0};
+    if (halvings > most_halvings) return {most_halvings, 0};
+    return {halvings, eighths};
   };
-  *to.base = scale_of(0.0f);
+  const int lowest = top > 0 ? scale_of(0.0f).first : 0;
+  *to.base = std::ldexp(top, -lowest);
   for (int b = 0; b < blocks; b++) {
     const int at = b * to.side;
-    const float scale = to.scale[at] = scale_of(largest(32 * b, 32 * b + 32) / 127.0f);
-    to.shift[at] = scale > 0 ? std::ilogb(scale / *to.base) << 23 : 0;
+    const auto [halvings, eighths] = top > 0 ? scale_of(largest(32 * b, 32 * b + 32) / 127.0f) : std::pair(0, 0);
+    to.scale[at] = std::ldexp(top, -halvings) * (1.0f + float(eighths) / 8);
+    to.shift[at] = (lowest - halvings) << 23;
+    to.eighths[at] = eighths;
     to.sum[at] = 0;
     for (int i = 0; i < 32; i++) {
       const int column = 32 * b + i;
-      const volatile float inverse = top > 0 ? 127.0f / most * (top / scale) : 0.0f;
+      const volatile float over = 8.0f / float(8 + eighths), inverse = top > 0 ? std::ldexp(127.0f / most, halvings) * over : 0.0f;
       const volatile float scaled = column < columns ? x[column] * inverse : 0.0f;  // volatile: rounded before what follows
       const bool number = !std::isnan(scaled) || top == 0;
       const float within = std::fmin(std::fmax(scaled, -127.0f), 127.0f);

@@ -11,20 +11,20 @@ class ActivationRoom {
   ActivationRoom(int rows, int columns) {
     const size_t numbers = size_t(panelled(rows)) * blocks_of(columns);
     q_.resize(numbers * kBlock);
-    for (auto* one : {&sum_, &minus_, &shift_}) one->resize(numbers);
+    for (auto* one : {&sum_, &minus_, &shift_, &eighths_}) one->resize(numbers);
     scale_.resize(numbers);
     base_.resize(size_t(panelled(rows)));
   }
   // Where the kernels find `rows` rows of `columns` numbers.
   Activations view(int rows, int columns) const {
-    return {q_.data(), scale_.data(), sum_.data(), minus_.data(), shift_.data(), base_.data(), side_of(rows), blocks_of(columns)};
+    return {q_.data(), scale_.data(), sum_.data(), minus_.data(), shift_.data(), eighths_.data(), base_.data(), side_of(rows), blocks_of(columns)};
   }
   // Makes x row number `row` of them.
   void set(const Kernels* kernels, int rows, int columns, int row, const float* x) {
     const int side = side_of(rows), blocks = blocks_of(columns);
     const size_t at = size_t(row / side) * blocks * side + row % side;
     kernels->quantize(x, columns, blocks, {q_.data() + at * kBlock, scale_.data() + at, sum_.data() + at, minus_.data() + at,
-                                           shift_.data() + at, base_.data() + row, side});
+                                           shift_.data() + at, eighths_.data() + at, base_.data() + row, side});
   }
 
  private:
@@ -33,7 +33,7 @@ class ActivationRoom {
   static int panelled(int rows) { return (rows + side_of(rows) - 1) / side_of(rows) * side_of(rows); }
   Array<int8_t> q_;
   Array<float> scale_, base_;
-  Array<int32_t> sum_, minus_, shift_;
+  Array<int32_t> sum_, minus_, shift_, eighths_;
 };
 
 }  // namespace gulliver

@@ -107,6 +107,8 @@ inline __m512 shifted(__m512i dot, int32_t shift) {
   return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(dot)), _mm512_set1_epi32(shift)));
 }
 
+constexpr float kFraction[kEighths] = {1.0f, 1.125f, 1.25f, 1.375f, 1.5f, 1.625f, 1.75f, 1.875f};
+
 // A sum of blocks, which counts in units of `base`, times the factors of the rows. The factors come last: the sum is up to 2^60
 // times as large as what it stands for.
 inline __m512 finished(__m512 sum, float base, __m512 factors) {
@@ -121,14 +123,14 @@ inline __m512 tile_single(const Part& part, const uint8_t* tile, const Activatio
   const uint8_t* scales = tile + size_t(kGroupBytes) * part.groups;
   const uint8_t* zeros = scales + kTileRows * part.groups;
   const int32_t* q = reinterpret_cast<const int32_t*>(x.q);
-  const int32_t *x_sum = kUniform ? x.sum : x.minus, *shift = x.shift;
+  const int32_t *x_sum = kUniform ? x.sum : x.minus, *shift = x.shift, *eighths = x.eighths;
   __m512 sum = _mm512_setzero_ps();
   for (int g = 0; g < part.groups; g++, tile += kGroupBytes) {
     const __m512 scale = scales_of(scales + kTileRows * g);
     __m512i zero;
     if constexpr (kUniform) zero = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros + kTileRows * g)));
 #pragma GCC unroll 4
-    for (int n = 0; n < kBlocks; n++, q += 8, x_sum++, shift++) {
+    for (int n = 0; n < kBlocks; n++, q += 8, x_sum++, shift++, eighths++) {
       if (ahead)
         for (int line = 0; line < kBits; line++)
           _mm_prefetch(reinterpret_cast<const char*>(tile) + n * 64 * kBits + kAhead + 64 * line, _MM_HINT_T1);
@@ -142,7 +144,7 @@ inline __m512 tile_single(const Part& part, const uint8_t* tile, const Activatio
       }
       __m512i dot = _mm512_add_epi32(even, odd);
       if constexpr (kUniform) dot = _mm512_sub_epi32(dot, _mm512_mullo_epi32(zero, _mm512_set1_epi32(*x_sum)));
-      sum = _mm512_fmadd_ps(shifted(dot, *shift), scale, sum);
+      sum = _mm512_fmadd_ps(shifted(dot, *shift), _mm512_mul_ps(scale, _mm512_set1_ps(kFraction[*eighths])), sum);
     }
   }
   return finished(sum, *x.base, row_factors((kUniform ? zeros : scales) + kTileRows * part.groups));
@@ -163,7 +165,7 @@ constexpr int kChunk = 64;          // blocks that are unpacked at a time, 32 KB
 
 struct Chunk {
   alignas(64) uint8_t weights[kChunk][8][64];     // of four columns and 16 rows each
-  alignas(64) float scale[kChunk][kTileRows];
+  alignas(64) float scale[kChunk][kEighths][kTileRows];   // times 1, 1 1/8, …
   alignas(64) int32_t zero[kChunk][kTileRows];    // of uniform codes
 };
 
@@ -180,7 +182,8 @@ void unpack(const Part& part, const uint8_t* tile, int first, int last, Chunk& c
     __m512i w[8];
     Codes<kBits, kUniform>::load(tile + group_bytes * group, part.group_size, block % in_group, table, w);
     for (int k = 0; k < 8; k++) _mm512_store_si512(chunk.weights[at][k], w[k]);
-    _mm512_store_ps(chunk.scale[at], scales_of(scales + kTileRows * group));
+    const __m512 scale = scales_of(scales + kTileRows * group);
+    for (int e = 0; e < kEighths; e++) _mm512_store_ps(chunk.scale[at][e], _mm512_mul_ps(scale, _mm512_set1_ps(kFraction[e])));
     if constexpr (kUniform)
       _mm512_store_si512(chunk.zero[at], _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros + kTileRows * group))));
   }
@@ -196,7 +199,6 @@ void multiply(const Chunk& chunk, int first, int last, const Activations& x, int
   size_t at = size_t(first) * kPanel + row;
   for (int block = 0; block < last - first; block++, at += kPanel) {
     const int32_t* q = reinterpret_cast<const int32_t*>(x.q + at * kBlock);
-    const __m512 scale = _mm512_load_ps(chunk.scale[block]);
     __m512i w[8];
 #pragma GCC unroll 8
     for (int k = 0; k < 8; k++) w[k] = _mm512_load_si512(chunk.weights[block][k]);
@@ -215,7 +217,7 @@ void multiply(const Chunk& chunk, int first, int last, const Activations& x, int
       for (int b = 0; b < count; b++) {
         if constexpr (kUniform)
           dot[b] = _mm512_sub_epi32(dot[b], _mm512_mullo_epi32(_mm512_load_si512(chunk.zero[block]), _mm512_set1_epi32(x.sum[at + start + b])));
-        sum[start + b] = _mm512_fmadd_ps(shifted(dot[b], x.shift[at + start + b]), scale, sum[start + b]);
+        sum[start + b] = _mm512_fmadd_ps(shifted(dot[b], x.shift[at + start + b]), _mm512_load_ps(chunk.scale[block][x.eighths[at + start + b]]), sum[start + b]);
       }
     }
   }

@@ -2,7 +2,8 @@
 //
 // Packed weights stand in tiles of 16 output rows (docs/artifact.md). Activations are int8 in blocks of 32 columns:
 //     x[c] = scale[c / 32] * q[c],   sum[c / 32] = sum of q over the block,   -127 <= q <= 127
-// The scales of one row differ by powers of two, so that a block's sum comes to the row's scale by adding to its exponent.
+// The scales of one row are its base times a power of two times 1, 1 1/8, 1 2/8, … or 1 7/8: a block's sum comes to the row's
+// scale by adding to its exponent, and the eighths are in the weights' scale, of which there are eight.
 // With weight code w, weight scale s (uint8), zero point z and row factor f, a block b of 32 columns adds
 //     y += f * s * scale[b] * (dot(w, q) - z * sum[b])
 // `table` holds a codebook's signed bytes with 128 added, so that the dot product may be unsigned x signed, with z = 128.
@@ -40,20 +41,22 @@ struct Activations {                // rows in panels of `side`, block by block;
   const int8_t* q;                  // [panels, blocks, side, 32]
   const float* scale;               // [panels, blocks, side]
   const int32_t *sum, *minus;       // [panels, blocks, side]; minus = -128 * sum
-  const int32_t* shift;             // [panels, blocks, side]: scale = base * 2^(shift / 2^23), shift >= 0
+  const int32_t *shift, *eighths;   // [panels, blocks, side]: scale = base * 2^(shift / 2^23) * (1 + eighths / 8), shift >= 0
   const float* base;                // [panels, side]
   int side, blocks;                 // 1 for a batch of one row, kPanel for more; blocks cover the columns rounded up to kPad
   // The rows from `row`, a multiple of `side`, on.
   Activations from(int row) const {
     const size_t at = size_t(row) * blocks;
-    return {q + at * kBlock, scale + at, sum + at, minus + at, shift + at, base + row, side, blocks};
+    return {q + at * kBlock, scale + at, sum + at, minus + at, shift + at, eighths + at, base + row, side, blocks};
   }
 };
+
+constexpr int kEighths = 8;
 
 struct Places {                     // where `quantize` puts one row: block b at q + 32 * side * b, and number side * b of the others
   int8_t* q;
   float* scale;
-  int32_t *sum, *minus, *shift;
+  int32_t *sum, *minus, *shift, *eighths;
   float* base;
   int side;
 };
