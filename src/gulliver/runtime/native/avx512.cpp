@@ -87,9 +87,19 @@ inline __m512 scales_of(const uint8_t* bytes) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
 }
 
-// Reading ahead by hand, 16 KB into the second-level cache. Measured: a third to twice as fast for wide tiles of few bits at
-// batch 1, a fifth slower for narrow ones and 8 bits, where the hardware's own prefetcher keeps up.
-constexpr int kAhead = 16384, kNarrow = 1100;   // bytes; columns
+// Reading ahead by hand into the second-level cache, for one row of activations. Wide tiles: always, which is up to twice as
+// fast. Narrow ones: only across the gap between what the thread reads in one product and in the next; in between, the hardware's
+// own prefetcher does better (docs/log.md). 8 bits: likewise.
+constexpr ptrdiff_t kAhead = 65536, kAheadNarrow = 16384;     // bytes
+constexpr int kNarrow = 850;                                  // columns
+
+// How far ahead of a tile to read; 0: not at all.
+inline ptrdiff_t ahead_of(const Part& part, const uint8_t* tile, Reading reading) {
+  if (!reading.end) return 0;
+  const bool wide = part.bits < 8 && part.columns > kNarrow;
+  const ptrdiff_t distance = wide ? kAhead : kAheadNarrow, left = reading.end - tile;
+  return left < distance ? reading.then - reading.end + distance : wide ? distance : 0;
+}
 
 inline __m512 row_factors(const uint8_t* tile_end) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile_end));
@@ -117,7 +127,7 @@ inline __m512 finished(__m512 sum, float base, __m512 factors) {
 
 // One row of activations: the sum stays in a register. `kBlocks` are those of a group.
 template <int kBits, bool kUniform, int kBlocks>
-inline __m512 tile_single(const Part& part, const uint8_t* tile, const Activations& x, bool ahead) {
+inline __m512 tile_single(const Part& part, const uint8_t* tile, const Activations& x, ptrdiff_t ahead) {
   const __m512i table = _mm512_loadu_si512(part.table);
   constexpr int kGroup = kBlocks * kBlock, kGroupBytes = kGroup * kTileRows * kBits / 8;
   const uint8_t* scales = tile + size_t(kGroupBytes) * part.groups;
@@ -133,7 +143,7 @@ inline __m512 tile_single(const Part& part, const uint8_t* tile, const Activatio
     for (int n = 0; n < kBlocks; n++, q += 8, x_sum++, shift++, eighths++) {
       if (ahead)
         for (int line = 0; line < kBits; line++)
-          _mm_prefetch(reinterpret_cast<const char*>(tile) + n * 64 * kBits + kAhead + 64 * line, _MM_HINT_T1);
+          _mm_prefetch(reinterpret_cast<const char*>(tile) + ahead + 64 * (n * kBits + line), _MM_HINT_T1);
       __m512i w[8];
       Codes<kBits, kUniform>::load(tile, kGroup, n, table, w);
       __m512i even = kUniform ? _mm512_setzero_si512() : _mm512_set1_epi32(*x_sum), odd = _mm512_setzero_si512();
@@ -151,8 +161,8 @@ inline __m512 tile_single(const Part& part, const uint8_t* tile, const Activatio
 }
 
 template <int kBits, bool kUniform>
-inline __m512 tile_single(const Part& part, const uint8_t* tile, const Activations& x) {
-  const bool ahead = kBits < 8 && part.columns > kNarrow;
+inline __m512 tile_single(const Part& part, const uint8_t* tile, const Activations& x, Reading reading) {
+  const ptrdiff_t ahead = ahead_of(part, tile, reading);
   switch (part.group_size) {
     case 32: return tile_single<kBits, kUniform, 1>(part, tile, x, ahead);
     case 64: return tile_single<kBits, kUniform, 2>(part, tile, x, ahead);
@@ -270,7 +280,7 @@ void tile_product(const Part& part, int t, const Activations& x, int batch, floa
 }
 
 template <int kBits, bool kUniform>
-void product_of(const Part& part, int first, int last, const Activations& x, int batch, float* y, int y_stride) {
+void product_of(const Part& part, int first, int last, const Activations& x, int batch, float* y, int y_stride, Reading reading) {
   const size_t codes = size_t(part.group_size) * kTileRows * kBits / 8 * part.groups;
   for (int t = first; t < last; t++) {
     if (batch > 1) {
@@ -281,18 +291,18 @@ void product_of(const Part& part, int first, int last, const Activations& x, int
     // Codes are one long stream that the hardware fetches ahead; scales lie behind them and would be waited for.
     for (size_t line = codes; line < part.tile_bytes; line += 64)
       _mm_prefetch(reinterpret_cast<const char*>(tile) + part.tile_bytes + line, _MM_HINT_T0);
-    store(part, t, tile_single<kBits, kUniform>(part, tile, x), y);
+    store(part, t, tile_single<kBits, kUniform>(part, tile, x, reading), y);
   }
 }
 
-void product(const Part& part, int first, int last, const Activations& x, int batch, float* y, int y_stride) {
+void product(const Part& part, int first, int last, const Activations& x, int batch, float* y, int y_stride, Reading reading) {
 #define CASE(bits) \
   case bits: \
-    part.uniform ? product_of<bits, true>(part, first, last, x, batch, y, y_stride) \
-                 : product_of<bits, false>(part, first, last, x, batch, y, y_stride); \
+    part.uniform ? product_of<bits, true>(part, first, last, x, batch, y, y_stride, reading) \
+                 : product_of<bits, false>(part, first, last, x, batch, y, y_stride, reading); \
     break;
   switch (part.bits) { CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-    case 8: product_of<8, true>(part, first, last, x, batch, y, y_stride); break; }
+    case 8: product_of<8, true>(part, first, last, x, batch, y, y_stride, reading); break; }
 #undef CASE
 }
 
@@ -318,13 +328,14 @@ void quantize(const float* x, int columns, int blocks, const Places& to) {
   quantize_row<largest_of_block, round_block>(x, columns, blocks, to);
 }
 
+#include "avx512_float.inc"
 #include "avx512_attend.inc"
 
 }  // namespace
 
 const Kernels* avx512_kernels() {
-  static const Kernels table{"avx512-vnni", product,  plain,   quantize,  to_bytes,  attend, scores,
-                             accumulate,    rms_norm, softmax, gate_silu, gate_gelu, rotate};
+  static const Kernels table{"avx512-vnni", product,  plain,   quantize, row_to_bytes, attend, scores,
+                             accumulate,    rms_norm, softmax, silu,     gate_gelu,    rotate};
   return &table;
 }
 

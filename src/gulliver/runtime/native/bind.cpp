@@ -224,7 +224,7 @@ void product(const std::string& isa, const Bytes& tiles, int rows, int columns, 
   demand(y.shape(0) == size_t(batch) && y.shape(1) == size_t(rows), "y must be [batch, rows]");
   ActivationRoom room(batch, columns);
   for (int b = 0; b < batch; b++) room.set(kernels, batch, columns, b, x.data() + size_t(b) * columns);
-  kernels->product(part, 0, int(tiles.shape(0)), room.view(batch, columns), batch, y.data(), rows);
+  kernels->product(part, 0, int(tiles.shape(0)), room.view(batch, columns), batch, y.data(), rows, {});
 }
 
 }  // namespace

@@ -53,6 +53,10 @@ struct Activations {                // rows in panels of `side`, block by block;
 
 constexpr int kEighths = 8;
 
+struct Reading {                    // the weights that a thread reads run to `end`, and go on at `then`; null: nobody knows
+  const uint8_t *end, *then;
+};
+
 struct Places {                     // where `quantize` puts one row: block b at q + 32 * side * b, and number side * b of the others
   int8_t* q;
   float* scale;
@@ -80,8 +84,9 @@ struct Attention {                  // query heads of one token that share their
 
 struct Kernels {
   const char* name;
-  // Tiles first to last (not included) times 1 to kMaxBatch activations: y[b * y_stride + place of row] is set.
-  void (*product)(const Part&, int first, int last, const Activations&, int batch, float* y, int y_stride);
+  // Tiles first to last (not included) times 1 to kMaxBatch activations: y[b * y_stride + place of row] is set. `reading` tells
+  // what may be fetched ahead.
+  void (*product)(const Part&, int first, int last, const Activations&, int batch, float* y, int y_stride, Reading reading);
   // Rows first to last of a plain weight times 1 to kPanel rows of floats x[b * x_stride]: y[b * y_stride + row] is set.
   void (*plain)(const Plain&, int first, int last, const float* x, int x_stride, int batch, float* y, int y_stride);
   // One row of `columns` floats, followed by zeros, to `blocks` blocks; not-a-number becomes anything finite.

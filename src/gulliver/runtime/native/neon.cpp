@@ -175,7 +175,7 @@ void product_of(const Part& part, int first, int last, const Activations& x, int
   }
 }
 
-void product(const Part& part, int first, int last, const Activations& x, int batch, float* y, int y_stride) {
+void product(const Part& part, int first, int last, const Activations& x, int batch, float* y, int y_stride, Reading) {
   using Function = void (*)(const Part&, int, int, const Activations&, int, float*, int);
   static constexpr Function of[2][9] = {
       {nullptr, nullptr, product_of<2, false>, product_of<3, false>, product_of<4, false>, product_of<5, false>,

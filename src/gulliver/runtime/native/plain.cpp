@@ -107,7 +107,7 @@ void panel_product(const Part& part, int first, int last, const Activations& x, 
   }
 }
 
-void product(const Part& part, int first, int last, const Activations& x, int batch, float* y, int y_stride) {
+void product(const Part& part, int first, int last, const Activations& x, int batch, float* y, int y_stride, Reading) {
   for (int row = 0; row < batch; row += kPanel)
     panel_product(part, first, last, x.from(row), batch - row < kPanel ? batch - row : kPanel, y + size_t(row) * y_stride, y_stride);
 }

@@ -1,7 +1,6 @@
 #include "program.h"
 
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -13,9 +12,6 @@
 
 namespace gulliver {
 namespace {
-
-constexpr size_t kLeastPiece = 8 << 10, kMostPiece = 96 << 10;  // bytes of weights in a piece of work
-constexpr int kPiecesPerThread = 8;
 
 // Floats of a row of outputs, an odd number of cache lines: a power of two would put all rows in the same few cache sets.
 int apart(int columns) {
@@ -63,13 +59,6 @@ void unpack_row(const Part& part, int row, float* out) {
 
 }  // namespace
 
-size_t Matrix::bytes() const {
-  if (!packed()) return size_t(rows) * columns * (plain.kind == kFloat32 ? 4 : 2);
-  size_t total = 0;
-  for (const Part& part : parts) total += size_t((part.rows + kTileRows - 1) / kTileRows) * part.tile_bytes;
-  return total;
-}
-
 // What a thread needs for its own work; `activations` may be another thread's (the shared ones).
 struct Program::Mine {
   Array<float> stream, normed, floats;
@@ -100,28 +89,6 @@ Program::~Program() {
   if (cache_) munmap(cache_, cache_bytes_);
 }
 
-Product Program::product_of(const std::vector<const Matrix*>& matrices) const {
-  Product product;
-  product.matrices = matrices;
-  size_t total = 0;
-  for (const Matrix* matrix : matrices) total += matrix->bytes();
-  const size_t wish = std::clamp(total / size_t(pool_.size() * kPiecesPerThread), kLeastPiece, kMostPiece);
-  for (size_t number = 0; number < matrices.size(); number++) {
-    const Matrix& matrix = *matrices[number];
-    product.at.push_back(product.rows);
-    product.rows += matrix.rows;
-    const int parts = matrix.packed() ? int(matrix.parts.size()) : 1;
-    for (int part = 0; part < parts; part++) {
-      const size_t unit = matrix.packed() ? matrix.parts[part].tile_bytes : matrix.bytes() / matrix.rows;
-      const int units = matrix.packed() ? (matrix.parts[part].rows + kTileRows - 1) / kTileRows : matrix.rows;
-      const int step = int(std::max<size_t>(1, wish / std::max<size_t>(unit, 1)));
-      for (int first = 0; first < units; first += step)
-        product.pieces.push_back({int(number), part, first, std::min(units, first + step)});
-    }
-  }
-  return product;
-}
-
 void Program::finish() {
   block_bytes_ = size_t(2) * kCacheTokens * shape.head_dim + 2 * kCacheTokens * sizeof(float);
   block_stride_ = block_bytes_ * shape.kv_heads * layers.size();
@@ -145,6 +112,7 @@ void Program::finish() {
   }
   mine_.push_back(std::make_unique<Mine>(max_rows, shape.hidden, wide_, 0));
   shares_ = std::vector<Share>((layers.size() * 5 + 1) * pool_.size());
+  join();
 }
 
 uint8_t* Program::block(int layer, int head, int number) const {
@@ -177,19 +145,21 @@ template <class Do>
 void Program::share(Mine& mine, Do&& work) {
   const int threads = pool_.size();
   Share* shares = shares_.data() + size_t(mine.turn++) * threads;
-  for (int number = shares[mine.thread].take(true); number >= 0; number = shares[mine.thread].take(true)) work(number);
+  for (int number = shares[mine.thread].take(true); number >= 0; number = shares[mine.thread].take(true)) work(number, true);
   for (int other = 1; other < threads; other++) {
     Share& victim = shares[(mine.thread + other) % threads];
-    for (int number = victim.take(false); number >= 0; number = victim.take(false)) work(number);
+    for (int number = victim.take(false); number >= 0; number = victim.take(false)) work(number, false);
   }
 }
 
 void Program::product(const Product& product, float* y, int y_stride, Mine& mine) {
-  share(mine, [&](int number) { piece(product, product.pieces[number], y, y_stride, mine); });
+  share(mine, [&](int number, bool own) {
+    piece(product, product.pieces[number], y, y_stride, mine, own ? product.readings[mine.thread] : Reading{});
+  });
 }
 
 // Many rows of activations pass over one piece of weights, which stays in the cache.
-void Program::piece(const Product& product, const Piece& piece, float* y, int y_stride, const Mine& mine) const {
+void Program::piece(const Product& product, const Piece& piece, float* y, int y_stride, const Mine& mine, Reading reading) const {
   const Mine& in = *mine.shared;
   const Matrix& matrix = *product.matrices[piece.matrix];
   const int count = mine.count, most = matrix.packed() ? kMaxBatch : kPanel;
@@ -197,7 +167,7 @@ void Program::piece(const Product& product, const Piece& piece, float* y, int y_
     const int batch = std::min(most, count - first);
     float* out = y + size_t(first) * y_stride + product.at[piece.matrix];
     if (matrix.packed()) {
-      kernels->product(matrix.parts[piece.part], piece.first, piece.last, in.input.view(count, mine.columns).from(first), batch, out, y_stride);
+      kernels->product(matrix.parts[piece.part], piece.first, piece.last, in.input.view(count, mine.columns).from(first), batch, out, y_stride, reading);
     } else {
       const float* x = in.floats.data() + size_t(first) * mine.columns;
       kernels->plain(matrix.plain, piece.first, piece.last, x, mine.columns, batch, out, y_stride);
@@ -284,7 +254,7 @@ void Program::attention(int number, Mine& mine) {
   }
   // The heads that share keys follow each other, then the rows: keys stay near.
   const int group = shape.heads / shape.kv_heads, items = items_of_group(), each = together_of();
-  share(mine, [&](int item) {
+  share(mine, [&](int item, bool) {
     const int at = item / items % mine.count, kv = item / items / mine.count, first = item % items * each;
     attend(layer, number, last ? wanted[at] : at, at, kv * group + first, kv * group + std::min(first + each, group), mine);
   });
@@ -391,48 +361,6 @@ void Program::step(const std::vector<Row>& rows, const std::vector<int32_t>& wan
   deal();
   pool_.run([this](int thread) { work(thread); });
   for (const Span& span : outer_) madvise(span.start, span.length, MADV_DONTNEED);
-}
-
-// The whole pages of a matrix: those at its ends may hold other weights, too.
-size_t Program::spans_of(const Matrix& matrix, std::vector<Span>& spans) {
-  const size_t page = size_t(sysconf(_SC_PAGESIZE));
-  auto add = [&](const void* data, size_t length) {
-    const uintptr_t start = (uintptr_t(data) + page - 1) / page * page, stop = (uintptr_t(data) + length) / page * page;
-    if (stop > start) spans.push_back({reinterpret_cast<char*>(start), size_t(stop - start)});
-  };
-  if (!matrix.packed()) add(matrix.plain.data, matrix.bytes());
-  for (const Part& part : matrix.parts) add(part.tiles, size_t((part.rows + kTileRows - 1) / kTileRows) * part.tile_bytes);
-  return matrix.bytes();
-}
-
-void Program::hold(size_t bytes) {
-  spans_.clear();
-  outer_.clear();
-  held_ = SIZE_MAX;
-  std::vector<size_t> sizes;
-  for (const Layer& layer : layers) {
-    sizes.push_back(0);
-    spans_.emplace_back();
-    for (const Product* product : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down})
-      for (const Matrix* matrix : product->matrices) sizes.back() += spans_of(*matrix, spans_.back());
-  }
-  const Matrix* last = head.matrices[0];
-  if (embedding != last) spans_of(*embedding, outer_);   // a step touches few of its rows, all steps together all of them
-  size_t kept = last->bytes();
-  for (size_t number = 0; number < sizes.size() && held_ == SIZE_MAX; number++) {
-    kept += sizes[number];
-    if (kept > bytes) held_ = number;
-  }
-}
-
-// After a layer's use: ask for the pages of the next one that is not held, and give back its own.
-void Program::evict(size_t layer) {
-  if (held_ == SIZE_MAX) return;
-  size_t ahead = layer + 2 < layers.size() ? layer + 2 : held_;
-  if (ahead < held_) ahead = held_;
-  for (const Span& span : spans_[ahead]) madvise(span.start, span.length, MADV_WILLNEED);
-  if (layer < held_) return;
-  for (const Span& span : spans_[layer]) madvise(span.start, span.length, MADV_DONTNEED);
 }
 
 }  // namespace gulliver

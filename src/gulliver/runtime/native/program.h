@@ -32,6 +32,7 @@ struct Product {                                   // several matrices with one 
   std::vector<const Matrix*> matrices;
   std::vector<int> at;                             // where each one's rows begin in the output
   std::vector<Piece> pieces;
+  std::vector<Reading> readings;                   // of each thread that reads the pieces it begins with
   int rows = 0;
 };
 
@@ -118,9 +119,10 @@ class Program {
   void together() { if (count_ > 1) pool_.barrier().wait(); }   // with one row every thread did all of it
   void open(Mine& mine, const float* norm, const float* after, bool add);
   void product(const Product& product, float* y, int y_stride, Mine& mine);
-  void piece(const Product& product, const Piece& piece, float* y, int y_stride, const Mine& mine) const;
+  void piece(const Product& product, const Piece& piece, float* y, int y_stride, const Mine& mine, Reading reading) const;
+  void join();                      // tells every product where its threads go on reading
   template <class Do>
-  void share(Mine& mine, Do&& work);   // work(number) for every number of the next shares that `deal` made
+  void share(Mine& mine, Do&& work);   // work(number, whether it was this thread's to begin with) for every number of the next shares that `deal` made
   void deal();
   void attention(int number, Mine& mine);
   void prepare_head(const Layer& layer, int row, int head, float* x);
