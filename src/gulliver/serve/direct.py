@@ -60,7 +60,10 @@ class KeepsSend:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope[SEND] = send
-        await self._app(scope, receive, send)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            del scope[SEND]  # it leads to the server's own record of the request, which holds the scope
 
 
 def direct_of(scope: Scope) -> Direct | None:
