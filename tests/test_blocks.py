@@ -92,6 +92,19 @@ def test_no_more_are_kept_than_said_and_written_blocks_come_before_fresh_ones() 
     assert pool.take() == 4
 
 
+def test_once_as_many_were_written_as_may_be_kept_these_make_room_before_a_fresh_one_is_written() -> None:
+    pool = BlockPool(10, 3)
+    for start in (0, 3):  # what is kept first fills memory, then makes room
+        blocks = [pool.take() for _ in range(3)]
+        assert set(blocks) == {0, 1, 2}
+        for block in blocks:
+            pool.publish(block, next_key(START, [start + block]))  # type: ignore[operator]
+        pool.release(blocks)  # type: ignore[arg-type]
+    assert {pool.take() for _ in range(3)} == {0, 1, 2}
+    assert [pool.take(), pool.take()] == [3, 4]
+    assert pool.free == 5
+
+
 def test_a_block_released_twice_is_a_bug() -> None:
     pool = BlockPool(1, 1)
     pool.take()

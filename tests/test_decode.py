@@ -201,9 +201,8 @@ def test_a_memory_limit_makes_the_cache_smaller(models: dict[str, Path], monkeyp
     monkeypatch.setattr(decode, "current_rss_bytes", lambda: 10**8)
     free = open_decoder(models["llama"], path="native", slots=16)
     size = sum(path.stat().st_size for path in models["llama"].glob("*.safetensors"))
-    limited = open_decoder(
-        models["llama"], path="native", slots=16, max_ram_bytes=10**8 + decode.SCRATCH_BYTES + size + 200_000
-    )
+    others = 10**8 + decode.SPARE_BYTES + decode.step_bytes(decode.read_config(models["llama"]), slots=16)
+    limited = open_decoder(models["llama"], path="native", slots=16, max_ram_bytes=others + size + 200_000)
     assert 0 < limited.cache_blocks < free.cache_blocks
 
 

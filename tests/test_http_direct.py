@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -147,3 +148,23 @@ def test_a_socket_is_not_closed_within_a_write() -> None:
         kept.close()
         way._socket = kept
         assert way.write(b"two") == b""
+
+
+def test_a_request_that_ended_leads_to_nothing() -> None:
+    """Else it would wait for the collector of cycles, which comes late."""
+    scopes: list[dict[str, Any]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope[direct.SEND] is send
+        scopes.append(scope)
+        if scope["fails"]:
+            raise RuntimeError("the application failed")
+
+    async def send(message: Any) -> None:
+        raise AssertionError(message)
+
+    wrapped = direct.KeepsSend(app)
+    asyncio.run(wrapped({"type": "http", "fails": False}, send, send))
+    with pytest.raises(RuntimeError, match="the application failed"):
+        asyncio.run(wrapped({"type": "http", "fails": True}, send, send))
+    assert [direct.SEND in scope for scope in scopes] == [False, False]

@@ -31,8 +31,8 @@ def product(isa: str, part: Part, x: np.ndarray, tiles: torch.Tensor | None = No
 def rounded(x: np.ndarray) -> np.ndarray:
     """What int8 blocks of 32 make of x [batch, columns], none of whose rows is zero: float64.
 
-    A row's largest number decides the scale of its block; the others have the smallest scale that leaves room for their own,
-    out of this one over 2^n times 1, 1 1/8, ... 1 7/8.
+    A row's largest number decides the scale of its block; the others have the smallest scale that leaves room for their
+    own, out of this one over 2^n times 1, 1 1/8, ... 1 7/8.
     """
     out = np.zeros(x.shape)
     largest = np.abs(x).max(axis=1, keepdims=True)

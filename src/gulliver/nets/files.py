@@ -37,7 +37,9 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
         if not files:
-            raise ArtifactError(f"{folder} has no *.safetensors")
+            found = sorted(folder.glob("*.gguf"))
+            remedy = f"; bring {found[0].name} in with `gulliver pull {found[0]}`" if found else ""
+            raise ArtifactError(f"{folder} has no *.safetensors{remedy}")
         return files
     if index.stat().st_size > MAX_HEADER_BYTES:
         raise ArtifactError(f"{index} has {index.stat().st_size} bytes; at most {MAX_HEADER_BYTES} are allowed")

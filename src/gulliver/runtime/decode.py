@@ -22,7 +22,7 @@ from gulliver.core.errors import BudgetError, ConfigError, KernelError
 from gulliver.core.machine import usable_cores
 from gulliver.core.memory import cgroup_ram_bytes, current_rss_bytes, total_ram_bytes
 from gulliver.nets.files import stored_tensors, weight_files
-from gulliver.runtime.lower import NotLowered, Weights, build, read_config
+from gulliver.runtime.lower import DecoderConfig, NotLowered, Weights, build, read_config
 
 _native: Any
 try:
@@ -39,8 +39,8 @@ MAX_ROWS = 256
 """Most tokens of one step: a chunk of a prompt."""
 CACHE_BYTES = 2**31
 """Most address space for keys and values when nobody says how many tokens; only what is used takes memory."""
-SCRATCH_BYTES = 48 * 2**20
-"""What a step may take beside weights and cache."""
+SPARE_BYTES = 32 * 2**20
+"""What Python, the tokenizer and the allocator may come to take once a model runs."""
 MAX_CACHE_TOKENS = 2**30
 LEAST_CACHE_TOKENS = 512
 """Tokens that the cache holds under any memory limit, if the model's context is not shorter."""
@@ -111,7 +111,8 @@ class NativeDecoder:
         held, in_place = None, file_bytes > free // 2
         if max_ram_bytes is not None:
             least = cache_tokens or min(LEAST_CACHE_TOKENS, most)
-            held, cache_bytes = _shared_out(folder, max_ram_bytes, file_bytes, least * token_bytes)
+            others = current_rss_bytes() + SPARE_BYTES + step_bytes(config, slots)
+            held, cache_bytes = _shared_out(folder, max_ram_bytes, others, file_bytes, least * token_bytes)
             most, in_place = min(most, cache_bytes // token_bytes), held is not None
         weights = Weights(folder, in_place=in_place)
         self.cache_blocks = max(1, -(-most // self.block_tokens))
@@ -176,12 +177,23 @@ def _close_all() -> None:
         decoder.close()
 
 
-def _shared_out(folder: Path, max_ram_bytes: int, file_bytes: int, least_cache_bytes: int) -> tuple[int | None, int]:
+def step_bytes(config: DecoderConfig, slots: int) -> int:
+    """What the numbers of a step take: those of all its rows between products, and two rows of logits for each slot."""
+    heads, keys = config.heads * config.head_dim, 2 * config.kv_heads * config.head_dim
+    widest = max(config.hidden, heads, config.intermediate)
+    row = 4 * (2 * config.hidden + 2 * config.intermediate + 2 * heads + keys) + heads + 6 * widest
+    return MAX_ROWS * row + 2 * slots * 4 * config.vocabulary
+
+
+def _shared_out(
+    folder: Path, max_ram_bytes: int, others: int, file_bytes: int, least_cache_bytes: int
+) -> tuple[int | None, int]:
     """(bytes of weights that stay in memory, bytes of the cache) under a limit for the process; None: all weights stay.
+
+    `others` are the bytes of all else.
 
     The head stays in any case, and one layer at a time must be there. BudgetError names the smallest limit that works.
     """
-    others = current_rss_bytes() + SCRATCH_BYTES
     room = max_ram_bytes - others
     if file_bytes + least_cache_bytes <= room:
         return None, room - file_bytes

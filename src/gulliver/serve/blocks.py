@@ -3,14 +3,15 @@
 A full block whose tokens are certain is *published* under a key, the hash of its tokens and of the key of the block
 before it; so a key stands for all tokens from the sequence's beginning. A sequence whose tokens begin alike takes the
 block over instead of computing it. A published block that nobody uses stays until its room is needed or too many are
-kept; the one unused for longest goes first. Blocks that were written before are dealt out before fresh ones, since a
-decoder's cache takes memory when it is first touched. Keys are cryptographic (BLAKE2b of 16 bytes): no request can be
-made to meet another's.
+kept; the one unused for longest goes first. A decoder's cache takes memory when a block is first written. So blocks
+that were written before are dealt out before fresh ones; and once as many were written as may be kept, what is kept
+makes room first: memory follows the most that running sequences ever needed at once. Keys are cryptographic (BLAKE2b of
+16 bytes): no request can be made to meet another's.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -33,7 +34,8 @@ class BlockPool:
         """`kept`: most published blocks without a user."""
         self.count = count
         self._kept = kept
-        self._empty = deque(range(count))
+        self._empty: list[int] = []  # written before, and of no worth
+        self._written = 0  # blocks from this one on are fresh
         self._users = [0] * count
         self._keys: list[Key | None] = [None] * count
         self._published: dict[Key, int] = {}
@@ -42,7 +44,7 @@ class BlockPool:
     @property
     def free(self) -> int:
         """Blocks that `take` can give."""
-        return len(self._empty) + len(self._unused)
+        return len(self._empty) + len(self._unused) + self.count - self._written
 
     @property
     def used(self) -> int:
@@ -51,11 +53,15 @@ class BlockPool:
 
     def take(self) -> int | None:
         """A block for one user to write to, or None when every block is in use."""
+        fresh = self._written < self.count
         if self._empty:
-            block = self._empty.popleft()
-        elif self._unused:
+            block = self._empty.pop()
+        elif self._unused and not (fresh and self._written < self._kept):
             block, _ = self._unused.popitem(last=False)
             self._withdraw(block)
+        elif fresh:
+            block = self._written
+            self._written += 1
         else:
             return None
         self._users[block] = 1
@@ -87,13 +93,13 @@ class BlockPool:
             assert self._users[block] >= 0, f"block {block} was released more often than taken"
             if self._users[block] == 0:
                 if self._keys[block] is None:
-                    self._empty.appendleft(block)
+                    self._empty.append(block)
                 else:
                     self._unused[block] = None
         while len(self._unused) > self._kept:
             block, _ = self._unused.popitem(last=False)
             self._withdraw(block)
-            self._empty.appendleft(block)
+            self._empty.append(block)
 
     def forget(self) -> None:
         """Withdraw all published blocks, since their contents are in doubt; users keep theirs."""

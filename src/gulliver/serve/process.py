@@ -78,10 +78,11 @@ def run(state: State, sock: socket.socket) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a stream takes two descriptors; the usual limit is 1024
     server = make_server(state)
-    # A full collection comes when a quarter as many objects as it would look at are new; with the models' and libraries' own
-    # hundreds of thousands among them, requests that ended would stay for minutes. So those are never looked at.
+    # A full collection comes when a quarter as many objects as it would look at are new; with the hundreds of thousands
+    # of the models and libraries among them, requests that ended would stay for minutes. So those are not looked at.
     gc.collect()
     gc.freeze()
+    gc.collect()  # counts anew what there is to look at
     uvicorn_loop: Any = server.config.get_loop_factory()
     with asyncio.Runner(loop_factory=uvicorn_loop) as runner, state.threads:
         runner.run(_serve(server, state, sock))

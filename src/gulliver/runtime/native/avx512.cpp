@@ -87,9 +87,9 @@ inline __m512 scales_of(const uint8_t* bytes) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
 }
 
-// Reading ahead by hand into the second-level cache, for one row of activations. Wide tiles: always, which is up to twice as
-// fast. Narrow ones: only across the gap between what the thread reads in one product and in the next; in between, the hardware's
-// own prefetcher does better (docs/log.md). 8 bits: likewise.
+// Reading ahead by hand into the second-level cache, for one row of activations. Wide tiles of fewer than 8 bits: always, which is
+// up to twice as fast. Others: only where the thread's share of a product ends and that of the next one begins; in between, the
+// hardware's own prefetcher does better (docs/log.md).
 constexpr ptrdiff_t kAhead = 65536, kAheadNarrow = 16384;     // bytes
 constexpr int kNarrow = 850;                                  // columns
 
@@ -97,8 +97,10 @@ constexpr int kNarrow = 850;                                  // columns
 inline ptrdiff_t ahead_of(const Part& part, const uint8_t* tile, Reading reading) {
   if (!reading.end) return 0;
   const bool wide = part.bits < 8 && part.columns > kNarrow;
-  const ptrdiff_t distance = wide ? kAhead : kAheadNarrow, left = reading.end - tile;
-  return left < distance ? reading.then - reading.end + distance : wide ? distance : 0;
+  const ptrdiff_t distance = wide ? kAhead : kAheadNarrow;
+  const ptrdiff_t left = ptrdiff_t(uintptr_t(reading.end) - uintptr_t(tile));    // not positive: the share goes on in another file
+  if (left <= 0 || left >= distance) return wide ? distance : 0;
+  return ptrdiff_t(uintptr_t(reading.then) - uintptr_t(reading.end)) + distance;
 }
 
 inline __m512 row_factors(const uint8_t* tile_end) {
@@ -112,7 +114,7 @@ inline void add_dot(__m512i& sum, __m512i weights, const int32_t& q) {
 }
 
 // dot * 2^(shift / 2^23), by adding to the exponents: cheaper than to multiply, since the dot products need the same units.
-// (Nothing becomes 2^(shift / 2^23 - 127), which is nothing beside any sum.)
+// (A dot product of zero becomes 2^(shift / 2^23 - 127), which no sum notices.)
 inline __m512 shifted(__m512i dot, int32_t shift) {
   return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(dot)), _mm512_set1_epi32(shift)));
 }
@@ -225,9 +227,13 @@ void multiply(const Chunk& chunk, int first, int last, const Activations& x, int
         for (int b = 0; b < count; b++) add_dot(dot[b], w[k], q[8 * (start + b) + k]);
 #pragma GCC unroll 4
       for (int b = 0; b < count; b++) {
-        if constexpr (kUniform)
-          dot[b] = _mm512_sub_epi32(dot[b], _mm512_mullo_epi32(_mm512_load_si512(chunk.zero[block]), _mm512_set1_epi32(x.sum[at + start + b])));
-        sum[start + b] = _mm512_fmadd_ps(shifted(dot[b], x.shift[at + start + b]), _mm512_load_ps(chunk.scale[block][x.eighths[at + start + b]]), sum[start + b]);
+        const size_t place = at + start + b;
+        if constexpr (kUniform) {
+          const __m512i zero = _mm512_load_si512(chunk.zero[block]);
+          dot[b] = _mm512_sub_epi32(dot[b], _mm512_mullo_epi32(zero, _mm512_set1_epi32(x.sum[place])));
+        }
+        const __m512 scale = _mm512_load_ps(chunk.scale[block][x.eighths[place]]);
+        sum[start + b] = _mm512_fmadd_ps(shifted(dot[b], x.shift[place]), scale, sum[start + b]);
       }
     }
   }
@@ -249,8 +255,8 @@ inline void store(const Part& part, int t, __m512 value, float* line) {
   else _mm512_mask_storeu_ps(line + row, keep, value);
 }
 
-// Each eight rows of activations are stored at once, to lines asked for before: 256 at the end would wait for as many lines.
-// With every eight goes a share of the next tile.
+// Eight rows of activations at a time, whose results are stored at once, to cache lines that were asked for before the product.
+// Meanwhile a share of the next tile is fetched.
 template <int kBits, bool kUniform>
 void tile_product(const Part& part, int t, const Activations& x, int batch, float* y, int y_stride) {
   const uint8_t* tile = part.tiles + size_t(t) * part.tile_bytes;
@@ -266,10 +272,11 @@ void tile_product(const Part& part, int t, const Activations& x, int batch, floa
     unpack<kBits, kUniform>(part, tile, start, stop, chunk);
     for (int row = 0; row < batch; row += 8) {
       const int count = batch - row < 8 ? batch - row : 8;
-      for (size_t stop_at = at + share; stop == blocks && at < stop_at; at += 64) _mm_prefetch(reinterpret_cast<const char*>(tile) + at, _MM_HINT_T1);
+      for (size_t until = at + share; stop == blocks && at < until; at += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(tile) + at, _MM_HINT_T1);
       for (int b = row; b < row + count; b++) {
         if (start == 0) sums[b] = _mm512_setzero_ps();
-        _mm_prefetch(reinterpret_cast<const char*>(y + size_t(b) * y_stride + t * kTileRows), _MM_HINT_T0);
+        if (!part.out_index) _mm_prefetch(reinterpret_cast<const char*>(y + size_t(b) * y_stride + t * kTileRows), _MM_HINT_T0);
       }
       kMultiply<kUniform>[count](chunk, start, stop, x.from(row / kPanel * kPanel), row % kPanel, sums + row);
       if (stop < blocks) continue;
@@ -283,7 +290,7 @@ template <int kBits, bool kUniform>
 void product_of(const Part& part, int first, int last, const Activations& x, int batch, float* y, int y_stride, Reading reading) {
   const size_t codes = size_t(part.group_size) * kTileRows * kBits / 8 * part.groups;
   for (int t = first; t < last; t++) {
-    if (batch > 1) {
+    if (x.side > 1) {
       tile_product<kBits, kUniform>(part, t, x, batch, y, y_stride);
       continue;
     }
@@ -305,7 +312,6 @@ void product(const Part& part, int first, int last, const Activations& x, int ba
     case 8: product_of<8, true>(part, first, last, x, batch, y, y_stride, reading); break; }
 #undef CASE
 }
-
 
 // The part of the maximum that not-a-number leaves alone: the second operand wins.
 float largest_of_block(const float* x) {
@@ -334,6 +340,7 @@ void quantize(const float* x, int columns, int blocks, const Places& to) {
 }  // namespace
 
 const Kernels* avx512_kernels() {
+  // `silu` and `row_to_bytes` are gate_silu and to_bytes of float_ops.inc, written by hand.
   static const Kernels table{"avx512-vnni", product,  plain,   quantize, row_to_bytes, attend, scores,
                              accumulate,    rms_norm, softmax, silu,     gate_gelu,    rotate};
   return &table;

@@ -43,7 +43,7 @@ struct Activations {                // rows in panels of `side`, block by block;
   const int32_t *sum, *minus;       // [panels, blocks, side]; minus = -128 * sum
   const int32_t *shift, *eighths;   // [panels, blocks, side]: scale = base * 2^(shift / 2^23) * (1 + eighths / 8), shift >= 0
   const float* base;                // [panels, side]
-  int side, blocks;                 // 1 for a batch of one row, kPanel for more; blocks cover the columns rounded up to kPad
+  int side, blocks;                 // 1 for a step of one row, kPanel for more; blocks cover the columns rounded up to kPad
   // The rows from `row`, a multiple of `side`, on.
   Activations from(int row) const {
     const size_t at = size_t(row) * blocks;
@@ -51,7 +51,7 @@ struct Activations {                // rows in panels of `side`, block by block;
   }
 };
 
-constexpr int kEighths = 8;
+constexpr int kEighths = 8;         // a scale has 1 to 1 7/8 times a power of two
 
 struct Reading {                    // the weights that a thread reads run to `end`, and go on at `then`; null: nobody knows
   const uint8_t *end, *then;
@@ -94,7 +94,7 @@ struct Kernels {
   // `count` floats to int8 with one scale, which is returned; not-a-number becomes -127.
   float (*to_bytes)(const float* x, int count, int8_t* out);
   void (*attend)(const Attention&);
-  // The parts of `attend`. One query with a block of 16 keys: out[t] = sum over d of (keys[d / 4][t][d % 4] - 128) * q[d], d < head_dim.
+  // The parts of `attend`, for tests; AVX512 has its own for several heads. One query with a block of 16 keys: out[t] = sum over d of (keys[d / 4][t][d % 4] - 128) * q[d], d < head_dim.
   // q_sum is the sum of q, for those who multiply unsigned keys.
   void (*scores)(const int8_t* q, int32_t q_sum, const uint8_t* keys, int head_dim, int32_t* out);
   // out[d] += sum over t < 16 of weight[t] * values[t / 4][d][t % 4]. Weights are not negative, and rounded to 7 bits of the

@@ -52,13 +52,13 @@ Product Program::product_of(const std::vector<const Matrix*>& matrices) const {
   return product;
 }
 
-void Program::join() {
+void Program::link_readings() {
   std::vector<Product*> order;
   for (Layer& layer : layers)
     for (Product* product : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down}) order.push_back(product);
   order.push_back(&head);
   const size_t threads = size_t(pool_.size());
-  auto first_of = [&](const Product& product, size_t thread) { return product.pieces.size() * thread / threads; };
+  auto first_of = [&](const Product& product, size_t thread) { return share_of(product.pieces.size(), thread); };
   for (size_t number = 0; number < order.size(); number++) {
     Product &product = *order[number], &next = *order[(number + 1) % order.size()];
     product.readings.assign(threads, {});

@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstring>
 #include <new>
-#include <stdexcept>
 
 #include "activations.h"
 
@@ -59,7 +58,7 @@ void unpack_row(const Part& part, int row, float* out) {
 
 }  // namespace
 
-// What a thread needs for its own work; `activations` may be another thread's (the shared ones).
+// What a thread needs for its own work, or all of them together.
 struct Program::Mine {
   Array<float> stream, normed, floats;
   std::unique_ptr<float[]> scores;  // not cleared: most of a long context is never used
@@ -112,7 +111,7 @@ void Program::finish() {
   }
   mine_.push_back(std::make_unique<Mine>(max_rows, shape.hidden, wide_, 0));
   shares_ = std::vector<Share>((layers.size() * 5 + 1) * pool_.size());
-  join();
+  link_readings();
 }
 
 uint8_t* Program::block(int layer, int head, int number) const {
@@ -270,13 +269,14 @@ void Program::attend(const Layer& layer, int number, int row, int at, int first_
                    queries_.data() + place, mine.scores.get(), attended_.data() + (size_t(at) * shape.heads + first_head) * dim});
 }
 
-// From here on a step has `count` rows, which the cheap work divides between the threads: neighbours, so that threads seldom
-// write to one cache line.
+// From here on a step has `count` rows, which the cheap work divides between the threads: whole panels where there are enough,
+// so that two threads seldom write to one cache line.
 void Program::divide(Mine& mine, int count) {
   const bool alone = count_ == 1;
+  const int threads = pool_.size(), unit = count >= kPanel * threads ? kPanel : 1, units = (count + unit - 1) / unit;
   mine.count = count;
-  mine.first = alone ? 0 : int(int64_t(count) * mine.thread / pool_.size());
-  mine.last = alone ? count : int(int64_t(count) * (mine.thread + 1) / pool_.size());
+  mine.first = alone ? 0 : int(share_of(size_t(units), size_t(mine.thread))) * unit;
+  mine.last = alone ? count : std::min(count, int(share_of(size_t(units), size_t(mine.thread) + 1)) * unit);
 }
 
 void Program::work(int thread) {
@@ -332,7 +332,7 @@ void Program::deal() {
   Share* shares = shares_.data();
   auto divide = [&](size_t total) {
     for (int thread = 0; thread < threads; thread++)
-      (shares++)->set(uint32_t(total * thread / threads), uint32_t(total * (thread + 1) / threads));
+      (shares++)->set(uint32_t(share_of(total, size_t(thread))), uint32_t(share_of(total, size_t(thread) + 1)));
   };
   for (const Layer& layer : layers) {
     divide(layer.qkv.pieces.size());

@@ -32,7 +32,7 @@ struct Product {                                   // several matrices with one 
   std::vector<const Matrix*> matrices;
   std::vector<int> at;                             // where each one's rows begin in the output
   std::vector<Piece> pieces;
-  std::vector<Reading> readings;                   // of each thread that reads the pieces it begins with
+  std::vector<Reading> readings;                   // one for each thread, while it works on its own pieces
   int rows = 0;
 };
 
@@ -120,9 +120,11 @@ class Program {
   void open(Mine& mine, const float* norm, const float* after, bool add);
   void product(const Product& product, float* y, int y_stride, Mine& mine);
   void piece(const Product& product, const Piece& piece, float* y, int y_stride, const Mine& mine, Reading reading) const;
-  void join();                      // tells every product where its threads go on reading
+  void link_readings();             // tells every product where its threads go on reading
+  // The first of `total` things in a thread's share; the share ends where the next thread's begins.
+  size_t share_of(size_t total, size_t thread) const { return total * thread / size_t(pool_.size()); }
   template <class Do>
-  void share(Mine& mine, Do&& work);   // work(number, whether it was this thread's to begin with) for every number of the next shares that `deal` made
+  void share(Mine& mine, Do&& work);   // work(number, whether it was dealt to this thread) for every number that `deal` dealt next
   void deal();
   void attention(int number, Mine& mine);
   void prepare_head(const Layer& layer, int row, int head, float* x);
