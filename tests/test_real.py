@@ -27,6 +27,14 @@ REAL_LOSS_BOUND = 0.02
 """Most nats per token by which the two paths' losses on a text may differ."""
 TEXT = """The lighthouse stood on a rock two miles from the harbour. Every evening the keeper climbed the stairs,
 lit the lamp, and wrote the time and the state of the sea in his book. In forty years he had missed two evenings."""
+LONG_TEXT = f"""{TEXT} The first was the evening of the great storm, when the door had been blown from its hinges and
+the stairs stood under water to the height of a man. The second he never spoke of. When the company sent a
+young engineer to put in an electric lamp, the old man showed him the tower from the cellar to the roof,
+made him tea, and asked how the new lamp would know that it was evening. There is a small glass eye, said
+the engineer, which looks at the sky. And who looks at the sea? asked the keeper. The engineer thought
+about this for some time. On his way back to the harbour, with the rock growing small behind the boat, he
+saw that the lamp was lit already, though the sun had not yet touched the water, and he took out his own
+book and wrote down the time."""
 
 
 def gulliver(home: Path, *words: object) -> dict[str, Any]:
@@ -79,12 +87,13 @@ def test_fit_meets_its_budget_on_the_real_model_and_others_open_the_result(home:
 def test_the_native_path_writes_what_the_reference_writes(fitted: Path) -> None:
     """64 greedy tokens, given the same text so far, and the loss of a text: within a stated bound of the reference."""
     native, reference = open_decoder(fitted, path="native"), open_decoder(fitted, path="reference")
-    start = transformers.AutoTokenizer.from_pretrained(fitted)(TEXT)["input_ids"]
-    tokens = np.array(start, np.int32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(fitted)
+    tokens, text = (np.array(tokenizer(words)["input_ids"], np.int32) for words in (TEXT, LONG_TEXT))
+    assert 200 < len(text) <= native.max_rows
     losses = [], []
     for decoder, kept in zip((native, reference), losses, strict=True):
-        logits = torch.tensor(stepped(decoder, tokens, 0, range(len(tokens) - 1)))
-        kept.append(float(torch.nn.functional.cross_entropy(logits, torch.tensor(tokens[1:], dtype=torch.long))))
+        logits = torch.tensor(stepped(decoder, text, 0, range(len(text) - 1)))
+        kept.append(float(torch.nn.functional.cross_entropy(logits, torch.tensor(text[1:], dtype=torch.long))))
     assert abs(losses[0][0] - losses[1][0]) < REAL_LOSS_BOUND
 
     agreed = 0
