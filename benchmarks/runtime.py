@@ -41,7 +41,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict]] = {
 """What `all` runs, in this order."""
 PEERS_OF = {"decode", "bandwidth", "prefill", "streams"}
 DATA_OF = {"lookup", "quality"}
-ROUNDS = {"decode": 7, "bandwidth": 7, "prefill": 7, "streams": 7, "overhead": 21, "lookup": 6, "reuse": 6}
+ROUNDS = {"decode": 7, "bandwidth": 7, "prefill": 7, "streams": 7, "overhead": 131, "lookup": 6, "reuse": 6}
 
 
 def measure(args: argparse.Namespace, results: Results) -> None:
