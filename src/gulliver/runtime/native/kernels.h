@@ -94,7 +94,8 @@ struct Kernels {
   // `count` floats to int8 with one scale, which is returned; not-a-number becomes -127.
   float (*to_bytes)(const float* x, int count, int8_t* out);
   void (*attend)(const Attention&);
-  // The parts of `attend`, for tests; AVX512 has its own for several heads. One query with a block of 16 keys: out[t] = sum over d of (keys[d / 4][t][d % 4] - 128) * q[d], d < head_dim.
+  // The parts of `attend`, for tests; AVX512 has its own for several heads.
+  // One query with a block of 16 keys: out[t] = sum over d of (keys[d / 4][t][d % 4] - 128) * q[d], d < head_dim.
   // q_sum is the sum of q, for those who multiply unsigned keys.
   void (*scores)(const int8_t* q, int32_t q_sum, const uint8_t* keys, int head_dim, int32_t* out);
   // out[d] += sum over t < 16 of weight[t] * values[t / 4][d][t % 4]. Weights are not negative, and rounded to 7 bits of the

@@ -166,7 +166,8 @@ void Program::piece(const Product& product, const Piece& piece, float* y, int y_
     const int batch = std::min(most, count - first);
     float* out = y + size_t(first) * y_stride + product.at[piece.matrix];
     if (matrix.packed()) {
-      kernels->product(matrix.parts[piece.part], piece.first, piece.last, in.input.view(count, mine.columns).from(first), batch, out, y_stride, reading);
+      const Activations some = in.input.view(count, mine.columns).from(first);
+      kernels->product(matrix.parts[piece.part], piece.first, piece.last, some, batch, out, y_stride, reading);
     } else {
       const float* x = in.floats.data() + size_t(first) * mine.columns;
       kernels->plain(matrix.plain, piece.first, piece.last, x, mine.columns, batch, out, y_stride);
