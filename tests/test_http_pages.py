@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from gulliver.core.errors import ConfigError
 from gulliver.serve import answers
 from gulliver.serve.http import make_state
+from gulliver.serve.pages import PageFiles
 
 EVIDENCE = [{"metric": "perplexity", "value": 12.5}]
 
@@ -82,10 +85,30 @@ def test_the_page_is_served_with_a_strict_policy(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/no.js", "/..%2fhttp.py", "/%2e%2e/http.py", "/__init__.py", "/console/index.html", "/v1/completions/"],
+    [
+        *("/no.js", "/..%2fhttp.py", "/%2e%2e/http.py", "/__init__.py", "/console/index.html", "/v1/completions/"),
+        *("/%2e", "/%2e%2e", "/..%5chttp.py", "/%2fetc%2fpasswd", "/%00", f"/{'a' * 300}", "/style.css/"),
+    ],
 )
 def test_nothing_else_is_served(path: str, client: httpx.Client) -> None:
-    assert client.get(path).status_code == 404
+    response = client.get(path)
+    assert response.status_code == 404 and response.json()["error"]["code"] == "not_found"
+
+
+def test_a_tag_tells_files_of_equal_length_and_time_apart(tmp_path: Path) -> None:
+    async def get(tag: str) -> httpx.Response:
+        transport = httpx.ASGITransport(PageFiles(directory=tmp_path))
+        async with httpx.AsyncClient(transport=transport, base_url="http://page") as client:
+            return await client.get("/a.js", headers={"if-none-match": tag})
+
+    responses = []
+    for content in (b"old", b"new", b"new"):
+        (tmp_path / "a.js").write_bytes(content)
+        os.utime(tmp_path / "a.js", (0, 0))
+        responses.append(asyncio.run(get(responses[-1].headers["etag"] if responses else "")))
+    assert [(each.status_code, each.content) for each in responses] == [(200, b"old"), (200, b"new"), (304, b"")]
+    assert responses[1].headers["content-type"] == "text/javascript; charset=utf-8"
+    assert all(each.headers["cache-control"] == "no-cache" for each in responses)
 
 
 def test_health_and_readiness(client: httpx.Client) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import mimetypes
-from dataclasses import dataclass
 from http import HTTPStatus
-from importlib import resources
+from os import PathLike, stat_result
 from pathlib import Path
 from typing import Any
 
 import orjson
 from fastapi import APIRouter
+from starlette.datastructures import Headers
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
+from starlette.responses import FileResponse, Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 from gulliver.core.errors import ArtifactError
 from gulliver.core.manifest import read_json
@@ -38,42 +39,31 @@ PAGE_HEADERS = {
 MAX_ANNOTATION_BYTES = 4 * 2**20
 
 
-@dataclass(frozen=True)
-class PageFile:
-    """One file of the page, in memory."""
+class PageFiles(StaticFiles):
+    """The files of the chat page, a folder of the package.
 
-    content: bytes
-    media_type: str
-    tag: str
+    A file's tag comes from its content: what unpacks a package or an image may give all files one time, and then two
+    versions of equal length would share starlette's own tag, which is time and length.
+    """
 
-
-def page_files() -> dict[str, PageFile]:
-    """The files of the chat page by name; it is part of the package."""
-    folder = resources.files("gulliver.serve") / "console"
-    found = {}
-    for file in folder.iterdir() if folder.is_dir() else ():
-        suffix = Path(file.name).suffix
-        if file.is_file() and suffix in (*TYPES, ".png", ".ico", ".woff2"):
-            content = file.read_bytes()
-            kind = TYPES.get(suffix) or mimetypes.guess_type(file.name)[0] or "application/octet-stream"
-            found[file.name] = PageFile(content, kind, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
-    return found
+    def file_response(
+        self, full_path: str | PathLike[str], stat_result: stat_result, scope: Scope, status_code: int = HTTPStatus.OK
+    ) -> Response:
+        path = Path(full_path)
+        headers = {**PAGE_HEADERS, "etag": f'"{hashlib.sha256(path.read_bytes()).hexdigest()[:32]}"'}
+        response = FileResponse(path, status_code, headers, TYPES.get(path.suffix), stat_result=stat_result)
+        if self.is_not_modified(response.headers, Headers(scope=scope)):
+            return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
+        return response
 
 
 def page_router() -> APIRouter:
     """`/` and the files beside it."""
     routes = APIRouter(include_in_schema=False)
-    files = page_files()
+    files = PageFiles(directory=Path(__file__).parent / "console")
 
     async def serve(request: HttpRequest) -> Response:
-        name = request.path_params.get("name", "index.html")
-        file = files.get(name)
-        if file is None:
-            raise ApiError(HTTPStatus.NOT_FOUND, f"there is nothing at {request.url.path[:128]!r}", code="not_found")
-        headers = {**PAGE_HEADERS, "etag": file.tag}
-        if file.tag in [tag.strip() for tag in request.headers.get("if-none-match", "").split(",")]:
-            return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
-        return Response(file.content, headers=headers, media_type=file.media_type)
+        return await files.get_response(request.path_params.get("name", "index.html"), request.scope)
 
     routes.add_api_route("/", serve, methods=["GET", "HEAD"])
     routes.add_api_route("/{name}", serve, methods=["GET", "HEAD"])
