@@ -87,8 +87,8 @@ function escaped(text, at) {
 }
 
 function entity(text, at) {
-  const end = text.indexOf(";", at);
-  const name = end > 0 && end - at < 8 ? text.slice(at + 1, end) : "";
+  const end = at + text.slice(at, at + 8).indexOf(";"); // no further: a rest without one would be searched at every mark
+  const name = text.slice(at + 1, Math.max(end, at + 1));
   return Object.hasOwn(ENTITIES, name) ? { text: ENTITIES[name], end: end + 1 } : null;
 }
 
