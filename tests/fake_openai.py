@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from gulliver.serve.pages import PAGE_HEADERS
+
 CONSOLE = Path(__file__).parent.parent / "src" / "gulliver" / "serve" / "console"
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-POLICY = "default-src 'self'"
 WAIT_SECONDS = 10.0
 
 
@@ -154,7 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _head(self, status: int, kind: str, headers: Mapping[str, str] | None = None) -> None:
         self.send_response(status)
-        for name, value in {"Content-Type": kind, "Content-Security-Policy": POLICY, **(headers or {})}.items():
+        for name, value in {"Content-Type": kind, **PAGE_HEADERS, **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
 
