@@ -19,7 +19,6 @@ from starlette.types import Scope
 from gulliver.core.errors import ArtifactError
 from gulliver.core.manifest import read_json
 from gulliver.serve import answers, metrics
-from gulliver.serve.api_errors import ApiError
 from gulliver.serve.json_body import answers_with
 from gulliver.serve.state import ServedModel, State
 
