@@ -52,7 +52,7 @@ class BareEngine:
 
 def serve(args: argparse.Namespace) -> None:
     """Answer requests until stdin ends."""
-    from gulliver.serve.loaded import load_engine
+    from gulliver.runtime.batching.open import load_engine
 
     switches = {"lookup": args.lookup, "reuse": args.reuse}
     engine = load_engine(args.model, threads=args.threads, **{name: on for name, on in switches.items() if not on})
@@ -64,7 +64,7 @@ def serve(args: argparse.Namespace) -> None:
 
 def answered(engine, prompts: Sequence[object], tokens: int) -> dict:
     """Submit all prompts and wait for all answers. RuntimeError when one ends before its time."""
-    from gulliver.serve.engine import Request, Sampling
+    from gulliver.runtime.batching.engine import Request, Sampling
 
     ids = [engine.text.encode(one) if isinstance(one, str) else engine.text.encode_chat(one) for one in prompts]
     answers = [_Answer() for _ in prompts]

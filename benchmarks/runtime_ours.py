@@ -33,7 +33,7 @@ class Sequence:
 
     def feed(self, tokens, *, all_logits: bool = False):
         """Append tokens int32 [n], as many a step as the decoder takes: float32 logits [1 or n, vocabulary]."""
-        from gulliver.runtime.decode import Batch
+        from gulliver.runtime.decode import StepBatch
 
         answers, most = [], self.decoder.max_rows
         for start in range(0, len(tokens), most):
@@ -41,7 +41,7 @@ class Sequence:
             rows = np.arange(len(chunk), dtype=np.int32)
             last = start + len(chunk) == len(tokens)
             wanted = rows if all_logits else rows[-1:] if last else rows[:0]
-            logits = self.decoder.step(Batch(chunk, self.length + rows, np.zeros_like(rows), self._blocks, wanted))
+            logits = self.decoder.step(StepBatch(chunk, self.length + rows, np.zeros_like(rows), self._blocks, wanted))
             self.length += len(chunk)
             if len(chunk) == len(tokens):
                 return logits
@@ -104,8 +104,8 @@ def cold(args: argparse.Namespace) -> dict:
 
     This is the path that `generate`, `chat` and `serve` take: tokenizer, weights, engine and its thread.
     """
-    from gulliver.serve.engine import Request, Sampling
-    from gulliver.serve.loaded import load_engine
+    from gulliver.runtime.batching.engine import Request, Sampling
+    from gulliver.runtime.batching.open import load_engine
 
     imported = _memory()["VmRSS"]
     began = time.perf_counter()

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gulliver.core.files import write_atomic
-from gulliver.steps import INPUT_KINDS, STEPS, Step, config_class, type_name
+from gulliver.core.store.files import write_atomic
+from gulliver.pipeline.steps import INPUT_KINDS, STEPS, Step, config_class, type_name
 
 PAGE = Path(__file__).parent / "steps.md"
 
 INTRODUCTION = """\
 # Steps
 
-*Made by `make docs` from the table in [`steps.py`](../src/gulliver/steps.py); change it there.*
+*Made by `make docs` from the table in [`steps.py`](../src/gulliver/pipeline/steps.py); change it there.*
 
 A step turns artifacts and a config into one artifact. Each is a command (`gulliver NAME`, keys as options:
 `group_size` is `--group-size`), a function (`gulliver.NAME(…)`) and a `use = "NAME"` in a recipe. Keys that end in

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gulliver.core.artifact import Artifact, create
-from gulliver.core.manifest import manifest_id
+from gulliver.core.store.artifact import Artifact, create
+from gulliver.core.store.manifest import manifest_id
 
 CONTENT = {"config.json": b"{}", "model.safetensors": b"w" * 100, "head/more.safetensors": b"h" * 11}
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from toy_language import write_model, write_text
 
-from gulliver.core.artifact import Artifact
 from gulliver.core.progress import Progress
-from gulliver.core.store import Store
-from gulliver.run import call
+from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.store import Store
+from gulliver.pipeline.call import call
 from gulliver.tasks import get_task
 
 TOKENS = 64

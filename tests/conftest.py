@@ -15,9 +15,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from gulliver import cli, steps
+from gulliver.cli import main as cli
 from gulliver.core.progress import Progress
-from gulliver.core.store import Store
+from gulliver.core.store.store import Store
+from gulliver.pipeline import steps
 
 hypothesis.settings.register_profile("gulliver", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("gulliver")

@@ -12,9 +12,9 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from gulliver.runtime.decode import Batch
-from gulliver.serve.engine import Piece
-from gulliver.serve.text import Text
+from gulliver.runtime.batching.engine import Piece
+from gulliver.runtime.decode import StepBatch
+from gulliver.runtime.text.tokenizer import Text
 
 VOCABULARY = 257
 END = 256
@@ -65,13 +65,13 @@ class FakeDecoder:
         self.path, self.why = "fake", "a test needs no model"
         self.cache = np.full((blocks, block_tokens), -1, np.int64)
         self.rule = rule or (lambda tokens: hashed([tokens[0], *tokens[-memory:]]))
-        self.batches: list[Batch] = []
+        self.batches: list[StepBatch] = []
         self.fail_next: Exception | None = None
         self.gate: threading.Event | None = None  # a step waits for it
         self.delay_seconds = 0.0
         self.closed = False
 
-    def step(self, batch: Batch) -> NDArray[np.float32]:
+    def step(self, batch: StepBatch) -> NDArray[np.float32]:
         if self.gate is not None:
             assert self.gate.wait(10), "the test forgot to open the gate"
         time.sleep(self.delay_seconds)
@@ -85,17 +85,17 @@ class FakeDecoder:
         rows = [self._history(batch, int(row)) for row in batch.wanted]
         return np.array([self.rule(row) for row in rows], np.float32).reshape(len(rows), VOCABULARY)
 
-    def _place(self, batch: Batch, sequence: int, position: int) -> tuple[int, int]:
+    def _place(self, batch: StepBatch, sequence: int, position: int) -> tuple[int, int]:
         return int(batch.blocks[sequence, position // self.block_tokens]), int(position % self.block_tokens)
 
-    def _history(self, batch: Batch, row: int) -> list[int]:
+    def _history(self, batch: StepBatch, row: int) -> list[int]:
         sequence = batch.sequences[row]
         places = [self._place(batch, sequence, position) for position in range(batch.positions[row] + 1)]
         tokens = [int(self.cache[place]) for place in places]
         assert min(tokens) >= 0, "a block is read that was never written"
         return tokens
 
-    def _check(self, batch: Batch) -> None:
+    def _check(self, batch: StepBatch) -> None:
         rows = len(batch.tokens)
         assert 1 <= rows <= self.max_rows
         for array in (batch.tokens, batch.positions, batch.sequences, batch.blocks, batch.wanted):

@@ -16,10 +16,10 @@ from language_samples import SMALL
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from toy_language import sentences
 
-from gulliver.core.artifact import Artifact
 from gulliver.core.progress import Progress
-from gulliver.core.store import Store
-from gulliver.run import call
+from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.store import Store
+from gulliver.pipeline.call import call
 
 CONTEXT = 48
 TEXT = "In 1066 there  were 3  or 44 ships; don't ask, I'LL say été 漢字 🚀🚀.\r\n\r\n   \n\tThe end ==== 7\n"

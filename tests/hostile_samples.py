@@ -13,9 +13,9 @@ from safetensors.torch import load
 from tiny_decoders import pack_decoder, write_decoder
 from torch import Tensor
 
-from gulliver.compress.export_shards import write_file
 from gulliver.core.errors import ArtifactError, BudgetError, ConfigError, KernelError
-from gulliver.runtime.decode import Batch, open_decoder
+from gulliver.runtime.decode import StepBatch, open_decoder
+from gulliver.runtime.shards import write_file
 
 REFUSALS = (ArtifactError, ConfigError, BudgetError)
 WEIGHTS = "model.safetensors"
@@ -39,8 +39,8 @@ def run(folder: Path, **options: Any) -> np.ndarray:
     """Open and step: one token, then a chunk that begins a sequence anew. Returns the chunk's logits."""
     decoder = open_decoder(folder, path="native", threads=1, **options)
     ints = lambda *values: np.array(values, np.int32)  # noqa: E731
-    decoder.step(Batch(ints(3), ints(0), ints(0), ints([0]), ints(0)))
-    logits = decoder.step(Batch(ints(3, 5, 0), ints(0, 1, 2), ints(0, 0, 0), ints([0]), ints(1, 2)))
+    decoder.step(StepBatch(ints(3), ints(0), ints(0), ints([0]), ints(0)))
+    logits = decoder.step(StepBatch(ints(3, 5, 0), ints(0, 1, 2), ints(0, 0, 0), ints([0]), ints(1, 2)))
     assert logits.shape == (2, decoder.vocabulary)
     decoder.close()
     return logits

@@ -19,11 +19,11 @@ from typing import Any
 import httpx
 
 from gulliver.core.errors import ConfigError
+from gulliver.runtime.batching.counters import Counters
+from gulliver.runtime.batching.records import EngineClosed, Piece, QueueFull, Request, TokenChoice
 from gulliver.serve import process
-from gulliver.serve.counters import Counters
-from gulliver.serve.http import make_state
+from gulliver.serve.app import make_state
 from gulliver.serve.keys import KeyRing
-from gulliver.serve.requests import EngineClosed, Piece, QueueFull, Request, TokenChoice
 from gulliver.serve.state import ServedModel, Settings, State
 
 END = 256

@@ -12,7 +12,7 @@ import torch
 import transformers
 from toy_language import sentences
 
-from gulliver.core.artifact import Artifact, create
+from gulliver.core.store.artifact import Artifact, create
 from gulliver.tasks.language.text import write_byte_tokenizer
 
 VOCABULARY = 257

@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gulliver.core.artifact import Artifact
-from gulliver.core.evidence import Evidence, measured
-from gulliver.core.gate import Gate
-from gulliver.core.store import Store
+from gulliver.core.evidence.evidence import Evidence, measured
+from gulliver.core.evidence.gate import Gate
+from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.store import Store
 
 ROLES = {
     "self_attn.q_proj": (576, 576),
@@ -94,7 +94,7 @@ def plan(budget_bytes: int) -> dict[str, Any]:
 
 def memory_samples(cap_bytes: int) -> list[list[Any]]:
     """Ten minutes of (seconds, stage, resident bytes) under a cap."""
-    stages = [("read", 10), ("calibrate", 140), ("plan", 20), ("quantize", 180), ("heal", 190), ("quality", 70)]
+    stages = [("read", 10), ("calibrate", 140), ("plan", 20), ("quantize", 180), ("distill", 190), ("quality", 70)]
     samples, now = [], 0.0
     for index, (stage, seconds) in enumerate(stages):
         for tick in range(seconds * 4):

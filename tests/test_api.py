@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import toys
 
-from gulliver import api, steps
-from gulliver.core.artifact import Artifact
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
 from gulliver.core.progress import Progress
-from gulliver.core.store import Store
-from gulliver.run import call
-from gulliver.steps import Step
+from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.store import Store
+from gulliver.pipeline import api, steps
+from gulliver.pipeline.call import call
+from gulliver.pipeline.steps import Step
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from artifact_samples import CONTENT, make, rewrite
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gulliver.core.artifact import (
+from gulliver.core.errors import ArtifactError, ConfigError
+from gulliver.core.store.artifact import (
     Artifact,
     canonical_json,
     copy_artifact,
@@ -27,7 +28,6 @@ from gulliver.core.artifact import (
     verify,
     write_annotation,
 )
-from gulliver.core.errors import ArtifactError, ConfigError
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def test_leaving_without_commit_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_killed_writer_is_swept_and_a_living_one_is_not(tmp_path: Path) -> None:
     script = (
-        "import os, signal, sys; from gulliver.core.artifact import create\n"
+        "import os, signal, sys; from gulliver.core.store.artifact import create\n"
         "w = create(sys.argv[1], kind='model', task='language', step={'name': 's', 'version': 1}, config={})\n"
         "w.__enter__(); (w.path / 'half').write_bytes(b'x'); os.kill(os.getpid(), signal.SIGKILL)"
     )

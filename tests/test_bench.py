@@ -12,10 +12,10 @@ from engine_samples import FakeDecoder, hashed
 from language_samples import write_causal, write_encoder
 
 import gulliver
-from gulliver import bench
 from gulliver.audit.decoding import bytes_per_token, workloads
 from gulliver.core.errors import ConfigError, GulliverError
 from gulliver.nets.files import stored_tensors, weight_files
+from gulliver.pipeline import bench
 from gulliver.runtime.decode import native_reason
 
 Run = Callable[..., tuple[int, str, str]]
@@ -24,7 +24,7 @@ native_only = pytest.mark.skipif(native_reason() is not None, reason=str(native_
 
 @native_only
 def test_everything_is_measured(command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gulliver.bench.COLD_STARTS", 1)
+    monkeypatch.setattr("gulliver.pipeline.bench.COLD_STARTS", 1)
     folder = write_causal(tmp_path / "model")
     code, out, err = command("bench", folder, "--repeats", "2", "--threads", "1", "--json")
     assert code == 0, err

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from gulliver.serve.blocks import START, BlockPool, next_key
+from gulliver.runtime.batching.cache import START, BlockPool, next_key
 
 
 def test_blocks_are_dealt_out_once_and_come_back() -> None:

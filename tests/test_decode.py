@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gulliver.core.errors import ArtifactError, BudgetError, ConfigError, KernelError
 from gulliver.runtime import decode
-from gulliver.runtime.decode import Batch, Decoder, native_reason, open_decoder
+from gulliver.runtime.decode import Decoder, StepBatch, native_reason, open_decoder
 from gulliver.runtime.reference import read_tensors
 
 pytestmark = pytest.mark.skipif(native_reason() is not None, reason=str(native_reason()))
@@ -60,11 +60,11 @@ def tokens_of(seed: int, count: int = TOKENS, vocabulary: int = 203) -> list[int
     return np.random.default_rng(seed).integers(0, vocabulary, count).tolist()
 
 
-def batch_of(rows: list[tuple[int, int, int]], blocks: list[list[int]], wanted: list[int]) -> Batch:
+def batch_of(rows: list[tuple[int, int, int]], blocks: list[list[int]], wanted: list[int]) -> StepBatch:
     """Rows are (token, position, sequence)."""
     ints = lambda values: np.array(values, np.int32)  # noqa: E731
     tokens, positions, sequences = zip(*rows, strict=True)
-    return Batch(ints(tokens), ints(positions), ints(sequences), ints(blocks), ints(wanted))
+    return StepBatch(ints(tokens), ints(positions), ints(sequences), ints(blocks), ints(wanted))
 
 
 def logits_of(decoder: Decoder, tokens: list[int], chunk: int, first_block: int = 0) -> np.ndarray:
@@ -174,8 +174,8 @@ def test_a_wrong_batch_is_refused(models: dict[str, Path], change: dict[str, Any
     good: dict[str, Any] = {"tokens": [3], "positions": [0], "sequences": [0], "blocks": [[0]], "wanted": [0]}
     decoder = native(models["llama"])
     with pytest.raises(KernelError, match=what):
-        decoder.step(Batch(**{key: np.array(value, np.int32) for key, value in (good | change).items()}))
-    assert np.isfinite(decoder.step(Batch(**{key: np.array(value, np.int32) for key, value in good.items()}))).all()
+        decoder.step(StepBatch(**{key: np.array(value, np.int32) for key, value in (good | change).items()}))
+    assert np.isfinite(decoder.step(StepBatch(**{key: np.array(value, np.int32) for key, value in good.items()}))).all()
 
 
 def test_weights_beyond_the_memory_limit_are_read_anew_and_give_the_same(

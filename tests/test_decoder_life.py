@@ -13,7 +13,7 @@ import pytest
 from tiny_decoders import write_decoder
 
 from gulliver.core.errors import ConfigError, KernelError
-from gulliver.runtime.decode import Batch, native_reason, open_decoder
+from gulliver.runtime.decode import StepBatch, native_reason, open_decoder
 
 pytestmark = pytest.mark.skipif(native_reason() is not None, reason=str(native_reason()))
 
@@ -33,10 +33,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_decoder(tmp_path_factory.mktemp("life") / "model", "llama")
 
 
-def token(number: int) -> Batch:
+def token(number: int) -> StepBatch:
     """One token as a sequence of its own, in block `number`."""
     one = lambda value: np.array([value], np.int32)  # noqa: E731
-    return Batch(one(number), one(0), one(0), np.array([[number]], np.int32), one(0))
+    return StepBatch(one(number), one(0), one(0), np.array([[number]], np.int32), one(0))
 
 
 def run(script: str, model: Path) -> subprocess.CompletedProcess[str]:

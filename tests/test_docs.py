@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from gulliver import cli, steps
+from gulliver.cli import main as cli
 from gulliver.core.errors import GulliverError
+from gulliver.pipeline import steps
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / ".ci").glob("*.md")])

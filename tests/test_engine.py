@@ -14,10 +14,10 @@ import pytest
 from engine_samples import END, VOCABULARY, Collected, FakeDecoder, answer, greedy, hashed, ids, read_text
 
 from gulliver.core.errors import ConfigError
+from gulliver.runtime.batching.engine import Engine, EngineClosed, QueueFull, Request, Sampling
+from gulliver.runtime.batching.sequence import Sequence
 from gulliver.runtime.sampling import Sampler
-from gulliver.serve.engine import Engine, EngineClosed, QueueFull, Request, Sampling
-from gulliver.serve.sequence import Sequence
-from gulliver.serve.text import Text
+from gulliver.runtime.text.tokenizer import Text
 
 GREEDY = Sampling(temperature=0)
 

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from gulliver.core.errors import ConfigError, DataError
-from gulliver.core.evidence import METRICS, MUST_BEAT, Evidence, measured, metric, paired_interval
+from gulliver.core.evidence.evidence import METRICS, MUST_BEAT, Evidence, measured, metric, paired_interval
 
 
 def test_every_metric_says_unit_direction_and_meaning() -> None:

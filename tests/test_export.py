@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from gulliver.compress.export import as_bfloat16, write_config
 from gulliver.compress.export_compressed import compressed_config, compressed_tensors, pack_bits, plan_layout
-from gulliver.compress.export_shards import ShardWriter
 from gulliver.core.errors import ConfigError
 from gulliver.runtime.formats import Format
-from gulliver.runtime.packed import PackedTensor, Part
+from gulliver.runtime.packed import PackedTensor, RowGroup
+from gulliver.runtime.shards import ShardWriter
 
 VOCABULARY = 96
 EMBEDDING = "model.embed_tokens.weight"
@@ -41,7 +41,7 @@ def llama(tied: bool = True) -> nn.Module:
     return transformers.LlamaForCausalLM(config).float().eval()
 
 
-def part(rows: int, columns: int, name: str, seed: int) -> Part:
+def part(rows: int, columns: int, name: str, seed: int) -> RowGroup:
     """Random codes, scales, zero points and factors of a weight-like size."""
     fmt, random = Format.parse(name), torch.Generator().manual_seed(seed)
     groups = fmt.groups(columns)
@@ -52,9 +52,9 @@ def part(rows: int, columns: int, name: str, seed: int) -> Part:
     factors = (torch.rand(rows, generator=random) * 1e-4 + 1e-5).to(torch.bfloat16)
     codes, scales = draw(rows, columns, high=fmt.levels), draw(rows, groups, high=256)
     if fmt.kind == "uniform":
-        return Part(fmt, codes, scales, factors, zeros=draw(rows, groups, high=fmt.levels))
+        return RowGroup(fmt, codes, scales, factors, zeros=draw(rows, groups, high=fmt.levels))
     codebook = torch.sort(torch.randint(-128, 128, (fmt.levels,), generator=random)).values.to(torch.int8)
-    return Part(fmt, codes, scales, factors, codebook=codebook)
+    return RowGroup(fmt, codes, scales, factors, codebook=codebook)
 
 
 def packed(weight: Tensor, *names: str, seed: int = 0) -> PackedTensor:

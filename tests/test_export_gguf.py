@@ -23,15 +23,15 @@ from safetensors.torch import load_file
 from test_export import packed
 from toy_language import sentences, write_model
 
-from gulliver.compress.export_gguf import BLOCK_TYPES, TYPES, encode_blocks, exact_type, permute
-from gulliver.core.artifact import verify
 from gulliver.core.errors import ConfigError
 from gulliver.core.progress import Progress
-from gulliver.core.store import Store
-from gulliver.run import call
+from gulliver.core.store.artifact import verify
+from gulliver.core.store.store import Store
+from gulliver.pipeline.call import call
 from gulliver.runtime.reference import read_stored
 from gulliver.tasks import get_task
-from gulliver.tasks.language.gguf import convert_gguf
+from gulliver.tasks.language.gguf.read import convert_gguf
+from gulliver.tasks.language.gguf.write import BLOCK_TYPES, TYPES, encode_blocks, exact_type, permute
 from gulliver.tasks.language.text import load_tokenizer
 
 

@@ -31,11 +31,11 @@ from safetensors.torch import load_file
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 from toy_language import sentences
 
-from gulliver.compress.export_gguf_metadata import LLAMA3, NO_MERGE, QWEN2, TEKKEN
 from gulliver.core.errors import ConfigError
-from gulliver.core.store import Store
+from gulliver.core.store.store import Store
 from gulliver.tasks import get_task
-from gulliver.tasks.language.gguf import convert_gguf
+from gulliver.tasks.language.gguf.metadata import LLAMA3, NO_MERGE, QWEN2, TEKKEN
+from gulliver.tasks.language.gguf.read import convert_gguf
 from gulliver.tasks.language.text import load_tokenizer
 
 

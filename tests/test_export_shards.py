@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from tiny_decoders import random_packed
 from torch import Tensor
 
-from gulliver.compress.export_shards import ShardWriter, write_file
 from gulliver.nets.files import ITEM_BYTES, Stored, stored_tensors
 from gulliver.nets.weights import CODES
 from gulliver.runtime.formats import ALIGNMENT
 from gulliver.runtime.packing import order_of_use
 from gulliver.runtime.reference import stored_form
+from gulliver.runtime.shards import ShardWriter, write_file
 
 IN_ORDER = [
     "model.embed_tokens.weight",
@@ -96,7 +96,7 @@ def test_one_file_is_sorted_whatever_order_tensors_come_in(tmp_path: Path) -> No
 def test_what_quantize_and_heal_write_is_laid_out(language: Lab) -> None:
     packed = language.quantize(bits=4)
     healed = language.step(
-        "heal",
+        "distill",
         {"steps": 1, "batch_size": 1, "tokens": 8},
         model=packed,
         parent=language.model,

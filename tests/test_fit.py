@@ -15,12 +15,13 @@ from compress_samples import Lab
 from language_samples import write_encoder
 
 import gulliver
-from gulliver import cli, run
+from gulliver.cli import main as cli
 from gulliver.core import memory
-from gulliver.core.artifact import Artifact, open_artifact, verify
 from gulliver.core.errors import BudgetError, ConfigError, DataError
 from gulliver.core.progress import Progress
-from gulliver.core.store import Store
+from gulliver.core.store.artifact import Artifact, open_artifact, verify
+from gulliver.core.store.store import Store
+from gulliver.pipeline import call as run
 from gulliver.tasks import get_task
 
 SIZE = 60_000
@@ -30,14 +31,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "calibrate": {"examples": 8, "gradient_examples": 4},
     "plan": {"probe_rows": 4, "feedback": False},
     "quality": {},
-    "heal": {"steps": 2, "batch_size": 2},
+    "distill": {"steps": 2, "batch_size": 2},
 }
 
 
 @pytest.fixture(autouse=True)
 def small_efforts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same steps in every effort, with smaller numbers; what an effort leaves out stays out."""
-    from gulliver import fit
+    from gulliver.pipeline import fit
 
     given = {
         effort: {step: None if options is None else {**options, **SMALL[step]} for step, options in steps.items()}
@@ -78,7 +79,7 @@ def test_every_effort_fits_a_language_model(language: Lab, effort: str, tmp_path
     assert open_artifact(out).id == made.id
     verify(open_artifact(out))
     ran = set(steps_run(language)[before:])
-    assert ("heal" in ran) == (effort == "high")
+    assert ("distill" in ran) == (effort == "high")
     metrics = {item.metric: item for item in language.store.evidence(made.id)}
     assert metrics["size_bytes"].value == made.weight_bytes
     assert metrics["quality_loss"].parent_id == language.model.id
@@ -86,18 +87,18 @@ def test_every_effort_fits_a_language_model(language: Lab, effort: str, tmp_path
     assert get_task("language").answer(get_task("language").load(out), {"prompt": "the giant"}, folder=out)["text"]
 
 
-@pytest.mark.parametrize(("rate", "kept"), [(0.01, "heal"), (50.0, "quantize")])
+@pytest.mark.parametrize(("rate", "kept"), [(0.01, "distill"), (50.0, "quantize")])
 def test_healing_is_kept_only_where_it_helps(
     language: Lab, rate: float, kept: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gulliver import fit as efforts
+    from gulliver.pipeline import fit as efforts
 
     healing = {"steps": 60, "batch_size": 8, "learning_rate": rate, "scale_rate": 1e-4, "vector_rate": 1e-4}
-    monkeypatch.setattr(efforts, "EFFORTS", efforts.EFFORTS | {"high": efforts.EFFORTS["high"] | {"heal": healing}})
+    monkeypatch.setattr(efforts, "EFFORTS", efforts.EFFORTS | {"high": efforts.EFFORTS["high"] | {"distill": healing}})
     before = len(steps_run(language))
     made = fit(language, 48_000, effort="high")
     assert made.manifest["step"]["name"] == kept
-    assert "heal" in steps_run(language)[before:]
+    assert "distill" in steps_run(language)[before:]
 
 
 @pytest.mark.parametrize("effort", ["fast", "normal", "high"])

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from gulliver.core.errors import ConfigError, GateRefused
-from gulliver.core.evidence import METRICS, Evidence, measured
-from gulliver.core.gate import Gate, require
+from gulliver.core.evidence.evidence import METRICS, Evidence, measured
+from gulliver.core.evidence.gate import Gate, require
 
 ID, OTHER = "a" * 64, "b" * 64
 

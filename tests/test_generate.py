@@ -15,9 +15,10 @@ import pytest
 from language_samples import write_causal, write_encoder
 
 import gulliver
-from gulliver import chat, steps
+from gulliver.cli import chat
 from gulliver.core.errors import ConfigError
-from gulliver.generate import OpenModel, local_folder, open_model
+from gulliver.pipeline import steps
+from gulliver.pipeline.generate import OpenModel, local_folder, open_model
 from gulliver.runtime.decode import native_reason
 from gulliver.runtime.sampling import Sampling
 
@@ -172,7 +173,7 @@ def test_names_that_need_a_store(command: Run, folder: Path, tmp_path: Path) -> 
 @pytest.mark.skipif(native_reason() is not None, reason=str(native_reason()))
 def test_the_native_path_imports_neither_torch_nor_a_database(folder: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from gulliver.cli import main\n"
+        "import sys; from gulliver.cli.main import main\n"
         f"assert main(['generate', {str(folder)!r}, '--prompt', 'a', '--max-tokens', '4']) == 0\n"
         f"assert main(['chat', {str(folder)!r}, '--max-tokens', '4']) == 0\n"
         "heavy = {'torch', 'transformers', 'sqlalchemy', 'pydantic', 'scipy', 'fastapi'} & set(sys.modules)\n"
@@ -288,7 +289,7 @@ def test_an_interrupt_stops_the_answer_and_keeps_what_came(model: OpenModel, mon
 
 # ---- the commands ----------------------------------------------------------------------------------------------------
 def test_no_command_is_called_like_a_step() -> None:
-    from gulliver.commands import COMMANDS
+    from gulliver.cli.commands import COMMANDS
 
     names = [command.name for command in COMMANDS] + [row.name for row in steps.STEPS]
     assert len(names) == len(set(names)) and {"generate", "chat", "bench", "serve", "keys"} <= set(names)

@@ -13,9 +13,9 @@ import pytest
 from engine_samples import END, VOCABULARY, Collected, FakeDecoder, answer, ids, read_text
 
 from gulliver.core.errors import ConfigError, MissingExtra
-from gulliver.serve.engine import Engine, Request, Sampling
-from gulliver.serve.grammar import Grammar, Grammars
-from gulliver.serve.text import Text
+from gulliver.runtime.batching.engine import Engine, Request, Sampling
+from gulliver.runtime.batching.grammar import Grammar, Grammars
+from gulliver.runtime.text.tokenizer import Text
 
 PERSON = {
     "type": "object",

@@ -54,7 +54,9 @@ class Hops(TorchDispatchMode):
         names.reverse()
         if "tasks/base.py:load" in names:
             return []  # opening a model's files, which has a depth of its own, is not the arithmetic
-        commands = [index for index, name in enumerate(names) if name.startswith(("cli.py:_run", "commands.py:_"))]
+        commands = [
+            index for index, name in enumerate(names) if name.startswith(("cli/main.py:_run", "cli/commands.py:_"))
+        ]
         return names[commands[0] + 1 : -1] if commands else names[:-1]
 
 
@@ -85,11 +87,11 @@ def test_every_step_that_computes_is_near_its_command(command: Callable[..., tup
     statistics = run("calibrate", model, "--data", digits)
     plan = run("plan", model, "--calibration", statistics, "--size-bytes", "50kB")
     small = run("quantize", model, "--calibration", statistics, "--plan", plan)
-    run("heal", small, "--parent", model, "--data", digits, "--steps", "1")
+    run("distill", small, "--parent", model, "--data", digits, "--steps", "1")
     run("quality", small, "--data", digits, "--parent", model)
 
 
-@pytest.mark.parametrize("name", ["cli.py:_run_step", "commands.py:_audit"])
+@pytest.mark.parametrize("name", ["cli/main.py:_run_step", "cli/commands.py:_audit"])
 def test_the_names_of_commands_are_there(name: str) -> None:
     place, _, function = name.partition(":")
     assert f"def {function}(" in Path(SOURCE, place).read_text(encoding="utf-8")

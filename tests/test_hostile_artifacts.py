@@ -11,9 +11,9 @@ from artifact_samples import make, rewrite
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gulliver.core.artifact import canonical_json, open_artifact
 from gulliver.core.errors import ArtifactError
-from gulliver.core.manifest import MAX_MANIFEST_BYTES, manifest_id, parse
+from gulliver.core.store.artifact import canonical_json, open_artifact
+from gulliver.core.store.manifest import MAX_MANIFEST_BYTES, manifest_id, parse
 
 
 def entry(name: str) -> Callable[[dict[str, Any]], object]:

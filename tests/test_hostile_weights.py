@@ -19,12 +19,12 @@ import torch
 from hostile_samples import WEIGHTS, Header, join, refused, run, split, tensors_of, tried, write_models
 from torch import Tensor
 
-from gulliver.compress.export_shards import write_file
+from gulliver.core.records import PACKING
 from gulliver.nets.files import MAX_DIMENSIONS
 from gulliver.runtime import decode
 from gulliver.runtime.decode import native_reason
 from gulliver.runtime.formats import Format
-from gulliver.runtime.packing import PACKING
+from gulliver.runtime.shards import write_file
 
 pytestmark = pytest.mark.skipif(native_reason() is not None, reason=str(native_reason()))
 

@@ -11,10 +11,12 @@ import httpx
 import pytest
 from http_samples import FakeEngine, Running, serving
 
-from gulliver.serve import answers, chat_api, stream
-from gulliver.serve.completion_json import CompletionAnswer
-from gulliver.serve.requests import Request
-from gulliver.serve.schemas import ChatRequest
+from gulliver.runtime.batching.records import Request
+from gulliver.serve.openai import chat as chat_api
+from gulliver.serve.openai import events as stream
+from gulliver.serve.openai import response_schemas as answers
+from gulliver.serve.openai.completion_json import CompletionAnswer
+from gulliver.serve.openai.request_schemas import ChatRequest
 
 HELLO = [{"role": "user", "content": "hi"}]
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from http_samples import FakeEngine, Running, serving
 
-from gulliver.serve import direct, stream
+from gulliver.serve.openai import events as stream
+from gulliver.serve.openai import socket_writer as direct
 
 WORDS = "".join(f"{number} " for number in range(700))
 BODY = {"model": "fake", "prompt": "a", "stream": True, "max_tokens": 10**6}

@@ -19,9 +19,10 @@ from http_samples import FakeEngine, served, serving
 from language_samples import write_encoder
 
 from gulliver.core.errors import ArtifactError
-from gulliver.serve import answers, embeddings
-from gulliver.serve.embeddings import Encoder, is_encoder, read_pooling
-from gulliver.serve.requests import EngineClosed, QueueFull
+from gulliver.runtime.batching import encoder as embeddings
+from gulliver.runtime.batching.encoder import Encoder, is_encoder, read_pooling
+from gulliver.runtime.batching.records import EngineClosed, QueueFull
+from gulliver.serve.openai import response_schemas as answers
 from gulliver.serve.state import Settings
 
 TEXTS = ["a giant", "home", "a giant made at home among small machines"]

@@ -15,8 +15,8 @@ from http_samples import FakeEngine, Running, served, serving
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 
-from gulliver.serve import answers
-from gulliver.serve.http import make_app, make_state
+from gulliver.serve.app import make_app, make_state
+from gulliver.serve.openai import response_schemas as answers
 
 STATE = make_state([served(FakeEngine(answer=lambda request: "ok"))])
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", make_app(STATE))

@@ -20,10 +20,10 @@ import httpx
 import pytest
 from http_samples import FakeEngine, Running, serving
 
+from gulliver.runtime.batching.records import EngineClosed, Piece, Request
 from gulliver.serve import logs, process
-from gulliver.serve.generation import IN_FLIGHT, Mailbox, Run
 from gulliver.serve.keys import KeyRing, add_key, remove_key
-from gulliver.serve.requests import EngineClosed, Piece, Request
+from gulliver.serve.openai.generation import IN_FLIGHT, Generation, Mailbox
 from gulliver.serve.state import Settings
 
 BODY = {"model": "fake", "prompt": "ab", "max_tokens": 1000}
@@ -228,7 +228,7 @@ def test_what_is_given_up_comes_after_what_the_engine_writes() -> None:
             return SimpleNamespace(cancel=lambda: None)
 
         engine, loop = SimpleNamespace(submit=submit), asyncio.get_running_loop()
-        run = Run(engine, [Request((1,), max_tokens=1)] * (IN_FLIGHT + 2), Mailbox(loop), streamed=True)
+        run = Generation(engine, [Request((1,), max_tokens=1)] * (IN_FLIGHT + 2), Mailbox(loop), streamed=True)
         run.start()
         for deliver in delivered:
             deliver(Piece("", finish="stop"))

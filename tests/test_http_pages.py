@@ -15,8 +15,8 @@ from http_samples import FakeEngine, Running, served, serving
 from prometheus_client.parser import text_string_to_metric_families
 
 from gulliver.core.errors import ConfigError
-from gulliver.serve import answers
-from gulliver.serve.http import make_state
+from gulliver.serve.app import make_state
+from gulliver.serve.openai import response_schemas as answers
 from gulliver.serve.pages import PageFiles
 
 EVIDENCE = [{"metric": "perplexity", "value": 12.5}]

@@ -21,7 +21,7 @@ import httpx
 import pytest
 from language_samples import write_causal
 
-from gulliver import commands_serve
+from gulliver.cli import serve as commands_serve
 from gulliver.core.errors import ConfigError
 from gulliver.serve.keys import add_key
 from gulliver.serve.process import listen
@@ -31,7 +31,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from http_samples import FakeEngine, served
 from gulliver.serve import logs, process
-from gulliver.serve.http import make_state
+from gulliver.serve.app import make_state
 from gulliver.serve.state import Settings
 logs.configure()
 engine = FakeEngine(answer=lambda request: "word " * 40, pause=0.01)
@@ -39,7 +39,7 @@ sock = process.listen("127.0.0.1", 0)
 process.run(make_state([served(engine)], Settings(grace_seconds=float(sys.argv[1]))), sock)
 engine.close()
 """
-SERVE = "import sys; from gulliver.cli import main; sys.exit(main(sys.argv[1:]))"
+SERVE = "import sys; from gulliver.cli.main import main; sys.exit(main(sys.argv[1:]))"
 BODY: dict[str, Any] = {"model": "fake", "prompt": "a", "max_tokens": 500, "stream": True}
 
 
@@ -154,8 +154,9 @@ def test_a_folder_is_served_from_the_command_line(tmp_path: Path) -> None:
 
 
 def test_a_native_model_is_served_without_torch() -> None:
-    code = "import sys; import gulliver.commands_serve, gulliver.serve.process, gulliver.serve.loaded\n"
-    code += "import gulliver.serve.embeddings; sys.exit(bool({'torch', 'transformers', 'scipy'} & set(sys.modules)))"
+    code = "import sys; import gulliver.cli.serve, gulliver.serve.process, gulliver.runtime.batching.open\n"
+    code += "import gulliver.runtime.batching.encoder\n"
+    code += "sys.exit(bool({'torch', 'transformers', 'scipy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gulliver.core.errors import ConfigError
-from gulliver.serve import answers
-from gulliver.serve.schemas import ChatRequest, Tool
-from gulliver.serve.tools import Called, ToolReader, call_schema, read_calls
+from gulliver.serve.openai import response_schemas as answers
+from gulliver.serve.openai.request_schemas import ChatRequest, Tool
+from gulliver.serve.openai.tools import Called, ToolReader, call_schema, read_calls
 
 NAMES = ("weather", "add")
 CALL = '{"name": "weather", "arguments": {"city": "Delft"}}'

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_packed import FORMATS, random_part
 
-from gulliver.runtime.packed import Format, Part, pack, unpack_slowly
+from gulliver.runtime.packed import Format, RowGroup, pack, unpack_slowly
 
 native = pytest.importorskip("gulliver.runtime._native", reason="the native engine is not built: no compiler was found")
 
@@ -18,7 +18,7 @@ BLOCK = 32  # columns that share one scale of the activations
 RAGGED = [(1, 1, 1), (16, 32, 2), (17, 33, 3), (5, 130, 5), (40, 257, 8), (33, 300, 16), (20, 2100, 39)]
 
 
-def product(isa: str, part: Part, x: np.ndarray, tiles: torch.Tensor | None = None) -> np.ndarray:
+def product(isa: str, part: RowGroup, x: np.ndarray, tiles: torch.Tensor | None = None) -> np.ndarray:
     """x [batch, columns] times the part's rows, by one instruction set: float32 [batch, rows]."""
     rows, columns = part.shape
     y = np.full((len(x), rows), np.nan, dtype=np.float32)
@@ -46,7 +46,7 @@ def rounded(x: np.ndarray) -> np.ndarray:
     return out
 
 
-def assert_product(isa: str, part: Part, weights: np.ndarray, x: np.ndarray) -> None:
+def assert_product(isa: str, part: RowGroup, weights: np.ndarray, x: np.ndarray) -> None:
     """Within float32's rounding of the sum over blocks, measured against the sum of the terms' sizes."""
     inputs = rounded(x)
     wanted, size = inputs @ weights.T, np.abs(inputs) @ np.abs(weights.T)
@@ -129,7 +129,7 @@ def test_padding_may_hold_anything(isa: str) -> None:
         groups, codes = fmt.groups(70), fmt.groups(70) * fmt.group_size * 2 * fmt.bits
         zeros = groups if fmt.kind == "uniform" else 0
         ragged = torch.nn.functional.pad(part.codes, (0, groups * fmt.group_size - 70), value=fmt.levels - 1)
-        wide = Part(fmt, ragged, part.scales, part.factors, part.zeros, part.codebook)
+        wide = RowGroup(fmt, ragged, part.scales, part.factors, part.zeros, part.codebook)
         tiles = pack(wide)
         for lane in range(5, 16):
             for group in range(groups + zeros):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gulliver.compress.feedback import quantize_matrix
-from gulliver.compress.latent import LatentTensor
+from gulliver.learning.latent import LatentTensor
 from gulliver.runtime.formats import Format
 from gulliver.runtime.packed import PackedTensor
 

@@ -8,8 +8,8 @@ import pytest
 from language_samples import write_causal, write_encoder
 
 from gulliver.core.errors import ArtifactError, ConfigError
-from gulliver.serve.engine import Request, Sampling
-from gulliver.serve.loaded import load_engine
+from gulliver.runtime.batching.engine import Request, Sampling
+from gulliver.runtime.batching.open import load_engine
 
 
 @pytest.mark.parametrize("path", ["auto", "reference"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from gulliver.serve.lookup import Lookup
+from gulliver.runtime.batching.prompt_lookup import Lookup
 
 
 def test_the_latest_continuation_of_the_last_three_tokens_is_drafted() -> None:

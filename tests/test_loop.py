@@ -252,6 +252,6 @@ def test_progress_counts_only_what_is_left(tmp_path):
             return self.bar
 
     progress = Progress()
-    result = Toy().run(progress=progress, stage="heal")
-    assert progress.stages == [("heal", STEPS, "step")]
+    result = Toy().run(progress=progress, stage="distill")
+    assert progress.stages == [("distill", STEPS, "step")]
     assert progress.bar.notes[-1] == f"loss {result.losses[-1]:.4g}" and len(progress.bar.notes) == STEPS

@@ -13,8 +13,8 @@ import pytest
 from http_samples import Running, served, serving
 from language_samples import write_causal, write_encoder
 
-from gulliver.serve.embeddings import Encoder
-from gulliver.serve.loaded import load_engine
+from gulliver.runtime.batching.encoder import Encoder
+from gulliver.runtime.batching.open import load_engine
 
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}\n{% endif %}"

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.runtime.formats import CODEBOOK_BITS, GROUP_SIZES, PLANES, Format
-from gulliver.runtime.packed import PackedTensor, Part, pack, unpack, unpack_slowly
+from gulliver.runtime.packed import PackedTensor, RowGroup, pack, unpack, unpack_slowly
 
 FORMATS = [Format(bits, size, "uniform") for bits in PLANES for size in GROUP_SIZES] + [
     Format(bits, size, "codebook") for bits in CODEBOOK_BITS for size in GROUP_SIZES
 ]
 
 
-def random_part(fmt: Format, rows: int, columns: int, seed: int) -> Part:
+def random_part(fmt: Format, rows: int, columns: int, seed: int) -> RowGroup:
     random = torch.Generator().manual_seed(seed)
     groups = fmt.groups(columns)
 
@@ -27,7 +27,7 @@ def random_part(fmt: Format, rows: int, columns: int, seed: int) -> Part:
     codebook = (draw(255, fmt.levels) - 127).to(torch.int8) if fmt.kind == "codebook" else None
     factors = torch.randn(rows, generator=random).to(torch.bfloat16)
     codes = draw(fmt.levels, rows, columns).to(torch.uint8)
-    return Part(fmt, codes, draw(256, rows, groups).to(torch.uint8), factors, zeros, codebook)
+    return RowGroup(fmt, codes, draw(256, rows, groups).to(torch.uint8), factors, zeros, codebook)
 
 
 @settings(max_examples=60, deadline=None)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from gulliver.compress import plan as planning
 from gulliver.compress.plan import GAP, PLAN, Item, menu, planned, row_classes, solve
 from gulliver.compress.statistics import View, open_statistics
-from gulliver.core.artifact import Artifact
 from gulliver.core.errors import ArtifactError, BudgetError
+from gulliver.core.store.artifact import Artifact
 from gulliver.runtime.formats import CODEBOOK_BITS, GROUP_SIZES, PLANES, Format
 from gulliver.runtime.reference import read_stored
 

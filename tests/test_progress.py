@@ -41,7 +41,7 @@ def test_lines_are_seldom_and_an_unknown_total_has_no_time_left() -> None:
 def test_quiet_is_silent_and_still_samples_memory() -> None:
     for out in (io.StringIO(), Terminal()):
         progress = Progress(quiet=True, stream=out)
-        with progress.stage("heal", total=1) as bar:
+        with progress.stage("distill", total=1) as bar:
             bar.advance(note="loss 1.0")
         progress.print("hello")
         assert out.getvalue() == "" and len(progress.memory) >= 2

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from test_gguf import write_gguf
 
 from gulliver.core import catalog
-from gulliver.core.artifact import verify
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
+from gulliver.core.store.artifact import verify
 from gulliver.data import pull
 from gulliver.data.pull import Config, run
 from gulliver.tasks import get_task

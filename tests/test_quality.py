@@ -8,14 +8,15 @@ import pytest
 from language_samples import text, write_causal, write_dataset
 from test_vision import DIGITS, make_dataset
 
-from gulliver import steps
 from gulliver.audit import measure, speed
-from gulliver.audit.quality import CALIBRATION, REPORT, Config, run
-from gulliver.core.artifact import canonical_json, verify
+from gulliver.audit.quality import REPORT, Config, run
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, ConfigError, DataError, GulliverError
-from gulliver.core.evidence import Evidence
+from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.overlap import fingerprints
+from gulliver.core.records import CALIBRATION
+from gulliver.core.store.artifact import canonical_json, verify
+from gulliver.pipeline import steps
 from gulliver.runtime.decode import native_reason
 from gulliver.tasks import get_task
 

@@ -21,14 +21,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gulliver.compress.feedback import quantize_matrix
-from gulliver.compress.grid import as_groups, fit_codebook_grid, fit_uniform_grid, learn_codebook, midpoints, nearest
-from gulliver.compress.quantize import DAMAGE, narrow
-from gulliver.compress.statistics import CALIBRATION, open_statistics
-from gulliver.core.artifact import Artifact, copy_artifact, verify
+from gulliver.compress.quantize import narrow
+from gulliver.compress.statistics import open_statistics
 from gulliver.core.errors import BudgetError, ConfigError
-from gulliver.core.store import Store
+from gulliver.core.records import CALIBRATION, DAMAGE
+from gulliver.core.store.artifact import Artifact, copy_artifact, verify
+from gulliver.core.store.store import Store
 from gulliver.nets.weights import read_safetensors
 from gulliver.runtime.formats import Format
+from gulliver.runtime.grid import as_groups, fit_codebook_grid, fit_uniform_grid, learn_codebook, midpoints, nearest
 from gulliver.runtime.packed import PackedTensor
 from gulliver.runtime.packing import is_packed
 from gulliver.runtime.reference import read_stored

@@ -9,10 +9,11 @@ import pyarrow.parquet
 import pytest
 from language_samples import text
 
-from gulliver.core.artifact import hash_file, verify
 from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError, DataError
-from gulliver.data.read import EXAMPLES, SOURCES, Config, run
+from gulliver.core.records import EXAMPLES, SOURCES
+from gulliver.core.store.artifact import hash_file, verify
+from gulliver.data.read import Config, run
 from gulliver.tasks import get_task
 
 PASSAGE = "the giant measures every island and the queen counts the lanterns. " * 4

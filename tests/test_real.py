@@ -16,7 +16,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from gulliver.runtime.decode import Batch, Decoder, native_reason, open_decoder
+from gulliver.runtime.decode import Decoder, StepBatch, native_reason, open_decoder
 
 MODEL = "catalog:smollm2-135m-instruct"
 SIZE = 84_000_000
@@ -111,7 +111,7 @@ def stepped(decoder: Decoder, tokens: np.ndarray, start: int, wanted: Sequence[i
     rows = np.arange(start, len(tokens), dtype=np.int32)
     blocks = np.arange(len(tokens) // decoder.block_tokens + 1, dtype=np.int32)[None]
     wanted_rows = np.array(wanted, np.int32)
-    return decoder.step(Batch(tokens[rows], rows, np.zeros_like(rows), blocks, wanted_rows)).copy()
+    return decoder.step(StepBatch(tokens[rows], rows, np.zeros_like(rows), blocks, wanted_rows)).copy()
 
 
 def loss_of(folder: Path) -> float:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gulliver.core.errors import ConfigError
-from gulliver.recipe import GateCall, StepCall, key_lines, load, parse
+from gulliver.pipeline.recipe import GateCall, StepCall, key_lines, load, parse
 
 pytestmark = pytest.mark.usefixtures("toy_table")
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from toy_language import write_model, write_text
 
-from gulliver.core.artifact import verify
 from gulliver.core.errors import GateRefused
 from gulliver.core.progress import Progress
-from gulliver.core.store import Store
-from gulliver.recipe import load
-from gulliver.run import run_recipe
+from gulliver.core.store.artifact import verify
+from gulliver.core.store.store import Store
+from gulliver.pipeline.recipe import load
+from gulliver.pipeline.run import run_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

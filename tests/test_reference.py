@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from test_packed import random_part
 from torch import Tensor
 
-from gulliver.compress.export_shards import ShardWriter
 from gulliver.core.errors import ArtifactError
+from gulliver.core.records import PACKING
 from gulliver.nets.weights import stored_names
 from gulliver.runtime.formats import Format
 from gulliver.runtime.packed import PackedTensor
-from gulliver.runtime.packing import MAX_PACKING_BYTES, PACKING, is_packed
+from gulliver.runtime.packing import MAX_PACKING_BYTES, is_packed
 from gulliver.runtime.reference import packing_entry, packing_json, read_stored, read_tensors, stored_form
+from gulliver.runtime.shards import ShardWriter
 
 WEIGHTS = "model.safetensors"
 

@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from test_packed import random_part
 
 from gulliver.core.errors import ConfigError
-from gulliver.runtime.decode import Batch
+from gulliver.core.records import PACKING
+from gulliver.runtime.batching.engine import Engine, Request, Sampling
+from gulliver.runtime.decode import StepBatch
 from gulliver.runtime.formats import Format
 from gulliver.runtime.packed import PackedTensor
-from gulliver.runtime.packing import PACKING
 from gulliver.runtime.reference import packing_entry, packing_json, stored_form
 from gulliver.runtime.reference_decode import ReferenceDecoder
-from gulliver.serve.engine import Engine, Request, Sampling
-from gulliver.serve.text import Text
+from gulliver.runtime.text.tokenizer import Text
 
 PROMPTS = [[65, 66, 67], [1] * 20, list(range(100, 140)), [7]]
 
@@ -83,7 +83,7 @@ def test_a_position_may_be_written_again(llama: Path) -> None:
         places = np.arange(first, first + count, dtype=np.int32)
         zeros = np.zeros(count, np.int32)
         wanted = np.array([count - 1], np.int32)
-        return decoder.step(Batch(np.array(tokens, np.int32), places, zeros, blocks, wanted))[0]
+        return decoder.step(StepBatch(np.array(tokens, np.int32), places, zeros, blocks, wanted))[0]
 
     tokens = random.Random(0).choices(range(256), k=20)
     step(tokens, 0)
@@ -101,7 +101,7 @@ def test_a_position_may_be_written_again(llama: Path) -> None:
 
 def test_all_wanted_rows_come_in_order(llama: Path) -> None:
     decoder = ReferenceDecoder(llama, cache_tokens=64)
-    batch = Batch(
+    batch = StepBatch(
         np.array([1, 2, 3, 4, 5], np.int32),
         np.array([0, 1, 2, 0, 1], np.int32),
         np.array([0, 0, 0, 1, 1], np.int32),

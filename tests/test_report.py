@@ -14,9 +14,9 @@ import pytest
 from report_samples import artifact, fitted, plan, tensor, tensors
 
 from gulliver.core.errors import ArtifactError
-from gulliver.core.evidence import measured
-from gulliver.core.gate import Gate
-from gulliver.core.store import Store
+from gulliver.core.evidence.evidence import measured
+from gulliver.core.evidence.gate import Gate
+from gulliver.core.store.store import Store
 from gulliver.report import bits, plots, tables
 from gulliver.report.html import gather, oldest_first, page, write_report
 from gulliver.report.picture import figure_html

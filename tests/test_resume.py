@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from gulliver.core.artifact import verify
 from gulliver.core.progress import Progress
-from gulliver.core.store import Store
-from gulliver.run import call
+from gulliver.core.store.artifact import verify
+from gulliver.core.store.store import Store
+from gulliver.pipeline.call import call
 
 pytestmark = pytest.mark.usefixtures("toy_table")
 BLOCKS = 20

@@ -8,12 +8,13 @@ import pytest
 import toys.make
 
 import gulliver
-from gulliver import run, steps
-from gulliver.core.artifact import copy_artifact
 from gulliver.core.errors import ArtifactError, ConfigError, GateRefused
 from gulliver.core.progress import Progress
-from gulliver.core.store import Store
-from gulliver.run import Call, call
+from gulliver.core.store.artifact import copy_artifact
+from gulliver.core.store.store import Store
+from gulliver.pipeline import resolve, steps
+from gulliver.pipeline.call import Call, call, reuse_key
+from gulliver.pipeline.run import run_recipe
 
 pytestmark = pytest.mark.usefixtures("toy_table")
 
@@ -40,7 +41,7 @@ def test_everything_that_decides_a_result_is_in_the_key(
     other = call("make", {"weights": 9}, {}, store=store, progress=quiet)
 
     def key(row: steps.Step, values: dict, inputs: dict, seed: int = 0) -> str:
-        return run.reuse_key(row, steps.checked_config(row, values), inputs, seed)
+        return reuse_key(row, steps.checked_config(row, values), inputs, seed)
 
     made, shrunk = key(make, {"source": str(source)}, {}), key(shrink, {}, {"model": small})
     if change == "config":
@@ -65,9 +66,9 @@ def test_contents_of_a_folder_are_in_the_key(store: Store, tmp_path: Path) -> No
     (folder / "config.json").write_text("{}")
     row = steps.find("make")
     config = steps.checked_config(row, {"source": str(folder)})
-    before = run.reuse_key(row, config, {}, 0)
+    before = reuse_key(row, config, {}, 0)
     (folder / "config.json").rename(folder / "other.json")
-    assert run.reuse_key(row, config, {}, 0) != before
+    assert reuse_key(row, config, {}, 0) != before
 
 
 def test_an_artifact_that_was_deleted_is_made_again(store: Store, quiet: Progress) -> None:
@@ -126,14 +127,14 @@ def test_a_model_is_an_id_a_prefix_or_a_folder(store: Store, quiet: Progress, tm
     model = call("make", {}, {}, store=store, progress=quiet)
     outside = copy_artifact(model, tmp_path / "outside")
     for spec in (model, model.id, model.id[:8], str(model.path), outside.path):
-        assert run.resolve_model(spec, store) == model
+        assert resolve.resolve_model(spec, store) == model
     elsewhere = Store(tmp_path / "other home")
-    assert run.resolve_model(outside.path, elsewhere).path == elsewhere.artifacts_folder / model.id
+    assert resolve.resolve_model(outside.path, elsewhere).path == elsewhere.artifacts_folder / model.id
     report = call("measure", {}, {"model": model}, store=store, progress=quiet)
     with pytest.raises(ConfigError, match="is a report; a model is needed"):
-        run.resolve_model(report.id, store)
+        resolve.resolve_model(report.id, store)
     with pytest.raises(ConfigError, match="is a model; a dataset is needed"):
-        run.resolve_data(model.id, store)
+        resolve.resolve_data(model.id, store)
 
 
 def test_a_folder_that_was_changed_is_refused(store: Store, quiet: Progress, tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_a_folder_that_was_changed_is_refused(store: Store, quiet: Progress, tmp
     weights[-1] ^= 1
     (outside.path / "model.safetensors").write_bytes(weights)
     with pytest.raises(ArtifactError, match=r"model\.safetensors differs"):
-        run.resolve_model(outside.path, store)
+        resolve.resolve_model(outside.path, store)
 
 
 def test_the_public_names_are_sorted_and_there() -> None:
@@ -152,12 +153,9 @@ def test_the_public_names_are_sorted_and_there() -> None:
         gulliver.fitt  # noqa: B018
 
 
-def test_a_file_that_shares_a_commands_name_can_be_called(store: Store, tmp_path: Path) -> None:
+def test_a_recipe_runs_from_python(store: Store, tmp_path: Path) -> None:
     recipe = tmp_path / "life.toml"
     recipe.write_text('[[step]]\nid = "a"\nuse = "make"\n')
-    import gulliver.run as module
-
-    assert gulliver.run is module
     assert gulliver.run(recipe, store=store, progress=Progress(quiet=True)).calls[0].id == "a"
 
 
@@ -206,10 +204,10 @@ def test_a_second_run_of_a_recipe_does_no_work(
 ) -> None:
     path = tmp_path / "life.toml"
     path.write_text(RECIPE)
-    first = run.run_recipe(path, store=store, progress=quiet)
+    first = run_recipe(path, store=store, progress=quiet)
     assert [entry.reused for entry in first.calls] == [False] * 4
     assert [verdict.outcome for verdict in first.verdicts] == ["PASS"]
-    second = run.run_recipe(path, store=store, progress=quiet)
+    second = run_recipe(path, store=store, progress=quiet)
     assert [entry.reused for entry in second.calls] == [True] * 4
     assert [entry.artifact.id for entry in second.calls] == [entry.artifact.id for entry in first.calls]
     assert len(store.runs()) == 4
@@ -222,7 +220,7 @@ def test_a_refused_gate_stops_the_recipe_and_still_reports(
     path = tmp_path / "life.toml"
     path.write_text(RECIPE.replace("at_most = 1.1", "at_most = 1.01"))
     with pytest.raises(GateRefused, match="perplexity_ratio"):
-        run.run_recipe(path, store=store, progress=quiet, report=tmp_path / "report.html")
+        run_recipe(path, store=store, progress=quiet, report=tmp_path / "report.html")
     assert [entry.step for entry in store.runs()] == ["make", "shrink", "measure"]
     assert written == [tmp_path / "report.html"]
 
@@ -231,4 +229,4 @@ def test_a_gate_without_evidence_refuses(store: Store, quiet: Progress, tmp_path
     path = tmp_path / "life.toml"
     path.write_text(RECIPE.replace('metric = "perplexity_ratio"', 'metric = "kl_divergence"'))
     with pytest.raises(GateRefused, match="NO_DATA"):
-        run.run_recipe(path, store=store, progress=quiet)
+        run_recipe(path, store=store, progress=quiet)

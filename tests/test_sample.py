@@ -12,15 +12,16 @@ import torch
 from language_samples import CAUSAL, write_causal, write_encoder
 from toy_language import DOES, WHAT, WHO, write_model
 
-from gulliver.core.artifact import Artifact, verify
 from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.progress import Progress
-from gulliver.core.store import Store
+from gulliver.core.records import EXAMPLES, SOURCES
+from gulliver.core.store.artifact import Artifact, verify
+from gulliver.core.store.store import Store
 from gulliver.data import sample
-from gulliver.data.read import EXAMPLES, SOURCES
-from gulliver.run import call
+from gulliver.pipeline.call import call
 from gulliver.tasks import get_task
-from gulliver.tasks.language import LanguageTask, writing
+from gulliver.tasks.language import writing
+from gulliver.tasks.language.task import LanguageTask
 from gulliver.tasks.language.text import load_tokenizer
 
 TASK = get_task("language")

@@ -19,13 +19,13 @@ import sqlalchemy
 from artifact_samples import make
 from postgres import postgres_server, postgres_url  # noqa: F401 - fixtures
 
-from gulliver.core import migrations
-from gulliver.core.artifact import Artifact
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, ConfigError, MissingExtra
-from gulliver.core.evidence import measured
+from gulliver.core.evidence.evidence import measured
 from gulliver.core.progress import Progress
-from gulliver.core.store import Store
+from gulliver.core.store import migrations
+from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.store import Store
 
 Opener = Callable[[], Store]
 
@@ -92,7 +92,7 @@ def test_lineage_goes_back_to_the_roots_once_each(store: Store) -> None:
 
 def test_a_new_store_sweeps_what_a_killed_process_left(tmp_path: Path) -> None:
     script = (
-        "import os, signal, sys; from gulliver.core.store import Store\n"
+        "import os, signal, sys; from gulliver.core.store.store import Store\n"
         "w = Store(sys.argv[1]).writer(kind='model', task='t', step={'name': 's', 'version': 1}, config={})\n"
         "w.__enter__(); (w.path / 'half').write_bytes(b'x'); os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -223,8 +223,8 @@ WORKER = """
 import sys, time
 from dataclasses import replace
 from pathlib import Path
-from gulliver.core.evidence import measured
-from gulliver.core.store import Store
+from gulliver.core.evidence.evidence import measured
+from gulliver.core.store.store import Store
 home, url, me, rounds = sys.argv[1], sys.argv[2] or None, int(sys.argv[3]), int(sys.argv[4])
 (Path(home).parent / f"ready-{me}").touch()
 while not (Path(home).parent / "go").exists():
@@ -290,7 +290,7 @@ def test_a_lock_excludes_and_dies_with_its_process(store: Store) -> None:
     with store.lock("key"), store.lock("other", timeout_s=0), held, store.lock("key", timeout_s=0.01):
         pass
     script = (
-        "import os, signal, sys; from gulliver.core.store import Store\n"
+        "import os, signal, sys; from gulliver.core.store.store import Store\n"
         "Store(sys.argv[1]).lock('key').__enter__(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", script, str(store.home)], check=False).returncode == -signal.SIGKILL

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from gulliver.core.errors import ArtifactError, ConfigError
-from gulliver.serve.detokenize import StopFinder
-from gulliver.serve.template import ChatTemplate
-from gulliver.serve.text import Text
+from gulliver.runtime.text.chat_template import ChatTemplate
+from gulliver.runtime.text.detokenizer import StopFinder
+from gulliver.runtime.text.tokenizer import Text
 
 WORDS = "the giant measures a small boat naïve übung 数学 🦣🏝️ don't, and 3.14! \n\ttabs  two spaces ▁ <0x41>"
 
@@ -373,8 +373,8 @@ def test_stops_are_found_wherever_the_text_is_cut(whole: str, stops: list[str], 
 def test_text_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
     folder = write_text_folder(tmp_path)
     code = (
-        "import sys; from pathlib import Path; from gulliver.serve.engine import Engine; "
-        f"from gulliver.serve.text import Text; Text(Path({str(folder)!r})).encode('a'); "
+        "import sys; from pathlib import Path; from gulliver.runtime.batching.engine import Engine; "
+        f"from gulliver.runtime.text.tokenizer import Text; Text(Path({str(folder)!r})).encode('a'); "
         "print([name for name in ('torch', 'transformers', 'llguidance') if name in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from test_vision import DIGITS, make_dataset
 
-from gulliver.core.artifact import verify
 from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError, GulliverError
 from gulliver.core.progress import Progress
-from gulliver.core.store import Store
+from gulliver.core.store.artifact import verify
+from gulliver.core.store.store import Store
 from gulliver.learning import loop as loop_module
 from gulliver.tasks import get_task
 from gulliver.train.train import Config, _in_order, _state, run
@@ -76,7 +76,7 @@ CHILD = """
     import os, signal, sys
     sys.path.insert(0, {tests!r})
     from pathlib import Path
-    from gulliver.core.store import Store
+    from gulliver.core.store.store import Store
     from gulliver.learning import loop
     from gulliver.train.train import run
     from test_train import TOY, make_context

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest
 from sklearn.datasets import load_digits
 
-from gulliver.core.artifact import create
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
+from gulliver.core.store.artifact import create
 from gulliver.nets.inception import Inception, InceptionConfig
 from gulliver.nets.weights import assign, release, unfilled
 from gulliver.tasks import get_task

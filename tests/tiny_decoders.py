@@ -14,9 +14,9 @@ from transformers.models.mistral import MistralConfig
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
 
+from gulliver.core.records import PACKING
 from gulliver.runtime.formats import Format
-from gulliver.runtime.packed import PackedTensor, Part
-from gulliver.runtime.packing import PACKING
+from gulliver.runtime.packed import PackedTensor, RowGroup
 from gulliver.runtime.reference import packing_entry, packing_json, stored_form
 
 SIZES: dict[str, Any] = {
@@ -87,7 +87,7 @@ def random_packed(rows: int, columns: int, formats: list[str], seed: int) -> Pac
             codebook = draw(-128, 128, fmt.levels).sort().values.to(torch.int8)
             spread = 74.0
         factors = (torch.rand(count, generator=dice) + 0.5) / (160.0 * spread * columns**0.5)
-        parts.append(Part(fmt, codes, scales, factors.bfloat16(), zeros, codebook))
+        parts.append(RowGroup(fmt, codes, scales, factors.bfloat16(), zeros, codebook))
     return PackedTensor((rows, columns), parts, row_part)
 
 

@@ -12,11 +12,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gulliver.api import audit, list_artifacts, show, verify
-    from gulliver.bench import bench
-    from gulliver.fit import fit
-    from gulliver.generate import generate
-    from gulliver.run import run_recipe as run
+    from gulliver.pipeline.api import audit, list_artifacts, show, verify
+    from gulliver.pipeline.bench import bench
+    from gulliver.pipeline.fit import fit
+    from gulliver.pipeline.generate import generate
+    from gulliver.pipeline.run import run_recipe as run
 
 __version__ = "0.1.0"
 
@@ -24,10 +24,10 @@ __all__ = [
     "audit",
     "bench",
     "calibrate",  # pyright: ignore[reportUnsupportedDunderAll]
+    "distill",  # pyright: ignore[reportUnsupportedDunderAll]
     "export",  # pyright: ignore[reportUnsupportedDunderAll]
     "fit",
     "generate",
-    "heal",  # pyright: ignore[reportUnsupportedDunderAll]
     "list_artifacts",
     "plan",  # pyright: ignore[reportUnsupportedDunderAll]
     "pull",  # pyright: ignore[reportUnsupportedDunderAll]
@@ -43,46 +43,33 @@ __all__ = [
 ]
 
 _FUNCTIONS = {
-    "audit": "gulliver.api:audit",
-    "bench": "gulliver.bench:bench",
-    "fit": "gulliver.fit:fit",
-    "generate": "gulliver.generate:generate",
-    "list_artifacts": "gulliver.api:list_artifacts",
-    "run": "gulliver.run:run_recipe",
-    "show": "gulliver.api:show",
-    "verify": "gulliver.api:verify",
+    "audit": "gulliver.pipeline.api:audit",
+    "bench": "gulliver.pipeline.bench:bench",
+    "fit": "gulliver.pipeline.fit:fit",
+    "generate": "gulliver.pipeline.generate:generate",
+    "list_artifacts": "gulliver.pipeline.api:list_artifacts",
+    "run": "gulliver.pipeline.run:run_recipe",
+    "show": "gulliver.pipeline.api:show",
+    "verify": "gulliver.pipeline.api:verify",
 }
-_FILES = ("audit", "bench", "fit", "generate", "run", "train")
-"""Public functions that share their name with a file or folder of this package."""
-
-
-class _CallableModule(ModuleType):
-    """`gulliver.fit` is a file, which Python sets as an attribute when it is imported, and a function: be both."""
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        return _function(self.__name__.rpartition(".")[2])(*args, **options)
 
 
 class _Package(ModuleType):
+    """Public functions win over the stages of the same name: `gulliver.train` is the step, wherever the folder
+    `train` has been imported from."""
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _FILES and isinstance(value, ModuleType):
-            value.__class__ = _CallableModule
-        super().__setattr__(name, value)
-
-
-def _function(name: str) -> Any:
-    if name not in _FUNCTIONS:
-        return importlib.import_module("gulliver.api").step_function(name)
-    module, _, attribute = _FUNCTIONS[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+        if name not in __all__ or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FILES:
-        return importlib.import_module(f"gulliver.{name}")
-    if name in __all__:
-        return _function(name)
-    raise AttributeError(f"module 'gulliver' has no attribute {name!r}; it has: {', '.join(__all__)}")
+    if name not in __all__:
+        raise AttributeError(f"module 'gulliver' has no attribute {name!r}; it has: {', '.join(__all__)}")
+    if name not in _FUNCTIONS:
+        return importlib.import_module("gulliver.pipeline.api").step_function(name)
+    module, _, attribute = _FUNCTIONS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def __dir__() -> list[str]:

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from gulliver.cli import main
+from gulliver.cli.main import main
 
 sys.exit(main())

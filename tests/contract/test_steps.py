@@ -10,11 +10,11 @@ import pytest
 from pydantic import BaseModel
 
 import gulliver
-from gulliver import steps
-from gulliver.commands import COMMANDS
-from gulliver.core.artifact import KINDS
-from gulliver.recipe import CALL_KEYS
-from gulliver.steps import INPUT_KINDS, STEPS, Step
+from gulliver.cli.commands import COMMANDS
+from gulliver.core.store.artifact import KINDS
+from gulliver.pipeline import steps
+from gulliver.pipeline.recipe import CALL_KEYS
+from gulliver.pipeline.steps import INPUT_KINDS, STEPS, Step
 
 each_step = pytest.mark.parametrize("row", STEPS, ids=lambda row: row.name)
 UNITS = {

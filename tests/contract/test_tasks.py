@@ -14,9 +14,9 @@ import torch
 from language_samples import text, write_dataset
 from test_vision import DIGITS, make_dataset
 
-from gulliver.core.artifact import Artifact
 from gulliver.core.errors import ConfigError, DataError
-from gulliver.core.evidence import METRICS
+from gulliver.core.evidence.evidence import METRICS
+from gulliver.core.store.artifact import Artifact
 from gulliver.nets.weights import assign, read_safetensors, release, unfilled
 from gulliver.tasks import FOREIGN, TASKS, get_task
 from gulliver.tasks.base import Batch

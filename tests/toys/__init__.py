@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gulliver.steps import Step
+from gulliver.pipeline.steps import Step
 
 TABLE = (
     Step("make", "toys.make:run", needs=(), makes=("model",), reads=("source",), help="write a model of some size"),

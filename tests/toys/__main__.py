@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from gulliver import cli, steps
+from gulliver.cli import main as cli
+from gulliver.pipeline import steps
 from toys import TABLE
 
 steps.STEPS = TABLE

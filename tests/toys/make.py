@@ -6,8 +6,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.numpy import save_file
 
-from gulliver.core.artifact import Artifact
 from gulliver.core.context import Context
+from gulliver.core.store.artifact import Artifact
 
 
 class Config(BaseModel):

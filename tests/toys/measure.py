@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from gulliver.core.artifact import Artifact
 from gulliver.core.context import Context
-from gulliver.core.evidence import Evidence
+from gulliver.core.evidence.evidence import Evidence
+from gulliver.core.store.artifact import Artifact
 
 
 class Config(BaseModel):

@@ -10,8 +10,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from safetensors.numpy import load_file, save_file
 
-from gulliver.core.artifact import Artifact
 from gulliver.core.context import Context
+from gulliver.core.store.artifact import Artifact
 
 
 class Config(BaseModel):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from gulliver.core.artifact import Artifact
 from gulliver.core.context import Context
+from gulliver.core.store.artifact import Artifact
 
 
 class Config(BaseModel):

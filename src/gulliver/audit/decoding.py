@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gulliver.nets.files import stored_tensors
-from gulliver.runtime.decode import Batch, Decoder
+from gulliver.runtime.decode import Decoder, StepBatch
 
 PROMPT_TOKENS = 512
 START_TOKENS = 64
@@ -44,7 +44,7 @@ class Rows:
                 last = start + len(part) == len(tokens)
                 wanted = at[-1:] if last else at[:0]
                 blocks = self._blocks[row : row + 1]
-                logits = self.decoder.step(Batch(part, start + at, np.zeros_like(at), blocks, wanted))
+                logits = self.decoder.step(StepBatch(part, start + at, np.zeros_like(at), blocks, wanted))
             answers.append(int(logits[0].argmax()))
         return np.array(answers, np.int32)
 
@@ -53,7 +53,9 @@ class Rows:
         rows = np.arange(self.count, dtype=np.int32)
         for step in range(steps):
             positions = np.full(self.count, position + step, np.int32)
-            tokens = self.decoder.step(Batch(tokens, positions, rows, self._blocks, rows)).argmax(1).astype(np.int32)
+            tokens = (
+                self.decoder.step(StepBatch(tokens, positions, rows, self._blocks, rows)).argmax(1).astype(np.int32)
+            )
         return self.count * steps
 
 

@@ -13,18 +13,17 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gulliver.core.artifact import Artifact
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
-from gulliver.core.evidence import Evidence, measured
-from gulliver.core.files import write_atomic
+from gulliver.core.evidence.evidence import Evidence, measured
 from gulliver.core.overlap import excerpt, first_overlap
+from gulliver.core.records import CALIBRATION
+from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.files import write_atomic
 from gulliver.tasks import get_task
 
 REPORT = "quality.json"
 """In the report artifact: {"model", "dataset", "parent", "evidence": [...]}."""
-CALIBRATION = "calibration.json"
-"""In a compressed model: {"dataset": id, "paragraph_sha256_16": [fingerprints]} (core/overlap.py)."""
 
 
 class Config(BaseModel):

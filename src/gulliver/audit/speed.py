@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gulliver.audit.measure import in_fresh_process
 from gulliver.audit.quality import write_report
-from gulliver.core.artifact import Artifact
 from gulliver.core.context import Context
-from gulliver.core.evidence import Evidence, measured, paired_interval
+from gulliver.core.evidence.evidence import Evidence, measured, paired_interval
+from gulliver.core.store.artifact import Artifact
 
 REPORT = "speed.json"
 """In the report artifact: {"model", "evidence": [...]}."""

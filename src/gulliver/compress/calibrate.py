@@ -20,15 +20,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gulliver.compress.observe import Moments, output_gradients, owners
-from gulliver.compress.statistics import CALIBRATION, ROWS, STATISTICS, WeightRow, statistics_json
+from gulliver.compress.observe import Moments, output_gradients
+from gulliver.compress.statistics import ROWS, STATISTICS, WeightRow, statistics_json
 from gulliver.core import memory
-from gulliver.core.artifact import Artifact
 from gulliver.core.context import Context
 from gulliver.core.errors import BudgetError, ConfigError, DataError
-from gulliver.core.files import temporary_name, write_atomic
 from gulliver.core.overlap import fingerprints
-from gulliver.nets.weights import aliases, assign, read_safetensors, release, unfilled
+from gulliver.core.records import CALIBRATION
+from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.files import temporary_name, write_atomic
+from gulliver.nets.weights import aliases, assign, owners, read_safetensors, release, unfilled
 from gulliver.runtime.packing import is_packed
 from gulliver.tasks import get_task
 from gulliver.tasks.base import Batch, Block, Task, Weight
@@ -117,7 +118,7 @@ def _sensitivity(
     found: dict[str, Tensor] = {}
     try:
         whole = task.load(model.path)
-        watched = [pair for block in blocks for weight in block.weights for pair in owners(whole, weight)]
+        watched = [pair for block in blocks for weight in block.weights for pair in owners(whole, weight.name)]
         some = batches[: -(-cfg.gradient_examples // cfg.batch_size)]
         with ctx.progress.stage("sensitivity", total=len(some), unit="batch") as bar:
             with output_gradients(whole, watched) as sums:
@@ -141,7 +142,7 @@ def _stream(
     network: nn.Module, model: Artifact, blocks: list[Block], batches: list[Batch], cfg: Config, ctx: Context
 ) -> None:
     """Leave `block-NNNN.safetensors` in the scratch folder for every block, going on after the last one there."""
-    watched = [pair for block in blocks for weight in block.weights for pair in owners(network, weight)]
+    watched = [pair for block in blocks for weight in block.weights for pair in owners(network, weight.name)]
     done = [number for number in range(len(blocks)) if _after(ctx.work, number).is_dir()]
     start = done[-1] + 1 if done else 0
     for stale in ctx.work.glob("*.tmp-*"):
@@ -265,7 +266,7 @@ def _views(
     """(file, moment key, rows key) of each use of a weight; adds their row weights to `rows`."""
     views = []
     shape = network.get_parameter(weight.name).shape
-    for name, module in owners(network, weight):
+    for name, module in owners(network, weight.name):
         table = isinstance(module, nn.Embedding)
         width = shape[1] if table else shape[0]
         if name not in (counts if table else home):

@@ -19,13 +19,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from gulliver.compress.export_compressed import compressed_config, compressed_tensors, plan_layout
-from gulliver.compress.export_gguf import write_gguf
-from gulliver.compress.export_shards import ShardWriter
-from gulliver.core.artifact import Artifact
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, ConfigError
+from gulliver.core.store.artifact import Artifact
 from gulliver.runtime import reference
+from gulliver.runtime.shards import ShardWriter
 from gulliver.tasks import get_task
+from gulliver.tasks.language.gguf.write import write_gguf
 
 MAX_CONFIG_BYTES = 10_000_000
 REPLACED = ("config.json", "packing.json")

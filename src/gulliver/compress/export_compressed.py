@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from gulliver.core.errors import ConfigError
 from gulliver.nets.weights import aliases
-from gulliver.runtime.packed import PackedTensor, Part
+from gulliver.runtime.packed import PackedTensor, RowGroup
 
 PACK_ROWS = 4096
 CODEBOOK_ZERO = 128
@@ -111,7 +111,7 @@ def _need(name: str, tensor: PackedTensor, network: nn.Module) -> _Need:
     return _Need(Scheme(bits, group_size), _too_narrow(tensor, bits), formats, isinstance(module, nn.Embedding))
 
 
-def _bits_needed(part: Part) -> int:
+def _bits_needed(part: RowGroup) -> int:
     if part.format.kind == "codebook":
         return MAX_BITS
     assert part.zeros is not None
@@ -162,13 +162,13 @@ def compressed_tensors(name: str, tensor: PackedTensor, layout: Layout) -> dict[
     }
 
 
-def _places(tensor: PackedTensor) -> Iterator[tuple[Part, Tensor | slice]]:
+def _places(tensor: PackedTensor) -> Iterator[tuple[RowGroup, Tensor | slice]]:
     """Each part and the rows it fills."""
     for index, part in enumerate(tensor.parts):
         yield part, slice(None) if tensor.row_part is None else tensor.row_part == index
 
 
-def _integers(part: Part, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+def _integers(part: RowGroup, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
     """A part's values exactly: codes uint8 [rows, columns], scales float32 and zero points uint8 [rows, groups]."""
     columns = part.codes.shape[1]
     group_of = torch.arange(0, columns, scheme.group_size) // part.format.group_size

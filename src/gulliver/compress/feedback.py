@@ -17,7 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gulliver.compress.grid import (
+from gulliver.runtime.formats import Format
+from gulliver.runtime.grid import (
     Grid,
     as_groups,
     fit_codebook_grid,
@@ -28,8 +29,7 @@ from gulliver.compress.grid import (
     row_factors,
     split_scales,
 )
-from gulliver.runtime.formats import Format
-from gulliver.runtime.packed import Part, joined
+from gulliver.runtime.packed import RowGroup, joined
 
 DAMPING = 0.02
 CHUNK_ROWS = 8192
@@ -37,7 +37,7 @@ CHUNK_ROWS = 8192
 CODEBOOK_ROWS = 65_536
 
 
-def quantize_matrix(weight: Tensor, fmt: Format, moment: Tensor | None, *, feedback: bool = True) -> Part:
+def quantize_matrix(weight: Tensor, fmt: Format, moment: Tensor | None, *, feedback: bool = True) -> RowGroup:
     """Quantize weight [rows, columns]; `moment` is H [columns, columns], its diagonal [columns], or None.
 
     Without a full H, or with `feedback=False`, codes are the nearest on grids fitted with diag(H) as importance.
@@ -93,7 +93,7 @@ def _fitter(fmt: Format, codebook: Tensor | None) -> Callable[[Tensor, Tensor], 
     return partial(fit_codebook_grid, codebook=codebook.float())
 
 
-def _round(weight: Tensor, fmt: Format, grid: Grid, factors: Tensor, codebook: Tensor | None) -> Part:
+def _round(weight: Tensor, fmt: Format, grid: Grid, factors: Tensor, codebook: Tensor | None) -> RowGroup:
     rows, columns = weight.shape
     codes_of_scale = split_scales(grid.scales, factors)
     scales = codes_of_scale.float() * factors.float()[:, None]
@@ -105,7 +105,7 @@ def _round(weight: Tensor, fmt: Format, grid: Grid, factors: Tensor, codebook: T
         codes = torch.round(scaled + grid.zeros[:, :, None]).clamp_(0, fmt.levels - 1)
     codes = codes.to(torch.uint8).view(rows, -1)[:, :columns].contiguous()
     zeros = None if grid.zeros is None else grid.zeros.to(torch.uint8)
-    return Part(fmt, codes, codes_of_scale, factors, zeros, codebook)
+    return RowGroup(fmt, codes, codes_of_scale, factors, zeros, codebook)
 
 
 def inverse_factor(moment: Tensor, damping: float = DAMPING) -> Tensor:
@@ -146,7 +146,7 @@ def _feed_back(
     importance: Tensor,
     factors: Tensor,
     codebook: Tensor | None,
-) -> Part:
+) -> RowGroup:
     rows, columns = weight.shape
     # one column of the work matrix is contiguous, because columns are visited one at a time
     work = weight[:, order].t().contiguous()
@@ -189,4 +189,4 @@ def _feed_back(
         start = stop
     back = torch.empty_like(order)
     back[order] = torch.arange(columns)
-    return Part(fmt, codes[back].t().contiguous(), scale_codes, factors, zero_codes, codebook)
+    return RowGroup(fmt, codes[back].t().contiguous(), scale_codes, factors, zero_codes, codebook)

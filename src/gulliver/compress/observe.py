@@ -10,14 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gulliver.core.errors import ConfigError
-from gulliver.nets.weights import aliases
-from gulliver.tasks.base import Batch, Weight
-
-
-def owners(model: nn.Module, weight: Weight) -> list[tuple[str, nn.Module]]:
-    """(name, module) of every module that uses a packable weight, in the order of the weight's names."""
-    names = aliases(model)[weight.name]
-    return [(name, model.get_submodule(name.rpartition(".")[0])) for name in names]
+from gulliver.tasks.base import Batch
 
 
 class Moments:

@@ -31,11 +31,11 @@ from gulliver.compress.feedback import quantize_matrix
 from gulliver.compress.sizes import overhead_bytes, packed_overhead_bytes
 from gulliver.compress.statistics import Statistics, View, damage, feedback_moment, open_statistics
 from gulliver.compress.threads import each, workers
-from gulliver.core.artifact import Artifact
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, BudgetError, ConfigError
-from gulliver.core.files import write_atomic
 from gulliver.core.stdout import stdout_into
+from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.files import write_atomic
 from gulliver.nets.weights import aliases, read_safetensors
 from gulliver.runtime.formats import CODEBOOK_BITS, GROUP_SIZES, PLANES, TILE_ROWS, Format
 from gulliver.tasks import get_task

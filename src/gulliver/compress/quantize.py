@@ -21,26 +21,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gulliver.compress.calibrate import check_ram
-from gulliver.compress.export_shards import ShardWriter
 from gulliver.compress.feedback import quantize_matrix
 from gulliver.compress.plan import Choice, planned, read_weight, rows_of_classes
-from gulliver.compress.statistics import CALIBRATION, Statistics, damage, feedback_moment, open_statistics
+from gulliver.compress.statistics import Statistics, damage, feedback_moment, open_statistics
 from gulliver.compress.threads import each, workers
-from gulliver.core.artifact import Artifact
 from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError
-from gulliver.core.files import temporary_name, write_atomic
+from gulliver.core.records import CALIBRATION, DAMAGE, PACKING
+from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.files import temporary_name, write_atomic
 from gulliver.nets.weights import aliases, read_safetensors
 from gulliver.runtime.formats import Format
 from gulliver.runtime.packed import PackedTensor
-from gulliver.runtime.packing import PACKING, is_packed, order_of_use
+from gulliver.runtime.packing import is_packed, order_of_use
 from gulliver.runtime.reference import packing_entry, packing_json, stored_form
+from gulliver.runtime.shards import PACKED_SHARD_BYTES, ShardWriter, copy_beside
 from gulliver.tasks import get_task
-
-DAMAGE = "damage.json"
-"""In the artifact: {name: damage of this weight by the statistics, in the plan's unit}."""
-SHARD_BYTES = 150_000_000
-SMALL_GROUPS = 32
 
 
 class Config(BaseModel):
@@ -137,7 +133,7 @@ def assemble(
     from safetensors import safe_open
 
     entries: dict[str, dict[str, Any]] = {}
-    with ShardWriter(folder, SHARD_BYTES) as shards:
+    with ShardWriter(folder, PACKED_SHARD_BYTES) as shards:
         for name in sorted(files, key=order_of_use):
             path = files[name]
             with safe_open(path, framework="pt") as opened:
@@ -166,13 +162,3 @@ def narrow(tensor: Tensor) -> Tensor:
     if tensor.dtype != torch.float32 or not bool((tensor.abs() < 65_504.0).all()):
         return tensor
     return tensor.to(torch.float16)
-
-
-def copy_beside(model: Artifact, folder: Path) -> None:
-    """Copy what travels with the weights: config, tokenizer, and the like."""
-    skipped = (PACKING, DAMAGE, CALIBRATION, "origin.json", "training.json", "healing.json")
-    for name in model.files:
-        if name.endswith((".safetensors", ".safetensors.index.json")) or name in skipped:
-            continue
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(model.file(name), folder / name)

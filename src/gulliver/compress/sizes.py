@@ -6,7 +6,7 @@ from collections.abc import Set
 
 from safetensors import safe_open
 
-from gulliver.core.artifact import Artifact
+from gulliver.core.store.artifact import Artifact
 from gulliver.nets.files import weight_files
 from gulliver.nets.weights import aliases
 from gulliver.runtime.formats import Format

@@ -23,12 +23,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gulliver.core.artifact import Artifact
 from gulliver.core.errors import ArtifactError
-from gulliver.runtime.packed import Part
+from gulliver.core.store.artifact import Artifact
+from gulliver.runtime.packed import RowGroup
 
 STATISTICS = "statistics.json"
-CALIBRATION = "calibration.json"
 CHUNK_ROWS = 4096
 ROWS = "rows.safetensors"
 """The file of all row weights, and of the moments of lookup tables."""
@@ -98,7 +97,7 @@ def feedback_moment(views: list[View]) -> Tensor:
     return full
 
 
-def damage(weight: Tensor, part: Part, views: list[View], rows: Tensor | None = None) -> float:
+def damage(weight: Tensor, part: RowGroup, views: list[View], rows: Tensor | None = None) -> float:
     """Damage of `weight` [n, columns] stored as `part`; `rows` says which rows of the whole weight these are."""
     total = 0.0
     for start in range(0, len(weight), CHUNK_ROWS):

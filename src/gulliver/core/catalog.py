@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import IO
 
 from gulliver.core.catalog_entries import CATALOG, Entry
-from gulliver.core.database import file_lock
 from gulliver.core.errors import ConfigError, DataError
-from gulliver.core.files import hash_file, sync_file, sync_folder, temporary_name
-from gulliver.core.manifest import check_file_name
 from gulliver.core.names import unknown
+from gulliver.core.store.database import file_lock
+from gulliver.core.store.files import hash_file, sync_file, sync_folder, temporary_name
+from gulliver.core.store.manifest import check_file_name
 
 PREFIX = "catalog:"
 Download = Callable[[Entry, Path], Path]

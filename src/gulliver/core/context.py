@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from gulliver.core.artifact import ArtifactWriter
-from gulliver.core.evidence import Evidence
+from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.progress import Progress
-from gulliver.core.store import Store
+from gulliver.core.store.artifact import ArtifactWriter
+from gulliver.core.store.store import Store
 
 
 @dataclass(frozen=True)

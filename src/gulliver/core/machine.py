@@ -18,15 +18,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from gulliver.core.artifact import canonical_json
-from gulliver.core.files import write_atomic
-from gulliver.core.memory import (
-    cgroup_ram_bytes,
-    current_rss_bytes,
-    peak_rss_bytes,
-    reset_peak_rss,
-    total_ram_bytes,
-)
+from gulliver.core.memory import cgroup_ram_bytes, current_rss_bytes, peak_rss_bytes, reset_peak_rss, total_ram_bytes
+from gulliver.core.store.artifact import canonical_json
+from gulliver.core.store.files import write_atomic
 
 __all__ = ["Machine", "current_rss_bytes", "describe", "peak_rss_bytes", "reset_peak_rss"]
 

@@ -18,18 +18,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from gulliver.core import catalog
-from gulliver.core.artifact import Artifact
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
-from gulliver.core.files import write_atomic
+from gulliver.core.records import ORIGIN
+from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.files import write_atomic
 from gulliver.data import read
 from gulliver.nets.files import weight_files
 from gulliver.nets.weights import aliases, read_safetensors
 from gulliver.tasks import converter, detect_task, get_task
 from gulliver.tasks.base import Task
-
-ORIGIN = "origin.json"
-"""In the artifact: {"source", "license", "revision"} as far as they are known."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")

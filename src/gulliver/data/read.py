@@ -16,17 +16,14 @@ import pyarrow.parquet
 from pydantic import BaseModel, ConfigDict, Field
 
 from gulliver.core import catalog
-from gulliver.core.artifact import Artifact, hash_file
 from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError, DataError
-from gulliver.core.files import write_atomic
 from gulliver.core.overlap import excerpt, fingerprints, first_overlap
+from gulliver.core.records import EXAMPLES, SOURCES
+from gulliver.core.store.artifact import Artifact, hash_file
+from gulliver.core.store.files import write_atomic
 from gulliver.tasks import get_task
 from gulliver.tasks.base import Task
-
-EXAMPLES = "examples.parquet"
-SOURCES = "sources.json"
-"""In the artifact: {"train" and "eval": {"examples", "files": {name: SHA-256}}}."""
 
 
 class Config(BaseModel):

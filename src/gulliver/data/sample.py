@@ -17,12 +17,12 @@ import pyarrow.parquet
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from gulliver.core.artifact import Artifact
 from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError, DataError
-from gulliver.core.files import write_atomic
 from gulliver.core.progress import Bar
-from gulliver.data.read import EXAMPLES, SOURCES
+from gulliver.core.records import EXAMPLES, SOURCES
+from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.files import write_atomic
 from gulliver.tasks import get_task
 
 SOURCE = "own"

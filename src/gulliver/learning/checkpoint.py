@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gulliver.core.errors import ArtifactError
-from gulliver.core.files import sync_folder, temporary_name
+from gulliver.core.store.files import sync_folder, temporary_name
 
 FORMAT = 1
 META_KEY = "gulliver.checkpoint"

@@ -1,4 +1,4 @@
-"""The only training loop. Training, healing and hardening differ in the loss they hand it, not in the loop.
+"""The only training loop. Training, distillation and hardening differ in the loss they hand it, not in the loop.
 
 For step t of T:  loss of `accumulate` micro-batches -> gradient -> clip to `max_grad_norm` -> update at the scheduled
 rate. The loss is asked for micro-batch t * accumulate + k, and everything that changes from step to step (parameters,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gulliver.core.errors import ArtifactError
-from gulliver.core.manifest import read_json
+from gulliver.core.store.manifest import read_json
 
 ITEM_BYTES = {
     **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8},

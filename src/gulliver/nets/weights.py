@@ -182,3 +182,8 @@ def write_safetensors(
             stream.seek(start + offset)
             stream.write(tensor.to(dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
     assert not offsets, f"no data came for {sorted(offsets)[0]}"
+
+
+def owners(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    """(name, module) of every module that uses the weight whose first name is `name`, in the order of its names."""
+    return [(alias, model.get_submodule(alias.rpartition(".")[0])) for alias in aliases(model)[name]]

@@ -10,12 +10,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gulliver.core.artifact import Artifact, write_annotation
 from gulliver.core.catalog_entries import CATALOG
 from gulliver.core.errors import ArtifactError
-from gulliver.core.evidence import METRICS, Evidence
-from gulliver.core.manifest import read_json
-from gulliver.core.store import Store
+from gulliver.core.evidence.evidence import METRICS, Evidence
+from gulliver.core.store.artifact import Artifact, write_annotation
+from gulliver.core.store.manifest import read_json
+from gulliver.core.store.store import Store
 from gulliver.report import tables
 from gulliver.report.html import gather
 from gulliver.report.records import ReportData, TensorBits

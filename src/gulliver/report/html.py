@@ -12,12 +12,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from gulliver.core.artifact import WEIGHT_SUFFIXES, Artifact
-from gulliver.core.evidence import Evidence
-from gulliver.core.files import write_atomic
-from gulliver.core.gate import Verdict
-from gulliver.core.manifest import read_json
-from gulliver.core.store import Store
+from gulliver.core.evidence.evidence import Evidence
+from gulliver.core.evidence.gate import Verdict
+from gulliver.core.store.artifact import WEIGHT_SUFFIXES, Artifact
+from gulliver.core.store.files import write_atomic
+from gulliver.core.store.manifest import read_json
+from gulliver.core.store.store import Store
 from gulliver.report import bits, plots, tables
 from gulliver.report.picture import Picture, figure_html
 from gulliver.report.records import FitRecord, ReportData, TensorBits, gated, parse_packing, read_fit

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from gulliver.core.errors import ArtifactError
-from gulliver.core.evidence import Evidence
-from gulliver.core.gate import Verdict
-from gulliver.core.manifest import read_json
+from gulliver.core.evidence.evidence import Evidence
+from gulliver.core.evidence.gate import Verdict
+from gulliver.core.store.manifest import read_json
 
 INFEASIBLE, REFUSED, PASS, NOT_JUDGED = "INFEASIBLE", "REFUSED", "PASS", "NOT JUDGED"
 

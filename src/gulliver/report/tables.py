@@ -7,22 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from gulliver.core.evidence import METRICS, Evidence
-from gulliver.report.records import (
-    INFEASIBLE,
-    NOT_JUDGED,
-    PASS,
-    Asked,
-    Gated,
-    ReportData,
-)
-from gulliver.report.units import (
-    NOT_MEASURED,
-    format_measured,
-    format_seconds,
-    format_value,
-    short_id,
-)
+from gulliver.core.evidence.evidence import METRICS, Evidence
+from gulliver.report.records import INFEASIBLE, NOT_JUDGED, PASS, Asked, Gated, ReportData
+from gulliver.report.units import NOT_MEASURED, format_measured, format_seconds, format_value, short_id
 
 _BETTER = {"lower": "↓ lower is better", "higher": "↑ higher is better", "none": "for comparison"}
 _MACHINE_LABELS = {

@@ -47,7 +47,7 @@ LEAST_CACHE_TOKENS = 512
 
 
 @dataclass(frozen=True)
-class Batch:
+class StepBatch:
     """The tokens of one step. Rows of one sequence stand together, positions ascending without a gap."""
 
     tokens: NDArray[np.int32]  # [rows]
@@ -76,7 +76,7 @@ class Decoder(Protocol):
     why: str
     """Why this path and not another, as one sentence."""
 
-    def step(self, batch: Batch) -> NDArray[np.float32]:
+    def step(self, batch: StepBatch) -> NDArray[np.float32]:
         """Logits [answers, vocabulary] of the wanted rows, until the next step.
 
         Keys and values of all rows are written to the cache first.
@@ -148,7 +148,7 @@ class NativeDecoder:
                 f"; {held / 1e6:.0f} of {file_bytes / 1e6:.0f} MB of weights stay, the rest is read anew each step"
             )
 
-    def step(self, batch: Batch) -> NDArray[np.float32]:
+    def step(self, batch: StepBatch) -> NDArray[np.float32]:
         with self._lock:
             if self._program is None:
                 raise KernelError("a step was refused: the decoder is closed")

@@ -18,14 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gulliver.core.errors import ArtifactError, BudgetError
-from gulliver.core.manifest import read_json
+from gulliver.core.store.manifest import read_json
 from gulliver.nets.files import ITEM_BYTES, Stored, stored_tensors
 from gulliver.runtime.formats import ALIGNMENT
 from gulliver.runtime.packing import is_packed, order_of_use, read_packing
 from gulliver.runtime.rope import UnknownRope, frequencies, rope_parameters
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM")
-GATES = {"silu": False, "gelu_pytorch_tanh": True}
+ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}
 """Activation of the gate -> whether it is GELU's tanh form (the other is SiLU)."""
 _HEAD_DIM = {"Qwen3ForCausalLM": 128, "Gemma3ForCausalLM": 256}
 """Where a config does not say it, and it is not the hidden size over the heads."""
@@ -119,7 +119,7 @@ def _decoder_config(config: Mapping[str, Any], architecture: str) -> DecoderConf
     activation = str(
         config.get("hidden_activation" if gemma else "hidden_act", "gelu_pytorch_tanh" if gemma else "silu")
     )
-    if activation not in GATES:
+    if activation not in ACTIVATIONS:
         raise NotLowered(f"its activation is {activation[:80]}")
     if gemma and (config.get("final_logit_softcapping") or config.get("attn_logit_softcapping")):
         raise NotLowered("it caps its logits")
@@ -146,7 +146,7 @@ def _decoder_config(config: Mapping[str, Any], architecture: str) -> DecoderConf
         vocabulary=_whole(config, "vocab_size", MAX_LENGTH),
         positions=_whole(config, "max_position_embeddings", MAX_LENGTH),
         epsilon=_real(config, "rms_norm_eps", 0.0, 1.0, 1e-6),
-        gelu=GATES[activation],
+        gelu=ACTIVATIONS[activation],
         attention_scale=1.0 / math.sqrt(_real(config, "query_pre_attn_scalar", 1e-6, 1e9, 256) if gemma else head_dim),
         embedding_scale=math.sqrt(hidden) if gemma else 1.0,
         windows=windows,

@@ -28,7 +28,7 @@ from gulliver.runtime.formats import PLANES, TILE_ROWS, Format
 
 
 @dataclass
-class Part:
+class RowGroup:
     """Rows of a weight in one format: codes uint8 [rows, columns], scales uint8 [rows, groups], factors bf16 [rows],
 
     zeros uint8 [rows, groups] (uniform) or codebook int8 [2^bits] (codebook).
@@ -67,19 +67,19 @@ class Part:
             values = values - self.zeros.float()[:, :, None]
         return (values * scale[:, :, None]).view(rows, -1)[:, :columns]
 
-    def rows(self, start: int, stop: int) -> Part:
+    def rows(self, start: int, stop: int) -> RowGroup:
         """The part's rows from `start` to before `stop`."""
         zeros = None if self.zeros is None else self.zeros[start:stop]
         chosen = self.codes[start:stop], self.scales[start:stop], self.factors[start:stop]
-        return Part(self.format, *chosen, zeros, self.codebook)
+        return RowGroup(self.format, *chosen, zeros, self.codebook)
 
 
-def joined(parts: list[Part]) -> Part:
+def joined(parts: list[RowGroup]) -> RowGroup:
     """Parts of one format and one codebook as one, rows in order."""
     if len(parts) == 1:
         return parts[0]
     zeros = None if parts[0].zeros is None else torch.cat([part.zeros for part in parts if part.zeros is not None])
-    return Part(
+    return RowGroup(
         parts[0].format,
         torch.cat([part.codes for part in parts]),
         torch.cat([part.scales for part in parts]),
@@ -97,7 +97,7 @@ class PackedTensor:
     """
 
     shape: tuple[int, ...]
-    parts: list[Part]
+    parts: list[RowGroup]
     row_part: Tensor | None = None
 
     def dequantize(self) -> Tensor:
@@ -110,7 +110,7 @@ class PackedTensor:
         return values.reshape(self.shape)
 
 
-def pack(part: Part) -> Tensor:
+def pack(part: RowGroup) -> Tensor:
     """The tiles of a part, uint8 [tiles, tile_bytes]."""
     fmt, (rows, columns) = part.format, part.shape
     tiles, groups = -(-rows // TILE_ROWS), fmt.groups(columns)
@@ -136,7 +136,7 @@ def pack(part: Part) -> Tensor:
     return torch.nn.functional.pad(packed, (0, fmt.tile_bytes(columns) - packed.shape[1])).contiguous()
 
 
-def unpack(tiles: Tensor, fmt: Format, rows: int, columns: int, codebook: Tensor | None) -> Part:
+def unpack(tiles: Tensor, fmt: Format, rows: int, columns: int, codebook: Tensor | None) -> RowGroup:
     """The part whose tiles these are. ArtifactError when the sizes do not agree."""
     count, groups = -(-rows // TILE_ROWS), fmt.groups(columns)
     expected = (count, fmt.tile_bytes(columns))
@@ -168,7 +168,7 @@ def unpack(tiles: Tensor, fmt: Format, rows: int, columns: int, codebook: Tensor
     if not torch.isfinite(factors).all():
         raise ArtifactError("a packed weight has a row factor that is not finite; the file is damaged")
     flat = codes.view(count * TILE_ROWS, -1)[:rows, :columns].contiguous()
-    return Part(fmt, flat, scales, factors, zeros, codebook)
+    return RowGroup(fmt, flat, scales, factors, zeros, codebook)
 
 
 def unpack_slowly(tiles: Tensor, fmt: Format, rows: int, columns: int, codebook: Tensor | None) -> list[list[float]]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from gulliver.core.errors import ArtifactError, ConfigError
-from gulliver.core.manifest import read_json
+from gulliver.core.records import PACKING
+from gulliver.core.store.manifest import read_json
 from gulliver.runtime.formats import Format
 
-PACKING = "packing.json"
 FORMAT = 1
 MAX_PARTS = 16
 MAX_DIMENSIONS = 8

@@ -18,11 +18,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gulliver.core.errors import ArtifactError
+from gulliver.core.records import PACKING
 from gulliver.nets.files import weight_files
 from gulliver.nets.weights import read_safetensors
 from gulliver.runtime.formats import Format
-from gulliver.runtime.packed import PackedTensor, Part, pack, unpack
-from gulliver.runtime.packing import FORMAT, PACKING, PIECE, is_packed, order_of_use, read_packing, stored_names
+from gulliver.runtime.packed import PackedTensor, RowGroup, pack, unpack
+from gulliver.runtime.packing import FORMAT, PIECE, is_packed, order_of_use, read_packing, stored_names
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ def _read_packed(
     name: str, shape: tuple[int, ...], formats: list[tuple[Format, int]], files: Mapping[str, Path]
 ) -> PackedTensor:
     columns = math.prod(shape[1:])
-    parts: list[Part] = []
+    parts: list[RowGroup] = []
     for index, (fmt, rows) in enumerate(formats):
         codebook = _tensor(files, f"{name}.codebook.{index}") if fmt.kind == "codebook" else None
         try:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from transformers import DynamicCache
 
 from gulliver.core.errors import ConfigError
-from gulliver.runtime.decode import Batch
+from gulliver.runtime.decode import StepBatch
 from gulliver.runtime.network import load_network
 
 MAX_ROWS = 512
@@ -70,7 +70,7 @@ class ReferenceDecoder:
         self._held: dict[int, _Held] = {}  # by the first block
         self._owner: dict[int, int] = {}  # block -> the first block of the sequence it belongs to
 
-    def step(self, batch: Batch) -> NDArray[np.float32]:
+    def step(self, batch: StepBatch) -> NDArray[np.float32]:
         """Logits [answers, vocabulary]; see `Decoder.step`."""
         found: list[NDArray[np.float32]] = []
         with torch.inference_mode():

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from gulliver.core.errors import ArtifactError, ConfigError
-from gulliver.core.files import write_atomic
-from gulliver.core.manifest import read_json
+from gulliver.core.store.files import write_atomic
+from gulliver.core.store.manifest import read_json
 from gulliver.serve.limits import Limiter
 
 FORMAT = 1

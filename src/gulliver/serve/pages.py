@@ -17,9 +17,10 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from gulliver.core.errors import ArtifactError
-from gulliver.core.manifest import read_json
-from gulliver.serve import answers, metrics
-from gulliver.serve.json_body import answers_with
+from gulliver.core.store.manifest import read_json
+from gulliver.serve import metrics
+from gulliver.serve.json_route import answers_with
+from gulliver.serve.openai import response_schemas
 from gulliver.serve.state import ServedModel, State
 
 TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
@@ -73,32 +74,40 @@ def router(state: State) -> APIRouter:
     """Models, cards, health and measures."""
     routes = APIRouter()
 
-    @routes.get("/v1/models", operation_id="list_models", tags=["models"], responses=answers_with(answers.ModelList))
+    @routes.get(
+        "/v1/models", operation_id="list_models", tags=["models"], responses=answers_with(response_schemas.ModelList)
+    )
     async def list_models() -> Response:
         """Every model that is served."""
         return _json({"object": "list", "data": [_entry(model) for model in state.models.values()]})
 
     @routes.get(
-        "/v1/models/{id:path}", operation_id="get_model", tags=["models"], responses=answers_with(answers.ModelEntry)
+        "/v1/models/{id:path}",
+        operation_id="get_model",
+        tags=["models"],
+        responses=answers_with(response_schemas.ModelEntry),
     )
     async def get_model(id: str) -> Response:
         """One model."""
         return _json(_entry(_found(state, id)))
 
     @routes.get(
-        "/api/models/{id:path}", operation_id="get_card", tags=["models"], responses=answers_with(answers.ModelCard)
+        "/api/models/{id:path}",
+        operation_id="get_card",
+        tags=["models"],
+        responses=answers_with(response_schemas.ModelCard),
     )
     async def get_card(id: str) -> Response:
         """A model's size, what runs it and why, its card and its evidence."""
         model = _found(state, id)
         return _json(await state.in_thread(_card, model))
 
-    @routes.get("/healthz", operation_id="health", tags=["server"], responses={200: {"model": answers.Health}})
+    @routes.get("/healthz", operation_id="health", tags=["server"], responses={200: {"model": response_schemas.Health}})
     async def health() -> Response:
         """The process lives."""
         return _json({"status": "ok"})
 
-    @routes.get("/readyz", operation_id="ready", tags=["server"], responses={503: {"model": answers.Health}})
+    @routes.get("/readyz", operation_id="ready", tags=["server"], responses={503: {"model": response_schemas.Health}})
     async def ready() -> Response:
         """The server takes requests; 503 from the moment it is asked to stop."""
         status = HTTPStatus.SERVICE_UNAVAILABLE if state.draining else HTTPStatus.OK

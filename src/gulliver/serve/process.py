@@ -21,8 +21,8 @@ import uvicorn
 
 from gulliver.core.errors import ConfigError
 from gulliver.serve import logs
-from gulliver.serve.direct import KeepsSend
-from gulliver.serve.http import make_app
+from gulliver.serve.app import make_app
+from gulliver.serve.openai.socket_writer import KeepsSend
 from gulliver.serve.state import State
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
-from gulliver.serve.api_errors import ApiError
-from gulliver.serve.generation import Mailbox, Run
+from gulliver.serve.errors import ApiError
 from gulliver.serve.keys import Caller, KeyRing
 from gulliver.serve.metrics import Metrics
+from gulliver.serve.openai.generation import Generation, Mailbox
 
 CALL = "gulliver.call"
 INLINE_CHARACTERS = 4096
@@ -58,7 +58,7 @@ class ServedModel:
 
 
 @dataclass
-class Call:
+class RequestRecord:
     """One HTTP request under way, filled in by whoever answers it; what is logged and charged at the end."""
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -117,12 +117,12 @@ class State:
         return work(*arguments) if size <= INLINE_CHARACTERS else await self.in_thread(work, *arguments)
 
 
-def call_of(request: HttpRequest) -> Call:
+def record_of(request: HttpRequest) -> RequestRecord:
     """The record of an HTTP request, put there by the gate (gate.py)."""
     return request.scope[CALL]
 
 
-def count(call: Call, run: Run, prompts: Sequence[int]) -> None:
+def count(call: RequestRecord, run: Generation, prompts: Sequence[int]) -> None:
     """Write what a run used into its call. `prompts` holds the first choice of each prompt: a prompt counts once."""
     pieces = [piece for piece in run.last if piece is not None]
     firsts = [piece for index in prompts if (piece := run.last[index]) is not None]
@@ -135,7 +135,7 @@ def count(call: Call, run: Run, prompts: Sequence[int]) -> None:
     call.finish = "gone" if run.gone else ",".join(sorted(reasons))
 
 
-def usage(call: Call) -> dict[str, Any]:
+def usage(call: RequestRecord) -> dict[str, Any]:
     """OpenAI's `usage`."""
     return {
         "prompt_tokens": call.prompt_tokens,

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from gulliver.tasks.base import Task
 
 TASKS = {
-    "language": "gulliver.tasks.language:LanguageTask",
-    "vision": "gulliver.tasks.vision:VisionTask",
+    "language": "gulliver.tasks.language.task:LanguageTask",
+    "vision": "gulliver.tasks.vision.task:VisionTask",
 }
 """Task name -> "module:Class"; imported only when asked for."""
 
 OWN_MODEL_TYPES = {"gulliver_inception": "vision"}
 """`model_type` in config.json of the networks in `nets/` -> task; every other model is one of transformers'."""
 
-FOREIGN = {".gguf": ("language", "gulliver.tasks.language.gguf:convert_gguf")}
+FOREIGN = {".gguf": ("language", "gulliver.tasks.language.gguf.read:convert_gguf")}
 """Suffix of a single-file model -> (task, function that writes it as a Hugging Face layout folder)."""
 
 

@@ -14,9 +14,9 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
-from gulliver.core.artifact import Artifact
 from gulliver.core.errors import ConfigError, DataError
-from gulliver.core.evidence import Evidence
+from gulliver.core.evidence.evidence import Evidence
+from gulliver.core.store.artifact import Artifact
 
 Batch = dict[str, Tensor]
 """Named tensors whose first dimension is the example (for language: `tokens` int64 [batch, tokens])."""

@@ -8,10 +8,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from gulliver.core.artifact import Artifact, canonical_json
 from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError
-from gulliver.core.files import write_atomic
+from gulliver.core.store.artifact import Artifact, canonical_json
+from gulliver.core.store.files import write_atomic
 from gulliver.learning.loop import run_loop
 from gulliver.learning.optim import OptimizerConfig, parameter_groups
 from gulliver.learning.schedule import Schedule

@@ -17,12 +17,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from gulliver.core.artifact import Artifact
 from gulliver.core.errors import DataError
-from gulliver.core.evidence import Evidence, measured, paired_interval
+from gulliver.core.evidence.evidence import Evidence, measured, paired_interval
+from gulliver.core.records import EXAMPLES
+from gulliver.core.store.artifact import Artifact
 from gulliver.nets.linear_kl import chunk_rows
 from gulliver.tasks.language.network import encode, final_hidden, has_plain_head, head_weight, logits_of
-from gulliver.tasks.language.text import EXAMPLES, encode_texts, passages, token_stream
+from gulliver.tasks.language.text import encode_texts, passages, token_stream
 
 CACHE_BYTES = 128 * 2**20
 """A parent's final hidden states are kept for the next score when they are smaller than this."""

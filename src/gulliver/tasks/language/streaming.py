@@ -20,7 +20,7 @@ from gulliver.core.errors import ConfigError
 from gulliver.nets.weights import aliases
 from gulliver.tasks.base import Batch, Block, Weight
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Enough(Exception):
@@ -41,7 +41,7 @@ class Stream:
             if module not in inside and next(module.parameters(recurse=False), None) is not None
         }
         self.tuples = False
-        self.calls: dict[Any, list[Call]] = {}
+        self.calls: dict[Any, list[LayerCall]] = {}
         self.before, self.after = self._dry_run()
 
     # ---- the three kinds of forward ---------------------------------------------------------------------------
@@ -79,7 +79,7 @@ class Stream:
         return _result(output)
 
     # ---- what layers are called with --------------------------------------------------------------------------
-    def _calls_of(self, index: int) -> list[Call]:
+    def _calls_of(self, index: int) -> list[LayerCall]:
         batch = self.batches[index]
         key = tuple(batch["tokens"].shape) if set(batch) == {"tokens"} else index
         if key not in self.calls:
@@ -87,8 +87,8 @@ class Stream:
             self.calls[key] = self._record(batch, stubs)
         return self.calls[key]
 
-    def _record(self, batch: Batch, stubs: dict[nn.Module, Any]) -> list[Call]:
-        calls: list[Call] = []
+    def _record(self, batch: Batch, stubs: dict[nn.Module, Any]) -> list[LayerCall]:
+        calls: list[LayerCall] = []
         passed: list[Tensor] = []
 
         def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -226,7 +226,7 @@ def _prefixes(stream: Stream, names: set[str], tied: dict[str, str]) -> tuple[st
     return tuple(dict.fromkeys(owned))
 
 
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, LayerCall]:
     """A layer's input, and everything else that it was called with."""
     if args:
         return args[0], (args[1:], kwargs)

@@ -21,12 +21,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from gulliver.core.artifact import Artifact, open_artifact
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
+from gulliver.core.records import EXAMPLES
+from gulliver.core.store.artifact import Artifact, open_artifact
 from gulliver.tasks.base import Batch
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-EXAMPLES = "examples.parquet"
 END_OF_TEXT = "<|end|>"
 MIN_PASSAGE_CHARACTERS = 20
 

@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gulliver.core.artifact import MANIFEST, open_artifact
 from gulliver.core.errors import DataError
+from gulliver.core.store.artifact import MANIFEST, open_artifact
 
 SPLITS = ("train", "eval")
 EVAL_FRACTION = 0.3

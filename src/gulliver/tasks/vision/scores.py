@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gulliver.core.evidence import Evidence, measured, paired_interval
+from gulliver.core.evidence.evidence import Evidence, measured, paired_interval
 
 Z = 1.959963984540054
 """Two-sided 95 % point of the normal distribution."""

@@ -1,0 +1,370 @@
+"""Artifacts: immutable folders whose id is the hash of what they hold. The format is written down in docs/artifact.md.
+
+An artifact is written in a temporary folder beside its final place, hashed, made durable, and renamed: it is there
+whole or not at all. `open_artifact` believes nothing it reads; `verify` derives every hash again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from gulliver.core.errors import ArtifactError
+from gulliver.core.store.files import TEMPORARY, hash_file, sync_file, sync_folder, temporary_name, write_atomic
+from gulliver.core.store.manifest import (
+    ANNOTATIONS,
+    FORMAT,
+    KINDS,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    FileEntry,
+    Manifest,
+    body_of,
+    canonical_json,
+    check_file_name,
+    manifest_id,
+    parse,
+)
+
+__all__ = [
+    "ANNOTATIONS",
+    "KINDS",
+    "MANIFEST",
+    "WEIGHT_SUFFIXES",
+    "Artifact",
+    "ArtifactWriter",
+    "FileEntry",
+    "canonical_json",
+    "copy_artifact",
+    "create",
+    "hash_file",
+    "open_artifact",
+    "sweep",
+    "verify",
+    "write_annotation",
+]
+
+WEIGHT_SUFFIXES = (".safetensors", ".gguf")
+"""How the names of weight files end."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One immutable folder. Two artifacts are equal when path and content id are.
+
+    `id` is 64 hex digits; `parents` are the ids it was made from; `step` holds the name and version of what made it;
+    `config` the full resolved options; `files` all content files by relative POSIX name.
+    """
+
+    path: Path
+    id: str
+    kind: str
+    task: str
+    parents: tuple[str, ...] = field(compare=False)
+    step: Mapping[str, Any] = field(compare=False)
+    config: Mapping[str, Any] = field(compare=False)
+    seed: int = field(compare=False)
+    files: Mapping[str, FileEntry] = field(compare=False, repr=False)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weight files (*.safetensors, *.gguf). This is what "size" means everywhere."""
+        return sum(entry.size_bytes for name, entry in self.files.items() if name.endswith(WEIGHT_SUFFIXES))
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The JSON object in `gulliver.json`."""
+        return body_of(
+            Manifest(
+                id=self.id,
+                kind=self.kind,
+                task=self.task,
+                parents=self.parents,
+                step=self.step,
+                config=self.config,
+                seed=self.seed,
+                files=self.files,
+            )
+        )
+
+    def file(self, name: str) -> Path:
+        """Path of a listed file. ArtifactError if it is not listed, is missing, is cut short or lies elsewhere."""
+        check_file_name(name, f"artifact {self.id[:12]}")
+        entry = self.files.get(name)
+        if entry is None:
+            known = ", ".join(sorted(self.files))
+            raise ArtifactError(f"artifact {self.id[:12]} has no file {name!r}; it has: {known}")
+        path = self.path / name
+        problem = _shape_problem(self.path, name, entry)
+        if problem:
+            raise ArtifactError(f"artifact {self.id[:12]} in {self.path}: {problem}")
+        return path
+
+
+class ArtifactWriter:
+    """A context manager that owns a temporary folder `.path`; put files there, then call `commit()` once.
+
+    Leaving the block without a commit deletes the folder. The folder is locked while its process lives, so that
+    `sweep` can tell unfinished work from the leavings of a killed process.
+    """
+
+    def __init__(self, parent_folder: Path, body: dict[str, Any]) -> None:
+        self._parent = parent_folder
+        self._body = body
+        self._descriptor: int | None = None
+        self.path = Path()
+
+    def __enter__(self) -> ArtifactWriter:
+        self._parent.mkdir(parents=True, exist_ok=True)
+        while self._descriptor is None:
+            self.path = self._parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+            self.path.mkdir()
+            self._descriptor = _lock_folder(self.path)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def commit(self) -> Artifact:
+        """Hash every file, write `gulliver.json`, make all of it durable and move it to its place.
+
+        Returns the artifact already there when the same content was written before. ArtifactError if a file has a name
+        or form an artifact may not hold; AssertionError outside the `with` block.
+        """
+        assert self._descriptor is not None, "commit() belongs inside the writer's with block, once"
+        files: dict[str, dict[str, Any]] = {}
+        for name in sorted(_walk(self.path)):
+            if name in ANNOTATIONS:
+                continue
+            path = self.path / name
+            sync_file(path)
+            files[name] = {"sha256": hash_file(path), "size_bytes": path.stat().st_size}
+        body = {**self._body, "files": files}
+        body["id"] = manifest_id(body)
+        data = canonical_json(body)
+        parse(data, MANIFEST)
+        write_atomic(self.path / MANIFEST, data + b"\n")
+        for folder in {(self.path / name).parent for name in files}:
+            sync_folder(folder)
+        final = self._parent / body["id"]
+        _place(self.path, final)
+        os.close(self._descriptor)
+        self._descriptor = None
+        return open_artifact(final)
+
+
+def create(
+    parent_folder: Path | str,
+    *,
+    kind: str,
+    task: str,
+    parents: Sequence[str] = (),
+    step: Mapping[str, Any],
+    config: Mapping[str, Any],
+    seed: int = 0,
+) -> ArtifactWriter:
+    """A writer, for a `with` block, of the artifact `parent_folder/<id>`. A parent named twice counts once."""
+    body = {
+        "format": FORMAT,
+        "kind": kind,
+        "task": task,
+        "parents": list(dict.fromkeys(parents)),
+        "step": dict(step),
+        "config": dict(config),
+        "seed": seed,
+    }
+    parse(canonical_json({**body, "files": {}, "id": manifest_id({**body, "files": {}})}), "new artifact")
+    return ArtifactWriter(Path(parent_folder), body)
+
+
+def open_artifact(folder: Path | str) -> Artifact:
+    """Read `gulliver.json` strictly. Checks no file contents (see `verify`). ArtifactError names what is wrong."""
+    path = Path(folder)
+    source = path / MANIFEST
+    if not path.is_dir():
+        raise ArtifactError(f"{path} is not a folder; give the folder of an artifact")
+    if source.is_symlink() or not source.is_file():
+        raise ArtifactError(f"{path} holds no {MANIFEST}, so it is not an artifact; use `gulliver pull` to make one")
+    with open(source, "rb") as stream:
+        data = stream.read(MAX_MANIFEST_BYTES + 1)
+    found = parse(data, str(source))
+    return Artifact(
+        path=path,
+        id=found.id,
+        kind=found.kind,
+        task=found.task,
+        parents=found.parents,
+        step=found.step,
+        config=found.config,
+        seed=found.seed,
+        files=found.files,
+    )
+
+
+def verify(artifact: Artifact) -> None:
+    """Derive every hash again. ArtifactError names the first file (sorted) that differs, is missing or is extra."""
+    where = f"artifact {artifact.id[:12]} in {artifact.path}"
+    now = open_artifact(artifact.path)
+    if now.id != artifact.id:
+        raise ArtifactError(f"{where}: {MANIFEST} was replaced; the folder now holds {now.id[:12]}")
+    present = set(_walk(artifact.path)) - set(ANNOTATIONS) - {MANIFEST}
+    for name in sorted(present | set(now.files)):
+        entry = now.files.get(name)
+        if entry is None:
+            raise ArtifactError(f"{where}: {name} is extra; it is not listed in {MANIFEST}")
+        problem = _shape_problem(artifact.path, name, entry)
+        if problem:
+            raise ArtifactError(f"{where}: {problem}")
+        digest = hash_file(artifact.path / name)
+        if digest != entry.sha256:
+            raise ArtifactError(f"{where}: {name} differs; SHA-256 is {digest[:12]}…, listed is {entry.sha256[:12]}…")
+
+
+def copy_artifact(artifact: Artifact, folder: Path | str) -> Artifact:
+    """A verified copy in `folder`, annotations included; atomic. An empty folder is filled; the same artifact is kept
+
+    and its annotations renewed; any other folder is refused with an ArtifactError.
+    """
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise ArtifactError(f"{target} is a file; give a new or empty folder")
+    if target.is_dir() and any(target.iterdir()):
+        _keep_same(artifact, target)
+        return open_artifact(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(target)
+    try:
+        temporary.mkdir()
+        for name in [*artifact.files, MANIFEST, *_annotations(artifact.path)]:
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            source = artifact.file(name) if name in artifact.files else artifact.path / name
+            shutil.copyfile(source, temporary / name)
+            sync_file(temporary / name)
+        copy = open_artifact(temporary)
+        verify(copy)
+        os.rename(temporary, target)
+        sync_folder(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return open_artifact(target)
+
+
+def write_annotation(artifact: Artifact, name: str, content: bytes | str) -> Path:
+    """Write or renew one of ANNOTATIONS in the artifact's folder; its content id does not change. Returns the path."""
+    assert name in ANNOTATIONS, f"{name} is not one of {ANNOTATIONS}"
+    write_atomic(artifact.path / name, content)
+    return artifact.path / name
+
+
+def sweep(parent_folder: Path) -> list[Path]:
+    """Delete temporary folders whose writer is dead. Returns what was deleted; touches nothing a live process owns."""
+    swept = []
+    for folder in sorted(parent_folder.glob(f"{TEMPORARY}*")):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+                swept.append(folder)
+            except BlockingIOError:
+                continue
+            finally:
+                os.close(descriptor)
+    return swept
+
+
+def _lock_folder(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock, or None when a sweep took the folder before it was locked."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return None
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    if os.fstat(descriptor).st_nlink == 0 or not folder.is_dir():
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """Relative POSIX names of all regular files below `folder`. ArtifactError for links and special files."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            raise ArtifactError(f"{folder}: {name} is a symbolic link; an artifact may hold plain files only")
+        if path.is_dir() or _is_unfinished_annotation(name):
+            continue
+        if not path.is_file():
+            raise ArtifactError(f"{folder}: {name} is neither a file nor a folder")
+        yield name
+
+
+def _is_unfinished_annotation(name: str) -> bool:
+    return any(name.startswith(f"{annotation}{TEMPORARY}") for annotation in (*ANNOTATIONS, MANIFEST))
+
+
+def _shape_problem(folder: Path, name: str, entry: FileEntry) -> str | None:
+    """What is wrong with a listed file, without reading it: missing, a link, not a file, or another length."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        return f"{name} is a symbolic link that leaves the folder"
+    parts = Path(name).parts
+    if any(folder.joinpath(*parts[: depth + 1]).is_symlink() for depth in range(len(parts))):
+        return f"{name} is a symbolic link; an artifact may hold plain files only"
+    if not path.exists():
+        return f"{name} is missing"
+    if not path.is_file():
+        return f"{name} is not a file"
+    size = path.stat().st_size
+    if size != entry.size_bytes:
+        return f"{name} differs; it has {size} bytes, listed are {entry.size_bytes}"
+    return None
+
+
+def _place(temporary: Path, final: Path) -> None:
+    """Rename `temporary` to `final`; keep what is there if it is the same and whole, replace it if it is damaged."""
+    try:
+        os.rename(temporary, final)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        try:
+            verify(open_artifact(final))
+            shutil.rmtree(temporary)
+        except ArtifactError:
+            aside = temporary.with_name(f"{temporary.name}-damaged")
+            os.rename(final, aside)
+            os.rename(temporary, final)
+            shutil.rmtree(aside, ignore_errors=True)
+    sync_folder(final.parent)
+
+
+def _keep_same(artifact: Artifact, target: Path) -> None:
+    try:
+        there = open_artifact(target)
+    except ArtifactError:
+        raise ArtifactError(f"{target} is not empty and is not an artifact; give a new or empty folder") from None
+    if there.id != artifact.id:
+        raise ArtifactError(f"{target} holds another artifact ({there.id[:12]}); give a new or empty folder")
+    verify(there)
+    for name in _annotations(artifact.path):
+        if (artifact.path / name).resolve() != (target / name).resolve():
+            write_annotation(there, name, (artifact.path / name).read_bytes())
+
+
+def _annotations(folder: Path) -> list[str]:
+    return [name for name in ANNOTATIONS if (folder / name).is_file() and not (folder / name).is_symlink()]

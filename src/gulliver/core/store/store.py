@@ -1,0 +1,267 @@
+"""The store: artifacts as folders named by their content id, and a database of evidence and runs beside them.
+
+    home/artifacts/<id>/   the artifacts           home/gulliver.db   evidence and runs (or PostgreSQL by URL)
+    home/work/<key>/       scratch of a step       home/cache/        downloads
+    home/locks/            locks between processes
+
+Any number of processes may use one home at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import text
+
+from gulliver.core.errors import ArtifactError, ConfigError
+from gulliver.core.evidence.evidence import Evidence
+from gulliver.core.store.artifact import Artifact, ArtifactWriter, canonical_json, create, open_artifact, sweep
+from gulliver.core.store.database import file_lock, open_database, write
+from gulliver.core.store.manifest import MANIFEST, check_id
+
+MIN_PREFIX = 6
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
+_EVIDENCE_FIELDS = (
+    "metric", "value", "low", "high", "unit", "direction", "n", "seed",
+    "data_hash", "artifact_id", "parent_id", "machine", "command", "detail",
+)  # fmt: skip
+_RUN_FIELDS = ("key", "step", "config", "inputs", "artifact_id", "seconds", "peak_rss_bytes", "finished_at")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One finished step call. `inputs` maps input names to artifact ids; `finished_at` is UTC in ISO 8601."""
+
+    key: str
+    step: str
+    config: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    artifact_id: str
+    seconds: float
+    peak_rss_bytes: int
+    finished_at: str
+
+
+def default_home() -> Path:
+    """Where a store lies when no home is given: ~/.gulliver."""
+    return Path.home() / ".gulliver"
+
+
+class Store:
+    """Artifacts on disk and a database of evidence and runs. ConfigError when either cannot be used."""
+
+    def __init__(self, home: Path | str | None = None, database_url: str | None = None) -> None:
+        self.home = Path(home).expanduser().absolute() if home is not None else default_home()
+        self.database_url = database_url
+        try:
+            for name in ("artifacts", "work", "cache", "locks"):
+                (self.home / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"the home {self.home} cannot be used: {error.strerror}; give another with --home"
+            ) from None
+        self._engine = open_database(self.home, database_url)
+        sweep(self.artifacts_folder)
+
+    @property
+    def artifacts_folder(self) -> Path:
+        """home/artifacts."""
+        return self.home / "artifacts"
+
+    @property
+    def cache(self) -> Path:
+        """home/cache, for downloads; everything in it can be fetched again."""
+        return self.home / "cache"
+
+    # ---- artifacts --------------------------------------------------------------------------------------------
+    def writer(
+        self,
+        *,
+        kind: str,
+        task: str,
+        parents: Sequence[str] = (),
+        step: Mapping[str, Any],
+        config: Mapping[str, Any],
+        seed: int = 0,
+    ) -> ArtifactWriter:
+        """A writer of a new artifact in this store; use it in a `with` block and commit."""
+        return create(self.artifacts_folder, kind=kind, task=task, parents=parents, step=step, config=config, seed=seed)
+
+    def resolve(self, id_or_prefix: str) -> str:
+        """The full id of the one artifact here whose id begins so. ArtifactError if none or several do."""
+        if not re.fullmatch(r"[0-9a-f]{6,64}", id_or_prefix):
+            raise ArtifactError(f"{id_or_prefix!r} is not an artifact id; give at least {MIN_PREFIX} of its hex digits")
+        found = sorted(folder.name for folder in self._folders() if folder.name.startswith(id_or_prefix))
+        if not found:
+            raise ArtifactError(f"no artifact {id_or_prefix} in {self.home}; `gulliver list` shows what is there")
+        if len(found) > 1:
+            shown = ", ".join(name[:16] for name in found)
+            raise ArtifactError(f"{id_or_prefix} fits {len(found)} artifacts: {shown}; give more digits")
+        return found[0]
+
+    def get(self, id_or_prefix: str) -> Artifact:
+        """The artifact with this id, or the one whose id begins so. ArtifactError if none, or damaged."""
+        full = self.resolve(id_or_prefix)
+        artifact = open_artifact(self.artifacts_folder / full)
+        if artifact.id != full:
+            raise ArtifactError(f"the folder {full[:12]}… holds artifact {artifact.id[:12]}…; it was moved or changed")
+        return artifact
+
+    def has(self, artifact_id: str) -> bool:
+        """True if this artifact is here and every listed file is present with its listed length."""
+        try:
+            artifact = self.get(artifact_id)
+            for name in artifact.files:
+                artifact.file(name)
+        except ArtifactError:
+            return False
+        return True
+
+    def artifacts(self) -> list[Artifact]:
+        """All readable artifacts, oldest first. Those that cannot be read are in `damaged()`."""
+        return [artifact for artifact, error in self._scan() if artifact is not None]
+
+    def damaged(self) -> list[ArtifactError]:
+        """Why each folder here that is not a readable artifact cannot be read."""
+        return [error for artifact, error in self._scan() if error is not None]
+
+    def lineage(self, artifact_id: str) -> list[dict[str, Any]]:
+        """Manifests of the artifact and all it was made from, nearest first, each once.
+
+        An ancestor that is not in this store stands there as {"id": …, "missing": True}.
+        """
+        first = self.resolve(artifact_id)
+        order, seen = [first], {first}
+        manifests: list[dict[str, Any]] = []
+        for current in order:
+            if not (self.artifacts_folder / current).is_dir():
+                manifests.append({"id": current, "missing": True})
+                continue
+            artifact = self.get(current)
+            manifests.append(artifact.manifest)
+            for parent in artifact.parents:
+                if parent not in seen:
+                    seen.add(parent)
+                    order.append(parent)
+        return manifests
+
+    # ---- evidence ---------------------------------------------------------------------------------------------
+    def record(self, evidence: Sequence[Evidence]) -> None:
+        """Write evidence down, all of it or nothing. It can never be changed. ArtifactError if it names no artifact."""
+        rows = []
+        for item in evidence:
+            check_id(item.artifact_id, f"the artifact of the evidence for {item.metric}")
+            row = {name: getattr(item, name) for name in _EVIDENCE_FIELDS}
+            for name in ("value", "low", "high"):
+                row[name] = None if math.isnan(row[name]) else float(row[name])
+            rows.append({**row, "detail": canonical_json(item.detail).decode(), "recorded_at": _now()})
+        if rows:
+            with write(self._engine) as connection:
+                connection.execute(_insert("evidence", (*_EVIDENCE_FIELDS, "recorded_at")), rows)
+
+    def evidence(self, artifact_id: str) -> list[Evidence]:
+        """All evidence about this exact artifact (full id), in the order in which it was recorded."""
+        query = text(f"SELECT {', '.join(_EVIDENCE_FIELDS)} FROM evidence WHERE artifact_id = :artifact ORDER BY id")
+        with self._engine.connect() as connection:
+            rows = connection.execute(query, {"artifact": artifact_id}).mappings().all()
+        return [_evidence(dict(row)) for row in rows]
+
+    # ---- runs -------------------------------------------------------------------------------------------------
+    def find_run(self, key: str) -> str | None:
+        """The artifact id that the newest finished run with this reuse key made, or None (see `has`)."""
+        query = text("SELECT artifact_id FROM runs WHERE key = :key ORDER BY id DESC LIMIT 1")
+        with self._engine.connect() as connection:
+            return connection.execute(query, {"key": key}).scalar_one_or_none()
+
+    def finish_run(
+        self,
+        key: str,
+        step: str,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        artifact_id: str,
+        seconds: float,
+        peak_rss_bytes: int,
+    ) -> None:
+        """Write down that a step call finished and what it made."""
+        check_id(artifact_id, f"the artifact that {step} made")
+        row = {
+            "key": key,
+            "step": step,
+            "config": canonical_json(config).decode(),
+            "inputs": canonical_json(inputs).decode(),
+            "artifact_id": artifact_id,
+            "seconds": float(seconds),
+            "peak_rss_bytes": int(peak_rss_bytes),
+            "finished_at": _now(),
+        }
+        with write(self._engine) as connection:
+            connection.execute(_insert("runs", _RUN_FIELDS), row)
+
+    def runs(self) -> list[RunRecord]:
+        """All finished runs, oldest first."""
+        query = text(f"SELECT {', '.join(_RUN_FIELDS)} FROM runs ORDER BY id")
+        with self._engine.connect() as connection:
+            rows = connection.execute(query).mappings().all()
+        return [
+            RunRecord(**{**row, "config": json.loads(row["config"]), "inputs": json.loads(row["inputs"])})
+            for row in rows
+        ]
+
+    # ---- work -------------------------------------------------------------------------------------------------
+    def lock(self, key: str, timeout_s: float | None = None) -> AbstractContextManager[None]:
+        """Hold `key` against all other processes and threads; freed when the process dies."""
+        return file_lock(self.home / "locks" / f"{_check_key(key)}.lock", timeout_s)
+
+    def work(self, key: str) -> Path:
+        """The scratch folder of a reuse key; it outlives a kill. Hold `lock(key)` while using it."""
+        folder = self.home / "work" / _check_key(key)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def clear_work(self, key: str) -> None:
+        """Delete the scratch folder of a reuse key."""
+        shutil.rmtree(self.home / "work" / _check_key(key), ignore_errors=True)
+
+    def _folders(self) -> list[Path]:
+        return [path for path in self.artifacts_folder.iterdir() if re.fullmatch(r"[0-9a-f]{64}", path.name)]
+
+    def _scan(self) -> Iterator[tuple[Artifact | None, ArtifactError | None]]:
+        found: list[tuple[tuple[int, str], Artifact]] = []
+        for folder in sorted(self._folders()):
+            try:
+                artifact = self.get(folder.name)
+                found.append((((artifact.path / MANIFEST).stat().st_mtime_ns, artifact.id), artifact))
+            except ArtifactError as error:
+                yield None, error
+        for _, artifact in sorted(found, key=lambda pair: pair[0]):
+            yield artifact, None
+
+
+def _check_key(key: str) -> str:
+    assert _KEY.fullmatch(key), f"{key!r} cannot name a lock or a work folder"
+    return key
+
+
+def _insert(table: str, names: Sequence[str]) -> Any:
+    return text(f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join(f':{name}' for name in names)})")
+
+
+def _evidence(row: Mapping[str, Any]) -> Evidence:
+    values = {**row}
+    for name in ("value", "low", "high"):
+        values[name] = math.nan if values[name] is None else values[name]
+    return Evidence(**{**values, "detail": json.loads(values["detail"])})
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

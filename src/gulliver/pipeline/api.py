@@ -1,0 +1,128 @@
+"""The commands that are not steps, and steps as plain functions: `gulliver.quantize(model, calibration=…, bits=4)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gulliver.core.errors import ConfigError, DataError
+from gulliver.core.evidence.evidence import Evidence
+from gulliver.core.progress import Progress
+from gulliver.core.store import artifact as artifacts
+from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.store import Store
+from gulliver.pipeline import steps
+from gulliver.pipeline.call import Call, call, open_store
+from gulliver.pipeline.resolve import ancestors, first_of_kind, resolve_any, resolve_data, resolve_inputs, resolve_model
+from gulliver.pipeline.steps import config_class, find
+
+
+def step_function(name: str) -> Callable[..., Artifact]:
+    """A step as a function: inputs by name or in the table's order, every field of its Config by name.
+
+    It also takes `home`, `database_url`, `seed` and `progress`, and returns the Artifact.
+    """
+    row = find(name)
+
+    def step(
+        *inputs: Any,
+        home: Path | str | None = None,
+        database_url: str | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Artifact:
+        positions = (*row.needs, *row.optional) or tuple(config_class(row).model_fields)
+        if len(inputs) > len(positions):
+            raise ConfigError(f"{name} takes at most {len(positions)} inputs by position: {', '.join(positions)}")
+        options = {**dict(zip(positions, inputs, strict=False)), **options}
+        given = {role: options.pop(role) for role in (*row.needs, *row.optional) if role in options}
+        store = open_store(home, database_url)
+        found = resolve_inputs(row, given, options, store, progress)
+        return call(name, options, found, store=store, seed=seed, progress=progress, command=f"gulliver.{name}(…)")
+
+    step.__name__ = step.__qualname__ = name
+    step.__doc__ = f"{row.help[:1].upper()}{row.help[1:]}. Inputs: {', '.join((*row.needs, *row.optional)) or 'none'}."
+    return step
+
+
+def audit(
+    model: str | Path | Artifact,
+    data: str | Path | Artifact | None = None,
+    parent: str | Path | Artifact | None = None,
+    *,
+    eval_data: str | None = None,
+    home: Path | str | None = None,
+    store: Store | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    command: str = "",
+    log: list[Call] | None = None,
+) -> list[Evidence]:
+    """Measure quality, size, memory and speed now; returns the newest evidence about the model.
+
+    `parent` defaults to the model it was made from; `data` to the held-out part of the data it was made with.
+    DataError if there is no data to measure quality on.
+    """
+    store = store or open_store(home)
+    target = resolve_model(model, store, progress=progress)
+    older_ones = ancestors(target, store)
+    older = resolve_model(parent, store, progress=progress) if parent is not None else _original(older_ones)
+    if data is not None:
+        dataset = resolve_data(data, store, eval_data=eval_data, task=target.task, progress=progress)
+    else:
+        dataset = first_of_kind(older_ones, "dataset")
+    if dataset is None:
+        told = "was made without data, so there is nothing to measure its quality on"
+        raise DataError(f"{target.id[:12]} {told}; add --data, or run `gulliver speed` alone")
+    inputs = {"model": target, "dataset": dataset, **({"parent": older} if older else {})}
+    shared: dict[str, Any] = {"store": store, "seed": seed, "progress": progress, "command": command, "log": log}
+    call("quality", {}, inputs, **shared)
+    call("speed", {}, {"model": target}, **shared)
+    return newest(store.evidence(target.id))
+
+
+def newest(evidence: list[Evidence]) -> list[Evidence]:
+    """The last measurement of each metric on each data set against each parent, in order of the metrics' names."""
+    last = {(item.metric, item.data_hash, item.parent_id): item for item in evidence}
+    return [last[key] for key in sorted(last, key=lambda key: (key[0], key[1], key[2] or ""))]
+
+
+def show(spec: str | Path | Artifact, *, home: Path | str | None = None, store: Store | None = None) -> dict[str, Any]:
+    """Card, lineage and evidence of an artifact as a JSON object."""
+    store = store or open_store(home)
+    found = resolve_any(spec, store)
+    return {
+        **found.manifest,
+        "path": str(found.path),
+        "weight_bytes": found.weight_bytes,
+        "lineage": [
+            {key: manifest[key] for key in ("id", "kind", "task", "step", "parents", "missing") if key in manifest}
+            for manifest in store.lineage(found.id)
+        ],
+        "evidence": [item.to_json() for item in newest(store.evidence(found.id))],
+    }
+
+
+def verify(spec: str | Path | Artifact, *, home: Path | str | None = None, store: Store | None = None) -> Artifact:
+    """Derive every hash of an artifact again; ArtifactError names the first file that differs."""
+    if isinstance(spec, Artifact):
+        found = spec
+    elif Path(spec).expanduser().is_dir():
+        found = artifacts.open_artifact(Path(spec).expanduser())
+    else:
+        found = resolve_any(spec, store or open_store(home))
+    artifacts.verify(found)
+    return found
+
+
+def list_artifacts(*, home: Path | str | None = None, store: Store | None = None) -> list[Artifact]:
+    """All artifacts in the store."""
+    return (store or open_store(home)).artifacts()
+
+
+def _original(older: list[Artifact]) -> Artifact | None:
+    """The nearest model that no compressing step made: what a packed model must be as good as."""
+    compressing = {row.name for row in steps.STEPS if row.compresses} | {"fit"}
+    return first_of_kind([one for one in older if one.step["name"] not in compressing], "model")

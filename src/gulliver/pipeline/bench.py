@@ -1,0 +1,188 @@
+"""How fast a model answers here, and in how much memory: `gulliver.bench` and `gulliver bench`.
+
+Rates and the share of the bandwidth limit come from the same code as the step `speed`; a cold start is `gulliver
+generate` itself in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from math import comb
+from pathlib import Path
+from typing import Any
+
+from gulliver.audit.measure import in_fresh_process
+from gulliver.core.errors import ConfigError, GulliverError
+from gulliver.core.progress import Progress
+from gulliver.core.store.artifact import Artifact
+from gulliver.nets.files import weight_files
+from gulliver.pipeline.generate import LANGUAGE, local_folder
+
+STREAMS = (1, 4, 16)
+COLD_STARTS = 5
+TWENTY_TOKENS = "Every evening the old man walked to the end of the pier, sat down on the bench and watched"
+CONFIDENCE = 0.95
+
+
+def bench(
+    model: str | Path | Artifact,
+    *,
+    repeats: int = 9,
+    threads: int | None = None,
+    isa: str = "auto",
+    home: Path | str | None = None,
+    store: Callable[[], Any] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Speed and memory as a JSON object; every number is a median with the interval that `summary` describes.
+
+    "prefill_tokens_per_s" (512 tokens) and "decode_tokens_per_s"; "streams": tokens per second of 1, 4 and 16 sequences
+    together; "bandwidth": GB/s of reads, bytes of weights that a token reads, and the share of that limit which decode
+    reaches; "cold": seconds and memory of a new process up to the first token of a prompt of about 20 tokens. Streams
+    and bandwidth are None on the reference path; "why" says why it was taken. ConfigError for fewer than two repeats.
+    """
+    if repeats < 2:
+        raise ConfigError(f"repeats is {repeats}; an interval needs at least 2, one of 95 % needs 6")
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads is {threads}; it must be at least 1")
+    progress = progress or Progress()
+    folder, task = _resolved(model, home, store, progress)
+    with progress.stage("speed", 1, "model") as bar:
+        request = {"folder": str(folder), "task": task, "repeats": repeats, "threads": threads, "isa": isa}
+        found = in_fresh_process({**request, "streams": STREAMS, "bandwidth": True})
+        bar.advance()
+    document = _document(found, sum(path.stat().st_size for path in weight_files(folder)))
+    document["model"] = str(folder)
+    document["cold"] = None
+    if "decode_tokens_per_s" in found["rates"]:
+        with progress.stage("cold start", COLD_STARTS, "start") as bar:
+            starts = []
+            for _ in range(COLD_STARTS):
+                starts.append(_cold(folder, found["threads"], isa))
+                bar.advance()
+        document["cold"] = _summed(starts, document["file_bytes"])
+    return document
+
+
+def _resolved(
+    model: str | Path | Artifact, home: Path | str | None, store: Callable[[], Any] | None, progress: Progress
+) -> tuple[Path, str]:
+    """Folder and family of the model; a local folder of a language model is used where it lies."""
+    try:
+        folder = local_folder(model)
+    except ConfigError:  # another family, which can be measured too
+        folder = None
+    if folder is not None:
+        return folder, LANGUAGE
+    from gulliver.pipeline.call import open_store
+    from gulliver.pipeline.resolve import resolve_model
+
+    artifact = resolve_model(model, store() if store is not None else open_store(home), progress=progress)
+    return artifact.path, artifact.task
+
+
+def _document(found: dict[str, Any], file_bytes: int) -> dict[str, Any]:
+    share = None
+    if "bandwidth" in found:
+        size, pairs = found["bytes_per_token"], found["bandwidth"]
+        share = {
+            "gb_per_s": summary([reached for reached, _ in pairs]),
+            "bytes_per_token": size,
+            "decode_share": summary([rate * size / (reached * 1e9) for reached, rate in pairs]),
+        }
+    return {
+        "path": found["path"],
+        "why": found["why"],
+        "threads": found["threads"],
+        "file_bytes": file_bytes,
+        **{name: summary(rates) for name, rates in found["rates"].items()},
+        "streams": {name: summary(rates) for name, rates in found["streams"].items()} or None,
+        "bandwidth": share,
+        "memory": {
+            "load_ram_bytes": found["load_ram_bytes"],
+            "peak_ram_bytes": found["peak_ram_bytes"],
+            "peak_beyond_file_bytes": found["peak_ram_bytes"] - file_bytes,
+        },
+    }
+
+
+def _cold(folder: Path, threads: int, isa: str) -> dict[str, Any]:
+    """What `gulliver generate` says of itself in a new process that answers with one token."""
+    command = [sys.executable, "-m", "gulliver", "generate", str(folder), "--prompt", TWENTY_TOKENS, "--raw"]
+    command += ["--max-tokens", "1", "--temperature", "0", "--threads", str(threads), "--isa", isa, "--json", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or [f"the process ended with {done.returncode}"]
+        raise GulliverError(f"a cold start of {folder} failed: {last[0].removeprefix('error: ')}")
+    return json.loads(done.stdout)
+
+
+def _summed(starts: Sequence[dict[str, Any]], file_bytes: int) -> dict[str, Any]:
+    first = [start["load_seconds"] + start["timings"]["first_token_seconds"] for start in starts]
+    process = [start["process_seconds"] for start in starts if start["process_seconds"] is not None]
+    return {
+        "prompt_tokens": starts[0]["prompt_tokens"],
+        "load_seconds": summary([start["load_seconds"] for start in starts]),
+        "first_token_seconds": summary(first),
+        "process_seconds": summary(process) if process else None,
+        "rss_bytes": summary([start["rss_bytes"] for start in starts]),
+        "rss_beyond_file_bytes": summary([start["rss_bytes"] - file_bytes for start in starts]),
+    }
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """{median, low, high, n, confidence}: the interval of the median by order statistics, free of distributions.
+
+    It is the narrowest one with at least 95 %; with fewer than six values that is out of reach, and the interval is
+    their range: `confidence` says what it then has.
+    """
+    ordered, count = sorted(values), len(values)
+    cut = max((place for place in range((count + 1) // 2) if _coverage(count, place) >= CONFIDENCE), default=0)
+    median, low, high = statistics.median(ordered), ordered[cut], ordered[count - 1 - cut]
+    return {"median": median, "low": low, "high": high, "n": count, "confidence": round(_coverage(count, cut), 4)}
+
+
+def _coverage(count: int, cut: int) -> float:
+    """Chance that the median lies between the order statistics left when `cut` values go at each end."""
+    return 1 - 2 * sum(comb(count, place) for place in range(cut + 1)) / 2**count
+
+
+def lines(document: dict[str, Any]) -> list[str]:
+    """The document as a table for people."""
+    rows = [("model", document["model"]), ("runs on", f"{document['path']}, {document['threads']} threads")]
+    rows += [("why", document["why"])]
+    for name, value in document.items():
+        if name.endswith("_per_s"):
+            rows.append((name.removesuffix("_tokens_per_s").replace("_", " "), _shown(value, "tokens/s")))
+    for count, value in (document["streams"] or {}).items():
+        rows.append((f"{count} stream{'' if count == '1' else 's'}", _shown(value, "tokens/s")))
+    limit = document["bandwidth"]
+    if limit is not None:
+        rows.append(("bandwidth", _shown(limit["gb_per_s"], "GB/s")))
+        read = f"of what {limit['bytes_per_token'] / 1e6:.1f} MB a token allow"
+        rows.append(("share of it", _shown(limit["decode_share"], f"% {read}", 100)))
+    rows.append(("file", f"{document['file_bytes'] / 1e6:.1f} MB"))
+    memory = document["memory"]
+    rows.append(
+        (
+            "memory",
+            f"{memory['peak_ram_bytes'] / 1e6:.0f} MB, {memory['peak_beyond_file_bytes'] / 1e6:.0f} MB beyond it",
+        )
+    )
+    cold = document["cold"]
+    if cold is not None:
+        rows.append(("cold", _shown(cold["first_token_seconds"], "ms from the imports to the first token", 1e3)))
+        if cold["process_seconds"] is not None:
+            rows.append(("", _shown(cold["process_seconds"], "ms for the whole process", 1e3)))
+        rows.append(("", _shown(cold["rss_beyond_file_bytes"], "MB of memory beyond the file", 1e-6)))
+    width = max(len(name) for name, _ in rows)
+    return [f"{name:<{width}}  {value}" for name, value in rows]
+
+
+def _shown(value: dict[str, Any], unit: str, factor: float = 1.0) -> str:
+    median, low, high = (factor * value[name] for name in ("median", "low", "high"))
+    return f"{median:,.1f} ({low:,.1f} … {high:,.1f}) {unit}"

@@ -1,0 +1,283 @@
+"""The budget loop: calibrate, plan, pack, distill, measure, judge; and back to the plan when the measurement misses.
+
+A built-in recipe over the steps: every call below goes through `run.call`, so it is reused by hash, resumes after a
+kill, and can be repeated alone. What an effort buys stands in EFFORTS, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gulliver.core.errors import BudgetError, ConfigError, DataError
+from gulliver.core.evidence.budget import Budget, parse_fraction, parse_size
+from gulliver.core.evidence.evidence import Evidence, measured
+from gulliver.core.evidence.gate import Verdict
+from gulliver.core.machine import describe
+from gulliver.core.progress import Progress
+from gulliver.core.store.artifact import Artifact, copy_artifact, write_annotation
+from gulliver.core.store.files import write_atomic
+from gulliver.core.store.store import Store
+from gulliver.pipeline.call import Call, call, open_store
+from gulliver.pipeline.resolve import ancestors, first_of_kind, resolve_data, resolve_model
+from gulliver.report.card import write_card
+from gulliver.report.html import gather, page
+from gulliver.tasks import get_task
+
+FIT = "fit.json"
+MAX_ROUNDS = 3
+WRITING_COPIES, WRITING_BYTES = 3, 2_000_000_000
+"""Memory that writing text takes: times the bytes of the weights, and beside them."""
+COMPRESSING = ("sample", "calibrate", "plan", "quantize", "distill")
+EFFORTS: Mapping[str, Mapping[str, Mapping[str, Any] | None]] = {
+    "fast": {
+        "sample": None,
+        "calibrate": {"examples": 16, "gradient_examples": 4},
+        "plan": {"probe_rows": 8, "feedback": False},
+        "distill": None,
+        "quality": {"share": 1 / 3},
+    },
+    "normal": {
+        "sample": {"count": 32, "tokens": 256},
+        "calibrate": {"examples": 64, "gradient_examples": 16},
+        "plan": {},
+        "distill": None,
+        "quality": {},
+    },
+    "high": {
+        "sample": {"count": 96, "tokens": 384},
+        "calibrate": {"examples": 96, "gradient_examples": 16},
+        "plan": {},
+        "distill": {"steps": 110},
+        "quality": {},
+    },
+}
+"""What each step gets; None leaves a step out. `sample` is for families whose models write data of their own."""
+
+
+@dataclass
+class Fit:
+    """One run of the loop: what was asked, what every call is given, and what was found on the way."""
+
+    parent: Artifact
+    dataset: Artifact
+    budget: Budget
+    effort: str
+    shared: dict[str, Any]
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    menu: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    @property
+    def store(self) -> Store:
+        return self.shared["store"]
+
+    def step(self, name: str, config: Mapping[str, Any] | None = None, **inputs: Artifact | None) -> Artifact:
+        """One call of a step with this effort's options; `config` adds to them."""
+        options = {**(EFFORTS[self.effort].get(name) or {}), **(config or {})}
+        given = {role: artifact for role, artifact in inputs.items() if artifact is not None}
+        return call(name, options, given, **self.shared, log=self.calls)
+
+
+def fit(
+    model: str | Path | Artifact,
+    *,
+    size: str | int,
+    data: str | Path | Artifact | None = None,
+    eval_data: str | None = None,
+    ram: str | int | None = None,
+    speed: float | None = None,
+    max_drop: str | float | None = None,
+    effort: str = "normal",
+    out: Path | str | None = None,
+    seed: int = 0,
+    home: Path | str | None = None,
+    store: Store | None = None,
+    progress: Progress | None = None,
+    command: str = "gulliver.fit(…)",
+) -> Artifact:
+    """The best model within the budget, packed, measured and judged; copied to `out` with its report and card.
+
+    `size`: most bytes of weight files ("64MB"); `ram`: most resident memory of the compression ("1GB"); `speed`: least
+    tokens per second here; `max_drop`: most quality given up ("5%"). BudgetError (exit 4), with the nearest point that
+    is feasible, when the budget cannot be met: `out` is then not written.
+    """
+    if effort not in EFFORTS:
+        raise ConfigError(f"effort is {effort!r}; choose one of {', '.join(EFFORTS)}")
+    budget = Budget(
+        size_bytes=parse_size(size, "size"),
+        max_ram_bytes=None if ram is None else parse_size(ram, "ram"),
+        min_tokens_per_s=speed,
+        max_drop=None if max_drop is None else parse_fraction(max_drop, "max_drop"),
+    )
+    store, progress, began = store or open_store(home), progress or Progress(), time.monotonic()
+    parent = resolve_model(model, store, progress=progress)
+    dataset = _dataset(parent, data, eval_data, store, progress)
+    shared = {"store": store, "seed": seed, "progress": progress, "command": command}
+    work = Fit(parent, dataset, budget, effort, {**shared, "max_ram_bytes": budget.max_ram_bytes})
+    try:
+        fitted = _loop(work)
+    except BudgetError as failure:
+        raise _infeasible(work, failure, began) from None
+    return _finish(work, fitted, began, out)
+
+
+def _dataset(
+    parent: Artifact, data: str | Path | Artifact | None, eval_data: str | None, store: Store, progress: Progress
+) -> Artifact:
+    """The data to calibrate on and judge by; by default those that the model was trained on."""
+    if data is not None:
+        return resolve_data(data, store, eval_data=eval_data, task=parent.task, progress=progress)
+    found = first_of_kind(ancestors(parent, store), "dataset")
+    if found is None:
+        raise DataError(f"nothing tells what data {parent.id[:12]} is for; add --data (text files or catalog:NAME)")
+    return found
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+def _loop(work: Fit) -> Artifact:
+    """Rounds of plan, pack, distill, measure and judge, at most MAX_ROUNDS. BudgetError when the last one misses."""
+    samples = work.step("sample", model=work.parent) if _may_write(work) else None
+    calibration = work.step("calibrate", model=work.parent, dataset=work.dataset, samples=samples)
+    size_bytes = work.budget.size_bytes
+    for _ in range(MAX_ROUNDS):
+        plan = work.step("plan", {"size_bytes": size_bytes}, model=work.parent, calibration=calibration)
+        planned = json.loads(plan.file("plan.json").read_text(encoding="utf-8"))
+        packed = work.step("quantize", model=work.parent, calibration=calibration, plan=plan)
+        candidates = [packed]
+        if EFFORTS[work.effort]["distill"] is not None:
+            candidates += [
+                work.step("distill", model=packed, parent=work.parent, dataset=work.dataset, samples=samples)
+            ]
+        drops = [_value(_measure(work, candidate), "quality_loss") for candidate in candidates]
+        drop = min(drops)  # distilling must show on held-out data, or it is not kept
+        fitted = candidates[drops.index(drop)]
+        work.verdicts = [gate.judge(work.store.evidence(fitted.id), fitted.id) for gate in work.budget.gates()]
+        work.menu = _in_drops(planned, drop)
+        work.rounds.append(
+            {
+                "size_bytes": fitted.weight_bytes,
+                "predicted_drop": _at(work.menu, planned["size_bytes"]),
+                "measured_drop": drop,
+            }
+        )
+        over = fitted.weight_bytes - work.budget.size_bytes
+        if over <= 0:
+            break
+        size_bytes -= over
+    missed = [verdict for verdict in work.verdicts if verdict.outcome != "PASS"]
+    if missed:
+        raise BudgetError("; ".join(f"{verdict.gate.rule}: {verdict.reason}" for verdict in missed))
+    return fitted
+
+
+def _may_write(work: Fit) -> bool:
+    """Whether the parent is to write calibration data: the effort says so, its family can, and memory allows it."""
+    writes = getattr(get_task(work.parent.task), "writes", None)
+    if EFFORTS[work.effort]["sample"] is None or writes is None or not writes(work.parent.path):
+        return False
+    limit = work.budget.max_ram_bytes
+    return limit is None or WRITING_COPIES * work.parent.weight_bytes + WRITING_BYTES <= limit
+
+
+def _measure(work: Fit, fitted: Artifact) -> list[Evidence]:
+    """All evidence about the fitted model after measuring it now."""
+    work.step("quality", model=fitted, dataset=work.dataset, parent=work.parent)
+    if work.budget.min_tokens_per_s is not None:
+        work.step("speed", model=fitted)
+    known = work.store.evidence(fitted.id)
+    if not any(item.metric == "compress_peak_ram_bytes" for item in known):
+        taken = {run.artifact_id: run.peak_rss_bytes for run in work.store.runs()}
+        peak = max(taken[entry.artifact.id] for entry in work.calls if entry.step in COMPRESSING)
+        item = measured("compress_peak_ram_bytes", peak, detail={"steps": list(COMPRESSING)})
+        here = describe(work.store.home, measure=False).name
+        work.store.record([item.filled(artifact_id=fitted.id, machine=here, command=work.shared["command"])])
+    return work.store.evidence(fitted.id)
+
+
+def _value(evidence: list[Evidence], metric: str) -> float:
+    return next(item.value for item in reversed(evidence) if item.metric == metric)
+
+
+# ---- predictions ----------------------------------------------------------------------------------------------------
+def _in_drops(planned: Mapping[str, Any], drop: float) -> list[dict[str, Any]]:
+    """The plan's frontier in quality given up: its damages times what one measurement says a unit costs."""
+    factor = max(drop, 0.0) / planned["damage"] if planned["damage"] > 0 else 0.0
+    return [
+        {"size_bytes": point["size_bytes"], "predicted_drop": factor * point["damage"]} for point in planned["menu"]
+    ]
+
+
+def _at(menu: list[dict[str, Any]], size_bytes: int) -> float:
+    """The frontier's drop at a size, between its points on a line in the logarithm of the drop."""
+    import numpy as np
+
+    sizes = [point["size_bytes"] for point in menu]
+    drops = [max(point["predicted_drop"], 1e-9) for point in menu]
+    return float(np.exp(np.interp(size_bytes, sizes, np.log(drops))))
+
+
+def _nearest(work: Fit) -> dict[str, Any] | None:
+    """The smallest size whose predicted drop is within the budget; the last round where no drop was asked."""
+    if work.rounds and work.budget.max_drop is not None:
+        for point in work.menu:
+            if point["predicted_drop"] <= work.budget.max_drop and point["size_bytes"] > work.rounds[-1]["size_bytes"]:
+                return point
+    return work.rounds[-1] if work.rounds else None
+
+
+# ---- the end --------------------------------------------------------------------------------------------------------
+def _record(work: Fit, fitted: Artifact | None, began: float, **more: Any) -> Artifact:
+    """The report artifact with fit.json."""
+    body = {
+        "budget": work.budget.to_json(),
+        "effort": work.effort,
+        "frontier": work.menu,
+        "rounds": work.rounds,
+        "memory": [list(sample) for sample in work.shared["progress"].memory],
+        "verdicts": [verdict.to_json() for verdict in work.verdicts],
+        "seconds": round(time.monotonic() - began, 1),
+        **({"artifact_id": fitted.id} if fitted else {}),
+        **more,
+    }
+    subject = fitted or work.parent
+    parents = [subject.id, work.parent.id, work.dataset.id]
+    with work.store.writer(
+        kind="report",
+        task=work.parent.task,
+        parents=parents,
+        step={"name": "fit", "version": 1},
+        config={"effort": work.effort, **work.budget.to_json()},
+        seed=work.shared["seed"],
+    ) as writer:
+        write_atomic(writer.path / FIT, json.dumps(body, sort_keys=True, indent=1) + "\n")
+        return writer.commit()
+
+
+def _finish(work: Fit, fitted: Artifact, began: float, out: Path | str | None) -> Artifact:
+    """Write the report and the card beside the model, and copy it out."""
+    record = _record(work, fitted, began)
+    evidence = work.store.evidence(fitted.id)
+    write_annotation(fitted, "report.html", page(gather(fitted, work.store, fit=record)))
+    write_card(fitted, evidence, work.store)
+    return fitted if out is None else copy_artifact(fitted, out)
+
+
+def _infeasible(work: Fit, failure: BudgetError, began: float) -> BudgetError:
+    """The error for a budget that cannot be met: why, the nearest point that can, and where the report is."""
+    nearest = failure.nearest or _nearest(work)
+    told = f"the budget is infeasible with --effort {work.effort}: {failure}"
+    if nearest is None:
+        return BudgetError(told)
+    record = _record(work, None, began, nearest=nearest, reason=str(failure))
+    path = write_annotation(record, "report.html", page(gather(work.parent, work.store, fit=record)))
+    size = f"{nearest['size_bytes']:,} bytes ({nearest['size_bytes'] / 1e6:.1f} MB)"
+    drop = nearest.get("measured_drop", nearest.get("predicted_drop"))
+    cost = "" if drop is None else f" with a quality loss of {drop:.1%}"
+    kind = "measured" if "measured_drop" in nearest else "predicted"
+    return BudgetError(f"{told}. The nearest feasible point is {size}{cost} ({kind}); report: {path}", nearest)

@@ -1,0 +1,314 @@
+"""A model that is opened and asked: what `gulliver.generate`, `gulliver generate` and `gulliver chat` share.
+
+A folder on this machine is used where it lies: it is neither copied nor hashed, and on the native path nothing here
+imports torch, so that the first word comes a fraction of a second after the command.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from gulliver.core.errors import ArtifactError, ConfigError, GulliverError
+from gulliver.core.evidence.budget import parse_size
+from gulliver.core.progress import Progress
+from gulliver.core.store.artifact import MANIFEST, Artifact, open_artifact
+from gulliver.runtime.batching.engine import Engine
+from gulliver.runtime.batching.open import load_engine
+from gulliver.runtime.batching.records import Piece, Request
+from gulliver.runtime.packing import is_packed
+from gulliver.runtime.sampling import Sampling
+from gulliver.tasks import detect_task
+
+LANGUAGE = "language"
+TEMPERATURE = 0.7
+MAX_TOKENS = 512
+"""What is asked for when nobody says."""
+SLOTS = 16
+"""Most prompts that are answered at once."""
+
+Prompt = str | Sequence[Mapping[str, Any]]
+"""Text, or messages with a role and content each."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a model is opened: see `runtime.decode.open_decoder`; `ram` is a size like "1GB" for the whole process."""
+
+    threads: int | None = None
+    isa: str = "auto"
+    path: str = "auto"
+    ram: str | int | None = None
+    slots: int = 1
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads is {self.threads}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer; `prompt_seconds` run until its first token was there, `decode_seconds` from then to the last.
+
+    They are None where several answers were computed together.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    prompt_seconds: float | None = None
+    decode_seconds: float | None = None
+
+    def timings(self) -> dict[str, float | None]:
+        """Tokens per second of the prompt and of the answer; None where there is nothing to divide."""
+        computed, later = self.prompt_tokens - self.cached_tokens, self.completion_tokens - 1
+        return {
+            "first_token_seconds": self.prompt_seconds,
+            "prompt_tokens_per_s": _rate(computed, self.prompt_seconds),
+            "decode_tokens_per_s": _rate(later, self.decode_seconds),
+        }
+
+
+class OpenModel:
+    """A model that answers, until it is closed; use it in a `with` block."""
+
+    def __init__(self, engine: Engine, folder: Path, load_seconds: float) -> None:
+        self.engine, self.folder, self.load_seconds = engine, folder, load_seconds
+
+    def __enter__(self) -> OpenModel:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self.engine.close()
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self.engine.text.has_chat_template
+
+    def tokens(self, prompt: Prompt, *, raw: bool = False, system: str | None = None) -> tuple[int, ...]:
+        """The tokens of a prompt: through the model's chat template when it has one, as they stand when `raw`.
+
+        ConfigError for messages or a system text without a template, and for an empty prompt.
+        """
+        text = self.engine.text
+        if isinstance(prompt, str) and (raw or not text.has_chat_template):
+            if system is not None:
+                why = "the prompt is to be taken raw" if raw else f"{self.folder} has no chat template"
+                raise ConfigError(f"a system text needs a chat template, and {why}; put it into the prompt")
+            found = text.encode(prompt)
+        else:
+            if raw:
+                raise ConfigError("messages are written by the chat template, so they cannot be taken raw; give text")
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            if system is not None:
+                messages = [{"role": "system", "content": system}, *messages]
+            found = text.encode_chat(messages)
+        if not found:
+            raise ConfigError("the prompt is empty; give at least one word")
+        return tuple(found)
+
+    def request(
+        self,
+        tokens: tuple[int, ...],
+        *,
+        sampling: Sampling,
+        max_tokens: int | None = MAX_TOKENS,
+        stop: Sequence[str] = (),
+        json_schema: Mapping[str, Any] | None = None,
+    ) -> Request:
+        """A request for an answer of at most `max_tokens`, or what the context leaves when that is less."""
+        room = max(1, self.engine.context - len(tokens))
+        if max_tokens is not None and max_tokens < 1:
+            raise ConfigError(f"max_tokens is {max_tokens}; it must be at least 1")
+        wanted = room if max_tokens is None else min(max_tokens, room)
+        grammar = None if json_schema is None else self.engine.grammars.json_schema(dict(json_schema))
+        return Request(tokens, wanted, sampling, stop=tuple(stop), grammar=grammar)
+
+    def answer(self, request: Request, write: Callable[[str], object]) -> Answer:
+        """The answer to one request, its text written as it comes. GulliverError when it ends by an error."""
+        before = self._seconds()
+        pieces: list[Piece] = []
+        for piece in self.engine.stream(request):
+            pieces.append(piece)
+            if piece.text:
+                write(piece.text)
+        after = self._seconds()
+        return _answer(pieces, after[0] - before[0], after[1] - before[1])
+
+    def answers(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answers to several requests, computed together. GulliverError when one ends by an error."""
+        return [_answer(pieces) for pieces in self.engine.complete(requests)]
+
+    def told(self, answer: Answer | None = None) -> str:
+        """One line: the tokens and rates of an answer, and what runs the model."""
+        decoder = self.engine.decoder
+        path = f"{self.folder.name} by {decoder.path}: {decoder.why}"
+        if answer is None:
+            return path
+        timings = answer.timings()
+        rates = [
+            f"{timings[key]:.0f} {what} tokens/s"
+            for key, what in (("prompt_tokens_per_s", "prompt"), ("decode_tokens_per_s", "answer"))
+            if timings[key] is not None
+        ]
+        counts = f"{answer.prompt_tokens} + {answer.completion_tokens} tokens ({answer.finish_reason})"
+        return f"{', '.join([counts, *rates])}; {path}"
+
+    def _seconds(self) -> tuple[float, float]:
+        """What the engine has spent so far on reaching first tokens and on later ones."""
+        found = self.engine.histograms()
+        return found["first_token_seconds"].total, found["between_tokens_seconds"].total
+
+
+def open_model(
+    spec: str | Path | Artifact,
+    opening: Opening | None = None,
+    *,
+    store: Callable[[], Any],
+    progress: Progress | None = None,
+) -> OpenModel:
+    """The model that `spec` names, ready to answer; `store` is called only where an artifact must be looked up or made.
+
+    ConfigError when it is no language model, BudgetError when `ram` is too little.
+    """
+    opening = opening or Opening()
+    began, folder = time.perf_counter(), local_folder(spec)
+    options: dict[str, Any] = {
+        "threads": opening.threads,
+        "slots": opening.slots,
+        "path": opening.path,
+        "isa": opening.isa,
+        "max_ram_bytes": None if opening.ram is None else parse_size(opening.ram, "--ram"),
+    }
+    if folder is not None:
+        try:
+            return OpenModel(load_engine(folder, **options), folder, time.perf_counter() - began)
+        except ArtifactError:
+            if (folder / MANIFEST).is_file() or is_packed(folder):
+                raise
+            # An older checkpoint, whose names `pull` translates, or a damaged one, of which it says what is wrong.
+    from gulliver.pipeline.resolve import resolve_model
+
+    artifact = resolve_model(spec, store(), progress=progress)
+    _check_family(artifact, spec)
+    began = time.perf_counter()
+    return OpenModel(load_engine(artifact.path, **options), artifact.path, time.perf_counter() - began)
+
+
+def local_folder(spec: str | Path | Artifact) -> Path | None:
+    """The folder of a model that needs no looking up and no conversion; None for every other name.
+
+    ConfigError when it is an artifact of another kind or family.
+    """
+    if isinstance(spec, Artifact):
+        _check_family(spec, spec.id[:12])
+        return spec.path
+    path = Path(spec).expanduser()
+    if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
+        return None
+    if (path / MANIFEST).is_file():
+        _check_family(open_artifact(path), spec)
+    elif (task := detect_task(path)) != LANGUAGE:
+        raise ConfigError(f"{spec} is of the family {task}; only language models write text")
+    return path
+
+
+def _check_family(artifact: Artifact, spec: object) -> None:
+    if artifact.kind != "model":
+        raise ConfigError(f"{spec} is a {artifact.kind}; a model is needed here")
+    if artifact.task != LANGUAGE:
+        raise ConfigError(f"{spec} is of the family {artifact.task}; only language models write text")
+
+
+def generate(
+    model: str | Path | Artifact | OpenModel,
+    prompt: Prompt,
+    *,
+    stream: bool = False,
+    max_tokens: int | None = MAX_TOKENS,
+    stop: Sequence[str] = (),
+    json_schema: Mapping[str, Any] | None = None,
+    system: str | None = None,
+    raw: bool = False,
+    opening: Opening | None = None,
+    home: Path | str | None = None,
+    **sampling: Any,
+) -> str | Iterator[str]:
+    """The model's answer to `prompt` (text, or messages) as text; an iterator over its pieces when `stream`.
+
+    `sampling` are the fields of `runtime.sampling.Sampling` (`temperature` = 0.7, `top_p`, `seed`, …). The model's chat
+    template is used when there is one, unless `raw`. ConfigError for a wrong option.
+    """
+    chosen = _sampling(sampling)
+
+    def store() -> Any:
+        from gulliver.pipeline.call import open_store
+
+        return open_store(home)
+
+    def pieces() -> Iterator[str]:
+        opened = model if isinstance(model, OpenModel) else open_model(model, opening, store=store)
+        try:
+            tokens = opened.tokens(prompt, raw=raw, system=system)
+            request = opened.request(tokens, sampling=chosen, max_tokens=max_tokens, stop=stop, json_schema=json_schema)
+            for piece in opened.engine.stream(request):
+                _check_finish(piece.finish)
+                if piece.text:
+                    yield piece.text
+        finally:
+            if opened is not model:
+                opened.engine.close()
+
+    return pieces() if stream else "".join(pieces())
+
+
+def _sampling(options: Mapping[str, Any]) -> Sampling:
+    known = Sampling.__dataclass_fields__
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"generate does not take {name!r}; how tokens are chosen: {', '.join(known)}")
+    return Sampling(**{"temperature": TEMPERATURE, **options})
+
+
+def _answer(
+    pieces: Sequence[Piece], prompt_seconds: float | None = None, decode_seconds: float | None = None
+) -> Answer:
+    last = pieces[-1]
+    _check_finish(last.finish)
+    assert last.finish is not None
+    return Answer(
+        text="".join(piece.text for piece in pieces),
+        tokens=tuple(choice.id for piece in pieces for choice in piece.tokens),
+        finish_reason=last.finish,
+        prompt_tokens=last.prompt_tokens,
+        cached_tokens=last.cached_tokens,
+        completion_tokens=last.completion_tokens,
+        prompt_seconds=prompt_seconds,
+        decode_seconds=decode_seconds,
+    )
+
+
+def _check_finish(finish: str | None) -> None:
+    if finish is not None and finish.startswith("error: "):
+        raise GulliverError(finish.removeprefix("error: "))
+
+
+def _rate(count: int, seconds: float | None) -> float | None:
+    return round(count / seconds, 2) if seconds and count > 0 else None
+
+
+def seconds_since_start() -> float | None:
+    """Seconds since this process was started, to a hundredth; None where the system does not tell."""
+    try:
+        words = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        return round(time.clock_gettime(time.CLOCK_BOOTTIME) - int(words[19]) / os.sysconf("SC_CLK_TCK"), 3)
+    except (OSError, AttributeError):
+        return None

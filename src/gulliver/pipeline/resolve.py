@@ -1,0 +1,103 @@
+"""What users name -> an artifact: an id, a folder, a .gguf file, catalog:… or hf:…; text files or a dataset."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gulliver.core.errors import ArtifactError, ConfigError
+from gulliver.core.progress import Progress
+from gulliver.core.store.artifact import Artifact, copy_artifact, open_artifact, verify
+from gulliver.core.store.store import Store
+from gulliver.pipeline.call import call
+from gulliver.pipeline.steps import INPUT_KINDS, Step
+
+_ID = re.compile(r"[0-9a-f]{6,64}")
+
+
+def resolve_inputs(
+    row: Step, given: Mapping[str, Any], config: Mapping[str, Any], store: Store, progress: Progress | None = None
+) -> dict[str, Artifact]:
+    """What users wrote for a step's inputs -> artifacts. A dataset is read for the task of the model beside it."""
+    found: dict[str, Artifact] = {}
+    roles = sorted((role for role in given if given[role] is not None), key=lambda role: INPUT_KINDS[role] == "dataset")
+    for role in roles:
+        if INPUT_KINDS[role] == "model":
+            found[role] = resolve_model(given[role], store, progress=progress)
+        elif INPUT_KINDS[role] == "dataset":
+            task = found["model"].task if "model" in found else str(config.get("task") or "language")
+            found[role] = resolve_data(given[role], store, task=task, progress=progress)
+        else:
+            found[role] = resolve_any(given[role], store)
+    return found
+
+
+def resolve_model(spec: str | Path | Artifact, store: Store, *, progress: Progress | None = None) -> Artifact:
+    """A model from an artifact, its id or prefix, a folder, a .gguf file, catalog:… or hf:…
+
+    A folder that is an artifact is verified and copied into the store; what is not an artifact goes through the step
+    `pull`. ConfigError if it is something else than a model.
+    """
+    found = _known_artifact(spec, store)
+    artifact = found or call("pull", {"source": str(spec)}, {}, store=store, progress=progress)
+    if artifact.kind != "model":
+        raise ConfigError(f"{spec} is a {artifact.kind}; a model is needed here")
+    return artifact
+
+
+def resolve_data(
+    spec: str | Path | Artifact,
+    store: Store,
+    *,
+    eval_data: str | None = None,
+    task: str = "language",
+    progress: Progress | None = None,
+) -> Artifact:
+    """A dataset from an artifact, its id or prefix, its folder; or made by the step `read` from files or catalog:…
+
+    `eval_data` names the held-out part; without it a part of `spec` is held out. ConfigError if it is no dataset.
+    """
+    artifact = _known_artifact(spec, store)
+    if artifact is None:
+        config = {"data": str(spec), "eval_data": eval_data, "task": task}
+        return call("read", config, {}, store=store, progress=progress)
+    if artifact.kind != "dataset":
+        raise ConfigError(f"{spec} is a {artifact.kind}; a dataset is needed here")
+    if eval_data:
+        raise ConfigError(f"{spec} is a dataset that is split already; leave out --eval-data {eval_data}")
+    return artifact
+
+
+def resolve_any(spec: str | Path | Artifact, store: Store) -> Artifact:
+    """An artifact that exists: an Artifact, an id or prefix, or a folder."""
+    artifact = _known_artifact(spec, store)
+    if artifact is None:
+        told = "is neither the id nor the folder of an artifact; `gulliver list` shows the ids"
+        raise ArtifactError(f"{str(spec)!r} {told}")
+    return artifact
+
+
+def ancestors(artifact: Artifact, store: Store) -> list[Artifact]:
+    """What an artifact was made from, nearest first, as far as it is in the store."""
+    return [store.get(manifest["id"]) for manifest in store.lineage(artifact.id)[1:] if "missing" not in manifest]
+
+
+def first_of_kind(artifacts: list[Artifact], kind: str) -> Artifact | None:
+    """The first artifact of a kind, None where there is none."""
+    return next((artifact for artifact in artifacts if artifact.kind == kind), None)
+
+
+def _known_artifact(spec: str | Path | Artifact, store: Store) -> Artifact | None:
+    """The artifact that `spec` is or names in the store; None when it is not the name of an artifact at all."""
+    if isinstance(spec, Artifact):
+        return spec
+    path = Path(spec).expanduser()
+    if (path / "gulliver.json").is_file():
+        artifact = open_artifact(path)
+        verify(artifact)
+        return copy_artifact(artifact, store.artifacts_folder / artifact.id)
+    if not path.exists() and _ID.fullmatch(str(spec)):
+        return store.get(str(spec))
+    return None

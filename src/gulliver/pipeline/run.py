@@ -1,0 +1,86 @@
+"""The recipe loop: run each call, judge each gate, stop when a gate refuses, and write the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gulliver.core.errors import GateRefused
+from gulliver.core.evidence.gate import Verdict, require
+from gulliver.core.progress import Progress
+from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.store import Store
+from gulliver.pipeline.call import Call, call, open_store
+from gulliver.pipeline.recipe import Recipe, StepCall, load
+
+
+@dataclass(frozen=True)
+class RecipeRun:
+    """What a recipe did; `report` is the HTML file, or None when no model was made."""
+
+    name: str
+    calls: tuple[Call, ...]
+    verdicts: tuple[Verdict, ...]
+    report: Path | None
+
+
+def run_recipe(
+    path: Path | str,
+    *,
+    home: Path | str | None = None,
+    store: Store | None = None,
+    progress: Progress | None = None,
+    command: str = "",
+    report: Path | str | None = None,
+) -> RecipeRun:
+    """Run a recipe file; what was done before is found, not done again. GateRefused if a gate refuses.
+
+    An HTML report is written beside the last model, or to `report`, also when a gate refuses.
+    """
+    recipe = load(path)
+    store = store or open_store(home or recipe.home)
+    progress = progress or Progress()
+    made: dict[str, Artifact] = {}
+    log: list[Call] = []
+    verdicts: list[Verdict] = []
+    refused: GateRefused | None = None
+    for item in recipe.calls:
+        if isinstance(item, StepCall):
+            inputs = {role: made[identity] for role, identity in item.inputs.items()}
+            made[item.id] = call(
+                item.use,
+                item.config.model_dump(),
+                inputs,
+                store=store,
+                seed=item.seed,
+                progress=progress,
+                command=command or f"gulliver run {path}",
+                log=log,
+                call_id=item.id,
+            )
+            continue
+        target = made[item.on]
+        verdicts.append(item.gate.judge(store.evidence(target.id), target.id))
+        try:
+            require(verdicts[-1:])
+        except GateRefused as failure:
+            refused = failure
+            break
+    written = _write_report(recipe, log, store, progress, report)
+    if refused is not None:
+        raise refused
+    return RecipeRun(recipe.name, tuple(log), tuple(verdicts), written)
+
+
+def _write_report(
+    recipe: Recipe, log: list[Call], store: Store, progress: Progress, report: Path | str | None
+) -> Path | None:
+    """The HTML report about the last model that the recipe made."""
+    models = [entry.artifact for entry in log if entry.artifact.kind == "model"]
+    if not models:
+        return None
+    from gulliver.report.html import write_report
+
+    path = Path(report) if report else models[-1].path / "report.html"
+    write_report(path, models[-1], store, memory=progress.memory)
+    return path

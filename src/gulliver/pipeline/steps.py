@@ -1,0 +1,246 @@
+"""The one table of steps. The command line, the Python API, recipes and docs/steps.md are made from it.
+
+A step is `run(cfg, inputs, ctx) -> Artifact`, with a frozen `Config` in the same file. This file names functions as
+strings, so that reading the table imports neither a stage nor torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from gulliver.core.errors import ConfigError
+from gulliver.core.names import nearest
+
+INPUT_KINDS = {
+    "model": "model",
+    "parent": "model",
+    "dataset": "dataset",
+    "samples": "dataset",
+    "calibration": "report",
+    "plan": "report",
+}
+"""The kind of artifact that each input of a step must be."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One row: Artifact(s) x config -> Artifact.
+
+    `function` is "module:function"; `needs` and `optional` name inputs (keys of INPUT_KINDS); `makes` lists the kinds
+    the step may return; `reads` names config fields that may hold paths of local files, whose contents are then part of
+    the reuse key. `compresses` says that a model it makes is judged against the one that went in. Raise `version`
+    whenever the same config and inputs would give another result.
+    """
+
+    name: str
+    function: str
+    needs: tuple[str, ...]
+    makes: tuple[str, ...]
+    help: str
+    optional: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    compresses: bool = False
+    version: int = 1
+
+
+class WrongKey(ConfigError):
+    """A key of a step's config is unknown, missing or has a wrong value; `key` is its name."""
+
+    def __init__(self, message: str, key: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+STEPS = (
+    Step(
+        "pull",
+        "gulliver.data.pull:run",
+        needs=(),
+        makes=("model", "dataset"),
+        reads=("source",),
+        help="bring a model in: catalog:NAME, hf:ORG/NAME, a local folder or a .gguf file",
+    ),
+    Step(
+        "read",
+        "gulliver.data.read:run",
+        needs=(),
+        makes=("dataset",),
+        reads=("data", "eval_data"),
+        help="make a dataset from files or the catalog, split into parts that never overlap",
+    ),
+    Step(
+        "sample",
+        "gulliver.data.sample:run",
+        needs=("model",),
+        makes=("dataset",),
+        help="let a model write data of its own, for calibration that favours no domain",
+    ),
+    Step(
+        "train",
+        "gulliver.train.train:run",
+        needs=("dataset",),
+        makes=("model",),
+        help="train a new network on a dataset",
+    ),
+    Step(
+        "calibrate",
+        "gulliver.compress.calibrate:run",
+        needs=("model", "dataset"),
+        optional=("samples",),
+        makes=("report",),
+        help="stream calibration data through a model, block by block, and keep each layer's statistics",
+    ),
+    Step(
+        "plan",
+        "gulliver.compress.plan:run",
+        needs=("model", "calibration"),
+        makes=("report",),
+        help="choose one format per tensor: least predicted damage within the budget",
+    ),
+    Step(
+        "quantize",
+        "gulliver.compress.quantize:run",
+        needs=("model", "calibration"),
+        optional=("plan",),
+        makes=("model",),
+        compresses=True,
+        version=2,
+        help="pack a model's weights into few bits, by the plan or in one format",
+    ),
+    Step(
+        "distill",
+        "gulliver.train.distill:run",
+        needs=("model", "parent", "dataset"),
+        optional=("samples",),
+        makes=("model",),
+        compresses=True,
+        version=3,
+        help="distil a packed model's codes, scales and norms against its parent",
+    ),
+    Step(
+        "quality",
+        "gulliver.audit.quality:run",
+        needs=("model", "dataset"),
+        optional=("parent",),
+        makes=("report",),
+        help="measure a model on held-out data, paired against its parent",
+    ),
+    Step(
+        "speed",
+        "gulliver.audit.speed:run",
+        needs=("model",),
+        makes=("report",),
+        version=2,
+        help="measure a model's speed, memory and size on this machine",
+    ),
+    Step(
+        "export",
+        "gulliver.compress.export:run",
+        needs=("model",),
+        makes=("model",),
+        compresses=True,
+        version=2,
+        help="write a model in another tool's format, exactly or not at all",
+    ),
+)
+
+
+def find(name: str) -> Step:
+    """The row called `name`; ConfigError naming the nearest when there is none."""
+    for step in STEPS:
+        if step.name == name:
+            return step
+    raise ConfigError(f"there is no step {name!r}{did_you_mean(name, [step.name for step in STEPS])}")
+
+
+def function(step: Step) -> Callable[..., Any]:
+    """The step's `run`, imported now."""
+    module, _, attribute = step.function.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def config_class(step: Step) -> type[Any]:
+    """The step's `Config` (a frozen pydantic model), imported now."""
+    return importlib.import_module(step.function.partition(":")[0]).Config
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of an error message: "; did you mean 'bits'?", or the list of what is known."""
+    known = sorted(known)
+    close = nearest(word, known)
+    if close is not None:
+        return f"; did you mean {close!r}?"
+    return f"; known: {', '.join(known)}" if known else ""
+
+
+def checked_config(step: Step, values: Mapping[str, Any]) -> Any:
+    """The step's frozen Config made from `values`; text is read as sizes where the field is in bytes.
+
+    WrongKey (a ConfigError) names the key or value that is wrong, the nearest key, and the remedy.
+    """
+    from pydantic import ValidationError  # here, because `gulliver --help` has no use for it
+
+    config = config_class(step)
+    try:
+        return config(**{key: _with_units(key, value) for key, value in values.items()})
+    except ValidationError as failure:
+        raise _explained(step, config, failure) from None
+
+
+def _with_units(key: str, value: Any) -> Any:
+    """ "84MB" for a field in bytes, "5%" for a number; every other value as it is."""
+    from gulliver.core.evidence.budget import parse_fraction, parse_size
+
+    if isinstance(value, str) and key.endswith("_bytes"):
+        try:
+            return parse_size(value, key)
+        except ConfigError as failure:
+            raise WrongKey(str(failure), key) from None
+    if isinstance(value, str) and re.fullmatch(r"[\d.]+\s*%", value):
+        return parse_fraction(value, key)
+    return value
+
+
+def _explained(step: Step, config: type[Any], failure: Any) -> WrongKey:
+    """The first problem that pydantic found, as one sentence with its remedy."""
+    problem = failure.errors(include_url=False)[0]
+    key = str(problem["loc"][0]) if problem["loc"] else ""
+    fields = config.model_fields
+    if problem["type"] == "extra_forbidden":
+        return WrongKey(f"step {step.name!r} has no key {key!r}{did_you_mean(key, fields)}", key)
+    if problem["type"] == "missing":
+        return WrongKey(f"step {step.name!r} needs the key {key!r}{_described(fields.get(key))}", key)
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if not key:
+        return WrongKey(f"step {step.name!r}: {message}", key)
+    told = f"step {step.name!r}: {key} = {problem['input']!r} is not valid: {message}"
+    return WrongKey(told + _described(fields.get(key)), key)
+
+
+def _described(field: Any) -> str:
+    """What a field is for and what it takes, as the end of an error message."""
+    if field is None:
+        return ""
+    expected = type_name(field.annotation)
+    default = "" if field.is_required() else f", default {field.default!r}"
+    about = f" ({field.description})" if field.description else ""
+    return f"; it takes {expected}{default}{about}"
+
+
+def type_name(annotation: Any) -> str:
+    """A type as users write about it: int, 'fast' | 'normal', float | None."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        return "none" if annotation is type(None) else annotation.__name__
+    if get_origin(annotation) is Literal:
+        return " | ".join(repr(value) for value in get_args(annotation))
+    if get_origin(annotation) is Annotated:
+        return type_name(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return " | ".join(type_name(part) for part in get_args(annotation))
+    return str(annotation).replace("typing.", "")

@@ -1,0 +1,124 @@
+"""Writing weights of any size with little memory: safetensors files of bounded size, and their index.
+
+A file is laid out for who maps it and reads it from front to back for every token: matrices whose length is a multiple
+of 64 bytes come first, in the order of use, each at a multiple of 64 bytes of the file, so that a load of 64 bytes
+touches one cache line. What is read once, at opening (norms, codebooks, tables of rows), stands together behind them.
+The format allows no holes: the header is padded with spaces, and other lengths come last, the widest numbers first.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gulliver.core.records import NOT_COPIED
+from gulliver.core.store.artifact import Artifact
+from gulliver.nets.weights import CODES
+from gulliver.runtime.formats import ALIGNMENT
+from gulliver.runtime.packing import order_of_use
+
+SHARD_BYTES = 1_000_000_000
+PACKED_SHARD_BYTES = 150_000_000
+
+
+class ShardWriter:
+    """A context manager; `add` tensors, and on leaving without an error the files get their final names.
+
+    One file is `model.safetensors`; several are `model-00001-of-0000N.safetensors` with `model.safetensors.index.json`.
+    At most about `shard_bytes` (and one tensor) are in memory. Attribute `names` counts nothing twice: a name added
+    again is an AssertionError.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        self._folder = folder
+        self._shard_bytes = shard_bytes
+        self._held: dict[str, Tensor] = {}
+        self._shards: list[list[str]] = []
+        self._total_bytes = 0
+        self.names: set[str] = set()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take tensors to be written; those of one call stay in one file."""
+        twice = self.names & set(tensors)
+        assert not twice, f"{min(twice)} was written before"
+        size = _size(tensors)
+        if self._held and _size(self._held) + size > self._shard_bytes:
+            self._flush()
+        self._held |= {name: tensor.contiguous() for name, tensor in tensors.items()}
+        self.names |= set(tensors)
+        self._total_bytes += size
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            return
+        if self._held:
+            self._flush()
+        count = len(self._shards)
+        if count == 1:
+            self._part(0).rename(self._folder / "model.safetensors")
+            return
+        weight_map = {}
+        for index, names in enumerate(self._shards):
+            final = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+            self._part(index).rename(self._folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        body = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        text = json.dumps(body, indent=2, sort_keys=True)
+        (self._folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
+
+    def _flush(self) -> None:
+        write_file(self._part(len(self._shards)), self._held)
+        self._shards.append(sorted(self._held))
+        self._held = {}
+
+    def _part(self, index: int) -> Path:
+        return self._folder / f"part-{index}.safetensors"
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file of contiguous tensors, laid out as this module's head says."""
+    names = sorted(tensors, key=lambda name: (_place(tensors[name]), order_of_use(name)))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name in names:
+        tensor, length = tensors[name], tensors[name].nbytes
+        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + length]}
+        at += length
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    with open(path, "wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            stream.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _place(tensor: Tensor) -> tuple[bool, int]:
+    """Sorts matrices of whole cache lines to the front, the others so that each begins at a multiple of its numbers."""
+    lines = tensor.dim() >= 2 and tensor.nbytes % ALIGNMENT == 0
+    return (not lines, 0 if lines else -tensor.element_size())
+
+
+def _size(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def copy_beside(model: Artifact, folder: Path) -> None:
+    """Copy what travels with the weights: config, tokenizer, and the like."""
+    for name in model.files:
+        if name.endswith((".safetensors", ".safetensors.index.json")) or name in NOT_COPIED:
+            continue
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(model.file(name), folder / name)

@@ -1,0 +1,180 @@
+"""A model's text side: text to tokens, messages to text, tokens to text; on `tokenizers` and Jinja alone.
+
+It reads tokenizer.json, tokenizer_config.json, generation_config.json, config.json and the chat templates of a Hugging
+Face layout folder, and gives what transformers gives, without loading it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from gulliver.core.errors import ArtifactError, ConfigError
+from gulliver.runtime.text.chat_template import ChatTemplate
+from gulliver.runtime.text.detokenizer import Detokenizer, TokenBytes
+
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Text:
+    """The tokenizer and chat template in a model's folder. ArtifactError when they cannot be read."""
+
+    def __init__(self, folder: Path) -> None:
+        settings = _read(folder / "tokenizer_config.json")
+        tokens = _special_tokens(settings, _read(folder / "special_tokens_map.json"))
+        self.tokenizer = _open(folder, settings, tokens)
+        self._bytes = TokenBytes(self.tokenizer)
+        self._template = ChatTemplate(_templates(folder, settings), tokens)
+        self.end_tokens = frozenset(_end_tokens(folder, self.tokenizer.token_to_id(tokens.get("eos_token", ""))))
+
+    # ---- in ----
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Tokens of `text`, with those that the tokenizer puts around every text (like <s>) when `special`.
+
+        Special tokens that are spelled out in the text are read as such.
+        """
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=special).ids
+        except (UnicodeEncodeError, TypeError) as error:
+            raise ConfigError(f"the text holds half a character (a lone surrogate): {str(error)[:200]}") from error
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The text of a chat by the model's template, as transformers' `apply_chat_template` renders it.
+
+        `messages`: role, content, tool_calls, …; `tools`: JSON schemas of functions. ConfigError when the template
+        refuses them or there is none.
+        """
+        return self._template.render(messages, tools, add_generation_prompt, **variables)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[int]:
+        """The tokens of a chat; the template itself writes the special ones."""
+        return self.encode(self.render_chat(messages, tools, add_generation_prompt, **variables), special=False)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._template.sources)
+
+    @property
+    def shows_tools(self) -> bool:
+        """Whether the chat template tells the model about tools."""
+        return self._template.mentions("tools")
+
+    # ---- out ----
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens` without the special ones."""
+        return self.tokenizer.decode(list(tokens))
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes one token writes, which may be a part of a character; a special token gives its name."""
+        return self._bytes[token]
+
+    def detokenizer(self, prompt: Sequence[int] = ()) -> Detokenizer:
+        """A decoder of an answer to `prompt`, one token at a time."""
+        return Detokenizer(self.tokenizer, self._bytes, prompt)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object, {} when there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} is not JSON: {error}; it is damaged") from error
+    if not isinstance(body, dict):
+        raise ArtifactError(f"{path} is not a JSON object; it is damaged")
+    return body
+
+
+def _content(token: Any) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token if isinstance(token, str) else None
+
+
+def _special_tokens(settings: Mapping[str, Any], older: Mapping[str, Any]) -> dict[str, str]:
+    """bos_token and its like -> the token's text, as templates know them."""
+    found = {name: _content(settings.get(name)) or _content(older.get(name)) for name in SPECIAL}
+    return {name: content for name, content in found.items() if content}
+
+
+def _open(folder: Path, settings: Mapping[str, Any], tokens: Mapping[str, str]) -> tokenizers.Tokenizer:
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path)) if path.is_file() else _converted(folder)
+    except ArtifactError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise ArtifactError(f"{path} is no usable tokenizer: {str(error).splitlines()[0][:300]}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    decoder = settings.get("added_tokens_decoder")
+    known = {content.content for content in tokenizer.get_added_tokens_decoder().values()}
+    for _, token in sorted((decoder if isinstance(decoder, dict) else {}).items(), key=lambda item: int(item[0])):
+        if isinstance(token, dict) and token.get("content") not in known:
+            fields = {name: bool(token.get(name, False)) for name in ("single_word", "lstrip", "rstrip", "special")}
+            normalized = bool(token.get("normalized", not fields["special"]))
+            tokenizer.add_tokens([tokenizers.AddedToken(token["content"], normalized=normalized, **fields)])
+    known = {content.content for content in tokenizer.get_added_tokens_decoder().values()}
+    tokenizer.add_special_tokens([token for token in tokens.values() if token not in known])
+    return tokenizer
+
+
+def _converted(folder: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of an older folder, which has no tokenizer.json; transformers knows how to convert it."""
+    import transformers  # heavy, and needed for such folders alone
+
+    try:
+        found: Any = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        return tokenizers.Tokenizer.from_str(found.backend_tokenizer.to_str())
+    except Exception as error:  # the libraries raise bare Exceptions
+        raise ArtifactError(f"{folder} has no usable tokenizer: {str(error).splitlines()[0][:300]}") from error
+
+
+def _templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> source of the folder's chat templates; files win over what the settings hold."""
+    found: dict[str, str] = {}
+    if (folder / "chat_template.jinja").is_file():
+        found["default"] = _utf8(folder / "chat_template.jinja")
+    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        found[path.stem] = _utf8(path)
+    if found:
+        return found
+    older = _read(folder / "chat_template.json").get("chat_template")
+    given = settings.get("chat_template") if older is None else older
+    if isinstance(given, str):
+        return {"default": given}
+    if isinstance(given, list):
+        rows = [row for row in given if isinstance(row, dict)]
+        return {str(row.get("name")): str(row.get("template")) for row in rows}
+    return {}
+
+
+def _utf8(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path} is not UTF-8 text; it is damaged") from error
+
+
+def _end_tokens(folder: Path, of_tokenizer: int | None) -> set[int]:
+    """Tokens that end an answer: those of generation_config.json, of config.json and the tokenizer's own."""
+    found = set() if of_tokenizer is None else {of_tokenizer}
+    for name in ("generation_config.json", "config.json"):
+        value = _read(folder / name).get("eos_token_id")
+        found |= {token for token in (value if isinstance(value, list) else [value]) if type(token) is int}
+    return found

@@ -1,0 +1,175 @@
+"""What every HTTP request passes, as plain ASGI: key, limits, size of the body, and the log line at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from http import HTTPStatus
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gulliver.serve import logs
+from gulliver.serve.errors import ApiError
+from gulliver.serve.openai.events import CLIENT_CLOSED
+from gulliver.serve.openai.generation import draining
+from gulliver.serve.state import CALL, RequestRecord, State
+
+GUARDED = ("/v1/", "/api/")
+"""Paths that need a key where there are keys; the page, /healthz, /readyz, /metrics and /openapi.json do not."""
+WORK = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+"""Paths that cost something: limited by rate, refused while the server goes down, waited for then."""
+QUIET = ("/healthz", "/readyz", "/metrics")
+"""Paths that are asked every few seconds; logged only when they fail."""
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+SHOWN = (*WORK, *QUIET, "/v1/models", "/openapi.json", "/")
+
+
+class Middleware:
+    """The outermost layer of the application."""
+
+    def __init__(self, app: ASGIApp, state: State) -> None:
+        self._app = app
+        self._state = state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        call = RequestRecord()
+        scope[CALL] = call
+        path = scope["path"]
+        works = path in WORK
+        self._state.active += works
+
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                call.status = message["status"]
+                message["headers"] = [*message.get("headers", ()), *_headers(call)]
+            await send(message)
+
+        try:
+            problem = self._problem(scope, call)
+            if problem is not None:
+                await problem.response()(scope, receive, sent)
+            else:
+                await self._app(scope, self._limited(scope, receive), sent)
+        except Exception as error:
+            logs.event("failure", level=logs.ERROR, error=error, request=call.id, path=_shown(path))
+            if call.status:
+                raise  # an answer was begun; only closing the connection tells the client
+            await _failed().response()(scope, receive, sent)
+        finally:
+            self._state.active -= works
+            self._note(scope, call)
+
+    def _problem(self, scope: Scope, call: RequestRecord) -> ApiError | None:
+        """Why the request is refused before its body is read, if it is."""
+        path = scope["path"]
+        headers = {name: value for name, value in scope["headers"] if name in (b"authorization", b"content-length")}
+        keys = self._state.keys
+        if keys is not None and path.startswith(GUARDED):
+            call.caller = keys.find(_presented(headers.get(b"authorization", b"")))
+            if call.caller is None:
+                message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
+                return ApiError(HTTPStatus.UNAUTHORIZED, message, code="invalid_api_key")
+        if path not in WORK or scope["method"] != "POST":
+            return None
+        if self._state.draining:
+            return draining()
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length[:20]) > self._state.settings.max_body_bytes:
+            return self._too_long()
+        short = call.caller.limiter.admit() if call.caller is not None else None
+        if short is not None:
+            message = f"this key's {short[0]} per minute are used up; come again in {short[1]:.0f} s"
+            code = "rate_limit_exceeded"
+            return ApiError(HTTPStatus.TOO_MANY_REQUESTS, message, code=code, retry_after=short[1])
+        return None
+
+    def _too_long(self) -> ApiError:
+        message = f"the body is longer than {self._state.settings.max_body_bytes} bytes"
+        return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message, code="body_too_long")
+
+    def _limited(self, scope: Scope, receive: Receive) -> Receive:
+        """`receive` with a limit on the body's bytes and time; past the body it is untouched."""
+        if scope["method"] not in ("POST", "PUT", "PATCH", "DELETE"):
+            return receive
+        settings = self._state.settings
+        deadline = asyncio.get_running_loop().time() + settings.body_seconds
+        received = 0
+        whole = False
+
+        async def limited() -> Message:
+            nonlocal received, whole
+            if whole:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(HTTPStatus.REQUEST_TIMEOUT, "the body did not come in time") from None
+            received += len(message.get("body", b""))
+            if received > settings.max_body_bytes:
+                raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, self._too_long().message)
+            whole = not message.get("more_body", False)
+            return message
+
+        return limited
+
+    def _note(self, scope: Scope, call: RequestRecord) -> None:
+        """Count, charge and log."""
+        path = _shown(scope["path"])
+        status = call.status or CLIENT_CLOSED
+        seconds = time.monotonic() - call.arrived
+        metrics = self._state.metrics
+        metrics.requests.labels(path, _method(scope), str(status), call.model).inc()
+        metrics.seconds.labels(path).observe(seconds)
+        tokens = call.prompt_tokens + call.completion_tokens
+        if call.caller is not None and tokens:
+            call.caller.limiter.charge(tokens)
+        if path in QUIET and status < HTTPStatus.BAD_REQUEST:
+            return
+        fields = {
+            "request": call.id,
+            "method": _method(scope),
+            "path": path,
+            "status": status,
+            "milliseconds": round(seconds * 1000, 1),
+        }
+        if call.caller is not None:
+            fields["key"] = call.caller.key.name
+        if call.model:
+            fields |= {"model": call.model, "choices": call.choices, "finish": call.finish}
+            fields |= {"prompt_tokens": call.prompt_tokens, "cached_tokens": call.cached_tokens}
+            fields |= {"completion_tokens": call.completion_tokens}
+        if call.first_token is not None:
+            fields["first_token_milliseconds"] = round((call.first_token - call.arrived) * 1000, 1)
+        logs.event("request", **fields)
+
+
+def _presented(header: bytes) -> str:
+    """The key in an Authorization header; "" when there is none."""
+    kind, _, key = header.decode("latin-1").partition(" ")
+    return key.strip() if kind.lower() == "bearer" else ""
+
+
+def _headers(call: RequestRecord) -> list[tuple[bytes, bytes]]:
+    """What every answer carries."""
+    headers = [(b"x-request-id", call.id.encode()), (b"x-content-type-options", b"nosniff")]
+    return headers + call.caller.limiter.headers() if call.caller is not None else headers
+
+
+def _shown(path: str) -> str:
+    """A path as it is counted and logged: what clients make up is not kept."""
+    if path in SHOWN:
+        return path
+    return next((f"{start}…" for start in ("/v1/models/", "/api/models/") if path.startswith(start)), "other")
+
+
+def _method(scope: Scope) -> str:
+    return scope["method"] if scope["method"] in METHODS else "other"
+
+
+def _failed() -> ApiError:
+    return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed on this request; its log says where")

@@ -1,0 +1,151 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from gulliver.core.errors import ConfigError
+from gulliver.runtime.batching.records import Request
+from gulliver.serve.errors import bad_request
+from gulliver.serve.json_route import JsonRoute, answers_with
+from gulliver.serve.openai import response_schemas, tools
+from gulliver.serve.openai.chat_json import ChatAnswer
+from gulliver.serve.openai.events import answered
+from gulliver.serve.openai.generation import Generation
+from gulliver.serve.openai.request_schemas import MAX_CHOICES, ChatRequest, JsonObjectFormat, JsonSchemaFormat, Message
+from gulliver.serve.openai.to_engine import fitted, refuse_size, repeated, sampling_of, stops_of
+from gulliver.serve.state import ServedModel, State, record_of
+
+MESSAGE_CHARACTERS = 16
+"""What a template writes around a message, about."""
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A conversation as tokens, with the grammar its answer must follow."""
+
+    tokens: tuple[int, ...]
+    grammar: Any
+
+
+def router(state: State) -> APIRouter:
+    """The route, for one server."""
+    routes = APIRouter(route_class=JsonRoute)
+
+    @routes.post(
+        "/v1/chat/completions",
+        operation_id="create_chat_completion",
+        tags=["language"],
+        responses=answers_with(response_schemas.ChatCompletion, streams=True),
+    )
+    async def create(body: ChatRequest, request: HttpRequest) -> Response:
+        """Answer a conversation, whole or streamed."""
+        model = state.model(body.model, "chat")
+        call = record_of(request)
+        call.model = model.name
+        _check(body)
+        size = sum(map(_characters, body.messages))
+        slow = bool(body.tools or body.response_format or tools.forced(body))
+        prompt = await state.prepared(size if not slow else 1 << 30, _prompt, body, model)
+        run = Generation(
+            model.engine,
+            repeated([_request(body, prompt, model, state.settings.timeout_seconds)], body.n or 1),
+            state.mailbox(),
+            streamed=bool(body.stream),
+        )
+        names = [tool.function.name for tool in tools.usable(body)]
+        options = body.stream_options
+        usage = bool(options and options.include_usage)
+        writer = ChatAnswer(model, call, logprobs=bool(body.logprobs), tools=names, include_usage=usage)
+        return await answered(run, request, writer, streamed=bool(body.stream))
+
+    return routes
+
+
+def _characters(message: Message) -> int:
+    """How much there is to read; a message costs something even when it is empty."""
+    content = message.content or ""
+    parts = [content] if isinstance(content, str) else [part.text or part.refusal or "" for part in content]
+    parts += [call.function.arguments for call in message.tool_calls or ()]
+    return MESSAGE_CHARACTERS + sum(map(len, parts))
+
+
+def _check(body: ChatRequest) -> None:
+    """Refuse what does not go together."""
+    refuse_size(body.n or 1, MAX_CHOICES, "n")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
+    if body.stream_options is not None and not body.stream:
+        raise bad_request("stream_options needs stream to be true", "stream_options")
+    if body.tool_choice not in (None, "none", "auto") and not body.tools:
+        raise bad_request("tool_choice asks for a call, but there are no tools", "tool_choice")
+    constrained = isinstance(body.response_format, JsonObjectFormat | JsonSchemaFormat)
+    if constrained and tools.usable(body):
+        raise bad_request("response_format fixes the whole answer; set tool_choice to 'none' too", "response_format")
+    for place, message in enumerate(body.messages):
+        if message.content is None and not message.tool_calls:
+            raise bad_request(f"messages.{place} has no content", f"messages.{place}.content")
+    names = [tool.function.name for tool in body.tools or []]
+    if len(set(names)) < len(names):
+        raise bad_request("two tools have the same name", "tools")
+    try:
+        tools.forced(body)
+    except KeyError as error:
+        raise bad_request(f"tool_choice names {error.args[0]!r}, which is none of the tools", "tool_choice") from None
+
+
+def _prompt(body: ChatRequest, model: ServedModel) -> ChatPrompt:
+    """Render and tokenize, and compile the grammar. ApiError when template or schema refuse."""
+    text = model.engine.text
+    messages = tools.template_messages(body.messages)
+    usable = tools.usable(body)
+    try:
+        if not usable:
+            tokens = text.encode_chat(messages)
+        elif text.shows_tools:
+            tokens = text.encode_chat(messages, tools=tools.template_tools(usable))
+        else:
+            tokens = text.encode_chat(tools.told_of_tools(messages, usable))
+    except ConfigError as error:
+        raise bad_request(str(error), "messages") from None
+    except RecursionError:
+        raise bad_request("the request is nested too deep for the model's chat template", "messages") from None
+    return ChatPrompt(tuple(tokens), _grammar(body, model))
+
+
+def _grammar(body: ChatRequest, model: ServedModel) -> Any:
+    grammars, form = model.engine.grammars, body.response_format
+    required = tools.forced(body)
+    try:
+        if required:
+            return grammars.json_schema(tools.call_schema(required))
+        if isinstance(form, JsonSchemaFormat):
+            return grammars.json_schema(form.json_schema.schema_)
+        return grammars.json_object() if isinstance(form, JsonObjectFormat) else None
+    except ConfigError as error:
+        raise bad_request(str(error), "tools" if required else "response_format") from None
+    except RecursionError:
+        raise bad_request("the schema is nested too deep", "tools" if required else "response_format") from None
+
+
+def _request(body: ChatRequest, prompt: ChatPrompt, model: ServedModel, timeout_seconds: float) -> Request:
+    asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    try:
+        return Request(
+            prompt=prompt.tokens,
+            max_tokens=fitted(prompt.tokens, asked, model, "messages"),
+            sampling=sampling_of(body, model.engine.decoder.vocabulary),
+            stop=stops_of(body),
+            stop_tokens=tuple(body.stop_token_ids or ()),
+            ignore_end=bool(body.ignore_eos),
+            top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            grammar=prompt.grammar,
+            timeout_seconds=timeout_seconds,
+        )
+    except ConfigError as error:
+        raise bad_request(str(error), "messages") from None

@@ -1,0 +1,258 @@
+"""The completions of one HTTP request: hand them to an engine, take what it delivers, cancel them.
+
+An engine delivers in its own thread, at every step, up to a batch of pieces. The thread needs its core for arithmetic,
+so crossing over to the event loop must be cheap: pieces go into a deque, and the loop is woken once for all that lie
+there. An answer that is not streamed wakes the loop at its end alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from http import HTTPStatus
+from typing import Any
+
+from starlette.types import Receive
+
+from gulliver.core.errors import ConfigError, GulliverError
+from gulliver.runtime.batching.records import EngineClosed, Piece, QueueFull, Request
+from gulliver.serve.errors import ApiError, bad_request
+
+IN_FLIGHT = 16
+"""Completions of one HTTP request that are with the engine at one time: a long list must not fill everybody's queue."""
+RETRY_SECONDS = 0.2
+STUCK = "error: the grammar cannot go on"
+"""How an answer ends whose schema leads nowhere: the fault of the request."""
+
+
+class Mailbox:
+    """Carries pieces from engines' threads to one event loop: one wake-up, however many pieces a step brings."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._waiting: deque[tuple[Generation, int, Piece | bytes]] = deque()
+        self._woken = False
+
+    def post(self, run: Generation, index: int, item: Piece | bytes) -> None:
+        """Called in any thread. The flag is set after the piece lies there, so a piece is never left behind."""
+        self._waiting.append((run, index, item))
+        if not self._woken:
+            self._woken = True
+            self._loop.call_soon_threadsafe(self._hand_out)
+
+    def _hand_out(self) -> None:
+        self._woken = False
+        waiting = self._waiting
+        while waiting:
+            run, index, item = waiting.popleft()
+            run.came += 1
+            run.arrive(index, item)
+
+
+class Generation:
+    """Some requests to one engine, answered together. Everything but `_deliver` happens in the event loop."""
+
+    def __init__(self, engine: Any, requests: Sequence[Request], mailbox: Mailbox, *, streamed: bool) -> None:
+        self.requests = requests
+        self.last: list[Piece | None] = [None] * len(requests)
+        """The piece that ended each."""
+        self.first_token: float | None = None
+        """When the first text of all came, on the monotonic clock, in seconds."""
+        self.gone = False
+        """Whether the client went away."""
+        self._engine = engine
+        self._mailbox = mailbox
+        self._streamed = streamed
+        self._pending = deque(range(len(requests)))
+        self._tickets: dict[int, Any] = {}
+        self._arrived: list[tuple[int, Any]] = []
+        self.came = 0  # what came through the mailbox; the loop's, as `_flushed`
+        self._posted = 0  # what was given to the mailbox; the engine's thread's, as the calls of `_short`
+        self._flushed = -1  # of what came, what the kernel has
+        self._short: Callable[[int, Piece], bytes] | None = None
+        self._left = len(requests)
+        self._began = time.monotonic()
+        self._given_up: list[tuple[int, Piece]] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether every completion has ended; pieces may still lie there to be taken."""
+        return self._left == 0
+
+    def start(self) -> None:
+        """Submit the first. ApiError (429, 503, 400) when one is refused; none is then left with the engine."""
+        try:
+            self._submit()
+        except GulliverError as error:
+            self.cancel()
+            raise refused(error) from None
+
+    def shorten(self, short: Callable[[int, Piece], bytes]) -> None:
+        """From now on the engine's thread may write pieces by `short`, which returns what it could not write.
+
+        It does so only while all that went through the loop is known to be flushed, so the two never write at once.
+        """
+        self._short = short
+
+    def flushed(self, came: int) -> None:
+        """The kernel has what was written for the first `came` that came."""
+        self._flushed = came
+
+    async def take(self) -> list[tuple[int, Any]]:
+        """What has arrived since the last call, as (index, piece); waits for something. Empty only at the end.
+
+        Bytes in the place of a piece are the rest of what the short way could not write.
+        """
+        if not self._arrived and self._left:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+    async def finish(self) -> list[tuple[int, Piece]]:
+        """Every piece of every completion, once all have ended."""
+        while self._left:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return self._arrived
+
+    def cancel(self) -> None:
+        """End what is under way; what waits is never submitted. The engine still delivers a last piece for each."""
+        self._give_up("cancelled")
+        for ticket in list(self._tickets.values()):
+            ticket.cancel()
+
+    async def watch(self, receive: Receive) -> None:
+        """Cancel when the client goes away."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        if not self.done:
+            self.gone = True
+            self.cancel()
+
+    # ---- from the engine ---------------------------------------------------------------------------------------------
+
+    def _deliver(self, index: int, piece: Piece) -> None:
+        """In the engine's thread."""
+        if self.first_token is None and piece.completion_tokens:
+            self.first_token = time.monotonic()
+        if not self._streamed and piece.finish is None:
+            self._arrived.append((index, piece))
+            return
+        item: Piece | bytes = piece
+        if self._short is not None and piece.finish is None and self._flushed == self._posted:
+            item = self._short(index, piece)
+            if not item:
+                return
+        self._posted += 1
+        self._mailbox.post(self, index, item)
+
+    def arrive(self, index: int, item: Piece | bytes) -> None:
+        """A piece has come over to the event loop."""
+        self._arrived.append((index, item))
+        if isinstance(item, Piece) and item.finish is not None:
+            self._tickets.pop(index, None)
+            self.last[index] = item
+            self._left -= 1
+            self._go_on()
+            self._end_given_up()
+        waiter = self._waiter
+        if waiter is not None and not waiter.done() and (self._streamed or not self._left):
+            waiter.set_result(None)
+
+    def _submit(self) -> None:
+        while self._pending and len(self._tickets) < IN_FLIGHT:
+            index = self._pending[0]
+            request = self._in_time(self.requests[index])
+            if request is None:
+                self._give_up("timeout")
+                return
+            try:
+                self._tickets[index] = self._engine.submit(request, partial(self._deliver, index))
+            except QueueFull:
+                if self._tickets:
+                    return
+                raise
+            self._pending.popleft()
+
+    def _in_time(self, request: Request) -> Request | None:
+        """The request with the time that is left of the run's; None when none is."""
+        if request.timeout_seconds is None:
+            return request
+        left = request.timeout_seconds - (time.monotonic() - self._began)
+        return replace(request, timeout_seconds=left) if left > 0 else None
+
+    def _go_on(self) -> None:
+        """Submit more in the place of what ended; a full queue is tried again, a closed one ends the rest."""
+        if not self._pending:
+            return
+        try:
+            self._submit()
+        except QueueFull:
+            asyncio.get_running_loop().call_later(RETRY_SECONDS, self._go_on)
+        except EngineClosed:
+            self._give_up("cancelled")
+        except GulliverError as error:
+            self._give_up(f"error: {error}")
+
+    def _give_up(self, reason: str) -> None:
+        """End what was never submitted."""
+        self._given_up += [(index, Piece("", finish=reason)) for index in self._pending]
+        self._pending.clear()
+        self._end_given_up()
+
+    def _end_given_up(self) -> None:
+        """Let arrive what was given up, once the engine's thread writes nothing more: two must not write at once."""
+        if self._tickets:
+            return
+        given_up, self._given_up = self._given_up, []
+        for index, piece in given_up:
+            self.arrive(index, piece)
+
+
+def refused(error: GulliverError) -> ApiError:
+    """The answer for what an engine raises when it does not take a request."""
+    if isinstance(error, QueueFull):
+        wait = error.retry_after_seconds
+        return ApiError(HTTPStatus.TOO_MANY_REQUESTS, str(error), code="queue_full", retry_after=wait)
+    if isinstance(error, EngineClosed):
+        return draining()
+    if isinstance(error, ConfigError):
+        return bad_request(str(error))
+    return engine_failed("")
+
+
+def draining() -> ApiError:
+    """The answer while the server goes down."""
+    return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", code="shutting_down", retry_after=5)
+
+
+def failure_of(piece: Piece) -> ApiError | None:
+    """The error that a last piece stands for; None for an answer that ended as it should."""
+    reason = piece.finish or ""
+    if reason in ("stop", "length"):
+        return None
+    if reason == "timeout":
+        return ApiError(HTTPStatus.GATEWAY_TIMEOUT, "the request ran out of time", kind="timeout_error", code="timeout")
+    if reason == "cancelled":
+        return draining()
+    if reason.startswith(STUCK):
+        return bad_request(reason.removeprefix("error: "), code="grammar_failed")
+    return engine_failed(reason.partition(": ")[2])
+
+
+def engine_failed(reason: str) -> ApiError:
+    """The answer for a request that failed in the engine, through no fault of its body."""
+    message = f"the engine failed on this request: {reason[:300]}" if reason else "the engine failed on this request"
+    return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, message, code="engine_failed")

@@ -1,0 +1,217 @@
+"""What may be asked: the bodies of OpenAI's requests, checked strictly.
+
+A field that OpenAI defines and that has no meaning here is accepted and ignored, or refused where ignoring it would
+change the answer. A field that nobody defines is refused, with the nearest name. docs/serving.md has the tables.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+MAX_CHOICES = 128
+MAX_PROMPTS = 2048
+MAX_STOPS = 16
+MAX_TOP_LOGPROBS = 20
+MAX_TOKENS = 2**31 - 1
+
+Ignored = Annotated[Any, Field(description="accepted and ignored")]
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+
+
+class Body(BaseModel):
+    """Strict: no text where a number belongs, no unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Lenient(BaseModel):
+    """Strict about types; fields it does not know are left out, so that answers of other servers can be sent back."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+
+# ---- what both kinds of completion share -----------------------------------------------------------------------------
+
+
+class StreamOptions(Body):
+    """`include_usage`: one more chunk at the end, with the counts of tokens."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Ignored = None
+
+
+class GenerationFields(Body):
+    """How tokens are chosen, and when to stop."""
+
+    model: str = Field(max_length=512, description="a name that /v1/models lists")
+    temperature: float | None = Field(None, ge=0, le=2, description="0: the likeliest token; default 1")
+    top_p: float | None = Field(None, ge=0, le=1, description="default 1")
+    top_k: int | None = Field(None, ge=-1, le=MAX_TOKENS, description="extra field; 0, -1: all")
+    min_p: float | None = Field(None, ge=0, le=1, description="extra field; default 0")
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10, description="extra field; default 1")
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOPS, description="extra field")
+    ignore_eos: bool | None = Field(None, description="extra field: go on past the end token, for benchmarks")
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: Ignored = None
+
+
+# ---- chat ------------------------------------------------------------------------------------------------------------
+
+
+class ContentPart(Lenient):
+    """A part of a message; text alone, for these models read nothing else."""
+
+    type: Literal["text", "refusal"]
+    text: str | None = None
+    refusal: str | None = None
+
+
+class CalledFunction(Lenient):
+    """What the model called: a name, and arguments as JSON text."""
+
+    name: str = Field(max_length=256)
+    arguments: str = ""
+
+
+class ToolCall(Lenient):
+    """A call in an assistant's message."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(Lenient):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+
+class Function(Lenient):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Lenient):
+    """One tool."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Lenient):
+    """The name of a function that must be called."""
+
+    name: FunctionName
+
+
+class NamedTool(Lenient):
+    """A tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class TextFormat(Lenient):
+    """Free text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Lenient):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchema(Lenient):
+    """A JSON schema by name."""
+
+    name: str = Field(max_length=64)
+    description: str | None = None
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Lenient):
+    """JSON that meets a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+class ChatRequest(GenerationFields):
+    """The body of POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1, max_length=4096)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS, description="the older name")
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS, description="default: the rest of the context")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: list[Literal["text"]] | None = Field(None, description="text is all there is")
+    metadata: Ignored = None
+    moderation: Ignored = None
+    prediction: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_options: Ignored = None
+    prompt_cache_retention: Ignored = None
+    reasoning_effort: Ignored = None
+    safety_identifier: Ignored = None
+    service_tier: Ignored = None
+    store: Ignored = None
+    verbosity: Ignored = None
+
+
+# ---- completions and embeddings --------------------------------------------------------------------------------------
+
+Tokens = Annotated[list[TokenId], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+ManyTokens = Annotated[list[Tokens], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+
+
+class CompletionRequest(GenerationFields):
+    """The body of POST /v1/completions."""
+
+    prompt: str | Texts | Tokens | ManyTokens = Field(description="a text, texts, token ids, or lists of token ids")
+    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS, description="default 16; 0 needs echo")
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="must equal n")
+    suffix: str | None = Field(None, description="must be empty: there is no filling-in")
+
+
+class EmbeddingRequest(Body):
+    """The body of POST /v1/embeddings."""
+
+    model: str = Field(max_length=512, description="a name that /v1/models lists")
+    input: str | Texts | Tokens | ManyTokens = Field(description="a text, texts, token ids, or lists of token ids")
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=1, le=MAX_TOKENS, description="must be the model's own width")
+    truncate: bool | None = Field(None, description="extra field: cut a text that is too long; default: refuse it")
+    user: Ignored = None

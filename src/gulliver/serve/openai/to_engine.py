@@ -1,0 +1,92 @@
+"""From the bodies of requests to what engines take: sampling, limits of length, logprobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from gulliver.core.errors import ConfigError
+from gulliver.runtime.batching.records import Request
+from gulliver.runtime.sampling import Sampling
+from gulliver.serve.errors import ApiError, bad_request
+from gulliver.serve.openai.request_schemas import GenerationFields
+from gulliver.serve.state import ServedModel
+
+LARGEST_SEED = 2**63 - 1
+SMALLEST_TEMPERATURE = 1e-3
+"""Below it the likeliest token is taken: dividing logits by less gains nothing and may overflow."""
+SMALLEST_TOP_P = 1e-9
+"""What top_p = 0, which OpenAI allows, means: the likeliest token alone."""
+
+
+def sampling_of(body: GenerationFields, vocabulary: int) -> Sampling:
+    """How tokens are chosen. ApiError for a bias on a token that does not exist."""
+    biases = []
+    for token, bias in (body.logit_bias or {}).items():
+        if not (token.isascii() and token.isdigit() and len(token) <= 10 and int(token) < vocabulary):
+            message = f"logit_bias names the token {token[:32]!r}; it takes ids from 0 to {vocabulary - 1}"
+            raise bad_request(message, "logit_bias")
+        biases.append((int(token), float(bias)))
+    try:
+        return Sampling(
+            temperature=temperature if (temperature := _or(body.temperature, 1.0)) >= SMALLEST_TEMPERATURE else 0.0,
+            top_k=max(0, body.top_k or 0),
+            top_p=max(_or(body.top_p, 1.0), SMALLEST_TOP_P),
+            min_p=_or(body.min_p, 0.0),
+            repetition_penalty=_or(body.repetition_penalty, 1.0),
+            presence_penalty=_or(body.presence_penalty, 0.0),
+            frequency_penalty=_or(body.frequency_penalty, 0.0),
+            logit_bias=tuple(biases),
+            seed=None if body.seed is None else body.seed & LARGEST_SEED,
+        )
+    except ConfigError as error:
+        raise bad_request(str(error)) from None
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else float(value)
+
+
+def stops_of(body: GenerationFields) -> tuple[str, ...]:
+    """The texts that end an answer."""
+    if body.stop is None:
+        return ()
+    return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
+
+
+def fitted(prompt: Sequence[int], max_tokens: int | None, model: ServedModel, param: str) -> int | None:
+    """`max_tokens`, at most what the context leaves. ApiError when the prompt leaves room for no token at all."""
+    room = model.context - len(prompt)
+    if room < (0 if max_tokens == 0 else 1):
+        raise bad_request(
+            f"the prompt has {len(prompt)} tokens; with the answer it must stay within {model.context}. Shorten it",
+            param,
+            "context_length_exceeded",
+        )
+    return None if max_tokens is None else min(max_tokens, room)
+
+
+def checked_tokens(tokens: Sequence[int], vocabulary: int, param: str) -> tuple[int, ...]:
+    """Tokens that a client sent as numbers. ApiError for one that the model does not have, or for none at all."""
+    if not tokens:
+        raise bad_request("a prompt has no tokens; give at least one", param)
+    if (largest := max(tokens)) >= vocabulary:
+        raise bad_request(f"the token {largest} does not exist; this model has ids from 0 to {vocabulary - 1}", param)
+    return tuple(tokens)
+
+
+def repeated(requests: Sequence[Request], times: int) -> list[Request]:
+    """Each request `times` times, one after the other, each with a random stream of its own."""
+    found = []
+    for request in requests:
+        seed = request.sampling.seed
+        for turn in range(times):
+            changed = seed if seed is None or turn == 0 else (seed + turn) & LARGEST_SEED
+            found.append(replace(request, sampling=replace(request.sampling, seed=changed)) if turn else request)
+    return found
+
+
+def refuse_size(count: int, most: int, param: str) -> None:
+    """ApiError when one HTTP request asks for more completions than `most`."""
+    if count > most:
+        raise ApiError(400, f"this asks for {count} completions; one request may ask for {most}", param=param)

@@ -1,0 +1,111 @@
+"""A model that is open and answers: what `gulliver ask`, `gulliver.ask`, the server and its console call.
+
+A family's answerer says what it can do (`can`), what a request and a response look like (two pydantic models), and
+answers. Who routes requests asks `can`, never which family it is. Nothing here or in a family's answerer file imports
+torch before a model that needs it is opened, because a packed language model answers without it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from gulliver.runtime.batching.counters import Histogram
+
+Can = Literal["generate", "embed", "predict"]
+"""What a model can do. "generate": continue text, token by token (an Engine as `engine`, `text` its tokenizer);
+"embed": vectors of texts; "predict": everything that is one request and one response. Every answerer can predict."""
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """How a model is opened, the same for every family; a family refuses what it cannot honour.
+
+    `threads` (None: one per core), `isa` and `backend` ("auto", "native" or "reference") say what runs it;
+    `max_ram_bytes` caps the process; `slots` is the most sequences in one step, `cache_tokens` the tokens that a cache
+    holds (None: by memory), `queue` the most requests that wait.
+    """
+
+    threads: int | None = None
+    isa: str = "auto"
+    backend: str = "auto"
+    max_ram_bytes: int | None = None
+    slots: int = 16
+    cache_tokens: int | None = None
+    queue: int = 256
+
+
+class Serving(Protocol):
+    """What runs an answerer's requests: an Engine or a BatchQueue. Safe to call from any thread."""
+
+    def stats(self) -> dict[str, float]: ...
+
+    def histograms(self) -> dict[str, Histogram]: ...
+
+    def drain(self, seconds: float) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+class Answerer(ABC):
+    """One open model. Use it in a `with` block, or close it."""
+
+    can: ClassVar[frozenset[Can]]
+    """What it does; "predict" is always among them."""
+    engine: Serving
+    name: str
+    folder: Path
+    backend: str  # "native" or "reference"
+    why: str  # the reason for that backend
+    context: int | None  # most tokens of a request; None where there are none
+
+    @property
+    @abstractmethod
+    def request_model(self) -> type[BaseModel]:
+        """What a request must be; the schema of `POST /v1/predict`."""
+
+    @property
+    @abstractmethod
+    def response_model(self) -> type[BaseModel]:
+        """What a response is."""
+
+    @abstractmethod
+    def read(self, words: Sequence[str]) -> Any:
+        """A request from what a person wrote after `gulliver ask MODEL`: text, numbers, or the paths of files.
+
+        DataError when it cannot be understood, naming what was given and what is taken.
+        """
+
+    @abstractmethod
+    def submit(self, request: Any, stop: Event | None = None) -> Future[Any]:
+        """The future response to a checked request. When `stop` is set the work may end early, by an exception.
+
+        QueueFull when too many wait, EngineClosed at the end, ConfigError or DataError for a request that cannot be
+        answered.
+        """
+
+    def answer(self, request: Any) -> Any:
+        """The response to a checked request; waits for it."""
+        return self.submit(request).result()
+
+    @abstractmethod
+    def show(self, response: Any) -> list[str]:
+        """A response as lines for a person on a terminal."""
+
+    def close(self) -> None:
+        """End what runs."""
+        self.engine.close()
+
+    def __enter__(self) -> Answerer:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.close()

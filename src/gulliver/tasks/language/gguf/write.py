@@ -1,0 +1,336 @@
+"""A model as one GGUF file, which llama.cpp and what is built on it open; tokenizer and chat template are in it.
+
+With type "exact" every weight gets the smallest GGUF type that holds it bit for bit, found by encoding, decoding and
+comparing. Candidates for packed weights are the block types with one float16 scale d (and minimum m) for 32 columns,
+
+    Q4_0, Q5_0, Q8_0    value = d · level        Q4_1, Q5_1    value = d · code + m
+
+whose d would be our f · s. That has up to 16 significant bits and float16 holds 11, so most packed weights fit none of
+them, nor bfloat16, and become F32: exact, and several times larger than the packed file. A parent in bfloat16 becomes
+BF16. The other types round as llama.cpp does, and the relative error is reported. Norms and biases are always F32.
+
+Memory: one tensor at a time. Two passes: the header comes first in the file and must know every type.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from torch import Tensor
+
+from gulliver.core.context import Context
+from gulliver.core.errors import ArtifactError, ConfigError
+from gulliver.core.records import ORIGIN
+from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.manifest import read_json
+from gulliver.nets.weights import aliases
+from gulliver.runtime import reference
+from gulliver.runtime.packed import PackedTensor
+from gulliver.tasks import get_task
+from gulliver.tasks.language.gguf.metadata import (
+    ARCHITECTURES,
+    Architecture,
+    add_architecture,
+    add_tokenizer,
+    architecture_of,
+    rope_factors,
+)
+
+FILE = "model.gguf"
+BLOCK = 32
+ROWS = 4096
+"""Rows whose error is computed at a time."""
+ROPE_FACTORS = "rope_freqs.weight"
+TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
+BLOCK_TYPES = {Type.Q4_0: (4, 8), Type.Q4_1: (4, 0), Type.Q5_0: (5, 16), Type.Q5_1: (5, 0), Type.Q8_0: (8, 128)}
+"""Types of blocks of 32 from the smallest on -> (bits of a code, the code of zero; 0 where a minimum is stored)."""
+FILE_TYPES = {
+    Type.F32: gguf.LlamaFileType.ALL_F32,
+    Type.F16: gguf.LlamaFileType.MOSTLY_F16,
+    Type.BF16: gguf.LlamaFileType.MOSTLY_BF16,
+    Type.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the file: where it comes from, and its type and shape there."""
+
+    source: str
+    name: str
+    type: Type
+    shape: tuple[int, ...]
+    packed: bool
+
+    @property
+    def size_bytes(self) -> int:
+        return type_bytes(self.type, self.shape)
+
+
+@dataclass
+class Rounding:
+    """How far the file's values are from the model's, in squares summed over everything that was written."""
+
+    weights: float = 0.0
+    errors: float = 0.0
+    worst: float = 0.0
+    worst_name: str = ""
+
+    def add(self, name: str, exact: np.ndarray, kept: np.ndarray) -> None:
+        """Count a tensor's values, float32, and what the file gives for them."""
+        errors = weights = 0.0
+        for start in range(0, len(exact), ROWS):
+            before, after = (values[start : start + ROWS].astype(np.float64) for values in (exact, kept))
+            weights += float(np.square(before).sum())
+            errors += float(np.square(after - before).sum())
+        self.weights, self.errors = self.weights + weights, self.errors + errors
+        relative = math.sqrt(errors / weights) if weights else 0.0
+        if relative > self.worst:
+            self.worst, self.worst_name = relative, name
+
+    @property
+    def relative(self) -> float:
+        """Root of the mean squared error, divided by that of the weights."""
+        return math.sqrt(self.errors / self.weights) if self.weights else 0.0
+
+
+def write_gguf(model: Artifact, folder: Path, kind: str, ctx: Context) -> dict[str, Any]:
+    """Write `folder`/model.gguf with weights of type `kind` ("exact" or a key of TYPES).
+
+    Returns facts for the artifact's config. ConfigError when GGUF has no place for the architecture, a tensor or the
+    tokenizer; ArtifactError for a damaged model.
+    """
+    network: Any = get_task(model.task).load(model.path, empty=True)
+    architecture_of(network)
+    with ctx.progress.stage("plan types", unit="tensor") as bar:
+        entries = []
+        for entry in _plan(model.path, network, kind):
+            entries.append(entry)
+            bar.advance()
+    writer = gguf.GGUFWriter(folder / FILE, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[type(network).__name__].name])
+    try:
+        facts = _add_metadata(writer, model, network, entries, ctx)
+        rounding = _write(writer, model, network, entries, ctx)
+    finally:
+        writer.close()
+    counts: dict[str, int] = {}
+    for entry in entries:
+        counts[entry.type.name] = counts.get(entry.type.name, 0) + 1
+    _tell(ctx, kind, entries, rounding)
+    return {
+        **facts,
+        "types": dict(sorted(counts.items())),
+        "relative_error": rounding.relative,
+        "worst_relative_error": rounding.worst,
+        "worst_tensor": rounding.worst_name,
+    }
+
+
+def _tell(ctx: Context, kind: str, entries: list[Entry], rounding: Rounding) -> None:
+    """One line about what the file costs: bytes where it is exact, error where it is not."""
+    total = sum(entry.size_bytes for entry in entries)
+    if kind != "exact":
+        error = f"relative error of the weights {rounding.relative:.2e}, at most {rounding.worst:.2e}"
+        ctx.progress.print(f"gguf: {total / 1e6:.1f} MB of {kind} weights, {error} ({rounding.worst_name or 'none'})")
+        return
+    packed = [entry for entry in entries if entry.packed]
+    wide = sum(entry.type == Type.F32 for entry in packed)
+    line = f"gguf: {total / 1e6:.1f} MB, every weight exact"
+    if wide:
+        small = sum(type_bytes(Type.Q8_0 if len(entry.shape) > 1 else entry.type, entry.shape) for entry in entries)
+        line += (
+            f"; {wide} of {len(packed)} packed weights fit no smaller GGUF type exactly and are F32. "
+            f"With --type q8_0 it has about {small / 1e6:.1f} MB and is not exact"
+        )
+    ctx.progress.print(line)
+
+
+# ---- what goes where ----------------------------------------------------------------------------------------------
+def _plan(folder: Path, network: Any, kind: str) -> Iterator[Entry]:
+    """Every tensor to be written, in the order of `reference.read_stored`."""
+    names = {alias: first for first, group in aliases(network).items() for alias in group}
+    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    buffers = {name for name, _ in network.named_buffers()}
+    row = ARCHITECTURES[type(network).__name__]
+    table = gguf.get_tensor_name_map(row.name, network.config.num_hidden_layers)
+    seen: set[str] = set()
+    for name, tensor in reference.read_stored(folder):
+        if name in buffers or names.get(name) in seen:
+            continue
+        if name not in names:
+            raise ArtifactError(f"the weight file holds {name!r}, which this architecture has no place for")
+        if tuple(tensor.shape) != shapes[names[name]]:
+            raise ArtifactError(f"{name} has shape {list(tensor.shape)}, but config.json makes it another")
+        seen.add(names[name])
+        target = table.get_name(names[name], try_suffixes=(".weight", ".bias"))
+        part = target.split(".")[-2] if target else ""
+        if target is None or (target.endswith(".bias") and part not in row.biases):
+            raise ConfigError(f"GGUF has no place for {name} in this architecture; use --format safetensors")
+        yield Entry(name, target, _type_of(tensor, kind), tuple(tensor.shape), isinstance(tensor, PackedTensor))
+    missing = sorted(set(shapes) - seen)
+    if missing:
+        raise ArtifactError(f"{folder} holds no weights for {missing[0]} ({len(missing)} tensors missing)")
+
+
+def _type_of(tensor: PackedTensor | Tensor, kind: str) -> Type:
+    if len(tensor.shape) == 1:
+        return Type.F32
+    if kind == "exact":
+        return exact_type(tensor)
+    return Type.F16 if kind == "q8_0" and tensor.shape[1] % BLOCK else TYPES[kind]
+
+
+def exact_type(tensor: PackedTensor | Tensor) -> Type:
+    """The smallest GGUF type that holds a weight [rows, columns] bit for bit."""
+    values = _values(tensor)
+    if isinstance(tensor, PackedTensor) and tensor.shape[1] % BLOCK == 0:
+        levels, scales = blocks_of(tensor)
+        for kind in BLOCK_TYPES:
+            stored = encode_blocks(levels, scales, kind)
+            if stored is not None and np.array_equal(gguf.dequantize(stored, kind), values):
+                return kind
+    exact = torch.from_numpy(values)
+    for kind, dtype in ((Type.BF16, torch.bfloat16), (Type.F16, torch.float16)):
+        if torch.equal(exact.to(dtype).float(), exact):
+            return kind
+    return Type.F32
+
+
+def _values(tensor: PackedTensor | Tensor) -> np.ndarray:
+    """float32 values."""
+    return (tensor.dequantize() if isinstance(tensor, PackedTensor) else tensor.float()).numpy()
+
+
+def blocks_of(tensor: PackedTensor) -> tuple[np.ndarray, np.ndarray]:
+    """A packed weight's levels int16 [rows, columns] and scales float32 [rows, columns / 32]; values are products."""
+    rows, columns = tensor.shape
+    levels, scales = torch.empty(rows, columns, dtype=torch.int16), torch.empty(rows, columns // BLOCK)
+    for index, part in enumerate(tensor.parts):
+        where = slice(None) if tensor.row_part is None else tensor.row_part == index
+        group = torch.arange(0, columns, BLOCK) // part.format.group_size
+        scales[where] = (part.factors.float()[:, None] * part.scales.float())[:, group]
+        if part.codebook is not None:
+            levels[where] = part.codebook.to(torch.int16)[part.codes.int()]
+        else:
+            assert part.zeros is not None
+            levels[where] = part.codes.to(torch.int16) - part.zeros.to(torch.int16)[:, part.group_of_column]
+    return levels.numpy(), scales.numpy()
+
+
+def encode_blocks(levels: np.ndarray, scales: np.ndarray, kind: Type) -> np.ndarray | None:
+    """uint8 [rows, bytes] of a type of BLOCK_TYPES with these levels and scales; None when a number does not fit it."""
+    bits, zero = BLOCK_TYPES[kind]
+    blocks = levels.reshape(-1, BLOCK)
+    low = blocks.min(1) if zero == 0 else np.full(len(blocks), -zero, np.int16)
+    if blocks.min() < low.min() or (blocks.max(1) - low >= 1 << bits).any():
+        return None
+    exact = np.where(blocks.any(1), scales.reshape(-1), 0)
+    with np.errstate(over="ignore"):
+        scale, least = exact.astype(np.float16), (exact * low).astype(np.float16)
+    if (scale != exact).any() or (zero == 0 and (least != exact * low).any()):
+        return None
+    head = [scale[:, None].view(np.uint8)]
+    if kind == Type.Q8_0:
+        pieces = [*head, blocks.astype(np.int8).view(np.uint8)]
+    else:
+        codes = (blocks - low[:, None]).astype(np.uint8)
+        halves = (codes & 15).reshape(-1, 2, BLOCK // 2)
+        head += [least[:, None].view(np.uint8)] if zero == 0 else []
+        head += [np.packbits(codes >> 4, axis=1, bitorder="little")] if bits == 5 else []
+        pieces = [*head, halves[:, 0] | (halves[:, 1] << 4)]
+    return np.concatenate(pieces, axis=1).reshape(len(levels), -1)
+
+
+def type_bytes(kind: Type, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor in a file; a matrix whose columns do not fill blocks counts them as F16."""
+    size, stored = gguf.GGML_QUANT_SIZES[Type.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] else kind]
+    return math.prod(shape) // size * stored
+
+
+# ---- writing ------------------------------------------------------------------------------------------------------
+def _add_metadata(
+    writer: gguf.GGUFWriter, model: Artifact, network: Any, entries: list[Entry], ctx: Context
+) -> dict[str, Any]:
+    writer.add_type(gguf.GGUFType.MODEL)
+    origin = _origin(model, ctx)
+    source = re.sub(r"@[^/]*$|\.gguf$", "", str(origin.get("source", "")))
+    writer.add_name(re.split(r"[:/]", source)[-1] or f"{network.config.model_type}-{model.id[:12]}")
+    writer.add_description(f"exported by Gulliver from artifact {model.id}")
+    if origin.get("license"):
+        writer.add_license(str(origin["license"]))
+    largest = max(entries, key=lambda entry: entry.size_bytes).type
+    writer.add_file_type(FILE_TYPES.get(largest, gguf.LlamaFileType.GUESSED))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    context = add_architecture(writer, network)
+    return {
+        "context_length": context,
+        "pre_tokenizer": add_tokenizer(writer, model.path, network.config),
+    }
+
+
+def _origin(model: Artifact, ctx: Context) -> dict[str, Any]:
+    """What `pull` wrote down about the first model of the lineage: "source", "license"; empty when it is not known."""
+    for manifest in ctx.store.lineage(model.id):
+        held = manifest.get("files", {})
+        if manifest.get("kind") == "model" and ORIGIN in held:
+            found = read_json(ctx.store.get(manifest["id"]).file(ORIGIN).read_bytes(), ORIGIN)
+            return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _write(writer: gguf.GGUFWriter, model: Artifact, network: Any, entries: list[Entry], ctx: Context) -> Rounding:
+    """Header, then every tensor in the order of `entries`. Returns how much was rounded."""
+    factors, rounding = rope_factors(network), Rounding()
+    if factors is not None:
+        writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes, Type.F32)
+    for entry in entries:
+        writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), entry.size_bytes, entry.type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if factors is not None:
+        writer.write_tensor_data(factors)
+    row = ARCHITECTURES[type(network).__name__]
+    places = {entry.source: entry for entry in entries}
+    with ctx.progress.stage("export", total=len(entries), unit="tensor") as bar:
+        for name, tensor in reference.read_stored(model.path):
+            if name in places:
+                writer.write_tensor_data(_encoded(tensor, places[name], row, network.config, rounding))
+                bar.advance(note=name)
+    return rounding
+
+
+def _encoded(
+    tensor: PackedTensor | Tensor, entry: Entry, row: Architecture, config: Any, rounding: Rounding
+) -> np.ndarray:
+    """A tensor's bytes in the file, rows in llama.cpp's order."""
+    values = _values(tensor)
+    if entry.name.endswith("_norm.weight") and row.norm_offset:
+        values = values + np.float32(row.norm_offset)
+    stored = None
+    if entry.type in BLOCK_TYPES and entry.packed:
+        stored = encode_blocks(*blocks_of(tensor), entry.type)  # type: ignore[arg-type]
+    if stored is None:
+        with np.errstate(over="ignore"):
+            stored = gguf.quantize(values, entry.type)
+    kept = gguf.dequantize(stored, entry.type)
+    if not np.isfinite(kept).all():
+        raise ConfigError(f"{entry.source} holds values beyond {entry.type.name}; use --type bf16 or exact")
+    rounding.add(entry.source, values, kept)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(entry.name.split(".")[-2])
+    return permute(stored, heads) if row.permuted and heads else stored
+
+
+def permute(values: np.ndarray, heads: int) -> np.ndarray:
+    """Rows [heads · d, …] from transformers' order to llama.cpp's: (i, i + d/2) become neighbours."""
+    half = values.shape[0] // heads // 2
+    return values.reshape(heads, 2, half, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)

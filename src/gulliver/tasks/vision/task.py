@@ -1,0 +1,224 @@
+"""Vision: image classifiers. Today one architecture, `nets/inception.py`, on images of one fixed shape.
+
+A batch holds `image` float32 [batch, channels, height, width] in [0, 1] and `label` int64 [batch].
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gulliver.core.errors import ArtifactError, ConfigError, DataError
+from gulliver.core.evidence.evidence import Evidence
+from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.files import write_atomic
+from gulliver.nets.inception import Inception, InceptionConfig
+from gulliver.nets.weights import assign, empty_parameters, unfilled
+from gulliver.runtime.reference import read_tensors
+from gulliver.tasks.base import Batch, Block, Task, Weight
+from gulliver.tasks.vision.examples import Examples, read_split
+from gulliver.tasks.vision.scores import divergences, evidence
+
+ARCHITECTURE = "GulliverInception"
+WORKLOAD_IMAGES = 256
+MIN_COLUMNS = 32
+"""Weights with fewer inputs than the smallest group stay as they are: packing them would add bytes."""
+
+
+class VisionTask(Task):
+    """Image classification, trained with cross entropy, judged by accuracy."""
+
+    name = "vision"
+
+    # ---- data -------------------------------------------------------------------------------------------------
+    def _read(self, source: str | Path, split: str) -> list[dict[str, Any]]:
+        examples = read_split(source, split)
+        rows = zip(examples.images.tolist(), examples.labels.tolist(), strict=True)
+        return [{"image": image, "label": label} for image, label in rows]
+
+    def _batches(
+        self, dataset: Artifact, split: str, batch_size: int, seed: int, step: int, folder: Path, **dials: Any
+    ) -> Iterator[Batch]:
+        """Epoch after epoch, each in its own order; a batch may reach over the end of one into the next."""
+        _no_dials(dials)
+        config = read_config(folder)
+        examples = _fitting(read_split(dataset.path, split), config, dataset)
+        count = len(examples)
+        if not count:
+            raise DataError(f"{dataset.path} has no {split} examples")
+        orders: dict[int, np.ndarray] = {}
+        while True:
+            places = np.arange(step * batch_size, (step + 1) * batch_size)
+            epochs = range(places[0] // count, places[-1] // count + 1)
+            orders = {epoch: orders.get(epoch, _order(seed, epoch, count)) for epoch in epochs}
+            rows = np.array([orders[place // count][place % count] for place in places.tolist()])
+            yield _batch(examples.take(rows), config)
+            step += 1
+
+    # ---- networks ---------------------------------------------------------------------------------------------
+    def _build(self, size: int, seed: int) -> nn.Module:
+        config = InceptionConfig(size)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return Inception(config)
+
+    def _load(self, folder: Path, empty: bool) -> nn.Module:
+        config = read_config(folder)
+        with empty_parameters():
+            model = Inception(config)
+        if empty:
+            return model
+        assign(model, read_tensors(folder))
+        missing = unfilled(model)
+        if missing:
+            raise ArtifactError(f"{folder} holds no weights for {missing[0]} ({len(missing)} tensors missing)")
+        return model
+
+    def _save(self, model: nn.Module, folder: Path) -> None:
+        inception = _inception(model)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"architectures": [ARCHITECTURE], "model_type": "gulliver_inception", **asdict(inception.config)}
+        write_atomic(folder / "config.json", json.dumps(config, sort_keys=True, indent=2) + "\n")
+        tensors = {name: tensor.detach().contiguous() for name, tensor in inception.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    # ---- arithmetic -------------------------------------------------------------------------------------------
+    def _loss(self, model: nn.Module, batch: Batch, parent: nn.Module | None) -> Tensor:
+        logits = model(batch["image"])
+        if parent is None:
+            return nn.functional.cross_entropy(logits.float(), batch["label"], reduction="none")
+        with torch.no_grad():
+            target = parent(batch["image"])
+        return divergences(logits, target)
+
+    def _blocks(self, model: nn.Module, batches: Sequence[Batch]) -> list[Block]:
+        del batches  # every stage needs nothing but the activations it is given
+        stages = _inception(model).sequence()
+        return [
+            Block(name, (f"{name}.",), _packable(name, stage), _forward(stage, first=index == 0))
+            for index, (name, stage) in enumerate(stages)
+        ]
+
+    # ---- judgement --------------------------------------------------------------------------------------------
+    def _score(
+        self, model: nn.Module, dataset: Artifact, parent: nn.Module | None, folder: Path, **dials: Any
+    ) -> list[Evidence]:
+        """Dials: `share` of the images (1.0); `batch_size` (256), of no effect on the numbers beyond rounding."""
+        batch_size, share = int(dials.pop("batch_size", 256)), float(dials.pop("share", 1.0))
+        _no_dials(dials)
+        config = read_config(folder)
+        examples = _fitting(read_split(dataset.path, "eval"), config, dataset)
+        if not len(examples):
+            raise DataError(f"{dataset.path} has no eval examples; nothing can be measured")
+        examples = examples.take(np.arange(min(len(examples), max(2, round(share * len(examples))))))
+        trained = read_split(dataset.path, "train").labels
+        majority = int(np.bincount(trained if len(trained) else examples.labels).argmax())
+        images, labels = _batch(examples, config).values()
+        networks = [network for network in (model, parent) if network is not None]
+        with torch.inference_mode():
+            outputs = [torch.cat([network(part).float() for part in images.split(batch_size)]) for network in networks]
+        return evidence(outputs[0], labels, majority, outputs[1] if parent is not None else None, examples.data_hash)
+
+    def workloads(self, model: nn.Module, folder: Path) -> dict[str, Callable[[], int]]:
+        """Metric -> one piece of work that returns how many units it did; timed by the step `speed`."""
+        images = torch.rand(WORKLOAD_IMAGES, *read_config(folder).shape, generator=torch.Generator().manual_seed(0))
+
+        def classify() -> int:
+            with torch.inference_mode():
+                return len(model(images))
+
+        return {"examples_per_s": classify}
+
+    def answer(self, model: nn.Module, request: dict[str, Any], *, folder: Path) -> dict[str, Any]:
+        """{"image": pixels in [0, 1], flat or nested} -> {"label": int, "probabilities": [classes]}.
+
+        DataError for a request of another form.
+        """
+        config = read_config(folder)
+        image = _request_image(request, config)
+        with torch.inference_mode():
+            probabilities = model(image).float().softmax(-1)[0]
+        return {"label": int(probabilities.argmax()), "probabilities": probabilities.tolist()}
+
+
+def read_config(folder: Path) -> InceptionConfig:
+    """The network's shape from `folder`/config.json. ArtifactError when it is missing or says something else."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict) or raw.pop("architectures", None) != [ARCHITECTURE]:
+            raise ValueError(f"its architectures are not [{ARCHITECTURE!r}]")
+        raw.pop("model_type", None)
+        return InceptionConfig(**raw)
+    except (OSError, ValueError, TypeError, RecursionError, ConfigError) as error:
+        raise ArtifactError(f"{path} describes no vision network: {error}") from error
+
+
+def _no_dials(dials: dict[str, Any]) -> None:
+    if dials:
+        raise ConfigError(f"the vision task has no option {sorted(dials)[0]!r}; leave it out")
+
+
+def _inception(model: nn.Module) -> Inception:
+    if not isinstance(model, Inception):
+        raise ConfigError(f"the vision task has no place for a {type(model).__name__}; build or load one with it")
+    return model
+
+
+def _fitting(examples: Examples, config: InceptionConfig, dataset: Artifact) -> Examples:
+    """`examples`, if the network can take them. DataError when shape or labels do not fit."""
+    pixels = int(np.prod(config.shape))
+    if len(examples) and examples.images.shape[1] != pixels:
+        raise DataError(
+            f"images in {dataset.path} have {examples.images.shape[1]} pixels; "
+            f"the network takes {' x '.join(map(str, config.shape))}"
+        )
+    if len(examples) and examples.labels.max() >= config.classes:
+        raise DataError(f"{dataset.path} has label {examples.labels.max()}; the network knows {config.classes} classes")
+    return examples
+
+
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def _batch(examples: Examples, config: InceptionConfig) -> Batch:
+    image = torch.from_numpy(examples.images).reshape(-1, *config.shape)
+    return {"image": image, "label": torch.from_numpy(examples.labels)}
+
+
+def _packable(prefix: str, stage: nn.Module) -> tuple[Weight, ...]:
+    """Convolutions and linears below `stage` with at least MIN_COLUMNS inputs."""
+    kinds = {nn.Conv2d: "conv", nn.Linear: "linear"}
+    return tuple(
+        Weight(f"{prefix}.{name}.weight", kinds[type(module)])
+        for name, module in stage.named_modules()
+        if type(module) in kinds and module.weight[0].numel() >= MIN_COLUMNS  # type: ignore[index, union-attr, operator]
+    )
+
+
+def _forward(stage: nn.Module, first: bool) -> Callable[[Any, int], Tensor]:
+    return lambda x, index: stage(x["image"] if first else x)
+
+
+def _request_image(request: dict[str, Any], config: InceptionConfig) -> Tensor:
+    """float32 [1, channels, height, width] from an untrusted request."""
+    if set(request) != {"image"}:
+        raise DataError(f"a request holds 'image' and nothing else; this one holds {sorted(request) or 'nothing'}")
+    try:
+        pixels = np.asarray(request["image"], dtype=np.float32)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DataError(f"'image' must be numbers from 0 to 1: {error}") from None
+    if pixels.size != int(np.prod(config.shape)):
+        raise DataError(f"'image' has {pixels.size} numbers; the network takes {' x '.join(map(str, config.shape))}")
+    if not np.isfinite(pixels).all() or pixels.min() < 0.0 or pixels.max() > 1.0:
+        raise DataError("'image' must be numbers from 0 to 1; scale the pixels")
+    return torch.from_numpy(pixels.reshape(1, *config.shape))

@@ -1,0 +1,185 @@
+"""Step `distill`: distil a packed model against its parent, so that what rounding broke is made good where it matters.
+
+Every packed weight becomes latent values and trainable scales (learning/latent.py); these and the vectors that are not
+packed (norms, biases) follow the gradient of the task's divergence from the parent on calibration data, in the one
+training loop. Formats and sizes stay as they are. Distillation on data is quantization-aware training with the parent
+as teacher (LLM-QAT, 2023, arXiv 2305.17888); codes move only where the latent crosses a border, which learns rounding.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from gulliver.core import memory
+from gulliver.core.context import Context
+from gulliver.core.errors import BudgetError, ConfigError
+from gulliver.core.overlap import fingerprints
+from gulliver.core.records import CALIBRATION, DAMAGE, DISTILLATION, PACKING
+from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.files import write_atomic
+from gulliver.learning.latent import LatentTensor, Rounded
+from gulliver.learning.loop import run_loop
+from gulliver.learning.optim import OptimizerConfig
+from gulliver.learning.schedule import Schedule
+from gulliver.nets.weights import aliases, owners
+from gulliver.runtime.packed import PackedTensor
+from gulliver.runtime.packing import is_packed
+from gulliver.runtime.reference import packing_entry, packing_json, read_stored, stored_form
+from gulliver.runtime.shards import PACKED_SHARD_BYTES, ShardWriter, copy_beside
+from gulliver.tasks import get_task
+from gulliver.tasks.base import Batch, Task
+
+COPIES = 7
+"""float32 copies of all weights in memory: parent, model, latent, gradient, two moments, and what is in flight."""
+BATCH_BYTES = 2_000_000_000
+TURNS = (0, 1, 1, 1)
+"""Whose batch is next: 0 the user's data, 1 the parent's own. A model comes to favour what it is distilled on."""
+
+
+class Config(BaseModel):
+    """Options of `distill`. Rates warm up linearly over `warmup_steps`, then fall as a cosine to zero."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(100, ge=1, description="updates")
+    batch_size: int = Field(2, ge=1, description="examples per update")
+    tokens: int | None = Field(None, ge=2, description="length of a window, for families that read sequences")
+    learning_rate: float = Field(
+        7e-3, gt=0, allow_inf_nan=False, description="peak rate of the latent weights, in distances between grid values"
+    )
+    scale_rate: float = Field(5e-4, ge=0, allow_inf_nan=False, description="peak rate of the scales, as a ratio")
+    vector_rate: float = Field(3e-4, ge=0, allow_inf_nan=False, description="peak rate of norms and biases")
+    warmup_steps: int = Field(5, ge=0, description="steps of linear warmup")
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False, description="gradients longer than this are clipped")
+    checkpoint_every: int = Field(25, ge=1, description="steps between checkpoints; no effect on the result")
+
+
+def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
+    """The distilled model, packed in the same formats. ConfigError for a model that is not packed."""
+    model, parent, datasets = inputs["model"], inputs["parent"], [inputs["dataset"]]
+    if not is_packed(model.path):
+        raise ConfigError(f"model {model.id[:12]} has no packed weights; `gulliver quantize` it first")
+    if {parent.task, datasets[0].task} != {model.task}:
+        raise ConfigError(f"model, parent and dataset must all be for {model.task}")
+    datasets += [inputs["samples"]] if "samples" in inputs else []
+    task = get_task(model.task)
+    _check_ram(parent, ctx)
+    teacher = task.load(parent.path).requires_grad_(False)
+    student = task.load(model.path).requires_grad_(False)
+    latents, vectors = _trainable(student, teacher, model)
+    batch_at = _batches(task, cfg, datasets, model, ctx)
+
+    bfloat16 = torch.autocast("cpu", dtype=torch.bfloat16)
+    loss = bfloat16(lambda index: task.loss(_use(student, latents), batch_at(index), teacher))
+    parts = [part for latent in latents.values() for part in latent.parts]
+    result = run_loop(
+        parameters=[
+            *({"params": [part.latent], "learning_rate": cfg.learning_rate * part.spacing()} for part in parts),
+            {"params": [part.change for part in parts], "learning_rate": cfg.scale_rate},
+            {"params": list(vectors.values()), "learning_rate": cfg.vector_rate},
+        ],
+        loss=loss,
+        steps=cfg.steps,
+        optimizer=OptimizerConfig("adamw", cfg.learning_rate),
+        schedule=Schedule(cfg.warmup_steps),
+        max_grad_norm=cfg.max_grad_norm,
+        checkpoint=ctx.work / "loop.safetensors",
+        checkpoint_every=cfg.checkpoint_every,
+        progress=ctx.progress,
+        stage="distill",
+    )
+    parents = [part.id for part in (model, parent, *datasets)]
+    with ctx.writer(kind="model", task=model.task, parents=parents, step_name="distill", config=cfg) as writer:
+        entries = {}
+        with ShardWriter(writer.path, PACKED_SHARD_BYTES) as shards:
+            for name, tensor in read_stored(model.path):
+                if isinstance(tensor, PackedTensor):
+                    packed = latents[name].packed()
+                    entries[name] = packing_entry(packed)
+                    shards.add(stored_form(name, packed))
+                else:
+                    shards.add({name: vectors[name].detach().to(tensor.dtype) if name in vectors else tensor})
+        write_atomic(writer.path / PACKING, packing_json(entries))
+        write_atomic(writer.path / DISTILLATION, json.dumps({"losses": result.losses}) + "\n")
+        known = fingerprints(row for part in datasets for row in task.read(part.path, "train"))
+        listed = {"dataset": datasets[0].id, "paragraph_sha256_16": known}
+        write_atomic(writer.path / CALIBRATION, json.dumps(listed, sort_keys=True) + "\n")
+        copy_beside(model, writer.path)
+        if DAMAGE in model.files:
+            shutil.copyfile(model.file(DAMAGE), writer.path / DAMAGE)
+        return writer.commit()
+
+
+def _check_ram(parent: Artifact, ctx: Context) -> None:
+    needed = memory.current_rss_bytes() + COPIES * 2 * parent.weight_bytes + BATCH_BYTES
+    if ctx.max_ram_bytes is not None and needed > ctx.max_ram_bytes:
+        raise BudgetError(
+            f"distilling this model takes about {needed / 1e9:.1f} GB of memory; the limit is "
+            f"{ctx.max_ram_bytes / 1e9:.1f} GB. Raise it, or fit with --effort normal, which does not distill"
+        )
+
+
+def _trainable(
+    student: nn.Module, teacher: nn.Module, model: Artifact
+) -> tuple[dict[str, LatentTensor], dict[str, nn.Parameter]]:
+    """Latents of the packed weights, taken out of the network's parameters; and the vectors, which stay there."""
+    parents = dict(teacher.named_parameters())
+    latents = {
+        name: LatentTensor(tensor, parents[name].detach())
+        for name, tensor in read_stored(model.path)
+        if isinstance(tensor, PackedTensor)
+    }
+    vectors = {
+        name: parameter
+        for name, parameter in student.named_parameters()
+        if name not in latents and parameter.dim() == 1
+    }
+    for parameter in vectors.values():
+        parameter.requires_grad_(True)
+    shared = {name: owners(student, name) for name in latents}
+    for pairs in shared.values():
+        for _, module in pairs:
+            del module._parameters["weight"]
+    student.__dict__["latent_owners"] = {name: [module for _, module in pairs] for name, pairs in shared.items()}
+    assert set(parents) == set(aliases(teacher)), "a parent's parameters are named by their first names"
+    return latents, vectors
+
+
+def _use(student: nn.Module, latents: dict[str, LatentTensor]) -> nn.Module:
+    """Give the network the weights that the latents have come to stand for; returns it."""
+    for name, latent in latents.items():
+        value = latent.joined(
+            [Rounded.apply(part.latent, part.change, part.scale, part.grid) for part in latent.parts]  # type: ignore[misc]
+        )
+        for module in student.__dict__["latent_owners"][name]:
+            module.__dict__["weight"] = value
+    return student
+
+
+def _batches(
+    task: Task, cfg: Config, datasets: list[Artifact], model: Artifact, ctx: Context
+) -> Callable[[int], Batch]:
+    """Batch k, from the data sets in the order of `TURNS`; free as long as batches are asked for in order."""
+    dials = {} if cfg.tokens is None else {"tokens": cfg.tokens}
+    streams: dict[int, tuple[int, Iterator[Batch]]] = {}
+    order = [turn for turn in TURNS if turn < len(datasets)]
+
+    def at(index: int) -> Batch:
+        rounds, now = divmod(index, len(order))
+        turn = order[now]
+        place = rounds * order.count(turn) + order[:now].count(turn)
+        coming, stream = streams.get(turn, (-1, iter(())))
+        if coming != place:
+            stream = task.batches(
+                datasets[turn], "train", cfg.batch_size, ctx.seed + 1, place, folder=model.path, **dials
+            )
+        streams[turn] = (place + 1, stream)
+        return next(stream)
+
+    return at
