@@ -1,6 +1,7 @@
 // Whole steps of small random decoders in every way that work is divided, for the sanitizers of addresses and threads: 1, 2
 // and 4 threads; steps of 1, 2, 7 and 40 rows of two sequences; all, some or no rows wanted. Whatever the division, the
-// logits must be those of one thread that takes the tokens one by one, to the last bit.
+// logits must be those of one thread that takes the tokens one by one, to the last bit. The same of two models whose steps are
+// asked for at once, while a third one comes and goes.
 //
 //     steps [INSTRUCTION SET]
 #include <algorithm>
@@ -13,6 +14,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "isa.h"
@@ -228,6 +230,27 @@ int check(const InstructionSet& set, const Model& model) {
   return runs;
 }
 
+int check_at_once(const InstructionSet& set, const Model& one, const Model& other) {
+  const int blocks = 2 * ((kTokens + kCacheTokens - 1) / kCacheTokens);
+  const Answers right = answers(*one.program(set.kernels, 1, blocks), 1, 4, 1);
+  const Answers right_other = answers(*other.program(set.kernels, 1, blocks), 1, 4, 1);
+  const int pairs[][2] = {{1, 1}, {2, 2}, {1, 2}, {4, 2}};
+  for (const auto& threads : pairs) {
+    const auto program = one.program(set.kernels, threads[0], blocks), second = other.program(set.kernels, threads[1], blocks);
+    const std::string what = set.name + ", two models of " + std::to_string(threads[0]) + " and " + std::to_string(threads[1]) +
+                             " threads at once: ";
+    std::thread beside([&] {
+      for (const int size : {1, 7, kMaxRows}) compare(what + other.name, answers(*second, size, 4, 1), right_other);
+    });
+    for (const int size : {7, 1, kMaxRows}) {
+      compare(what + one.name, answers(*program, size, 4, 1), right);
+      compare(what + "a third one", answers(*other.program(set.kernels, threads[0], blocks), kMaxRows, 4, 1), right_other);
+    }
+    beside.join();
+  }
+  return int(std::size(pairs));
+}
+
 Shape shape_of(int hidden, int heads, int kv_heads, int head_dim, int intermediate, int positions) {
   Shape shape;
   shape.hidden = hidden, shape.heads = heads, shape.kv_heads = kv_heads, shape.head_dim = head_dim;
@@ -254,6 +277,7 @@ int main(int count, char** arguments) {
     if (!chosen) continue;
     sets++;
     for (const Model& model : models) runs += check(set, model);
+    runs += check_at_once(set, models[0], models[1]);
   }
   if (!sets) fail("nothing to test");
   std::printf("%d runs on %d instruction sets give the same logits, however they are divided\n", runs, sets);

@@ -35,7 +35,7 @@ Product Program::product_of(const std::vector<const Matrix*>& matrices) const {
   product.matrices = matrices;
   size_t total = 0;
   for (const Matrix* matrix : matrices) total += matrix->bytes();
-  const size_t wish = std::clamp(total / size_t(pool_.size() * kPiecesPerThread), kLeastPiece, kMostPiece);
+  const size_t wish = std::clamp(total / size_t(pool_->size() * kPiecesPerThread), kLeastPiece, kMostPiece);
   for (size_t number = 0; number < matrices.size(); number++) {
     const Matrix& matrix = *matrices[number];
     product.at.push_back(product.rows);
@@ -57,7 +57,7 @@ void Program::link_readings() {
   for (Layer& layer : layers)
     for (Product* product : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down}) order.push_back(product);
   order.push_back(&head);
-  const size_t threads = size_t(pool_.size());
+  const size_t threads = size_t(pool_->size());
   auto first_of = [&](const Product& product, size_t thread) { return share_of(product.pieces.size(), thread); };
   for (size_t number = 0; number < order.size(); number++) {
     Product &product = *order[number], &next = *order[(number + 1) % order.size()];

@@ -79,7 +79,7 @@ struct Program::Mine {
 };
 
 Program::Program(const Shape& s, const Kernels* k, int threads, int rows, int blocks)
-    : shape(s), max_rows(rows), cache_blocks(blocks), kernels(k), pool_(threads) {
+    : shape(s), max_rows(rows), cache_blocks(blocks), kernels(k), pool_(Pool::of(threads)) {
   width_ = apart((s.heads + 2 * s.kv_heads) * s.head_dim);
   wide_ = std::max({s.hidden, s.heads * s.head_dim, s.intermediate});
 }
@@ -105,12 +105,12 @@ void Program::finish() {
   gate_up_.resize(size_t(max_rows) * apart(2 * shape.intermediate));
   added_.resize(size_t(max_rows) * apart(shape.hidden));
   angles_.resize(ropes.size() * max_rows * shape.head_dim);
-  for (int thread = 0; thread < pool_.size(); thread++) {
+  for (int thread = 0; thread < pool_->size(); thread++) {
     mine_.push_back(std::make_unique<Mine>(1, shape.hidden, wide_, shape.positions));
     mine_.back()->thread = thread;
   }
   mine_.push_back(std::make_unique<Mine>(max_rows, shape.hidden, wide_, 0));
-  shares_ = std::vector<Share>((layers.size() * 5 + 1) * pool_.size());
+  shares_ = std::vector<Share>((layers.size() * 5 + 1) * pool_->size());
   link_readings();
 }
 
@@ -142,7 +142,7 @@ void Program::embed(int token, float* out) const {
 
 template <class Do>
 void Program::share(Mine& mine, Do&& work) {
-  const int threads = pool_.size();
+  const int threads = pool_->size();
   Share* shares = shares_.data() + size_t(mine.turn++) * threads;
   for (int number = shares[mine.thread].take(true); number >= 0; number = shares[mine.thread].take(true)) work(number, true);
   for (int other = 1; other < threads; other++) {
@@ -208,7 +208,7 @@ void Program::prepare_head(const Layer& layer, int row, int head, float* x) {
 
 void Program::attention(int number, Mine& mine) {
   const Layer& layer = layers[number];
-  const int dim = shape.head_dim, all = shape.heads + shape.kv_heads, threads = pool_.size();
+  const int dim = shape.head_dim, all = shape.heads + shape.kv_heads, threads = pool_->size();
   alignas(64) int8_t bytes[kMostHeadDim];
   const int first_item = int(int64_t(count_) * all * mine.thread / threads);
   const int last_item = int(int64_t(count_) * all * (mine.thread + 1) / threads);
@@ -241,7 +241,7 @@ void Program::attention(int number, Mine& mine) {
     uint8_t* values = where + size_t(kCacheTokens) * dim + size_t(at / 4) * 4 * dim + at % 4;   // four tokens stand together
     for (int d = 0; d < dim; d++) values[4 * d] = uint8_t(bytes[d]);
   }
-  pool_.barrier().wait();
+  pool_->barrier().wait();
   const std::vector<int32_t>& wanted = *wanted_;
   const bool last = number + 1 == int(layers.size());
   if (last) {                       // whose logits nobody wants has done its part: the others move up
@@ -258,7 +258,7 @@ void Program::attention(int number, Mine& mine) {
     const int at = item / items % mine.count, kv = item / items / mine.count, first = item % items * each;
     attend(layer, number, last ? wanted[at] : at, at, kv * group + first, kv * group + std::min(first + each, group), mine);
   });
-  pool_.barrier().wait();
+  pool_->barrier().wait();
 }
 
 void Program::attend(const Layer& layer, int number, int row, int at, int first_head, int last_head, Mine& mine) {
@@ -274,7 +274,7 @@ void Program::attend(const Layer& layer, int number, int row, int at, int first_
 // so that two threads seldom write to one cache line.
 void Program::divide(Mine& mine, int count) {
   const bool alone = count_ == 1;
-  const int threads = pool_.size(), unit = count >= kPanel * threads ? kPanel : 1, units = (count + unit - 1) / unit;
+  const int threads = pool_->size(), unit = count >= kPanel * threads ? kPanel : 1, units = (count + unit - 1) / unit;
   mine.count = count;
   mine.first = alone ? 0 : int(share_of(size_t(units), size_t(mine.thread))) * unit;
   mine.last = alone ? count : std::min(count, int(share_of(size_t(units), size_t(mine.thread) + 1)) * unit);
@@ -293,7 +293,7 @@ void Program::work(int thread) {
     const Layer& layer = layers[number];
     open(mine, layer.attention_norm, after, number > 0);
     product(layer.qkv, qkv_.data(), width_, mine);
-    pool_.barrier().wait();
+    pool_->barrier().wait();
     attention(int(number), mine);
     if (mine.count == 0) return;    // the cache is filled, and no logits are wanted
 
@@ -304,11 +304,11 @@ void Program::work(int thread) {
     }
     together();
     product(layer.out, added_.data(), apart(hidden), mine);
-    pool_.barrier().wait();
+    pool_->barrier().wait();
 
     open(mine, layer.mlp_norm, layer.after_attention, true);
     product(layer.gate_up, gate_up_.data(), apart(2 * middle), mine);
-    pool_.barrier().wait();
+    pool_->barrier().wait();
 
     mine.columns = middle;
     for (int row = mine.first; row < mine.last; row++) {
@@ -319,7 +319,7 @@ void Program::work(int thread) {
     }
     together();
     product(layer.down, added_.data(), apart(hidden), mine);
-    pool_.barrier().wait();
+    pool_->barrier().wait();
     if (thread == 0) evict(number);
     after = layer.after_mlp;
   }
@@ -329,7 +329,7 @@ void Program::work(int thread) {
 
 // Every thread's share of each product of a step, in the order in which `work` comes to them.
 void Program::deal() {
-  const int threads = pool_.size();
+  const int threads = pool_->size();
   Share* shares = shares_.data();
   auto divide = [&](size_t total) {
     for (int thread = 0; thread < threads; thread++)
@@ -360,7 +360,7 @@ void Program::step(const std::vector<Row>& rows, const std::vector<int32_t>& wan
       }
     }
   deal();
-  pool_.run([this](int thread) { work(thread); });
+  pool_->run([this](int thread) { work(thread); });
   for (const Span& span : outer_) madvise(span.start, span.length, MADV_DONTNEED);
 }
 

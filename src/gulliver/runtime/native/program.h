@@ -116,13 +116,13 @@ class Program {
   struct Span { char* start; size_t length; };
   void work(int thread);
   void divide(Mine& mine, int count);
-  void together() { if (count_ > 1) pool_.barrier().wait(); }   // with one row every thread did all of it
+  void together() { if (count_ > 1) pool_->barrier().wait(); }   // with one row every thread did all of it
   void open(Mine& mine, const float* norm, const float* after, bool add);
   void product(const Product& product, float* y, int y_stride, Mine& mine);
   void piece(const Product& product, const Piece& piece, float* y, int y_stride, const Mine& mine, Reading reading) const;
   void link_readings();             // tells every product where its threads go on reading
   // The first of `total` things in a thread's share; the share ends where the next thread's begins.
-  size_t share_of(size_t total, size_t thread) const { return total * thread / size_t(pool_.size()); }
+  size_t share_of(size_t total, size_t thread) const { return total * thread / size_t(pool_->size()); }
   template <class Do>
   void share(Mine& mine, Do&& work);   // work(number, whether it was dealt to this thread) for every number that `deal` dealt next
   void deal();
@@ -138,7 +138,7 @@ class Program {
   static size_t spans_of(const Matrix& matrix, std::vector<Span>& spans);   // returns the bytes of the matrix
   uint8_t* block(int layer, int head, int number) const;
 
-  Pool pool_;
+  const std::shared_ptr<Pool> pool_;              // shared with other programs
   uint8_t* cache_ = nullptr;
   size_t cache_bytes_ = 0, block_bytes_ = 0, block_stride_ = 0;   // of one layer and head; from block to block
   const std::vector<Row>* rows_ = nullptr;
