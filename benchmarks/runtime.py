@@ -34,14 +34,16 @@ from runtime_http import load, overhead, streams
 from runtime_models import eight_bit_model, large_model, large_parent
 from runtime_speed import bandwidth, cold, decode, prefill, quality
 from runtime_table import draw_all
+from runtime_two_engines import two
 
 PARTS: dict[str, Callable[[argparse.Namespace], dict]] = {
-    one.__name__: one for one in (decode, bandwidth, prefill, streams, overhead, cold, load, lookup, reuse, quality)
+    one.__name__: one
+    for one in (decode, bandwidth, prefill, streams, overhead, cold, load, two, lookup, reuse, quality)
 }
 """What `all` runs, in this order."""
 PEERS_OF = {"decode", "bandwidth", "prefill", "streams"}
 DATA_OF = {"lookup", "quality"}
-ROUNDS = {"decode": 7, "bandwidth": 7, "prefill": 7, "streams": 7, "overhead": 131, "lookup": 6, "reuse": 6}
+ROUNDS = {"decode": 7, "bandwidth": 7, "prefill": 7, "streams": 7, "overhead": 131, "two": 21, "lookup": 6, "reuse": 6}
 
 
 def measure(args: argparse.Namespace, results: Results) -> None:
@@ -98,7 +100,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         one.set_defaults(act=measure)
         if name in ROUNDS:
             one.add_argument("--rounds", type=int, default=ROUNDS[name])
-        if name in ("decode", "bandwidth", "streams", "overhead", "lookup", "reuse"):
+        if name in ("decode", "bandwidth", "streams", "overhead", "two", "lookup", "reuse"):
             one.add_argument("--tokens", type=int, default={"bandwidth": 64, "reuse": 16}.get(name, 128))
     choices = parts.choices
     choices["prefill"].add_argument("--prompt", type=int, default=512)

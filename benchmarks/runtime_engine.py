@@ -22,8 +22,10 @@ from pathlib import Path
 class BareEngine:
     """runtime_engine.py as a process: `with BareEngine(model, …) as engine: engine.ask([prompt], 128)`."""
 
+    script = Path(__file__)
+
     def __init__(self, model: Path, *options: object, threads: int) -> None:
-        words = (sys.executable, Path(__file__), model, "--threads", threads, *options)
+        words = (sys.executable, self.script, model, "--threads", threads, *options)
         self._command = [str(word) for word in words]
 
     def __enter__(self) -> BareEngine:
@@ -41,8 +43,12 @@ class BareEngine:
 
     def ask(self, prompts: Sequence[object], tokens: int) -> dict:
         """Put these prompts (texts, or lists of messages) through the engine at once."""
+        return self.answer_to({"prompts": prompts, "tokens": tokens})
+
+    def answer_to(self, asked: dict) -> dict:
+        """Send one request, read one answer."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"prompts": prompts, "tokens": tokens}) + "\n")
+        self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:

@@ -29,6 +29,7 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "memory": "its peak memory beyond the weight file", "overhead": "HTTP over the bare engine, one stream",
         "errors": "{clients} clients for {seconds} s, {killed} broken off: errors but 429",
         "growth": "the same: resident memory, growth a minute", "late": "the same: time to first token, p99 ÷ median",
+        "two": "two models of a process at once ÷ one after the other, {kind}",
         "lookup": "prompt lookup on ÷ off, “{kind}”", "reuse": "prefix reuse on ÷ off, “{kind}”",
         "native": "perplexity, native ÷ float32 of the same weights, as prompts",
         "single": "the same, token by token", "engine": "engine", "size": "file MB", "tokens": "tok/s",
@@ -43,6 +44,7 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "memory": "其超出权重文件的内存峰值", "overhead": "HTTP 相对裸引擎的开销，单路",
         "errors": "{clients} 个客户端持续 {seconds} 秒，{killed} 中途断开：429 以外的错误",
         "growth": "同上：常驻内存每分钟增长", "late": "同上：首词元时间 p99 ÷ 中位数",
+        "two": "同一进程两个模型同时运行 ÷ 先后运行，{kind}",
         "lookup": "提示查找 开 ÷ 关，“{kind}”", "reuse": "前缀复用 开 ÷ 关，“{kind}”",
         "native": "困惑度，原生 ÷ 同权重 float32，按提示送入",
         "single": "同上，逐词元", "engine": "引擎", "size": "文件 MB", "tokens": "词元/秒",
@@ -134,10 +136,10 @@ def _load(row: Mapping, words: Mapping[str, str]) -> Iterator[Claim]:
     yield Claim("load", words["late"], late, late, late, None, 5, False)
 
 
-def _workloads(part: str) -> Callable[[Mapping, Mapping[str, str]], Iterator[Claim]]:
+def _workloads(part: str, limit: float | None = None) -> Callable[[Mapping, Mapping[str, str]], Iterator[Claim]]:
     def found(row: Mapping, words: Mapping[str, str]) -> Iterator[Claim]:
         for kind, one in row["workloads"].items():
-            yield _ratio(part, words[part].format(kind=kind), one["ratio"])
+            yield _ratio(part, words[part].format(kind=kind), one["ratio"], limit, limit)
 
     return found
 
@@ -155,6 +157,7 @@ _CLAIMS = {
     "overhead": _overhead,
     "cold": _cold,
     "load": _load,
+    "two": _workloads("two", 0.95),
     "lookup": _workloads("lookup"),
     "reuse": _workloads("reuse"),
     "quality": _quality,

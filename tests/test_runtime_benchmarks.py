@@ -65,6 +65,7 @@ def sample(**changes: Any) -> dict[str, Any]:
             "rss_bytes_per_minute": {"value": 1e5, "standard_error": 2e5},
             "p99_over_median": 4.0,
         },
+        "two": {"workloads": {"1 + 1 streams": {"ratio": a_summary(1.0, 0.02)}}},
         "lookup": {"workloads": {"repeat": {"ratio": a_summary(1.9)}}},
         "reuse": {"workloads": {"shared": {"ratio": a_summary(3.0)}}},
         "quality": {"ratio": {"native": {"value": 1.002, "low": 1.001, "high": 1.003}}},
