@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from gulliver.core import progress as progress_file
-from gulliver.core.progress import Bar, Progress
+from gulliver.core.progress import Bar, Progress, plural
 
 
 class Terminal(io.StringIO):
@@ -26,6 +26,17 @@ def test_plain_lines_say_stage_block_time_left_and_memory() -> None:
     assert first.startswith("calibrate: block 1 of 3, ") and " left, " in first and first.endswith("MB, layers.0")
     assert second.startswith("calibrate: block 3 of 3, 0:00 left, ")
     assert last.startswith("calibrate: 3 blocks in 0:")
+
+
+@pytest.mark.parametrize(
+    ("count", "unit", "text"),
+    [
+        (1, "batch", "1 batch"), (2, "batch", "2 batches"), (0, "batch", "0 batches"), (1, "token", "1 token"),
+        (2, "token", "2 tokens"), (3, "query", "3 queries"), (2, "key", "2 keys"), (2, "pass", "2 passes"),
+    ],
+)  # fmt: skip
+def test_units_are_counted_in_english(count: int, unit: str, text: str) -> None:
+    assert plural(count, unit) == text
 
 
 def test_lines_are_seldom_and_an_unknown_total_has_no_time_left() -> None:
@@ -56,7 +67,7 @@ def test_a_terminal_shows_nested_stages_and_is_left_clean() -> None:
             progress.print("a [note]")
         outer.advance()
     text = out.getvalue()
-    assert "quantize [x]: 2 blocks" in text and "a [note]" in text and "fit: 1 rounds" in text
+    assert "quantize [x]: 2 blocks" in text and "a [note]" in text and "fit: 1 round in" in text
     assert progress._bars is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,20 @@ def test_every_shipped_recipe_is_tried_and_valid() -> None:
         assert f"gulliver run recipes/{path.name}" in path.read_text(encoding="utf-8")
 
 
+def shown(report: Path) -> tuple[str, list[str], set[str]]:
+    """(the verdict of a page, the metrics of its gates, their outcomes)."""
+    text = report.read_text(encoding="utf-8")
+    verdict = re.findall(r"<strong>([A-Z ]+)</strong>", text)
+    gates = text.split("<h2>Gates</h2>")[1].split("<h2>")[0]
+    rules = re.findall(r'<th scope="row"[^>]*>([^<]+) at (?:most|least) ', gates)
+    assert len(verdict) == 1
+    return (
+        verdict[0],
+        [rule.replace(" ", "_") for rule in rules],
+        set(re.findall(r"<b class=[^>]*>([A-Z ]+)</b>", gates)),
+    )
+
+
 @pytest.mark.parametrize("name", sorted(TOYS))
 def test_a_recipe_runs_and_its_second_run_does_no_work(
     name: str, places: dict[str, object], store: Store, quiet: Progress, tmp_path: Path
@@ -76,7 +91,11 @@ def test_a_recipe_runs_and_its_second_run_does_no_work(
     assert [verdict.outcome for verdict in first.verdicts] == ["PASS"] * len(first.verdicts)
     assert first.verdicts
     assert first.report is not None
-    assert "<html" in first.report.read_text(encoding="utf-8")
+    assert shown(first.report) == (
+        "PASS",
+        [verdict.gate.metric.removesuffix("_bytes") for verdict in first.verdicts],
+        {"PASS"},
+    )
     for entry in first.calls:
         verify(entry.artifact)
     models = [entry.artifact for entry in first.calls if entry.artifact.kind == "model"]
@@ -88,3 +107,6 @@ def test_a_recipe_runs_and_its_second_run_does_no_work(
     path.write_text(text.replace(*toy.refused), encoding="utf-8")
     with pytest.raises(GateRefused):
         run_recipe(path, store=store, progress=quiet)
+    outcome, _, outcomes = shown(first.report)
+    assert outcome == "REFUSED" and "FAIL" in outcomes
+    assert "misses it" in first.report.read_text(encoding="utf-8")

@@ -123,7 +123,7 @@ def test_a_gate_without_data_refuses(sample: ReportData) -> None:
     judged = parse_fit({"verdicts": [missing.to_json()]}, "fit.json").gates
     data = replace(sample, fit=replace(sample.fit, gates=(*sample.fit.gates, *judged)))
     assert data.outcome == "REFUSED"
-    assert "NO DATA" in tables.gates(data.fit.gates) and "not measured" in tables.gates(data.fit.gates)
+    assert "NO DATA" in tables.gates(data) and "not measured" in tables.gates(data)
 
 
 def test_no_gate_is_not_a_pass(sample: ReportData) -> None:

@@ -225,6 +225,57 @@ def test_a_refused_gate_stops_the_recipe_and_still_reports(
     assert written == [tmp_path / "report.html"]
 
 
+BOTH = (
+    RECIPE
+    + """
+[[step]]
+id = "measured again"
+use = "measure"
+inputs = { model = "smaller", parent = "parent" }
+
+[[gate]]
+on = "smaller"
+metric = "size_bytes"
+at_most = 10000
+"""
+)
+
+
+def test_the_report_shows_the_gates_on_its_model_and_names_the_others(
+    store: Store, quiet: Progress, tmp_path: Path
+) -> None:
+    path = tmp_path / "life.toml"
+    path.write_text(BOTH)
+    done = run_recipe(path, store=store, progress=quiet)
+    assert done.report is not None
+    text = done.report.read_text(encoding="utf-8")
+    own, other = text.split("<h2>Gates</h2>")[1].split("<h2>")[0].split("Gates on small, another model of this recipe")
+    assert "<strong>PASS</strong>" in text and "NOT JUDGED" not in text
+    assert "size at most 10" in own and "perplexity ratio" not in own
+    assert "perplexity ratio at most 1.1" in other and "size at most" not in other
+    assert done.calls[1].artifact.id[:12] in other
+
+
+def test_the_report_of_a_model_without_a_gate_claims_no_pass(store: Store, quiet: Progress, tmp_path: Path) -> None:
+    path = tmp_path / "life.toml"
+    path.write_text(RECIPE)
+    done = run_recipe(path, store=store, progress=quiet)
+    assert done.report is not None
+    text = done.report.read_text(encoding="utf-8")
+    assert "<strong>NOT JUDGED</strong>" in text and "No gate was judged on this model" in text
+    assert "Gates on small, another model of this recipe" in text
+
+
+def test_a_refused_gate_on_an_earlier_model_refuses_the_page(store: Store, quiet: Progress, tmp_path: Path) -> None:
+    path = tmp_path / "life.toml"
+    gate = '[[gate]]\non = "small"\nmetric = "perplexity_ratio"\nat_most = 1.01\n'
+    path.write_text(BOTH + gate)
+    with pytest.raises(GateRefused):
+        run_recipe(path, store=store, progress=quiet, report=tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<strong>REFUSED</strong>" in text and "perplexity ratio at most 1.010 on small (" in text
+
+
 def test_a_gate_without_evidence_refuses(store: Store, quiet: Progress, tmp_path: Path, written: list[Path]) -> None:
     path = tmp_path / "life.toml"
     path.write_text(RECIPE.replace('metric = "perplexity_ratio"', 'metric = "kl_divergence"'))

@@ -81,7 +81,7 @@ class Progress:
                 self._bars.stop()
                 self._bars = None
         if not self._quiet:
-            self.print(f"{bar.name}: {bar.done} {bar.unit}s in {_clock(bar.seconds)}, {_memory()}")
+            self.print(f"{bar.name}: {plural(bar.done, bar.unit)} in {_clock(bar.seconds)}, {_memory()}")
 
     def _show(self, bar: Bar, note: str) -> None:
         self.sample(bar.name)
@@ -146,6 +146,15 @@ def _rich_bars(stream: TextIO) -> Any:
         console=Console(file=stream),
         transient=True,
     )
+
+
+def plural(count: int, noun: str) -> str:
+    """ "1 batch", "2 batches", "0 tokens", "3 queries"."""
+    if count == 1:
+        return f"1 {noun}"
+    if noun.endswith("y") and noun[-2:-1] not in "aeiou":
+        return f"{count} {noun[:-1]}ies"
+    return f"{count} {noun}{'es' if noun.endswith(('s', 'x', 'z', 'ch', 'sh')) else 's'}"
 
 
 def _memory() -> str:

@@ -11,7 +11,7 @@ from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.store import Store
 from gulliver.pipeline.call import Call, call, open_store
-from gulliver.pipeline.recipe import Recipe, StepCall, load
+from gulliver.pipeline.recipe import StepCall, load
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def run_recipe(
     progress = progress or Progress()
     made: dict[str, Artifact] = {}
     log: list[Call] = []
-    verdicts: list[Verdict] = []
+    judged: list[tuple[Artifact, Verdict]] = []
     refused: GateRefused | None = None
     for item in recipe.calls:
         if isinstance(item, StepCall):
@@ -60,27 +60,39 @@ def run_recipe(
             )
             continue
         target = made[item.on]
-        verdicts.append(item.gate.judge(store.evidence(target.id), target.id))
+        verdict = item.gate.judge(store.evidence(target.id), target.id)
+        judged.append((target, verdict))
         try:
-            require(verdicts[-1:])
+            require([verdict])
         except GateRefused as failure:
             refused = failure
             break
-    written = _write_report(recipe, log, store, progress, report)
+    written = _write_report(log, judged, store, progress, report)
     if refused is not None:
         raise refused
-    return RecipeRun(recipe.name, tuple(log), tuple(verdicts), written)
+    return RecipeRun(recipe.name, tuple(log), tuple(verdict for _, verdict in judged), written)
 
 
 def _write_report(
-    recipe: Recipe, log: list[Call], store: Store, progress: Progress, report: Path | str | None
+    log: list[Call],
+    judged: list[tuple[Artifact, Verdict]],
+    store: Store,
+    progress: Progress,
+    report: Path | str | None,
 ) -> Path | None:
-    """The HTML report about the last model that the recipe made."""
+    """The HTML report about the last model that the recipe made, with the verdicts on it and on the others."""
+    names = {entry.artifact.id: entry.id for entry in log if entry.artifact.kind == "model"}
     models = [entry.artifact for entry in log if entry.artifact.kind == "model"]
     if not models:
         return None
     from gulliver.report.html import write_report
+    from gulliver.report.records import OtherGates, gated
 
+    verdicts: dict[str, list[Verdict]] = {models[-1].id: []}
+    for target, verdict in judged:
+        verdicts.setdefault(target.id, []).append(verdict)
+    own = verdicts.pop(models[-1].id)
+    others = [OtherGates(names[key], key, tuple(map(gated, rows))) for key, rows in verdicts.items()]
     path = Path(report) if report else models[-1].path / "report.html"
-    write_report(path, models[-1], store, memory=progress.memory)
+    write_report(path, models[-1], store, memory=progress.memory, verdicts=own, others=others)
     return path

@@ -20,7 +20,7 @@ from gulliver.core.store.manifest import read_json
 from gulliver.core.store.store import Store
 from gulliver.report import bits, plots, tables
 from gulliver.report.picture import Picture, figure_html
-from gulliver.report.records import FitRecord, ReportData, TensorBits, gated, parse_packing, read_fit
+from gulliver.report.records import FitRecord, OtherGates, ReportData, TensorBits, gated, parse_packing, read_fit
 from gulliver.report.theme import CSS, SCRIPT, content_policy, plotly_library
 from gulliver.report.units import short_id
 
@@ -31,15 +31,17 @@ def write_report(
     store: Store,
     memory: Sequence[tuple[float, str, int]] = (),
     verdicts: Sequence[Verdict] = (),
+    others: Sequence[OtherGates] = (),
     fit: Artifact | None = None,
 ) -> None:
     """Write the page about `model` to `path`, atomically. ArtifactError if a plan, fit or packing file is malformed.
 
     `memory` holds (seconds, stage, resident bytes) where no fit recorded any; `verdicts` those that a recipe judged on
-    this model. `fit` is the report artifact with fit.json; by default the newest in the store that made this model.
-    For an infeasible budget give the parent as `model` and the fit, whose fit.json then names the `nearest` point.
+    this model, and `others` those on its other models. `fit` is the report artifact with fit.json; by default the
+    newest in the store that made this model. For an infeasible budget give the parent as `model` and the fit, whose
+    fit.json then names the `nearest` point.
     """
-    write_atomic(path, page(gather(model, store, memory, verdicts, fit=fit)))
+    write_atomic(path, page(gather(model, store, memory, verdicts, others, fit=fit)))
 
 
 def gather(
@@ -47,6 +49,7 @@ def gather(
     store: Store,
     memory: Sequence[tuple[float, str, int]] = (),
     verdicts: Sequence[Verdict] = (),
+    others: Sequence[OtherGates] = (),
     evidence: Sequence[Evidence] | None = None,
     fit: Artifact | None = None,
 ) -> ReportData:
@@ -74,6 +77,7 @@ def gather(
         manifests=tuple(manifests),
         machine=_machine(store.home / "machine.json"),
         data_names=_data_names(store, {row.data_hash for row in evidence}),
+        others=tuple(others),
     )
 
 
@@ -112,7 +116,7 @@ def sections(data: ReportData) -> list[tuple[str, str]]:
     """(title, HTML) of the sections after the verdict, in the page's order; HTML is empty where there are no data."""
     tensors = data.fit.tensors
     return [
-        ("Gates", tables.gates(data.fit.gates)),
+        ("Gates", tables.gates(data)),
         ("Evidence", tables.evidence(data)),
         ("Size and quality", _pictures(plots.size_quality(data))),
         ("Bits per tensor", _pictures(bits.bits(tensors), bits.rows_bits(tensors))),

@@ -106,9 +106,19 @@ class FitRecord:
 
 
 @dataclass(frozen=True)
+class OtherGates:
+    """The gates that a recipe judged on another of its models; `name` is the id of the call that made it."""
+
+    name: str
+    artifact_id: str
+    gates: tuple[Gated, ...]
+
+
+@dataclass(frozen=True)
 class ReportData:
     """All that one page shows. `manifests` is the lineage, oldest first, this model last.
 
+    `others` are the gates on other models of the same recipe: one that refused refuses the recipe and so this model.
     `parent_evidence` is evidence about the model's parent (the baseline drawn beside ours); `data_names` maps data
     hashes to what people call the data.
     """
@@ -126,15 +136,16 @@ class ReportData:
     manifests: tuple[Mapping[str, Any], ...] = ()
     machine: Mapping[str, Any] = field(default_factory=dict)
     data_names: Mapping[str, str] = field(default_factory=dict)
+    others: tuple[OtherGates, ...] = ()
 
     @property
     def outcome(self) -> str:
         """The verdict in one word. A gate that has no data refuses; no gate at all is NOT JUDGED."""
         if self.fit.nearest is not None:
             return INFEASIBLE
-        if not self.fit.gates:
-            return NOT_JUDGED
-        return PASS if all(gate.outcome == "PASS" for gate in self.fit.gates) else REFUSED
+        if any(gate.outcome != "PASS" for gates in (self.fit.gates, *(o.gates for o in self.others)) for gate in gates):
+            return REFUSED
+        return PASS if self.fit.gates else NOT_JUDGED
 
     @property
     def ram_metric(self) -> str:

@@ -84,8 +84,17 @@ def verdict_sentences(data: ReportData) -> list[str]:
         lines.append(f"Reached {reached}.")
     if data.outcome == NOT_JUDGED:
         lines.append("No gate was judged, so nothing is proven; the numbers below are measurements only.")
+        if data.others:
+            lines[-1] = "No gate was judged on this model, so nothing is proven about it; the numbers are measurements."
     if data.outcome not in (PASS, NOT_JUDGED):
-        lines.extend(f"{gate_rule(gate)}: {gate_reason(gate)}" for gate in data.fit.gates if gate.outcome != PASS)
+        lines.extend(f"{gate_rule(gate)}: {gate_reason(gate)}." for gate in data.fit.gates if gate.outcome != PASS)
+        lines.extend(
+            f"{gate_rule(gate)} on {other.name} ({short_id(other.artifact_id)}), another model of this recipe: "
+            f"{gate_reason(gate)}."
+            for other in data.others
+            for gate in other.gates
+            if gate.outcome != PASS
+        )
     if data.fit.reason:
         lines.append(data.fit.reason)
     return lines
@@ -139,10 +148,17 @@ def gate_reason(gate: Gated) -> str:
     return f"measured {value}, interval {bounds}; the bad end, {format_value(found.bad_end, found.unit)}, misses it"
 
 
-def gates(rows: Sequence[Gated]) -> str:
-    """The table of judged gates; says so when there are none."""
-    if not rows:
-        return "<p>No gate was judged.</p>"
+def gates(data: ReportData) -> str:
+    """The gates on this model, and below them those that its recipe judged on other models."""
+    own = _gates(data.fit.gates) if data.fit.gates else "<p>No gate was judged on this model.</p>"
+    return own + "".join(
+        f"<h3>Gates on {escape(other.name)}, another model of this recipe "
+        f"(<code>{escape(short_id(other.artifact_id))}</code>)</h3>{_gates(other.gates)}"
+        for other in data.others
+    )
+
+
+def _gates(rows: Sequence[Gated]) -> str:
     lines, all_pass = [], all(gate.outcome == "PASS" for gate in rows)
     for gate in rows:
         value, bounds = _measured(gate.evidence)
