@@ -27,6 +27,14 @@ class Histogram:
         self.total += value
 
 
+def seconds_for(waiting: int, ends: Sequence[float], now: float) -> float:
+    """Seconds in which `waiting` requests will have begun, at the rate of the latest `ends` (in seconds): 1 to 120."""
+    if len(ends) < 2:
+        return 1.0
+    rate = len(ends) / max(now - ends[0], 1e-3)
+    return min(max(waiting / rate, 1.0), 120.0)
+
+
 @dataclass
 class Counters:
     """Totals since the engine began. Written by its thread alone, read by any."""
@@ -55,13 +63,6 @@ class Counters:
         self.finished[reason] = self.finished.get(reason, 0) + 1
         self.request_seconds.add(now - began)
         self.ends.append(now)
-
-    def seconds_for(self, waiting: int, now: float) -> float:
-        """Seconds in which `waiting` requests will have begun, at the rate at which the latest ended: 1 to 120."""
-        if len(self.ends) < 2:
-            return 1.0
-        rate = len(self.ends) / max(now - self.ends[0], 1e-3)
-        return min(max(waiting / rate, 1.0), 120.0)
 
     def numbers(self) -> dict[str, float]:
         """The totals by name, `finished` as finished_REASON."""

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gulliver.core.errors import ConfigError, GulliverError
-from gulliver.runtime.batching.counters import Counters, Histogram
+from gulliver.runtime.batching.counters import Counters, Histogram, seconds_for
 from gulliver.runtime.batching.grammar import Grammars
 from gulliver.runtime.batching.records import EngineClosed, Piece, QueueFull, Request, TokenChoice
 from gulliver.runtime.batching.scheduler import Chunk, Scheduler
@@ -95,7 +95,7 @@ class Engine:
             if len(self._waiting) >= self._queue and not self._draining:
                 self.counters.rejected += 1
                 now = time.monotonic()
-                raise QueueFull(len(self._waiting), self.counters.seconds_for(len(self._waiting), now))
+                raise QueueFull(len(self._waiting), seconds_for(len(self._waiting), self.counters.ends, now))
             self._enqueue(running)
         return running
 
