@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gulliver.core.errors import ArtifactError
-from gulliver.learning import checkpoint as module
 from gulliver.learning.checkpoint import open_checkpoint, save_checkpoint
+from gulliver.runtime import shards
 
 
 def _tensors():
@@ -65,7 +65,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     def full(tensor):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(module, "_bytes", full)
+    monkeypatch.setattr(shards, "bytes_of", full)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(path, {"a": torch.zeros(2)}, {"step": 2})
     found = open_checkpoint(path)

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from tiny_decoders import random_packed
 from torch import Tensor
 
+from gulliver.core.errors import ArtifactError
 from gulliver.nets.files import ITEM_BYTES, Stored, stored_tensors
 from gulliver.nets.weights import CODES
 from gulliver.runtime.formats import ALIGNMENT
 from gulliver.runtime.packing import order_of_use
 from gulliver.runtime.reference import stored_form
-from gulliver.runtime.shards import ShardWriter, write_file
+from gulliver.runtime.shards import ShardWriter, write_file, write_tensors
 
 IN_ORDER = [
     "model.embed_tokens.weight",
@@ -125,3 +126,19 @@ def test_any_tensors_are_read_back_by_safetensors(tmp_path_factory: pytest.TempP
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
         assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+
+
+def test_a_file_written_tensor_by_tensor_opens_elsewhere(tmp_path: Path) -> None:
+    tensors = {"b.c": torch.randn(3, 5), "a": torch.randn(4), "scalar": torch.tensor(2.0)}
+    rows = {name: (torch.bfloat16, tensor.shape) for name, tensor in tensors.items()}
+    path = tmp_path / "model.safetensors"
+    with open(path, "wb") as stream:
+        write_tensors(stream, rows, reversed(tensors.items()))
+    found = load_file(path)
+    assert set(found) == set(tensors)
+    assert all(torch.equal(found[name], tensors[name].to(torch.bfloat16)) for name in tensors)
+    for wrong in ([("a", tensors["a"])] * 2, [("c", tensors["a"])], [("a", tensors["b.c"])]):
+        with open(path, "wb") as stream, pytest.raises(ArtifactError, match="unexpected or duplicate tensor"):
+            write_tensors(stream, rows, wrong)
+    with open(path, "wb") as stream, pytest.raises(AssertionError, match=r"no data came for b\.c"):
+        write_tensors(stream, rows, [("a", tensors["a"]), ("scalar", tensors["scalar"])])

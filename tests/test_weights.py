@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from language_samples import write_causal
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from gulliver.core.errors import ArtifactError
@@ -92,20 +92,6 @@ def test_damaged_and_repeated_tensors_are_refused(tmp_path):
     (tmp_path / "two.safetensors").write_bytes((tmp_path / "one.safetensors").read_bytes()[:-3])
     with pytest.raises(ArtifactError, match="damaged"):
         list(weights.read_safetensors(tmp_path))
-
-
-def test_a_file_written_tensor_by_tensor_opens_elsewhere(tmp_path):
-    tensors = {"b.c": torch.randn(3, 5), "a": torch.randn(4), "scalar": torch.tensor(2.0)}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    path = tmp_path / "model.safetensors"
-    weights.write_safetensors(path, shapes, torch.bfloat16, reversed(tensors.items()))
-    found = load_file(path)
-    assert set(found) == set(tensors)
-    assert all(torch.equal(found[name], tensors[name].to(torch.bfloat16)) for name in tensors)
-    with pytest.raises(ArtifactError, match="came twice"):
-        weights.write_safetensors(path, shapes, torch.bfloat16, [("a", tensors["a"]), ("a", tensors["a"])])
-    with pytest.raises(AssertionError, match="no data came"):
-        weights.write_safetensors(path, shapes, torch.bfloat16, [("a", tensors["a"])])
 
 
 def test_a_loaded_network_equals_what_transformers_loads(tmp_path):

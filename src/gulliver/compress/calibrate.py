@@ -29,7 +29,7 @@ from gulliver.core.overlap import fingerprints
 from gulliver.core.records import CALIBRATION
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import temporary_name, write_atomic
-from gulliver.nets.weights import aliases, assign, owners, read_safetensors, release, unfilled
+from gulliver.nets.weights import assign, canonical_names, owners, read_safetensors, release, unfilled
 from gulliver.runtime.packing import is_packed
 from gulliver.tasks import get_task
 from gulliver.tasks.base import Batch, Block, Task, Weight
@@ -165,7 +165,7 @@ def _stream(
 
 def fill(network: nn.Module, folder: Path, prefixes: tuple[str, ...]) -> None:
     """Give the network the weights under `prefixes` from a plain folder."""
-    canonical = {name: first for first, names in aliases(network).items() for name in names}
+    canonical = canonical_names(network)
     tensors = read_safetensors(folder, only=lambda name: canonical.get(name, name).startswith(prefixes))
     assign(network, tensors)
     missing = [name for name in unfilled(network) if name.startswith(prefixes)]

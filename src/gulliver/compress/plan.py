@@ -36,7 +36,7 @@ from gulliver.core.errors import ArtifactError, BudgetError, ConfigError
 from gulliver.core.stdout import stdout_into
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import write_atomic
-from gulliver.nets.weights import aliases, read_safetensors
+from gulliver.nets.weights import canonical_names, read_safetensors
 from gulliver.runtime.formats import CODEBOOK_BITS, GROUP_SIZES, PLANES, TILE_ROWS, Format
 from gulliver.tasks import get_task
 
@@ -135,7 +135,7 @@ def measurer(
 ) -> Callable[[str], list[Measured]]:
     """A function from a weight's name to what was measured of each class of its rows; thread-safe."""
     empty = get_task(model.task).load(model.path, empty=True)
-    canonical = {name: first for first, names in aliases(empty).items() for name in names}
+    canonical = canonical_names(empty)
     names = sorted(statistics.weights)
     probes = set(names[:: max(1, len(names) // PROBES)])
 

@@ -30,7 +30,7 @@ from gulliver.core.errors import ConfigError
 from gulliver.core.records import CALIBRATION, DAMAGE, PACKING
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import temporary_name, write_atomic
-from gulliver.nets.weights import aliases, read_safetensors
+from gulliver.nets.weights import canonical_names, read_safetensors
 from gulliver.runtime.formats import Format
 from gulliver.runtime.packed import PackedTensor
 from gulliver.runtime.packing import is_packed, order_of_use
@@ -69,7 +69,7 @@ def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
         fixed = Format(cfg.bits, cfg.group_size, cfg.kind)
         choices = {name: Choice(((statistics.weights[name].shape[0], fixed),)) for name in names}
     empty = get_task(model.task).load(model.path, empty=True)
-    canonical = {name: first for first, names in aliases(empty).items() for name in names}
+    canonical = canonical_names(empty)
     files = {name: ctx.work / f"weight-{index:05}.safetensors" for index, name in enumerate(names)}
     packing = _Packing(model.path, canonical, statistics, choices, cfg.method == "feedback", files)
     with ctx.progress.stage("quantize", total=len(names), unit="weight") as bar:

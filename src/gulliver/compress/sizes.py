@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Set
 
 from safetensors import safe_open
 
 from gulliver.core.store.artifact import Artifact
-from gulliver.nets.files import weight_files
-from gulliver.nets.weights import aliases
+from gulliver.nets.files import ITEM_BYTES, weight_files
+from gulliver.nets.weights import canonical_names
 from gulliver.runtime.formats import Format
 from gulliver.tasks import get_task
 
@@ -26,7 +27,7 @@ def packed_overhead_bytes(name: str, fmt: Format) -> int:
 def overhead_bytes(model: Artifact, packed: Set[str]) -> int:
     """Bytes of what stays plain (16 bits where it had 32), and of the files' headers; never too few."""
     empty = get_task(model.task).load(model.path, empty=True)
-    canonical = {name: first for first, names in aliases(empty).items() for name in names}
+    canonical = canonical_names(empty)
     total, seen = FILE_BYTES * SHARDS, set[str]()
     for path in weight_files(model.path):
         with safe_open(path, framework="pt") as file:
@@ -35,14 +36,8 @@ def overhead_bytes(model: Artifact, packed: Set[str]) -> int:
                 if name in seen:
                     continue
                 seen.add(name)
-                count = 1
-                for size in piece.get_shape():
-                    count *= size
                 if name not in packed:
-                    total += count * _bytes_each(piece.get_dtype()) + len(name) + ENTRY_BYTES
+                    dtype = piece.get_dtype()
+                    item_bytes = 2 if dtype == "F32" else ITEM_BYTES.get(dtype, 8)
+                    total += math.prod(piece.get_shape()) * item_bytes + len(name) + ENTRY_BYTES
     return total
-
-
-def _bytes_each(dtype: str) -> int:
-    widths = {"BF16": 2, "F16": 2, "F32": 2, "F64": 8, "I64": 8, "I32": 4, "U8": 1, "I8": 1, "BOOL": 1}
-    return widths.get(dtype, 8)

@@ -25,7 +25,7 @@ from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import write_atomic
 from gulliver.data import read
 from gulliver.nets.files import weight_files
-from gulliver.nets.weights import aliases, read_safetensors
+from gulliver.nets.weights import canonical_names, read_safetensors
 from gulliver.tasks import converter, detect_task, get_task
 from gulliver.tasks.base import Task
 
@@ -123,7 +123,7 @@ def bring_in(task: Task, source: Path, folder: Path) -> None:
     files = weight_files(source)
     model = task.load(source, empty=True)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    known = {alias: first for first, names in aliases(model).items() for alias in names}
+    known = canonical_names(model)
     buffers = {name for name, _ in model.named_buffers()}
     found: set[str] = set()
     strange: list[str] = []

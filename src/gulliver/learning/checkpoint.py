@@ -9,33 +9,20 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gulliver.core.errors import ArtifactError
 from gulliver.core.store.files import sync_folder, temporary_name
+from gulliver.runtime.shards import write_tensors
 
 FORMAT = 1
 META_KEY = "gulliver.checkpoint"
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass(frozen=True)
@@ -57,26 +44,18 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Replace `path` atomically. `meta` is any JSON value without NaN; no tensor is copied as long as it is dense."""
+    """Replace `path` atomically. `meta` is any JSON value without NaN; no tensor is copied as long as it is dense.
+
+    `tensors` have any shape and keep their dtype; TypeError for one that safetensors cannot hold.
+    """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": {META_KEY: _json({"format": FORMAT, "meta": meta})}}
-    offset = 0
-    for name in order:
-        tensor = tensors[name]
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} is {tensor.dtype}, which a checkpoint cannot hold")
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    head = _json(header).encode()
-    head += b" " * (-len(head) % 8)
+    rows = {name: (tensors[name].dtype, tensors[name].shape) for name in order}
+    metadata = {META_KEY: _json({"format": FORMAT, "meta": meta})}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
-            file.write(struct.pack("<Q", len(head)) + head)
-            for name in order:
-                file.write(_bytes(tensors[name]))
+            write_tensors(file, rows, ((name, tensors[name]) for name in order), metadata=metadata)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -103,9 +82,3 @@ def open_checkpoint(path: Path) -> Checkpoint | None:
 
 def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The tensor's bytes in row-major order: a view of its memory when it is dense and on the CPU."""
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data

@@ -6,13 +6,9 @@ the helpers here accept any of its names and keep all of them tied.
 
 from __future__ import annotations
 
-import json
-import math
-import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -66,13 +62,17 @@ def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {names[0]: tuple(names) for names in groups.values()}
 
 
+def canonical_names(model: nn.Module) -> dict[str, str]:
+    """Any name of a parameter -> its canonical name."""
+    return {name: first for first, names in aliases(model).items() for name in names}
+
+
 def assign(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype = torch.float32) -> set[str]:
     """Give `model` the named parameters and persistent buffers; floating tensors become `dtype`.
 
     Returns the canonical names filled. Unknown names and wrong shapes raise ArtifactError.
     """
-    canonical = {name: first for first, names in aliases(model).items() for name in names}
-    groups = aliases(model)
+    canonical, groups = canonical_names(model), aliases(model)
     buffers = dict(model.named_buffers())
     filled: set[str] = set()
     for name, tensor in tensors:
@@ -154,34 +154,6 @@ def read_safetensors(
                     yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         except SafetensorError as error:
             raise ArtifactError(f"{path} is damaged: {error}; download or make it again") from error
-
-
-def write_safetensors(
-    path: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, tensors: Iterable[tuple[str, Tensor]]
-) -> None:
-    """Write one file of `dtype` tensors that arrive one at a time, in any order; each must be in `shapes`, once.
-
-    Only one tensor is in memory at a time, which `safetensors.torch.save_file` does not offer.
-    """
-    size, at = dtype.itemsize, 0
-    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
-    offsets: dict[str, int] = {}
-    for name in sorted(shapes):
-        length = size * math.prod(shapes[name])
-        header[name] = {"dtype": CODES[dtype], "shape": list(shapes[name]), "data_offsets": [at, at + length]}
-        offsets[name], at = at, at + length
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        start = stream.tell()
-        for name, tensor in tensors:
-            offset = offsets.pop(name, None)
-            if offset is None or tuple(tensor.shape) != tuple(shapes[name]):
-                raise ArtifactError(f"{name} {list(tensor.shape)} is not what {path.name} was to hold, or came twice")
-            stream.seek(start + offset)
-            stream.write(tensor.to(dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    assert not offsets, f"no data came for {sorted(offsets)[0]}"
 
 
 def owners(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:

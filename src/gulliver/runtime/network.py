@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gulliver.core.errors import ArtifactError
-from gulliver.nets.weights import aliases, assign, empty_parameters, stored_names, unfilled
+from gulliver.nets.weights import assign, canonical_names, empty_parameters, stored_names, unfilled
 from gulliver.runtime.packing import is_packed
 from gulliver.runtime.reference import read_tensors
 
@@ -67,7 +67,7 @@ def load_network(folder: Path, empty: bool) -> nn.Module:
     if empty:
         return model
     packed = is_packed(folder)
-    known = {name for names in aliases(model).values() for name in names} | {name for name, _ in model.named_buffers()}
+    known = {*canonical_names(model), *(name for name, _ in model.named_buffers())}
     if not packed and not known.issuperset(stored_names(folder)):
         return _translated(model, folder)
     assign(model, read_tensors(folder))

@@ -9,16 +9,18 @@ The format allows no holes: the header is padded with spaces, and other lengths 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from gulliver.core.errors import ArtifactError
 from gulliver.core.records import NOT_COPIED
 from gulliver.core.store.artifact import Artifact
 from gulliver.nets.weights import CODES
@@ -27,6 +29,8 @@ from gulliver.runtime.packing import order_of_use
 
 SHARD_BYTES = 1_000_000_000
 PACKED_SHARD_BYTES = 150_000_000
+PLAIN: Mapping[str, str] = {"format": "pt"}
+"""What a weight file says about itself: transformers asks for it."""
 
 
 class ShardWriter:
@@ -89,20 +93,51 @@ class ShardWriter:
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one safetensors file of contiguous tensors, laid out as this module's head says."""
+    """Write one safetensors file of tensors of any shape, laid out as this module's head says."""
     names = sorted(tensors, key=lambda name: (_place(tensors[name]), order_of_use(name)))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name in names:
-        tensor, length = tensors[name], tensors[name].nbytes
-        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + length]}
-        at += length
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    rows = {name: (tensors[name].dtype, tensors[name].shape) for name in names}
     with open(path, "wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            stream.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+        write_tensors(stream, rows, ((name, tensors[name]) for name in names), alignment=ALIGNMENT)
+
+
+def write_tensors(
+    stream: BinaryIO,
+    rows: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    metadata: Mapping[str, str] = PLAIN,
+    alignment: int = 8,
+) -> None:
+    """Write a safetensors file whose tensors lie in the order of `rows`: name -> (dtype, shape), of any shape.
+
+    They arrive one at a time, in any order, and become the dtype of their row; one is in memory at a time, which
+    `safetensors.torch.save_file` does not offer. The first begins at a multiple of `alignment` bytes. TypeError for a
+    dtype that the format cannot hold, ArtifactError for a tensor without a row, or of another shape, or a second time.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    places, at = {}, 0
+    for name, (dtype, shape) in rows.items():
+        if dtype not in CODES:
+            raise TypeError(f"{name} is {dtype}, which safetensors cannot hold")
+        end = at + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        places[name], at = at, end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % alignment)
+    stream.write(struct.pack("<Q", len(text)) + text)
+    start = stream.tell()
+    for name, tensor in tensors:
+        place = places.pop(name, None)
+        if place is None or tuple(tensor.shape) != tuple(rows[name][1]):
+            raise ArtifactError(f"unexpected or duplicate tensor {name} {list(tensor.shape)}")
+        stream.seek(start + place)
+        stream.write(bytes_of(tensor.detach().to("cpu", rows[name][0])))
+    assert not places, f"no data came for {min(places)}"
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor of any shape in row-major order: a view of its memory where it is dense."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _place(tensor: Tensor) -> tuple[bool, int]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gulliver.core.errors import ConfigError
-from gulliver.nets.weights import aliases
+from gulliver.nets.weights import canonical_names
 from gulliver.tasks.base import Batch, Block, Weight
 
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
@@ -176,7 +176,7 @@ class _Broken(Exception):
 def stream_blocks(model: nn.Module, batches: Sequence[Batch]) -> list[Block]:
     """Embed, each layer, head. See `Task.blocks`."""
     stream = Stream(model, batches)
-    tied = {alias: first for first, names in aliases(model).items() for alias in names}
+    tied = canonical_names(model)
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     only_after = stream.after - stream.before
     blocks = [

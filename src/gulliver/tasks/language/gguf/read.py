@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gulliver.core.errors import ArtifactError
 from gulliver.core.names import unknown
-from gulliver.nets.weights import write_safetensors
+from gulliver.runtime.shards import write_tensors
 from gulliver.tasks.language.network import write_config
 
 ARCHITECTURES = {
@@ -71,7 +71,9 @@ def convert_gguf(path: Path, folder: Path) -> None:
         for tensor in reader.tensors
         if tensor.name in names
     }
-    write_safetensors(folder / "model.safetensors", shapes, torch.bfloat16, _tensors(reader, names, config, path))
+    with open(folder / "model.safetensors", "wb") as stream:
+        rows = {name: (torch.bfloat16, shapes[name]) for name in sorted(shapes)}
+        write_tensors(stream, rows, _tensors(reader, names, config, path))
 
 
 def _open(path: Path) -> gguf.GGUFReader:

@@ -32,7 +32,7 @@ from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.records import ORIGIN
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.manifest import read_json
-from gulliver.nets.weights import aliases
+from gulliver.nets.weights import canonical_names
 from gulliver.runtime import reference
 from gulliver.runtime.packed import PackedTensor
 from gulliver.tasks import get_task
@@ -157,7 +157,7 @@ def _tell(ctx: Context, kind: str, entries: list[Entry], rounding: Rounding) -> 
 # ---- what goes where ----------------------------------------------------------------------------------------------
 def _plan(folder: Path, network: Any, kind: str) -> Iterator[Entry]:
     """Every tensor to be written, in the order of `reference.read_stored`."""
-    names = {alias: first for first, group in aliases(network).items() for alias in group}
+    names = canonical_names(network)
     shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     buffers = {name for name, _ in network.named_buffers()}
     row = ARCHITECTURES[type(network).__name__]
