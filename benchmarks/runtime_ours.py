@@ -74,7 +74,7 @@ def decode(args: argparse.Namespace) -> dict:
     for _ in range(args.tokens):
         logits = sequence.feed([int(logits[0].argmax())])
     seconds = time.perf_counter() - began
-    return {"tokens_s": args.tokens / seconds, "path": decoder.path, "why": decoder.why}
+    return {"tokens_s": args.tokens / seconds, "backend": decoder.backend, "why": decoder.why}
 
 
 def prefill(args: argparse.Namespace) -> dict:
@@ -86,7 +86,7 @@ def prefill(args: argparse.Namespace) -> dict:
         began = time.perf_counter()
         sequence.feed(tokens)
         seconds = time.perf_counter() - began
-    return {"tokens_s": args.prompt / seconds, "path": decoder.path, "why": decoder.why}
+    return {"tokens_s": args.prompt / seconds, "backend": decoder.backend, "why": decoder.why}
 
 
 def limits(args: argparse.Namespace) -> dict:
@@ -126,7 +126,7 @@ def cold(args: argparse.Namespace) -> dict:
         "peak_rss_bytes": held["VmHWM"],
         "after_imports_bytes": imported,
         "first": "".join(piece.text for piece in pieces),
-        "path": engine.decoder.path,
+        "backend": engine.decoder.backend,
     }
 
 

@@ -38,7 +38,7 @@ def decode(args: argparse.Namespace) -> dict:
         def run(index: int) -> float:
             found = ours("decode", folder, "--threads", args.threads, "--prompt", DEPTH, "--tokens", args.tokens,
                          "--seed", index)  # fmt: skip
-            paths[name] = found["path"]
+            paths[name] = found["backend"]
             return found["tokens_s"]
 
         return run
@@ -127,7 +127,7 @@ def prefill(args: argparse.Namespace) -> dict:
     }
     versions = {"openvino-genai": found["openvino"]["version"]}
     return {**rounds.row([FITTED]), "share_of_peak": shares, "prompt": args.prompt, "giga_operations_per_token": work,
-            "path": found["ours"]["path"], "peer_versions": versions}  # fmt: skip
+            "path": found["ours"]["backend"], "peer_versions": versions}  # fmt: skip
 
 
 # ---- cold -----------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def cold(args: argparse.Namespace) -> dict:
         "after_imports_bytes": summary([run["after_imports_bytes"] for run in runs]),
         "file_bytes": file,
         "page_cache": "warm",
-        "path": runs[-1]["path"],
+        "path": runs[-1]["backend"],
     }
 
 

@@ -62,7 +62,7 @@ class FakeDecoder:
     ) -> None:
         self.vocabulary, self.positions, self.block_tokens = VOCABULARY, positions, block_tokens
         self.cache_blocks, self.max_rows, self.shares_blocks = blocks, max_rows, shares
-        self.path, self.why = "fake", "a test needs no model"
+        self.backend, self.why = "fake", "a test needs no model"
         self.cache = np.full((blocks, block_tokens), -1, np.int64)
         self.rule = rule or (lambda tokens: hashed([tokens[0], *tokens[-memory:]]))
         self.batches: list[StepBatch] = []

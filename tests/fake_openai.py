@@ -207,6 +207,6 @@ def example_about(name: str) -> dict[str, Any]:
     )
     why = "AVX512-VNNI kernels; llama architecture, all tensors packed"
     return {
-        "id": name, "size_bytes": 71_950_336, "path": "native", "why": why, "context": 2048,
+        "id": name, "size_bytes": 71_950_336, "backend": "native", "why": why, "context": 2048,
         "card": card, "evidence": evidence,
     }  # fmt: skip

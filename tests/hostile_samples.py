@@ -37,7 +37,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 def run(folder: Path, **options: Any) -> np.ndarray:
     """Open and step: one token, then a chunk that begins a sequence anew. Returns the chunk's logits."""
-    decoder = open_decoder(folder, path="native", threads=1, **options)
+    decoder = open_decoder(folder, backend="native", threads=1, **options)
     ints = lambda *values: np.array(values, np.int32)  # noqa: E731
     decoder.step(StepBatch(ints(3), ints(0), ints(0), ints([0]), ints(0)))
     logits = decoder.step(StepBatch(ints(3, 5, 0), ints(0, 1, 2), ints(0, 0, 0), ints([0]), ints(1, 2)))

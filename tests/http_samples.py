@@ -107,7 +107,7 @@ class FakeEngine:
     closed: bool = False
 
     def __post_init__(self) -> None:
-        self.decoder = SimpleNamespace(vocabulary=VOCABULARY, path="fake", why="tests need no model")
+        self.decoder = SimpleNamespace(vocabulary=VOCABULARY, backend="fake", why="tests need no model")
         self._jobs: list[Job] = []
         self._lock = threading.Condition()
         self._stop = False
@@ -217,7 +217,7 @@ def served(engine: Any, name: str = "fake", folder: Path = Path("nowhere"), kind
         folder=folder,
         artifact_id="0" * 64,
         size_bytes=1234,
-        path="fake",
+        backend="fake",
         why="tests need no model",
         context=engine.context,
     )

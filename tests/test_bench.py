@@ -29,7 +29,7 @@ def test_everything_is_measured(command: Run, tmp_path: Path, monkeypatch: pytes
     code, out, err = command("bench", folder, "--repeats", "2", "--threads", "1", "--json")
     assert code == 0, err
     found = json.loads(out)
-    assert found["path"] != "reference" and found["threads"] == 1 and "native" in found["why"]
+    assert found["backend"] != "reference" and found["threads"] == 1 and "native" in found["why"]
     for value in (found["prefill_tokens_per_s"], found["decode_tokens_per_s"], *found["streams"].values()):
         assert 0 < value["low"] <= value["median"] <= value["high"] and value["n"] == 2
     assert list(found["streams"]) == ["1", "4", "16"] or set(found["streams"]) == {"1", "4", "16"}
@@ -47,7 +47,7 @@ def test_everything_is_measured(command: Run, tmp_path: Path, monkeypatch: pytes
 
 def test_what_has_no_native_path_is_measured_on_the_other(tmp_path: Path) -> None:
     found = gulliver.bench(write_encoder(tmp_path / "encoder"), repeats=2, threads=1)
-    assert found["path"] == "reference" and "natively, because" in found["why"]
+    assert found["backend"] == "reference" and "natively, because" in found["why"]
     assert found["examples_per_s"]["median"] > 0
     assert (found["streams"], found["bandwidth"], found["cold"]) == (None, None, None)
     assert "examples" in "\n".join(bench.lines(found))

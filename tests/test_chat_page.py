@@ -153,7 +153,7 @@ def test_the_card_and_the_evidence_of_the_model(page: Any) -> None:
     expect(row).to_contain_text("0.0596 to 0.0665\u00a0nat")
     expect(dialog.get_by_role("row", name="baseline perplexity")).to_have_count(0)
     expect(dialog.get_by_role("row", name="perplexity").first).to_contain_text("baseline 677.5\u00a0ppl")
-    expect(dialog).to_contain_text("Runs on the native path. AVX512-VNNI kernels")
+    expect(dialog).to_contain_text("Runs on the native backend. AVX512-VNNI kernels")
     page.keyboard.press("Tab")
     expect(dialog.get_by_role("tab", name="Evidence")).to_be_focused()
     page.keyboard.press("ArrowRight")
@@ -360,6 +360,6 @@ def test_the_application_serves_this_page(browser: Any) -> None:
         page.keyboard.press("Escape")
         answered(page, 2)
         page.get_by_role("button", name="Evidence").click()
-        expect(page.get_by_role("dialog")).to_contain_text("Runs on the fake path. Tests need no model.")
+        expect(page.get_by_role("dialog")).to_contain_text("Runs on the fake backend. Tests need no model.")
         page.close()
         assert engine.cancelled == 1 and faults == []

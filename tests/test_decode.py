@@ -80,7 +80,7 @@ def logits_of(decoder: Decoder, tokens: list[int], chunk: int, first_block: int 
 
 def native(folder: Path, **options: Any) -> Decoder:
     chosen: dict[str, Any] = {"threads": 2, "cache_tokens": 1024} | options
-    return open_decoder(folder, path="native", **chosen)
+    return open_decoder(folder, backend="native", **chosen)
 
 
 @pytest.mark.parametrize("name", [name + kind for name in CONFIGS for kind in ("", "-packed")])
@@ -146,7 +146,7 @@ def test_instruction_sets_agree(models: dict[str, Path], isa: str) -> None:
         return
     tokens = tokens_of(5)
     decoder = native(models["qwen3-packed"], isa=isa)
-    assert decoder.path == isa
+    assert decoder.backend == isa
     wanted = logits_of(native(models["qwen3-packed"]), tokens, chunk=100)
     assert difference(logits_of(decoder, tokens, chunk=100), wanted) < BOUND
 
@@ -199,10 +199,10 @@ def test_weights_beyond_the_memory_limit_are_read_anew_and_give_the_same(
 
 def test_a_memory_limit_makes_the_cache_smaller(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "current_rss_bytes", lambda: 10**8)
-    free = open_decoder(models["llama"], path="native", slots=16)
+    free = open_decoder(models["llama"], backend="native", slots=16)
     size = sum(path.stat().st_size for path in models["llama"].glob("*.safetensors"))
     others = 10**8 + decode.SPARE_BYTES + decode.step_bytes(decode.read_config(models["llama"]), slots=16)
-    limited = open_decoder(models["llama"], path="native", slots=16, max_ram_bytes=others + size + 200_000)
+    limited = open_decoder(models["llama"], backend="native", slots=16, max_ram_bytes=others + size + 200_000)
     assert 0 < limited.cache_blocks < free.cache_blocks
 
 

@@ -54,7 +54,7 @@ def run(script: str, model: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_threads_that_step_at_once_wait_for_each_other(model: Path) -> None:
-    decoder = open_decoder(model, path="native", threads=2, cache_tokens=256)
+    decoder = open_decoder(model, backend="native", threads=2, cache_tokens=256)
     right = [decoder.step(token(number)).argmax() for number in range(8)]
     wrong = []
 
@@ -73,7 +73,7 @@ def test_threads_that_step_at_once_wait_for_each_other(model: Path) -> None:
 
 
 def test_a_closed_decoder_refuses_steps_and_may_be_closed_again(model: Path) -> None:
-    decoder = open_decoder(model, path="native", threads=2, cache_tokens=64)
+    decoder = open_decoder(model, backend="native", threads=2, cache_tokens=64)
     decoder.close()
     decoder.close()
     with pytest.raises(KernelError, match="closed"):
@@ -82,7 +82,7 @@ def test_a_closed_decoder_refuses_steps_and_may_be_closed_again(model: Path) -> 
 
 def test_python_may_end_while_a_thread_steps(model: Path) -> None:
     ended = run(
-        "decoder = open_decoder(folder, path='native', threads=2, cache_tokens=64)\n"
+        "decoder = open_decoder(folder, backend='native', threads=2, cache_tokens=64)\n"
         "def loop():\n"
         "    try:\n"
         "        while True: decoder.step(batch)\n"
@@ -109,7 +109,7 @@ def a_run(decoder: Decoder) -> NDArray[np.float32]:
 @pytest.mark.parametrize("threads", [(1, 1), (2, 2), (1, 2), (2, 5)])
 def test_two_models_at_once_answer_as_alone(model: Path, second: Path, threads: tuple[int, int]) -> None:
     decoders = [
-        open_decoder(folder, path="native", threads=count, cache_tokens=64)
+        open_decoder(folder, backend="native", threads=count, cache_tokens=64)
         for folder, count in zip((model, second), threads, strict=True)
     ]
     alone = [a_run(decoder) for decoder in decoders]
@@ -124,7 +124,7 @@ def test_two_models_at_once_answer_as_alone(model: Path, second: Path, threads: 
 
 @pytest.mark.parametrize("threads", [2, 3])
 def test_a_model_comes_and_goes_while_another_one_steps(model: Path, second: Path, threads: int) -> None:
-    decoder = open_decoder(model, path="native", threads=2, cache_tokens=64)
+    decoder = open_decoder(model, backend="native", threads=2, cache_tokens=64)
     right = a_run(decoder)
     ended = threading.Event()
 
@@ -139,7 +139,7 @@ def test_a_model_comes_and_goes_while_another_one_steps(model: Path, second: Pat
         try:
             guests = []
             for _ in range(12):
-                guest = open_decoder(second, path="native", threads=threads, cache_tokens=64)
+                guest = open_decoder(second, backend="native", threads=threads, cache_tokens=64)
                 guests.append(a_run(guest))
                 guest.close()
         finally:
@@ -150,7 +150,7 @@ def test_a_model_comes_and_goes_while_another_one_steps(model: Path, second: Pat
 
 
 def test_neither_of_two_models_keeps_the_other_from_running(model: Path, second: Path) -> None:
-    decoders = [open_decoder(folder, path="native", threads=2, cache_tokens=64) for folder in (model, second)]
+    decoders = [open_decoder(folder, backend="native", threads=2, cache_tokens=64) for folder in (model, second)]
     counts, start = [0, 0], threading.Barrier(2)
 
     def steps(number: int) -> int:
@@ -174,7 +174,7 @@ def test_models_share_as_many_threads_as_the_cores_have_room_for(model: Path) ->
         "count = lambda: len(os.listdir('/proc/self/task'))\n"
         "def opened(threads, models):\n"
         "    before = count()\n"
-        "    found = [open_decoder(folder, path='native', threads=threads, cache_tokens=64) for _ in range(models)]\n"
+        "    found = [open_decoder(folder, backend='native', threads=threads, cache_tokens=64) for _ in range(models)]\n"
         "    for decoder in found: decoder.step(batch)\n"
         "    seen = count() - before\n"
         "    for decoder in found[1:]: decoder.close()\n"
@@ -195,7 +195,7 @@ def test_models_share_as_many_threads_as_the_cores_have_room_for(model: Path) ->
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_opens_its_own_while_the_parent_steps(model: Path) -> None:
     ended = run(
-        "decoders = [open_decoder(folder, path='native', threads=2, cache_tokens=64) for _ in range(2)]\n"
+        "decoders = [open_decoder(folder, backend='native', threads=2, cache_tokens=64) for _ in range(2)]\n"
         "right, ended = decoders[0].step(batch).copy(), threading.Event()\n"
         "def loop(decoder):\n"
         "    while not ended.is_set(): decoder.step(batch)\n"
@@ -204,7 +204,7 @@ def test_a_forked_child_opens_its_own_while_the_parent_steps(model: Path) -> Non
         "for _ in range(20):\n"
         "    child = os.fork()\n"
         "    if not child:\n"
-        "        own = [open_decoder(folder, path='native', threads=2, cache_tokens=64) for _ in range(2)]\n"
+        "        own = [open_decoder(folder, backend='native', threads=2, cache_tokens=64) for _ in range(2)]\n"
         "        os._exit(7 if all((one.step(batch) == right).all() for one in own) else 8)\n"
         "    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7\n"
         "ended.set()\n"
@@ -218,7 +218,7 @@ def test_a_forked_child_opens_its_own_while_the_parent_steps(model: Path) -> Non
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_is_told_to_open_its_own(model: Path) -> None:
     ended = run(
-        "decoder = open_decoder(folder, path='native', threads=2, cache_tokens=64)\n"
+        "decoder = open_decoder(folder, backend='native', threads=2, cache_tokens=64)\n"
         "decoder.step(batch)\n"
         "child = os.fork()\n"
         "if not child:\n"
@@ -239,7 +239,7 @@ def test_a_system_that_gives_fewer_threads_is_an_error(model: Path) -> None:
     ended = run(
         "size = int(Path('/proc/self/statm').read_text().split()[0]) * os.sysconf('SC_PAGE_SIZE')\n"
         "resource.setrlimit(resource.RLIMIT_AS, (size + 2**30, size + 2**30))\n"
-        "try: open_decoder(folder, path='native', threads=1000, cache_tokens=64)\n"
+        "try: open_decoder(folder, backend='native', threads=1000, cache_tokens=64)\n"
         "except ConfigError as error: print(error)",
         model,
     )
@@ -249,18 +249,18 @@ def test_a_system_that_gives_fewer_threads_is_an_error(model: Path) -> None:
 
 def test_numbers_out_of_range_are_named(model: Path) -> None:
     with pytest.raises(ConfigError, match="threads must be 1 to 1024"):
-        open_decoder(model, path="native", threads=5000)
+        open_decoder(model, backend="native", threads=5000)
     with pytest.raises(ConfigError, match="cache_tokens is 0"):
-        open_decoder(model, path="native", cache_tokens=0)
+        open_decoder(model, backend="native", cache_tokens=0)
     with pytest.raises(ConfigError, match="cache_tokens"):
-        open_decoder(model, path="native", cache_tokens=2**40)
+        open_decoder(model, backend="native", cache_tokens=2**40)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits address space")
 def test_a_cache_that_the_system_does_not_give_is_an_error(model: Path) -> None:
     ended = run(
         "resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))\n"
-        "try: open_decoder(folder, path='native', threads=2, cache_tokens=2**27)\n"
+        "try: open_decoder(folder, backend='native', threads=2, cache_tokens=2**27)\n"
         "except ConfigError as error: print(error)",
         model,
     )

@@ -67,10 +67,10 @@ def test_an_answer_and_what_it_took(command: Run, folder: Path, tmp_path: Path) 
     assert found["prompt_tokens"] == len("u:the giant\na:") and found["chat_template"]
     assert found["timings"]["prompt_tokens_per_s"] > 0 and found["timings"]["decode_tokens_per_s"] > 0
     assert 0 < found["timings"]["first_token_seconds"] < 60 and 0 < found["load_seconds"] < 60
-    assert found["why"] and (found["path"] == "reference") == (native_reason() is not None)
+    assert found["why"] and (found["backend"] == "reference") == (native_reason() is not None)
     code, out, err = command("generate", folder, "--prompt", "the giant", *GREEDY)
     assert code == 0 and out.removesuffix("\n") == found["text"].removesuffix("\n")
-    assert "answer tokens/s" in err and found["path"] in err
+    assert "answer tokens/s" in err and found["backend"] in err
     assert command("generate", folder, "--prompt", "the giant", *GREEDY, "--quiet")[2] == ""
     assert not (tmp_path / "home").exists(), "a local folder was brought into a store"
 
@@ -128,7 +128,7 @@ def test_options_reach_the_engine(command: Run, folder: Path, tmp_path: Path) ->
         (["--temperature", "-1"], "temperature is -1.0"),
         (["--max-tokens", "0"], "max_tokens is 0"),
         (["--threads", "0"], "threads is 0"),
-        (["--path", "fast"], "path is 'fast'"),
+        (["--path", "fast"], "backend is 'fast'"),
         (["--isa", "sse9"], "sse9"),
         (["--ram", "lots"], "--ram is 'lots'"),
         (["--prompts", "none.jsonl"], "exclude each other"),

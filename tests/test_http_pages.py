@@ -57,7 +57,7 @@ def test_models_are_listed(client: httpx.Client) -> None:
 def test_a_card_shows_what_lies_beside_the_model(client: httpx.Client) -> None:
     card = answers.ModelCard.model_validate_json(client.get("/api/models/org/name").content, strict=True)
     assert card.card == "# A model\n\nsmall — and good" and card.evidence == EVIDENCE
-    assert (card.size_bytes, card.path, card.why, card.context) == (1234, "fake", "tests need no model", 512)
+    assert (card.size_bytes, card.backend, card.why, card.context) == (1234, "fake", "tests need no model", 512)
 
 
 def test_a_hostile_folder_shows_nothing(client: httpx.Client) -> None:

@@ -135,9 +135,9 @@ def test_speed_is_measured_in_a_process_of_its_own(store, ctx):
     assert 0 < recorded["load_ram_bytes"].value <= recorded["peak_ram_bytes"].value
     detail = recorded["decode_tokens_per_s"].detail
     if native_reason() is None:
-        assert detail["path"] not in ("", "reference") and "native" in detail["why"]
+        assert detail["backend"] not in ("", "reference") and "native" in detail["why"]
     else:
-        assert detail["path"] == "reference" and native_reason() in detail["why"]
+        assert detail["backend"] == "reference" and native_reason() in detail["why"]
     assert steps.find("speed").version == 2, "the numbers of version 1 are the reference path's"
     body = json.loads(report.file(speed.REPORT).read_text())
     assert len(body["evidence"]) == len(recorded) and body["model"] == model.id
@@ -146,7 +146,7 @@ def test_speed_is_measured_in_a_process_of_its_own(store, ctx):
 def test_every_family_can_be_measured(vision):
     found = measure.measure(str(vision[0].path), "vision", 2)
     assert found["load_ram_bytes"] > 0 and found["streams"] == {}
-    assert found["path"] == "reference" and "architecture" in found["why"]
+    assert found["backend"] == "reference" and "architecture" in found["why"]
     assert all(len(rates) == 2 for rates in found["rates"].values())
 
 

@@ -86,7 +86,7 @@ def test_fit_meets_its_budget_on_the_real_model_and_others_open_the_result(home:
 @pytest.mark.skipif(native_reason() is not None, reason=str(native_reason()))
 def test_the_native_path_writes_what_the_reference_writes(fitted: Path) -> None:
     """64 greedy tokens, given the same text so far, and the loss of a text: within a stated bound of the reference."""
-    native, reference = open_decoder(fitted, path="native"), open_decoder(fitted, path="reference")
+    native, reference = open_decoder(fitted, backend="native"), open_decoder(fitted, backend="reference")
     tokenizer = transformers.AutoTokenizer.from_pretrained(fitted)
     tokens, text = (np.array(tokenizer(words)["input_ids"], np.int32) for words in (TEXT, LONG_TEXT))
     assert 200 < len(text) <= native.max_rows

@@ -144,7 +144,7 @@ def test_packed_weights_are_unpacked(llama: Path, tmp_path: Path) -> None:
 def test_the_facts_of_a_decoder(llama: Path, tmp_path: Path) -> None:
     decoder = ReferenceDecoder(llama, cache_tokens=100, why="because the architecture is new")
     assert (decoder.vocabulary, decoder.positions, decoder.cache_blocks) == (VOCABULARY, 128, 7)
-    assert decoder.path == "reference" and "because the architecture is new" in decoder.why
+    assert decoder.backend == "reference" and "because the architecture is new" in decoder.why
     decoder.close()
     with pytest.raises(ConfigError, match="sentence encoder"):
         ReferenceDecoder(write_encoder(tmp_path / "encoder"))

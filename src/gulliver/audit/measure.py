@@ -47,7 +47,7 @@ def measure(
     streams: tuple[int, ...] = (),
     bandwidth: bool = False,
 ) -> dict[str, Any]:
-    """{"load_seconds", "load_ram_bytes", "peak_ram_bytes", "threads", "path", "why", "rates", "streams", …}.
+    """{"load_seconds", "load_ram_bytes", "peak_ram_bytes", "threads", "backend", "why", "rates", "streams", …}.
 
     "rates": {metric: [units per second]}; "streams": {how many at once: [tokens per second of all together]}, empty on
     the reference path. Every workload runs once unmeasured, then `repeats` times. With `bandwidth`, on the native path:
@@ -61,7 +61,7 @@ def measure(
     found = {"load_seconds": time.perf_counter() - start, "load_ram_bytes": current_rss_bytes()}
     work = workloads(decoder, tuple(streams))
     rates = _rates(work, repeats)
-    found |= {"peak_ram_bytes": peak_rss_bytes(), "threads": threads, "path": decoder.path, "why": decoder.why}
+    found |= {"peak_ram_bytes": peak_rss_bytes(), "threads": threads, "backend": decoder.backend, "why": decoder.why}
     found["streams"] = {str(count): rates.pop(str(count)) for count in streams}
     if bandwidth:
         found["bytes_per_token"] = bytes_per_token(Path(folder))
@@ -97,7 +97,7 @@ def _reference(folder: Path, task_name: str, repeats: int, threads: int, reason:
     work = getattr(task, "workloads", None)  # a family without any is measured for memory and loading alone
     rates = _rates(work(model, folder) if work else {}, repeats)
     found |= {"peak_ram_bytes": peak_rss_bytes(), "threads": torch.get_num_threads(), "rates": rates, "streams": {}}
-    return {**found, "path": "reference", "why": f"it does not run natively, because {reason}"}
+    return {**found, "backend": "reference", "why": f"it does not run natively, because {reason}"}
 
 
 def _rates(work: Mapping[str, Callable[[], int]], repeats: int) -> dict[str, list[float]]:

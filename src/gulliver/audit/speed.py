@@ -43,7 +43,7 @@ def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
 
 def evidence_of(found: dict[str, Any], repeats: int) -> list[Evidence]:
     """Evidence from what `measure` returned; the lower end of a rate is cut at zero."""
-    detail = {"path": found["path"], "why": found["why"], "threads": found["threads"], "repeats": repeats}
+    detail = {"backend": found["backend"], "why": found["why"], "threads": found["threads"], "repeats": repeats}
     evidence = [
         measured(name, found[name], detail=detail) for name in ("load_seconds", "load_ram_bytes", "peak_ram_bytes")
     ]

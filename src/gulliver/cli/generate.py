@@ -106,7 +106,7 @@ def _how(model: Any, *, raw: bool) -> dict[str, Any]:
 
     return {
         "model": str(model.folder),
-        "path": model.engine.decoder.path,
+        "backend": model.engine.decoder.backend,
         "why": model.engine.decoder.why,
         "chat_template": model.has_chat_template and not raw,
         "load_seconds": round(model.load_seconds, 4),

@@ -119,7 +119,7 @@ def _loaded(name: str, folder: Path, options: argparse.Namespace) -> Any:
 
     if is_encoder(folder):
         engine: Any = Encoder(folder, name, queue=options.queue, threads=options.threads)
-        kind, path, why = "embeddings", "reference", "sentence encoders run on the reference path (torch)"
+        kind, backend, why = "embeddings", "reference", "sentence encoders run on the reference path (torch)"
     else:
         engine = load_engine(
             folder,
@@ -128,11 +128,11 @@ def _loaded(name: str, folder: Path, options: argparse.Namespace) -> Any:
             cache_tokens=options.cache_tokens,
             slots=options.slots,
             queue=options.queue,
-            path=options.path,
+            backend=options.path,
             isa=options.isa,
             max_ram_bytes=parse_size(options.ram, "--ram") if options.ram else None,
         )
-        kind, path, why = "chat", engine.decoder.path, engine.decoder.why
+        kind, backend, why = "chat", engine.decoder.backend, engine.decoder.why
     artifact = open_artifact(folder) if (folder / MANIFEST).is_file() else None
     return ServedModel(
         name=name,
@@ -141,7 +141,7 @@ def _loaded(name: str, folder: Path, options: argparse.Namespace) -> Any:
         folder=folder,
         artifact_id=artifact.id if artifact is not None else None,
         size_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
-        path=path,
+        backend=backend,
         why=why,
         context=engine.context,
     )

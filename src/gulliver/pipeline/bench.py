@@ -95,7 +95,7 @@ def _document(found: dict[str, Any], file_bytes: int) -> dict[str, Any]:
             "decode_share": summary([rate * size / (reached * 1e9) for reached, rate in pairs]),
         }
     return {
-        "path": found["path"],
+        "backend": found["backend"],
         "why": found["why"],
         "threads": found["threads"],
         "file_bytes": file_bytes,
@@ -153,7 +153,7 @@ def _coverage(count: int, cut: int) -> float:
 
 def lines(document: dict[str, Any]) -> list[str]:
     """The document as a table for people."""
-    rows = [("model", document["model"]), ("runs on", f"{document['path']}, {document['threads']} threads")]
+    rows = [("model", document["model"]), ("runs on", f"{document['backend']}, {document['threads']} threads")]
     rows += [("why", document["why"])]
     for name, value in document.items():
         if name.endswith("_per_s"):

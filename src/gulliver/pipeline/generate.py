@@ -150,9 +150,9 @@ class OpenModel:
     def told(self, answer: Answer | None = None) -> str:
         """One line: the tokens and rates of an answer, and what runs the model."""
         decoder = self.engine.decoder
-        path = f"{self.folder.name} by {decoder.path}: {decoder.why}"
+        backend = f"{self.folder.name} by {decoder.backend}: {decoder.why}"
         if answer is None:
-            return path
+            return backend
         timings = answer.timings()
         rates = [
             f"{timings[key]:.0f} {what} tokens/s"
@@ -160,7 +160,7 @@ class OpenModel:
             if timings[key] is not None
         ]
         counts = f"{answer.prompt_tokens} + {answer.completion_tokens} tokens ({answer.finish_reason})"
-        return f"{', '.join([counts, *rates])}; {path}"
+        return f"{', '.join([counts, *rates])}; {backend}"
 
     def _seconds(self) -> tuple[float, float]:
         """What the engine has spent so far on reaching first tokens and on later ones."""
@@ -184,7 +184,7 @@ def open_model(
     options: dict[str, Any] = {
         "threads": opening.threads,
         "slots": opening.slots,
-        "path": opening.path,
+        "backend": opening.path,
         "isa": opening.isa,
         "max_ram_bytes": None if opening.ram is None else parse_size(opening.ram, "--ram"),
     }

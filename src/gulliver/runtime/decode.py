@@ -71,10 +71,10 @@ class Decoder(Protocol):
     """Most rows of one step."""
     shares_blocks: bool
     """False when a block belongs to the sequence that wrote it: the first block then names the sequence."""
-    path: str
+    backend: str
     """What runs: "avx512-vnni", "avx2", …, or "reference"."""
     why: str
-    """Why this path and not another, as one sentence."""
+    """Why this backend and not another, as one sentence."""
 
     def step(self, batch: StepBatch) -> NDArray[np.float32]:
         """Logits [answers, vocabulary] of the wanted rows, until the next step.
@@ -137,7 +137,7 @@ class NativeDecoder:
         )
         build(weights, config, self._program)
         _open.add(self)
-        self.path = self._program.isa
+        self.backend = self._program.isa
         self._logits_stride = -(-config.vocabulary // 32) * 32 + 16  # rows that begin in different sets of the cache
         # The buffer is kept: new memory for every step would be cleared page by page.
         self._logits = np.empty((0, self._logits_stride), np.float32)
@@ -230,20 +230,20 @@ def open_decoder(
     cache_tokens: int | None = None,
     slots: int = 16,
     isa: str = "auto",
-    path: str = "auto",
+    backend: str = "auto",
     max_ram_bytes: int | None = None,
 ) -> Decoder:
     """The fastest decoder that runs the model in `folder`.
 
     `threads` defaults to the cores that this process may use; `cache_tokens` are of all sequences together; `slots` is
-    how many sequences are expected at once; `isa` forces an instruction set ("avx2", "plain", …); `path` is "auto",
+    how many sequences are expected at once; `isa` forces an instruction set ("avx2", "plain", …); `backend` is "auto",
     "native" or "reference"; `max_ram_bytes` limits the whole process: weights beyond it are read anew for each step,
     and the cache fills what is left. BudgetError with the smallest limit that works when it is too little.
-    ConfigError when a path or instruction set that was forced is not to be had, with the reason.
+    ConfigError when a backend or instruction set that was forced is not to be had, with the reason.
     """
-    if path not in ("auto", "native", "reference"):
-        raise ConfigError(f"path is {path!r}; choose auto, native or reference")
-    reason = "it was asked for" if path == "reference" else _native_missing
+    if backend not in ("auto", "native", "reference"):
+        raise ConfigError(f"backend is {backend!r}; choose auto, native or reference")
+    reason = "it was asked for" if backend == "reference" else _native_missing
     if reason is None:
         try:
             return NativeDecoder(
@@ -258,8 +258,8 @@ def open_decoder(
             reason = str(error)
         except (ValueError, RuntimeError) as error:
             raise ConfigError(str(error)) from error
-    if path == "native" or isa != "auto":
-        raise ConfigError(f"{folder} cannot run natively, because {reason}; leave out --path and --isa")
+    if backend == "native" or isa != "auto":
+        raise ConfigError(f"{folder} cannot run natively, because {reason}; leave out --backend and --isa")
     from gulliver.runtime.reference_decode import ReferenceDecoder  # imports torch
 
     return ReferenceDecoder(folder, threads=threads, cache_tokens=cache_tokens, slots=slots, why=f"because {reason}")

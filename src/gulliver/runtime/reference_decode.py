@@ -41,7 +41,7 @@ class ReferenceDecoder:
     shares_blocks = False
     block_tokens = BLOCK_TOKENS
     max_rows = MAX_ROWS
-    path = "reference"
+    backend = "reference"
 
     def __init__(
         self,

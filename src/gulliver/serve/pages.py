@@ -141,7 +141,7 @@ def _card(model: ServedModel) -> dict[str, Any]:
         "artifact_id": model.artifact_id,
         "kind": model.kind,
         "size_bytes": model.size_bytes,
-        "path": model.path,
+        "backend": model.backend,
         "why": model.why,
         "context": model.context,
         "card": _annotation(model.folder / "README.md"),

@@ -46,15 +46,15 @@ class ServedModel:
     folder: Path
     artifact_id: str | None
     size_bytes: int
-    path: str  # what runs it
+    backend: str  # what runs it
     why: str
     context: int  # tokens
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def fingerprint(self) -> str:
-        """What `system_fingerprint` says: equal for equal weights on an equal path."""
-        return f"{(self.artifact_id or 'unnamed')[:12]}-{self.path}"
+        """What `system_fingerprint` says: equal for equal weights on an equal backend."""
+        return f"{(self.artifact_id or 'unnamed')[:12]}-{self.backend}"
 
 
 @dataclass

@@ -18,14 +18,14 @@ def load_engine(
     threads: int | None = None,
     cache_tokens: int | None = None,
     slots: int = 16,
-    path: str = "auto",
+    backend: str = "auto",
     isa: str = "auto",
     max_ram_bytes: int | None = None,
     **options: Any,
 ) -> Engine:
     """An engine that answers for the model in `folder`, called `name` (the folder's own name when not given).
 
-    `threads`, `cache_tokens`, `path`, `isa` and `max_ram_bytes` are for `open_decoder`; `options` are Engine's
+    `threads`, `cache_tokens`, `backend`, `isa` and `max_ram_bytes` are for `open_decoder`; `options` are Engine's
     (`queue`, `lookup`, `reuse`, …). ArtifactError when the folder holds no usable model, ConfigError when it writes no
     text.
     """
@@ -37,7 +37,7 @@ def load_engine(
         threads=threads,
         cache_tokens=cache_tokens,
         slots=slots,
-        path=path,
+        backend=backend,
         isa=isa,
         max_ram_bytes=max_ram_bytes,
     )

@@ -8,7 +8,7 @@ import { formatMeasured, formatNumber, formatValue, NO_BREAK, NOT_MEASURED, read
 const TILES = [["quality_loss", "Quality given up"], ["decode_tokens_per_s", "Speed"]];
 const BETTER = { lower: "↓ lower is better", higher: "↑ higher is better", none: "for comparison" };
 
-// { id, size_bytes, path, why, context, card, evidence } of a model.
+// { id, size_bytes, backend, why, context, card, evidence } of a model.
 export function readAbout(id, key) {
   return getJson(`api/models/${encodeURIComponent(id)}`, key);
 }
@@ -39,8 +39,8 @@ function tileView(name, value, note) {
 
 export function showAbout(dialog, about) {
   dialog.querySelector("h2").textContent = about.id;
-  const path = about.path && `Runs on the ${about.path} path.`;
-  const how = [path, about.why && sentence(about.why)].filter(Boolean).join(" ");
+  const backend = about.backend && `Runs on the ${about.backend} backend.`;
+  const how = [backend, about.why && sentence(about.why)].filter(Boolean).join(" ");
   dialog.querySelector(".summary").replaceChildren(factsView(about), element("p", { className: "soft" }, how));
   dialog.querySelector("#evidence-panel").replaceChildren(...evidenceView(about.evidence ?? []));
   const none = element("p", { className: "soft" }, "This model has no card.");

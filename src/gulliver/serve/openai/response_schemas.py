@@ -181,7 +181,7 @@ class ModelCard(BaseModel):
     artifact_id: str | None
     kind: Literal["chat", "embeddings"]
     size_bytes: int
-    path: str
+    backend: str
     why: str
     context: int
     card: str | None
