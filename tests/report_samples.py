@@ -125,7 +125,6 @@ def evidence(model: Artifact, parent: Artifact, size_bytes: int, quality_loss: f
         measured("compress_peak_ram_bytes", 941e6),
         measured("decode_tokens_per_s", 181.4, low=178.9, high=183.9, n=10),
         measured("prefill_tokens_per_s", 1210.0, low=1195.0, high=1225.0, n=10),
-        measured("step_seconds", 612.4),
     ]
     about = {"artifact_id": model.id, "parent_id": parent.id, "machine": MACHINE}
     command = f"gulliver audit {model.id[:12]} --data wikitext-2.test.txt --parent {parent.id[:12]}"

@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_oracle import unpack_slowly
 from test_packed import FORMATS, random_part
 
-from gulliver.runtime.packed import Format, RowGroup, pack, unpack_slowly
+from gulliver.runtime.packed import Format, RowGroup, pack
 
 native = pytest.importorskip("gulliver.runtime._native", reason="the native engine is not built: no compiler was found")
 

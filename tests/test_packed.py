@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_oracle import unpack_slowly
 
 from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.runtime.formats import CODEBOOK_BITS, GROUP_SIZES, PLANES, Format
-from gulliver.runtime.packed import PackedTensor, RowGroup, pack, unpack, unpack_slowly
+from gulliver.runtime.packed import PackedTensor, RowGroup, pack, unpack
 
 FORMATS = [Format(bits, size, "uniform") for bits in PLANES for size in GROUP_SIZES] + [
     Format(bits, size, "codebook") for bits in CODEBOOK_BITS for size in GROUP_SIZES

@@ -76,7 +76,7 @@ def test_verdict_stands_first_and_sections_in_order(sample: ReportData) -> None:
         "Machine", "Commands to repeat",
     ]  # fmt: skip
     assert text.index("<strong>PASS</strong>") < text.index("<h2>Gates")
-    assert "Asked for at most 72" in text and "95 % interval 2.68 to 3.56" in text and "10\u00a0min 12\u00a0s" in text
+    assert "Asked for at most 72" in text and "95 % interval 2.68 to 3.56" in text and "10\u00a0min 10\u00a0s" in text
 
 
 def test_page_asks_no_other_host_and_embeds_plotly_once(sample: ReportData) -> None:

@@ -120,12 +120,9 @@ def key_figures(data: ReportData) -> str:
 
 
 def seconds_taken(data: ReportData) -> float | None:
-    """Seconds that making the model took: as stated, as measured, or the span of the memory samples; else None."""
+    """Seconds that making the model took: as stated, or the span of the memory samples; else None."""
     if data.fit.seconds is not None:
         return data.fit.seconds
-    step = data.latest("step_seconds")
-    if step is not None:
-        return step.value
     return data.fit.memory[-1][0] - data.fit.memory[0][0] if len(data.fit.memory) > 1 else None
 
 

@@ -171,34 +171,6 @@ def unpack(tiles: Tensor, fmt: Format, rows: int, columns: int, codebook: Tensor
     return RowGroup(fmt, flat, scales, factors, zeros, codebook)
 
 
-def unpack_slowly(tiles: Tensor, fmt: Format, rows: int, columns: int, codebook: Tensor | None) -> list[list[float]]:
-    """The values, one weight at a time straight from the layout's rules: the reference for `unpack` and for kernels."""
-    groups, values = fmt.groups(columns), []
-    group_bytes = fmt.group_size * TILE_ROWS * fmt.bits // 8
-    scales_at = groups * group_bytes
-    zeros_at = scales_at + groups * TILE_ROWS
-    factors_at = zeros_at + (groups * TILE_ROWS if fmt.kind == "uniform" else 0)
-    for row in range(rows):
-        tile, lane = tiles[row // TILE_ROWS].tolist(), row % TILE_ROWS
-        factor_bytes = bytes(tile[factors_at + 2 * lane : factors_at + 2 * lane + 2])
-        factor = torch.frombuffer(bytearray(factor_bytes), dtype=torch.bfloat16).item()
-        line = []
-        for column in range(columns):
-            group, inside = divmod(column, fmt.group_size)
-            code, shift, start = 0, 0, group * group_bytes
-            for width in PLANES[fmt.bits]:
-                chunk, position = divmod(inside, 4 * (8 // width))
-                field, lane_column = divmod(position, 4)
-                byte = tile[start + 64 * chunk + 4 * lane + lane_column]
-                code |= ((byte >> (width * field)) & ((1 << width) - 1)) << shift
-                start, shift = start + fmt.group_size * TILE_ROWS * width // 8, shift + width
-            scale = tile[scales_at + group * TILE_ROWS + lane]
-            level = int(codebook[code]) if codebook is not None else code - tile[zeros_at + group * TILE_ROWS + lane]
-            line.append(factor * scale * level)
-        values.append(line)
-    return values
-
-
 def _check_codebook(fmt: Format, codebook: Tensor | None) -> None:
     if (fmt.kind == "codebook") != (codebook is not None):
         raise ArtifactError(f"a {fmt.name} part {'lacks' if codebook is None else 'has no use for'} a codebook")

@@ -56,9 +56,7 @@ METRICS: Mapping[str, Metric] = {
     "decode_tokens_per_s": Metric("tokens/s", "higher", "generated tokens per second, one sequence"),
     "prefill_tokens_per_s": Metric("tokens/s", "higher", "prompt tokens per second, one sequence"),
     "examples_per_s": Metric("examples/s", "higher", "examples answered per second"),
-    "latency_ms": Metric("ms", "lower", "time from a request to its whole answer"),
     "load_seconds": Metric("s", "lower", "time from the command to a model that can answer"),
-    "step_seconds": Metric("s", "lower", "time that the step which made the artifact took"),
 }
 
 MUST_BEAT: Mapping[str, float] = {
