@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gulliver.core.store.files import write_atomic
-from gulliver.pipeline.steps import INPUT_KINDS, STEPS, Step, config_class, type_name
+from gulliver.pipeline.steps import INPUT_KINDS, STEPS, Step, options_class, type_name
 
 PAGE = Path(__file__).parent / "steps.md"
 
@@ -47,7 +47,7 @@ def _section(row: Step) -> list[str]:
     roles += [f"`{role}` (a {INPUT_KINDS[role]}, optional)" for role in row.optional]
     if roles:
         lines += [f"Inputs: {', '.join(roles)}.", ""]
-    fields = config_class(row).model_fields
+    fields = options_class(row).model_fields
     if fields:
         lines += ["| key | takes | default | meaning |", "| --- | --- | --- | --- |"]
         lines += [_row(name, field) for name, field in fields.items()]

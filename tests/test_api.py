@@ -29,7 +29,15 @@ def table(monkeypatch: pytest.MonkeyPatch) -> None:
         replace(shrink, name="quantize"),
         replace(measure, name="quality", needs=("model", "dataset")),
         replace(measure, name="speed"),
-        Step("read", "toys.words:run", needs=(), makes=("dataset",), reads=("data",), help="a toy dataset"),
+        Step(
+            "read",
+            "toys.words:run",
+            "toys.words:Config",
+            needs=(),
+            makes=("dataset",),
+            reads=("data",),
+            help="a toy dataset",
+        ),
     )
     monkeypatch.setattr(steps, "STEPS", rows)
 

@@ -14,6 +14,7 @@ from postgres import postgres_server, postgres_url  # noqa: F401 - fixtures
 from gulliver.cli import main as cli
 from gulliver.cli.commands import COMMANDS
 from gulliver.core.errors import BudgetError, GateRefused
+from gulliver.pipeline.steps import STEPS, Step
 
 Run = Callable[..., tuple[int, str, str]]
 pytestmark = pytest.mark.usefixtures("toy_table")
@@ -232,3 +233,26 @@ def test_help_imports_no_torch_and_no_step() -> None:
     assert found.returncode == 0, found.stderr
     for command in COMMANDS:
         assert f"    {command.name} " in found.stdout
+
+
+@pytest.mark.parametrize("row", STEPS, ids=lambda row: row.name)
+def test_the_help_of_a_step_imports_no_torch(row: Step) -> None:
+    code = (
+        f"import sys; from gulliver.cli.main import main; assert main([{row.name!r}, '--help']) == 0\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'scipy', 'sqlalchemy', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    found = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "--seed" in found.stdout
+
+
+def test_reading_a_recipe_imports_no_torch() -> None:
+    recipes = sorted(str(path) for path in (Path(__file__).parent.parent / "recipes").glob("*.toml"))
+    code = (
+        f"import sys; from gulliver.pipeline import recipe\nfor path in {recipes}: recipe.load(path)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'scipy', 'sqlalchemy', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    found = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr

@@ -15,7 +15,8 @@ from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
 from gulliver.core.store.artifact import verify
 from gulliver.data import pull
-from gulliver.data.pull import Config, run
+from gulliver.data.options import PullOptions
+from gulliver.data.pull import run
 from gulliver.tasks import get_task
 
 
@@ -25,7 +26,7 @@ def ctx(store, quiet):
 
 
 def fetch(ctx, source, **options):
-    return run(Config(source=str(source), **options), {}, ctx)
+    return run(PullOptions(source=str(source), **options), {}, ctx)
 
 
 def test_a_folder_is_copied_and_checked(tmp_path, ctx):

@@ -9,7 +9,8 @@ from language_samples import text, write_causal, write_dataset
 from test_vision import DIGITS, make_dataset
 
 from gulliver.audit import measure, speed
-from gulliver.audit.quality import REPORT, Config, run
+from gulliver.audit.options import QualityOptions, SpeedOptions
+from gulliver.audit.quality import REPORT, run
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, ConfigError, DataError, GulliverError
 from gulliver.core.evidence.evidence import Evidence
@@ -21,7 +22,7 @@ from gulliver.runtime.decode import native_reason
 from gulliver.tasks import get_task
 
 PASSAGE = "the giant measures every island and the queen counts the lanterns. " * 4
-SMALL = Config(windows=3, context=32)
+SMALL = QualityOptions(windows=3, context=32)
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def vision(store):
 
 def test_another_family_is_measured_by_the_same_step(store, ctx, vision):
     model, data = vision
-    run(Config(), {"model": model, "dataset": data, "parent": model}, ctx)
+    run(QualityOptions(), {"model": model, "dataset": data, "parent": model}, ctx)
     recorded = {item.metric: item for item in store.evidence(model.id)}
     assert recorded["accuracy_drop"].value == 0 and recorded["size_ratio"].value == 1
     with pytest.raises(ConfigError, match=r"context|windows"):
@@ -125,7 +126,7 @@ def test_families_are_not_mixed(store, ctx, dataset, vision):
 # ---- speed --------------------------------------------------------------------------------------------------------
 def test_speed_is_measured_in_a_process_of_its_own(store, ctx):
     model = add_model(store)
-    report = speed.run(speed.Config(repeats=2), {"model": model}, ctx)
+    report = speed.run(SpeedOptions(repeats=2), {"model": model}, ctx)
     recorded = {item.metric: item for item in store.evidence(model.id)}
     assert set(recorded) == {
         *("load_seconds", "load_ram_bytes", "peak_ram_bytes"),

@@ -13,7 +13,8 @@ from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.records import EXAMPLES, SOURCES
 from gulliver.core.store.artifact import hash_file, verify
-from gulliver.data.read import Config, run
+from gulliver.data.options import ReadOptions
+from gulliver.data.read import run
 from gulliver.tasks import get_task
 
 PASSAGE = "the giant measures every island and the queen counts the lanterns. " * 4
@@ -31,7 +32,7 @@ def rows(artifact):
 def test_one_text_is_cut_in_two_and_nothing_is_lost(tmp_path, ctx):
     path = tmp_path / "text.txt"
     path.write_text(text(300, 1))
-    made = run(Config(data=str(path)), {}, ctx)
+    made = run(ReadOptions(data=str(path)), {}, ctx)
     verify(made)
     train, held_out = rows(made)
     assert (train["split"], held_out["split"]) == ("train", "eval")
@@ -48,14 +49,16 @@ def test_the_same_text_elsewhere_is_the_same_artifact(tmp_path, ctx):
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "text.txt").write_text(text(300, 1))
-        ids.add(run(Config(data=str(tmp_path / name / "text.txt")), {}, ctx).id)
+        ids.add(run(ReadOptions(data=str(tmp_path / name / "text.txt")), {}, ctx).id)
     assert len(ids) == 1
 
 
 def test_eval_data_is_held_out_whole(tmp_path, ctx):
     (tmp_path / "a.txt").write_text(text(50, 1))
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"body": line}) + "\n" for line in ("x y", "z")))
-    made = run(Config(data=str(tmp_path / "a.txt"), eval_data=str(tmp_path / "b.jsonl"), text_column="body"), {}, ctx)
+    made = run(
+        ReadOptions(data=str(tmp_path / "a.txt"), eval_data=str(tmp_path / "b.jsonl"), text_column="body"), {}, ctx
+    )
     assert [(row["split"], row["text"]) for row in rows(made)] == [
         ("train", text(50, 1)),
         ("eval", "x y"),
@@ -70,7 +73,7 @@ def test_a_folder_and_parquet_are_read(tmp_path, ctx):
     pyarrow.parquet.write_table(
         pyarrow.table({"text": [f"row {number}" for number in range(20)]}), folder / "b.parquet"
     )
-    found = rows(run(Config(data=str(folder), holdout=0.25), {}, ctx))
+    found = rows(run(ReadOptions(data=str(folder), holdout=0.25), {}, ctx))
     assert {row["source"] for row in found} == {"a.txt", "b.parquet"}
     assert sum(row["source"] == "b.parquet" and row["split"] == "eval" for row in found) in (4, 5)
 
@@ -79,10 +82,10 @@ def test_overlapping_parts_are_refused(tmp_path, ctx):
     (tmp_path / "a.txt").write_text(f"{text(30, 1)}\n\n{PASSAGE}\n\n{text(30, 2)}")
     (tmp_path / "b.txt").write_text(f"something else\n\n{PASSAGE}\n")
     with pytest.raises(DataError, match="the giant measures every island"):
-        run(Config(data=str(tmp_path / "a.txt"), eval_data=str(tmp_path / "b.txt")), {}, ctx)
+        run(ReadOptions(data=str(tmp_path / "a.txt"), eval_data=str(tmp_path / "b.txt")), {}, ctx)
     (tmp_path / "c.txt").write_text(f"{PASSAGE}\n\n{text(20, 1)}\n\n{PASSAGE}\n")
     with pytest.raises(DataError, match="the giant measures every island"):
-        run(Config(data=str(tmp_path / "c.txt"), holdout=0.25), {}, ctx)
+        run(ReadOptions(data=str(tmp_path / "c.txt"), holdout=0.25), {}, ctx)
     assert ctx.store.artifacts() == []
 
 
@@ -98,24 +101,24 @@ def test_overlapping_parts_are_refused(tmp_path, ctx):
 )
 def test_what_is_wrong_is_named(ctx, config, error, told):
     with pytest.raises(error, match=told):
-        run(Config(**config), {}, ctx)
+        run(ReadOptions(**config), {}, ctx)
 
 
 def test_a_text_too_short_to_hold_out_is_refused(tmp_path, ctx):
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(DataError, match="no examples"):
-        run(Config(data=str(tmp_path / "a.txt")), {}, ctx)
+        run(ReadOptions(data=str(tmp_path / "a.txt")), {}, ctx)
 
 
 def test_another_family_reads_by_the_same_step(ctx):
-    made = run(Config(data="catalog:digits", task="vision"), {}, ctx)
+    made = run(ReadOptions(data="catalog:digits", task="vision"), {}, ctx)
     found = rows(made)
     assert {row["split"] for row in found} == {"train", "eval"}
     assert set(found[0]) == {"image", "label", "source", "split"}
-    both = run(Config(data="catalog:digits", task="vision"), {}, ctx)
+    both = run(ReadOptions(data="catalog:digits", task="vision"), {}, ctx)
     assert both.id == made.id
 
 
 def test_an_option_of_another_family_is_refused(tmp_path, ctx):
     with pytest.raises(ConfigError, match="holdout"):
-        run(Config(data="catalog:digits", task="vision", holdout=0.2), {}, ctx)
+        run(ReadOptions(data="catalog:digits", task="vision", holdout=0.2), {}, ctx)

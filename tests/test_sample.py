@@ -17,7 +17,7 @@ from gulliver.core.progress import Progress
 from gulliver.core.records import EXAMPLES, SOURCES
 from gulliver.core.store.artifact import Artifact, verify
 from gulliver.core.store.store import Store
-from gulliver.data import sample
+from gulliver.data.options import SampleOptions
 from gulliver.pipeline.call import call
 from gulliver.tasks import get_task
 from gulliver.tasks.language import writing
@@ -200,4 +200,4 @@ def test_wrong_options_are_refused(store: Store, quiet: Progress, options: dict[
 
 
 def test_the_default_is_what_calibration_was_tried_with() -> None:
-    assert sample.Config().model_dump() == {"count": 96, "tokens": 512, "batch_size": 48}
+    assert SampleOptions().model_dump() == {"count": 96, "tokens": 512, "batch_size": 48}

@@ -18,10 +18,11 @@ from gulliver.core.store.artifact import verify
 from gulliver.core.store.store import Store
 from gulliver.learning import loop as loop_module
 from gulliver.tasks import get_task
-from gulliver.train.train import Config, _in_order, _state, run
+from gulliver.train.options import TrainOptions
+from gulliver.train.train import _in_order, _state, run
 
 TASK = get_task("vision")
-TOY = Config(steps=8, batch_size=8, checkpoint_every=3, warmup_steps=2)
+TOY = TrainOptions(steps=8, batch_size=8, checkpoint_every=3, warmup_steps=2)
 
 
 def make_context(home, work="work", seed=0):
@@ -42,7 +43,7 @@ def dataset_in(home):
 
 def test_it_learns_digits_far_beyond_the_majority_class(home):
     dataset = dataset_in(home)
-    cfg = Config(steps=50, batch_size=32, learning_rate=3e-3, warmup_steps=5)
+    cfg = TrainOptions(steps=50, batch_size=32, learning_rate=3e-3, warmup_steps=5)
     model = run(cfg, {"dataset": dataset}, make_context(home))
     verify(model)
     assert (model.kind, model.task, model.parents) == ("model", "vision", (dataset.id,))
@@ -145,7 +146,7 @@ def test_a_rate_that_explodes_stops_and_makes_nothing(home):
 )
 def test_wrong_options_are_refused(dials):
     with pytest.raises(pydantic.ValidationError):
-        Config(**dials)
+        TrainOptions(**dials)
 
 
 def test_batches_in_order_open_one_stream():

@@ -61,9 +61,11 @@ def test_inputs_and_outputs_are_known_kinds(row: Step) -> None:
 
 @each_step
 def test_the_config_is_frozen_and_strict(row: Step) -> None:
-    config = steps.config_class(row)
+    config = steps.options_class(row)
     assert issubclass(config, BaseModel)
-    assert config.__module__ == row.function.partition(":")[0]
+    stage = row.function.split(".")[1]
+    assert row.options == f"gulliver.{stage}.options:{row.name.capitalize()}Options"
+    assert inspect.signature(steps.function(row)).parameters["cfg"].annotation == config.__name__
     assert config.model_config.get("frozen")
     assert config.model_config.get("extra") == "forbid"
     assert set(row.reads) <= set(config.model_fields)
@@ -71,7 +73,7 @@ def test_the_config_is_frozen_and_strict(row: Step) -> None:
 
 @each_step
 def test_fields_carry_units_and_no_name_that_recipes_use(row: Step) -> None:
-    fields = steps.config_class(row).model_fields
+    fields = steps.options_class(row).model_fields
     reserved = {*CALL_KEYS, *row.needs, *row.optional, "home", "database", "json", "quiet", "out", "progress"}
     assert not set(fields) & reserved
     for name in fields:
@@ -83,7 +85,7 @@ def test_fields_carry_units_and_no_name_that_recipes_use(row: Step) -> None:
 
 @each_step
 def test_every_field_can_be_written_in_json_and_on_the_command_line(row: Step) -> None:
-    for name, field in steps.config_class(row).model_fields.items():
+    for name, field in steps.options_class(row).model_fields.items():
         assert field.annotation is not None
         assert not _callable_or_class(field.annotation), f"{row.name}.{name}: no class paths, no callables"
         if not field.is_required():

@@ -11,11 +11,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
+from gulliver.audit.options import QualityOptions
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
 from gulliver.core.evidence.evidence import Evidence, measured
+from gulliver.core.options import Options
 from gulliver.core.overlap import excerpt, first_overlap
 from gulliver.core.records import CALIBRATION
 from gulliver.core.store.artifact import Artifact
@@ -26,17 +26,7 @@ REPORT = "quality.json"
 """In the report artifact: {"model", "dataset", "parent", "evidence": [...]}."""
 
 
-class Config(BaseModel):
-    """Options of `quality`. What is left out takes the task's own default."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    share: float | None = Field(None, gt=0, le=1, description="share of the usual windows or examples to score")
-    windows: int | None = Field(None, ge=2, description="windows to score, for families that read sequences")
-    context: int | None = Field(None, ge=2, description="tokens in a window, for families that read sequences")
-
-
-def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
+def run(cfg: QualityOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     """Score the model on the dataset's eval part and record the evidence; returns the report.
 
     DataError when the eval part holds data that the model was calibrated on; ConfigError when families differ.
@@ -98,7 +88,7 @@ def calibrated_on(model: Artifact) -> list[str]:
 
 
 def write_report(
-    name: str, evidence: list[Evidence], inputs: dict[str, Artifact], cfg: BaseModel, ctx: Context, step_name: str
+    name: str, evidence: list[Evidence], inputs: dict[str, Artifact], cfg: Options, ctx: Context, step_name: str
 ) -> Artifact:
     """A report artifact whose one file `name` holds the evidence and the ids of what was measured."""
     filled = [item.filled(machine=ctx.machine_name, command=ctx.command) for item in evidence]

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from gulliver.audit.measure import in_fresh_process
+from gulliver.audit.options import SpeedOptions
 from gulliver.audit.quality import write_report
 from gulliver.core.context import Context
 from gulliver.core.evidence.evidence import Evidence, measured, paired_interval
@@ -22,15 +21,7 @@ REPORT = "speed.json"
 """In the report artifact: {"model", "evidence": [...]}."""
 
 
-class Config(BaseModel):
-    """Options of `speed`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    repeats: int = Field(5, ge=2, le=1000, description="measured runs of every workload, after one unmeasured")
-
-
-def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
+def run(cfg: SpeedOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     """Measure the model and record the evidence; returns the report. GulliverError when the process fails."""
     model = inputs["model"]
     with ctx.progress.stage("speed", unit="model"):

@@ -144,7 +144,7 @@ def _step_arguments(parser: argparse.ArgumentParser, row: Step) -> None:
     """The inputs of a step, then one option per field of its Config."""
     from pydantic_core import PydanticUndefined
 
-    config = steps.config_class(row)
+    config = steps.options_class(row)
     positional = next(iter(row.needs), None)
     first_field = next(iter(config.model_fields), None) if positional is None else None
     if positional is not None:
@@ -187,7 +187,7 @@ def _run_step(options: argparse.Namespace, session: Session) -> tuple[Any, list[
     from gulliver.pipeline.resolve import resolve_inputs
 
     row = steps.find(options.chosen)
-    fields = steps.config_class(row).model_fields
+    fields = steps.options_class(row).model_fields
     values = {name: getattr(options, f"config_{name}") for name in fields}
     config = {name: _value(text, fields[name].annotation) for name, text in values.items() if text is not None}
     given = {role: getattr(options, role) for role in (*row.needs, *row.optional)}

@@ -13,14 +13,13 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gulliver.compress.observe import Moments, output_gradients
+from gulliver.compress.options import CalibrateOptions
 from gulliver.compress.statistics import ROWS, STATISTICS, WeightRow, statistics_json
 from gulliver.core import memory
 from gulliver.core.context import Context
@@ -39,23 +38,7 @@ BACKWARD_BYTES = 2_000_000_000
 """Room for activations and gradients of one batch in the backward pass, beside the model itself."""
 
 
-class Config(BaseModel):
-    """Options of `calibrate`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    examples: int = Field(64, ge=1, description="calibration examples (windows of text, images)")
-    batch_size: int = Field(4, ge=1, description="examples in memory at once")
-    tokens: int | None = Field(None, ge=2, description="length of a window, for families that read sequences")
-    moments: Literal["full", "diagonal"] = Field("full", description="keep H, or only its diagonal (no feedback then)")
-    sensitivity: Literal["auto", "gradient", "power"] = Field(
-        "auto", description="what outputs count by: the loss's gradient, or their own power; auto: by memory"
-    )
-    gradient_examples: int = Field(16, ge=1, description="examples of the backward pass")
-    max_ram_bytes: int | None = Field(None, ge=1, description="most resident memory of the process")
-
-
-def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
+def run(cfg: CalibrateOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     """A report with the statistics. BudgetError when the memory limit cannot be held, DataError for too few data."""
     model, dataset, samples = inputs["model"], inputs["dataset"], inputs.get("samples")
     if dataset.task != model.task:
@@ -87,7 +70,7 @@ def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
 
 
 def calibration_batches(
-    task: Task, cfg: Config, datasets: list[Artifact], model: Artifact, ctx: Context
+    task: Task, cfg: CalibrateOptions, datasets: list[Artifact], model: Artifact, ctx: Context
 ) -> list[Batch]:
     """`cfg.examples` examples as batches, dealt out evenly over the data sets, batch by batch."""
     dials = {} if cfg.tokens is None else {"tokens": cfg.tokens}
@@ -99,7 +82,7 @@ def calibration_batches(
 
 # ---- how much outputs matter ----------------------------------------------------------------------------------------
 def _sensitivity(
-    cfg: Config,
+    cfg: CalibrateOptions,
     task: Task,
     model: Artifact,
     network: nn.Module,
@@ -139,7 +122,7 @@ def _sensitivity(
 
 # ---- streaming ------------------------------------------------------------------------------------------------------
 def _stream(
-    network: nn.Module, model: Artifact, blocks: list[Block], batches: list[Batch], cfg: Config, ctx: Context
+    network: nn.Module, model: Artifact, blocks: list[Block], batches: list[Batch], cfg: CalibrateOptions, ctx: Context
 ) -> None:
     """Leave `block-NNNN.safetensors` in the scratch folder for every block, going on after the last one there."""
     watched = [pair for block in blocks for weight in block.weights for pair in owners(network, weight.name)]

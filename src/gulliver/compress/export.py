@@ -12,13 +12,13 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from gulliver.compress.export_compressed import compressed_config, compressed_tensors, plan_layout
+from gulliver.compress.options import ExportOptions
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.store.artifact import Artifact
@@ -32,25 +32,7 @@ REPLACED = ("config.json", "packing.json")
 """Files of the packed model that export writes anew or leaves out."""
 
 
-class Config(BaseModel):
-    """Options of the step."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format: Literal["safetensors", "compressed-tensors", "gguf", "onnx"] = Field(
-        description="what to write; onnx is refused, this version cannot write it"
-    )
-    widen: bool = Field(
-        default=False,
-        description="compressed-tensors: store values that do not fit their own bits in wider codes (exact, larger)",
-    )
-    type: Literal["exact", "f32", "bf16", "f16", "q8_0"] = Field(
-        default="exact",
-        description="gguf: how matrices are stored; exact takes the smallest type that holds each bit for bit",
-    )
-
-
-def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
+def run(cfg: ExportOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     """A model artifact in the layout of `cfg.format`. ConfigError where that format cannot hold the model."""
     model = inputs["model"]
     if cfg.format == "onnx":

@@ -18,16 +18,16 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from gulliver.compress.feedback import quantize_matrix
+from gulliver.compress.options import PlanOptions
 from gulliver.compress.sizes import overhead_bytes, packed_overhead_bytes
 from gulliver.compress.statistics import Statistics, View, damage, feedback_moment, open_statistics
 from gulliver.compress.threads import each, workers
@@ -48,18 +48,6 @@ CLASSES = (1 / 24, 1 / 8, 1 / 3, 1.0)
 MIN_CLASS_ROWS = 64
 FRONTIER_POINTS = 12
 GAP = 1e-4
-
-
-class Config(BaseModel):
-    """Options of `plan`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    size_bytes: int = Field(ge=1, description="most bytes of all weight files together")
-    kind: Literal["any", "codebook", "uniform"] = Field("any", description="which formats may be chosen")
-    min_bits: int = Field(2, ge=2, le=8, description="fewest bits of a code")
-    probe_rows: int = Field(32, ge=1, description="rows of each weight on which damage is measured")
-    feedback: bool = Field(True, description="measure damage with error feedback, as quantize does by default")
 
 
 @dataclass(frozen=True)
@@ -94,7 +82,7 @@ class Choice:
     parts: tuple[tuple[int, Format], ...]
 
 
-def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
+def run(cfg: PlanOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     """A report with plan.json. BudgetError, with the smallest size that is feasible, when the budget is too small."""
     model, calibration = inputs["model"], inputs["calibration"]
     statistics = open_statistics(calibration, model)
@@ -131,7 +119,7 @@ def menu(kind: str, min_bits: int) -> list[Format]:
 
 # ---- what each choice costs -----------------------------------------------------------------------------------------
 def measurer(
-    model: Artifact, statistics: Statistics, formats: Sequence[Format], cfg: Config
+    model: Artifact, statistics: Statistics, formats: Sequence[Format], cfg: PlanOptions
 ) -> Callable[[str], list[Measured]]:
     """A function from a weight's name to what was measured of each class of its rows; thread-safe."""
     empty = get_task(model.task).load(model.path, empty=True)
@@ -246,7 +234,7 @@ def plan_json(
     formats: Sequence[Format],
     chosen: Sequence[int],
     statistics: Statistics,
-    cfg: Config,
+    cfg: PlanOptions,
     fixed: int,
 ) -> dict[str, Any]:
     """What stands in plan.json; damages are in the unit of the statistics."""

@@ -13,15 +13,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gulliver.compress.calibrate import check_ram
 from gulliver.compress.feedback import quantize_matrix
+from gulliver.compress.options import QuantizeOptions
 from gulliver.compress.plan import Choice, planned, read_weight, rows_of_classes
 from gulliver.compress.statistics import Statistics, damage, feedback_moment, open_statistics
 from gulliver.compress.threads import each, workers
@@ -39,23 +39,7 @@ from gulliver.runtime.shards import PACKED_SHARD_BYTES, ShardWriter, copy_beside
 from gulliver.tasks import get_task
 
 
-class Config(BaseModel):
-    """Options of `quantize`. `bits`, `group_size` and `kind` are for a run without a plan."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    bits: int = Field(4, ge=2, le=8, description="bits of a code: 2, 3, 4, 5, 6 or 8; not used with a plan")
-    group_size: int = Field(64, description="weights that share a scale: 32, 64 or 128; not used with a plan")
-    kind: Literal["codebook", "uniform"] = Field(
-        "codebook", description="values learned per tensor, or evenly spaced with a zero point; not used with a plan"
-    )
-    method: Literal["feedback", "nearest"] = Field(
-        "feedback", description="feedback passes rounding errors on (GPTQ); nearest is the plain baseline"
-    )
-    max_ram_bytes: int | None = Field(None, ge=1, description="most resident memory of the process")
-
-
-def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
+def run(cfg: QuantizeOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     """The packed model. ConfigError for a model that is packed already, BudgetError beyond the memory limit."""
     model, calibration, plan = inputs["model"], inputs["calibration"], inputs.get("plan")
     if is_packed(model.path):

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from gulliver.core import catalog
@@ -24,6 +23,7 @@ from gulliver.core.records import ORIGIN
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import write_atomic
 from gulliver.data import read
+from gulliver.data.options import PullOptions, ReadOptions
 from gulliver.nets.files import weight_files
 from gulliver.nets.weights import canonical_names, read_safetensors
 from gulliver.tasks import converter, detect_task, get_task
@@ -34,23 +34,14 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 HUB = "hf:"
 
 
-class Config(BaseModel):
-    """Options of `pull`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    source: str = Field(description="catalog:NAME, hf:ORG/NAME[@REVISION], a folder or a .gguf file")
-    task: str | None = Field(None, description="family of the model; found from its config when left out")
-
-
-def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
+def run(cfg: PullOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     """The artifact of `cfg.source`. ArtifactError for a model that cannot be used, DataError for a failed download."""
     del inputs
     origin: dict[str, Any] = {"source": cfg.source}
     if cfg.source.startswith(catalog.PREFIX):
         entry = catalog.lookup(cfg.source)
         if entry.kind == "dataset":
-            return read.make_dataset(read.Config.model_validate({"data": cfg.source, "task": entry.task}), ctx, "pull")
+            return read.make_dataset(ReadOptions.model_validate({"data": cfg.source, "task": entry.task}), ctx, "pull")
         origin["license"] = entry.license
         with ctx.progress.stage("download"):
             path = catalog.fetch(cfg.source, ctx.store.cache)
@@ -64,7 +55,7 @@ def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     return _model(path, cfg, origin, ctx)
 
 
-def _model(path: Path, cfg: Config, origin: dict[str, Any], ctx: Context) -> Artifact:
+def _model(path: Path, cfg: PullOptions, origin: dict[str, Any], ctx: Context) -> Artifact:
     if not path.exists():
         raise ConfigError(f"{cfg.source} does not exist; give a folder, a .gguf file, catalog:NAME or hf:ORG/NAME")
     task, convert = converter(path) if path.is_file() else (detect_task(path), None)

@@ -13,7 +13,6 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
-from pydantic import BaseModel, ConfigDict, Field
 
 from gulliver.core import catalog
 from gulliver.core.context import Context
@@ -22,29 +21,18 @@ from gulliver.core.overlap import excerpt, fingerprints, first_overlap
 from gulliver.core.records import EXAMPLES, SOURCES
 from gulliver.core.store.artifact import Artifact, hash_file
 from gulliver.core.store.files import write_atomic
+from gulliver.data.options import ReadOptions
 from gulliver.tasks import get_task
 from gulliver.tasks.base import Task
 
 
-class Config(BaseModel):
-    """Options of `read`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    data: str = Field(description="a file or folder of .txt, .jsonl or .parquet, or catalog:NAME")
-    eval_data: str | None = Field(None, description="held-out data of its own; else a part of `data` is held out")
-    task: str = Field("language", description="family of models the data is for")
-    holdout: float = Field(0.1, gt=0, lt=1, description="fraction of the text held out when eval_data is not given")
-    text_column: str = Field("text", description="column of .jsonl and .parquet files that holds the text")
-
-
-def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
+def run(cfg: ReadOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     """Write `examples.parquet` with the column `split`. DataError when a part is empty or the parts overlap."""
     del inputs
     return make_dataset(cfg, ctx, "read")
 
 
-def make_dataset(cfg: Config, ctx: Context, step_name: str) -> Artifact:
+def make_dataset(cfg: ReadOptions, ctx: Context, step_name: str) -> Artifact:
     """The dataset artifact of `cfg`, made by the step called `step_name`."""
     task = get_task(cfg.task)
     with ctx.progress.stage("read", unit="part"):
@@ -83,13 +71,13 @@ def with_options(task: Task, options: dict[str, Any]) -> Task:
     """The task with its reading options set: the fields of its class. ConfigError for one that it does not have."""
     fields = {field.name: field.default for field in dataclasses.fields(task)} if dataclasses.is_dataclass(task) else {}
     for name, value in options.items():
-        if name not in fields and value != Config.model_fields[name].default:
+        if name not in fields and value != ReadOptions.model_fields[name].default:
             raise ConfigError(f"the {task.name} task has no option {name!r}; leave it out")
     chosen = {name: value for name, value in options.items() if name in fields}
     return dataclasses.replace(task, **chosen) if chosen else task  # type: ignore[type-var]
 
 
-def _everything(task: Task, path: Path, cfg: Config) -> list[dict[str, Any]]:
+def _everything(task: Task, path: Path, cfg: ReadOptions) -> list[dict[str, Any]]:
     """All examples of `path`, of whichever split the task would have put them into."""
     reader = with_options(task, {"text_column": cfg.text_column})
     if dataclasses.is_dataclass(reader) and hasattr(reader, "holdout"):
@@ -107,7 +95,7 @@ def refuse_overlap(train: list[dict[str, Any]], held_out: list[dict[str, Any]]) 
         )
 
 
-def portable(cfg: Config) -> dict[str, Any]:
+def portable(cfg: ReadOptions) -> dict[str, Any]:
     """The config for the manifest, with the names of local files in place of their paths on this machine."""
     raw = cfg.model_dump(mode="json")
     for key in ("data", "eval_data"):

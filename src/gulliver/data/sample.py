@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 
 from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError, DataError
@@ -23,23 +22,14 @@ from gulliver.core.progress import Bar
 from gulliver.core.records import EXAMPLES, SOURCES
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import write_atomic
+from gulliver.data.options import SampleOptions
 from gulliver.tasks import get_task
 
 SOURCE = "own"
 """Column `source` of every example."""
 
 
-class Config(BaseModel):
-    """Options of `sample`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    count: int = Field(96, ge=1, description="texts to write; empty ones are dropped")
-    tokens: int = Field(512, ge=2, description="tokens of each text, at most what the model has positions for")
-    batch_size: int = Field(48, ge=1, description="texts written at once")
-
-
-def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
+def run(cfg: SampleOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     """Write `examples.parquet`, all of it split "train". ConfigError for a family or a model that writes nothing."""
     model = inputs["model"]
     task = get_task(model.task)
@@ -65,7 +55,7 @@ def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
 
 
 def _write_batch(
-    task: Any, network: Any, folder: Path, cfg: Config, seed: int, number: int, file: Path, bar: Bar
+    task: Any, network: Any, folder: Path, cfg: SampleOptions, seed: int, number: int, file: Path, bar: Bar
 ) -> None:
     """Texts of batch `number` into `file`, whole or not at all."""
     generator = torch.Generator().manual_seed(int(np.random.default_rng([seed, number]).integers(2**63)))

@@ -14,7 +14,7 @@ from typing import Any
 
 from gulliver.core.errors import ConfigError
 from gulliver.core.evidence.gate import Gate
-from gulliver.pipeline.steps import INPUT_KINDS, WrongKey, checked_config, config_class, did_you_mean, find
+from gulliver.pipeline.steps import INPUT_KINDS, WrongKey, checked_config, did_you_mean, find, options_class
 
 MAX_RECIPE_BYTES = 1_000_000
 TOP_KEYS = ("name", "home", "seed", "step", "gate")
@@ -123,7 +123,7 @@ class _Checker:
         except WrongKey as failure:
             message = str(failure)
             if failure.key in table and "has no key" in message:
-                known = (*CALL_KEYS, *config_class(row).model_fields)
+                known = (*CALL_KEYS, *options_class(row).model_fields)
                 message = f"step {name!r} has no key {failure.key!r}{did_you_mean(failure.key, known)}"
             raise self.error((*at, failure.key), message) from None
         except ConfigError as failure:

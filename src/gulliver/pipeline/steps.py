@@ -1,7 +1,7 @@
 """The one table of steps. The command line, the Python API, recipes and docs/steps.md are made from it.
 
-A step is `run(cfg, inputs, ctx) -> Artifact`, with a frozen `Config` in the same file. This file names functions as
-strings, so that reading the table imports neither a stage nor torch.
+A step is `run(cfg, inputs, ctx) -> Artifact`; `cfg` is a frozen model in its stage's options.py, which imports no
+torch. This file names both as strings, so that reading the table imports no stage.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ INPUT_KINDS = {
 class Step:
     """One row: Artifact(s) x config -> Artifact.
 
-    `function` is "module:function"; `needs` and `optional` name inputs (keys of INPUT_KINDS); `makes` lists the kinds
-    the step may return; `reads` names config fields that may hold paths of local files, whose contents are then part of
-    the reuse key. `compresses` says that a model it makes is judged against the one that went in. Raise `version`
-    whenever the same config and inputs would give another result.
+    `function` is "module:function", `options` "module:class"; `needs` and `optional` name inputs (keys of INPUT_KINDS);
+    `makes` lists the kinds the step may return; `reads` names options that may hold paths of local files, whose
+    contents are then part of the reuse key. `compresses` says that a model it makes is judged against the one that
+    went in. Raise `version` whenever the same config and inputs would give another result.
     """
 
     name: str
     function: str
+    options: str
     needs: tuple[str, ...]
     makes: tuple[str, ...]
     help: str
@@ -60,6 +61,7 @@ STEPS = (
     Step(
         "pull",
         "gulliver.data.pull:run",
+        "gulliver.data.options:PullOptions",
         needs=(),
         makes=("model", "dataset"),
         reads=("source",),
@@ -68,6 +70,7 @@ STEPS = (
     Step(
         "read",
         "gulliver.data.read:run",
+        "gulliver.data.options:ReadOptions",
         needs=(),
         makes=("dataset",),
         reads=("data", "eval_data"),
@@ -76,6 +79,7 @@ STEPS = (
     Step(
         "sample",
         "gulliver.data.sample:run",
+        "gulliver.data.options:SampleOptions",
         needs=("model",),
         makes=("dataset",),
         help="let a model write data of its own, for calibration that favours no domain",
@@ -83,6 +87,7 @@ STEPS = (
     Step(
         "train",
         "gulliver.train.train:run",
+        "gulliver.train.options:TrainOptions",
         needs=("dataset",),
         makes=("model",),
         help="train a new network on a dataset",
@@ -90,6 +95,7 @@ STEPS = (
     Step(
         "calibrate",
         "gulliver.compress.calibrate:run",
+        "gulliver.compress.options:CalibrateOptions",
         needs=("model", "dataset"),
         optional=("samples",),
         makes=("report",),
@@ -98,6 +104,7 @@ STEPS = (
     Step(
         "plan",
         "gulliver.compress.plan:run",
+        "gulliver.compress.options:PlanOptions",
         needs=("model", "calibration"),
         makes=("report",),
         help="choose one format per tensor: least predicted damage within the budget",
@@ -105,6 +112,7 @@ STEPS = (
     Step(
         "quantize",
         "gulliver.compress.quantize:run",
+        "gulliver.compress.options:QuantizeOptions",
         needs=("model", "calibration"),
         optional=("plan",),
         makes=("model",),
@@ -115,6 +123,7 @@ STEPS = (
     Step(
         "distill",
         "gulliver.train.distill:run",
+        "gulliver.train.options:DistillOptions",
         needs=("model", "parent", "dataset"),
         optional=("samples",),
         makes=("model",),
@@ -125,6 +134,7 @@ STEPS = (
     Step(
         "quality",
         "gulliver.audit.quality:run",
+        "gulliver.audit.options:QualityOptions",
         needs=("model", "dataset"),
         optional=("parent",),
         makes=("report",),
@@ -133,6 +143,7 @@ STEPS = (
     Step(
         "speed",
         "gulliver.audit.speed:run",
+        "gulliver.audit.options:SpeedOptions",
         needs=("model",),
         makes=("report",),
         version=2,
@@ -141,6 +152,7 @@ STEPS = (
     Step(
         "export",
         "gulliver.compress.export:run",
+        "gulliver.compress.options:ExportOptions",
         needs=("model",),
         makes=("model",),
         compresses=True,
@@ -160,13 +172,17 @@ def find(name: str) -> Step:
 
 def function(step: Step) -> Callable[..., Any]:
     """The step's `run`, imported now."""
-    module, _, attribute = step.function.partition(":")
+    return _named(step.function)
+
+
+def options_class(step: Step) -> type[Any]:
+    """The step's options (a frozen pydantic model), imported now: pydantic, but no stage and no torch."""
+    return _named(step.options)
+
+
+def _named(place: str) -> Any:
+    module, _, attribute = place.partition(":")
     return getattr(importlib.import_module(module), attribute)
-
-
-def config_class(step: Step) -> type[Any]:
-    """The step's `Config` (a frozen pydantic model), imported now."""
-    return importlib.import_module(step.function.partition(":")[0]).Config
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -185,7 +201,7 @@ def checked_config(step: Step, values: Mapping[str, Any]) -> Any:
     """
     from pydantic import ValidationError  # here, because `gulliver --help` has no use for it
 
-    config = config_class(step)
+    config = options_class(step)
     try:
         return config(**{key: _with_units(key, value) for key, value in values.items()})
     except ValidationError as failure:

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Callable, Iterator
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from gulliver.core import memory
@@ -34,6 +33,7 @@ from gulliver.runtime.reference import packing_entry, packing_json, read_stored,
 from gulliver.runtime.shards import PACKED_SHARD_BYTES, ShardWriter, copy_beside
 from gulliver.tasks import get_task
 from gulliver.tasks.base import Batch, Task
+from gulliver.train.options import DistillOptions
 
 COPIES = 7
 """float32 copies of all weights in memory: parent, model, latent, gradient, two moments, and what is in flight."""
@@ -42,25 +42,7 @@ TURNS = (0, 1, 1, 1)
 """Whose batch is next: 0 the user's data, 1 the parent's own. A model comes to favour what it is distilled on."""
 
 
-class Config(BaseModel):
-    """Options of `distill`. Rates warm up linearly over `warmup_steps`, then fall as a cosine to zero."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    steps: int = Field(100, ge=1, description="updates")
-    batch_size: int = Field(2, ge=1, description="examples per update")
-    tokens: int | None = Field(None, ge=2, description="length of a window, for families that read sequences")
-    learning_rate: float = Field(
-        7e-3, gt=0, allow_inf_nan=False, description="peak rate of the latent weights, in distances between grid values"
-    )
-    scale_rate: float = Field(5e-4, ge=0, allow_inf_nan=False, description="peak rate of the scales, as a ratio")
-    vector_rate: float = Field(3e-4, ge=0, allow_inf_nan=False, description="peak rate of norms and biases")
-    warmup_steps: int = Field(5, ge=0, description="steps of linear warmup")
-    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False, description="gradients longer than this are clipped")
-    checkpoint_every: int = Field(25, ge=1, description="steps between checkpoints; no effect on the result")
-
-
-def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
+def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     """The distilled model, packed in the same formats. ConfigError for a model that is not packed."""
     model, parent, datasets = inputs["model"], inputs["parent"], [inputs["dataset"]]
     if not is_packed(model.path):
@@ -163,7 +145,7 @@ def _use(student: nn.Module, latents: dict[str, LatentTensor]) -> nn.Module:
 
 
 def _batches(
-    task: Task, cfg: Config, datasets: list[Artifact], model: Artifact, ctx: Context
+    task: Task, cfg: DistillOptions, datasets: list[Artifact], model: Artifact, ctx: Context
 ) -> Callable[[int], Batch]:
     """Batch k, from the data sets in the order of `TURNS`; free as long as batches are asked for in order."""
     dials = {} if cfg.tokens is None else {"tokens": cfg.tokens}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from gulliver.core.context import Context
@@ -17,30 +15,13 @@ from gulliver.learning.optim import OptimizerConfig, parameter_groups
 from gulliver.learning.schedule import Schedule
 from gulliver.tasks import get_task
 from gulliver.tasks.base import Batch
+from gulliver.train.options import TrainOptions
 
 LOSSES = "training.json"
 """In the artifact: {"losses": mean training loss of every step, in nats}."""
 
 
-class Config(BaseModel):
-    """Options of `train`. The rate warms up linearly over `warmup_steps`, then falls as a cosine to zero."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    task: str | None = Field(None, description="family of the network; the dataset's own when left out")
-    size: int = Field(1, ge=1, description="the one dial: larger means more parameters")
-    steps: int = Field(300, ge=1, description="updates of the weights")
-    batch_size: int = Field(64, ge=1, description="examples per update")
-    tokens: int | None = Field(None, ge=2, description="length of a window, for families that read sequences")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd with momentum 0.9")
-    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False, description="peak learning rate")
-    weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="decay of matrices and convolutions")
-    warmup_steps: int = Field(20, ge=0, description="steps of linear warmup")
-    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False, description="gradients longer than this are clipped")
-    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints; no effect on the weights")
-
-
-def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
+def run(cfg: TrainOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     """Train on `inputs["dataset"]` and return the model. A killed run ends with the same id as an uninterrupted one.
 
     ConfigError when the dataset is of another task, GulliverError when the loss stops being finite.

@@ -1,0 +1,63 @@
+"""The options of the steps that make weights smaller."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from gulliver.core.options import Options
+
+
+class CalibrateOptions(Options):
+    """Options of `calibrate`."""
+
+    examples: int = Field(64, ge=1, description="calibration examples (windows of text, images)")
+    batch_size: int = Field(4, ge=1, description="examples in memory at once")
+    tokens: int | None = Field(None, ge=2, description="length of a window, for families that read sequences")
+    moments: Literal["full", "diagonal"] = Field("full", description="keep H, or only its diagonal (no feedback then)")
+    sensitivity: Literal["auto", "gradient", "power"] = Field(
+        "auto", description="what outputs count by: the loss's gradient, or their own power; auto: by memory"
+    )
+    gradient_examples: int = Field(16, ge=1, description="examples of the backward pass")
+    max_ram_bytes: int | None = Field(None, ge=1, description="most resident memory of the process")
+
+
+class PlanOptions(Options):
+    """Options of `plan`."""
+
+    size_bytes: int = Field(ge=1, description="most bytes of all weight files together")
+    kind: Literal["any", "codebook", "uniform"] = Field("any", description="which formats may be chosen")
+    min_bits: int = Field(2, ge=2, le=8, description="fewest bits of a code")
+    probe_rows: int = Field(32, ge=1, description="rows of each weight on which damage is measured")
+    feedback: bool = Field(True, description="measure damage with error feedback, as quantize does by default")
+
+
+class QuantizeOptions(Options):
+    """Options of `quantize`. `bits`, `group_size` and `kind` are for a run without a plan."""
+
+    bits: int = Field(4, ge=2, le=8, description="bits of a code: 2, 3, 4, 5, 6 or 8; not used with a plan")
+    group_size: int = Field(64, description="weights that share a scale: 32, 64 or 128; not used with a plan")
+    kind: Literal["codebook", "uniform"] = Field(
+        "codebook", description="values learned per tensor, or evenly spaced with a zero point; not used with a plan"
+    )
+    method: Literal["feedback", "nearest"] = Field(
+        "feedback", description="feedback passes rounding errors on (GPTQ); nearest is the plain baseline"
+    )
+    max_ram_bytes: int | None = Field(None, ge=1, description="most resident memory of the process")
+
+
+class ExportOptions(Options):
+    """Options of `export`."""
+
+    format: Literal["safetensors", "compressed-tensors", "gguf", "onnx"] = Field(
+        description="what to write; onnx is refused, this version cannot write it"
+    )
+    widen: bool = Field(
+        default=False,
+        description="compressed-tensors: store values that do not fit their own bits in wider codes (exact, larger)",
+    )
+    type: Literal["exact", "f32", "bf16", "f16", "q8_0"] = Field(
+        default="exact",
+        description="gguf: how matrices are stored; exact takes the smallest type that holds each bit for bit",
+    )

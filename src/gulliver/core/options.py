@@ -1,0 +1,14 @@
+"""What the options of steps and commands have in common: frozen, and a name that is not a field is an error.
+
+A file of options imports pydantic and this alone, so that help and recipes are read without torch.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Options(BaseModel):
+    """Options of one step or command; units stand in the names of the fields, what they are for in `description`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,0 +1,41 @@
+"""The options of the steps that make or change weights."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from gulliver.core.options import Options
+
+
+class TrainOptions(Options):
+    """Options of `train`. The rate warms up linearly over `warmup_steps`, then falls as a cosine to zero."""
+
+    task: str | None = Field(None, description="family of the network; the dataset's own when left out")
+    size: int = Field(1, ge=1, description="the one dial: larger means more parameters")
+    steps: int = Field(300, ge=1, description="updates of the weights")
+    batch_size: int = Field(64, ge=1, description="examples per update")
+    tokens: int | None = Field(None, ge=2, description="length of a window, for families that read sequences")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd with momentum 0.9")
+    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False, description="peak learning rate")
+    weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="decay of matrices and convolutions")
+    warmup_steps: int = Field(20, ge=0, description="steps of linear warmup")
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False, description="gradients longer than this are clipped")
+    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints; no effect on the weights")
+
+
+class DistillOptions(Options):
+    """Options of `distill`. Rates warm up linearly over `warmup_steps`, then fall as a cosine to zero."""
+
+    steps: int = Field(100, ge=1, description="updates")
+    batch_size: int = Field(2, ge=1, description="examples per update")
+    tokens: int | None = Field(None, ge=2, description="length of a window, for families that read sequences")
+    learning_rate: float = Field(
+        7e-3, gt=0, allow_inf_nan=False, description="peak rate of the latent weights, in distances between grid values"
+    )
+    scale_rate: float = Field(5e-4, ge=0, allow_inf_nan=False, description="peak rate of the scales, as a ratio")
+    vector_rate: float = Field(3e-4, ge=0, allow_inf_nan=False, description="peak rate of norms and biases")
+    warmup_steps: int = Field(5, ge=0, description="steps of linear warmup")
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False, description="gradients longer than this are clipped")
+    checkpoint_every: int = Field(25, ge=1, description="steps between checkpoints; no effect on the result")
