@@ -16,8 +16,8 @@ from gulliver.core.errors import ArtifactError
 from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.store.artifact import open_artifact, verify
 from gulliver.core.store.store import Store
-from gulliver.report.card import card, code, evidence_json, front_matter, plain, write_card
-from gulliver.report.html import gather
+from gulliver.report.card import card, code, evidence_json, plain, write_card
+from gulliver.report.gather import gather
 
 HOSTILE = "x\n---\nlicense: mit\n# <img src=x onerror=alert(1)> | `a` *b* [c](http://evil)"
 
@@ -53,7 +53,7 @@ def test_card_says_verdict_evidence_formats_use_lineage_limits(tmp_path: Path) -
 
 def test_front_matter_is_what_the_hub_reads(tmp_path: Path) -> None:
     store, model = fitted(tmp_path / "catalog")
-    found = matter(front_matter(gather(model, store), "LlamaForCausalLM"))
+    found = matter(card(gather(model, store), "LlamaForCausalLM"))
     assert found == {
         "library_name": "gulliver",
         "pipeline_tag": "text-generation",
@@ -61,7 +61,7 @@ def test_front_matter_is_what_the_hub_reads(tmp_path: Path) -> None:
         "tags": ["gulliver", "language", "quantized"],
     }
     store, model = fitted(tmp_path / "hub", source="hf:some/model")
-    found = matter(front_matter(gather(model, store)))
+    found = matter(card(gather(model, store)))
     assert found["base_model"] == "some/model" and found["base_model_relation"] == "quantized"
     assert "license" not in found and "pipeline_tag" not in found
     assert "licence of the first model was not recorded" in card(gather(model, store))

@@ -12,7 +12,7 @@ import pytest
 from chat_browser import answered, expect, last_answer, send
 from fake_openai import CONSOLE, FakeServer, Reply, example_about
 
-from gulliver.report.theme import CSS as REPORT_CSS
+from gulliver.report.html import FOLDER as REPORT
 from gulliver.report.units import format_measured, format_value
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
@@ -319,7 +319,7 @@ def colours(style: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize("dark", [0, 1], ids=["light", "dark"])
 def test_contrast_and_the_colours_of_the_reports(dark: int) -> None:
     theme = colours((CONSOLE / "style.css").read_text())[dark]
-    report = colours(REPORT_CSS)[dark]
+    report = colours((REPORT / "style.css").read_text())[dark]
     assert {name: theme[name] for name in theme.keys() & report.keys()} == {
         name: report[name] for name in theme.keys() & report.keys()
     }

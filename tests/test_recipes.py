@@ -109,4 +109,4 @@ def test_a_recipe_runs_and_its_second_run_does_no_work(
         run_recipe(path, store=store, progress=quiet)
     outcome, _, outcomes = shown(first.report)
     assert outcome == "REFUSED" and "FAIL" in outcomes
-    assert "misses it" in first.report.read_text(encoding="utf-8")
+    assert "does not meet the limit" in first.report.read_text(encoding="utf-8")

@@ -25,7 +25,8 @@ from gulliver.core.store.store import Store
 from gulliver.pipeline.call import Call, call, open_store
 from gulliver.pipeline.resolve import ancestors, first_of_kind, resolve_data, resolve_model
 from gulliver.report.card import write_card
-from gulliver.report.html import gather, page
+from gulliver.report.gather import gather
+from gulliver.report.html import page
 from gulliver.tasks import get_task
 
 FIT = "fit.json"

@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
-from gulliver.report.picture import Picture, base_layout, label
+from gulliver.report.picture import Picture, Table, base_layout, label
 from gulliver.report.records import PartBits, TensorBits
-from gulliver.report.tables import table
 from gulliver.report.units import format_value
 
 _BITS_COLOURS = {2: "#440154", 3: "#414487", 4: "#2a788e", 5: "#22a884", 6: "#7ad151", 9: "#fde725"}
@@ -93,13 +91,13 @@ def bits(tensors: Sequence[TensorBits]) -> Picture | None:
     layout["coloraxis"] = scale
     rows = [
         [
-            escape(block),
+            block,
             *(f"{tensor.bits_per_weight:.2f}" if (tensor := grid.cell(block, role)) else "–" for role in grid.roles),
         ]
         for block in grid.blocks
     ]
     heads = ["block", *grid.roles]
-    numbers = table("Bits per weight, by block and role", heads, rows, numbers=range(1, len(heads)))
+    numbers = Table("Bits per weight, by block and role", heads, rows, numbers=range(1, len(heads)))
     says = "Bits a weight of each tensor in the blocks, scales included; a darker cell is stored in fewer bits."
     return Picture("bits", "Bits per weight in the blocks", says, [trace], layout, numbers)
 
@@ -120,9 +118,9 @@ def rows_bits(tensors: Sequence[TensorBits]) -> Picture | None:
     layout["coloraxis"] = _bits_axis()
     rows = [
         [
-            escape(tensor.name),
+            tensor.name,
             f"{part.rows:,}",
-            escape(part.format),
+            part.format,
             f"{part.bits_per_weight:.2f}",
             format_value(part.size_bytes, "bytes"),
         ]
@@ -130,8 +128,8 @@ def rows_bits(tensors: Sequence[TensorBits]) -> Picture | None:
         for part in tensor.parts
     ]
     heads = ["tensor", "rows", "format", "bits a weight", "size"]
-    says = "Tensors that stand outside the blocks, or whose rows are stored in several formats; width is bytes."
-    numbers = table("Parts of these tensors", heads, rows, numbers=(1, 3, 4))
+    says = "Tensors outside the blocks, and tensors whose rows are stored in several formats; width is bytes."
+    numbers = Table("Parts of these tensors", heads, rows, numbers=(1, 3, 4))
     return Picture("rows", "Bits per weight by rows", says, traces, layout, numbers)
 
 

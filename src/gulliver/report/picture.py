@@ -1,43 +1,42 @@
-"""One plotly figure as plain JSON, its caption and the same numbers as a table, turned into HTML.
+"""One plotly figure as plain JSON, its caption and the same numbers as a table.
 
-The page's script (theme.py) draws it; colours are names of the style sheet's variables, so that one figure is right in
+The page's script (page.js) draws it; colours are names of the style sheet's variables, so that one figure is right in
 light and in dark.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from gulliver.report.tables import scroll
+
+@dataclass(frozen=True)
+class Table:
+    """Plain texts; the first cell of a row is its head, and `numbers` are the indexes of columns of numbers."""
+
+    caption: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One plotly figure: `name` its id in the page, `says` the text in its place, `numbers` a table (HTML)."""
+    """One plotly figure: `name` its id in the page, `says` the text in its place, `numbers` its table."""
 
     name: str
     title: str
     says: str
     data: list[dict[str, Any]]
     layout: dict[str, Any]
-    numbers: str
+    numbers: Table
 
-
-def figure_html(picture: Picture) -> str:
-    """The picture, its caption, and its numbers behind a disclosure."""
-    height = picture.layout["height"]
-    body = json.dumps({"data": picture.data, "layout": picture.layout}, allow_nan=False, sort_keys=True)
-    body = body.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    return (
-        f'<figure id="{picture.name}"><figcaption>{escape(picture.says)}</figcaption>'
-        f'<div class="plot" role="img" aria-label="{escape(picture.title)}. {escape(picture.says)}" '
-        f'style="height:{height}px"></div><script type="application/json">{body}</script>'
-        f"<details><summary>{escape(picture.title)}: the numbers</summary>{scroll(picture.numbers, picture.title)}"
-        "</details></figure>"
-    )
+    @property
+    def figure(self) -> dict[str, Any]:
+        """What plotly.js draws."""
+        return {"data": self.data, "layout": self.layout}
 
 
 def label(text: str) -> str:

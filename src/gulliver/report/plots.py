@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from gulliver.report.bits import damage_by_block
-from gulliver.report.picture import Picture, base_layout, label
+from gulliver.report.picture import Picture, Table, base_layout, label
 from gulliver.report.records import Point, ReportData
-from gulliver.report.tables import table
 from gulliver.report.units import format_seconds, format_value
 
 _STAGE_COLOURS = ("blue", "orange", "green", "violet", "teal", "soft")
@@ -42,7 +40,7 @@ def size_quality(data: ReportData) -> Picture | None:
     if fit.nearest is not None:
         drop = fit.nearest.measured_drop if fit.nearest.measured_drop is not None else fit.nearest.predicted_drop
         if drop is not None:
-            traces.append(_point("nearest that can be made", fit.nearest.size_bytes, drop, "star", "var(--green)"))
+            traces.append(_point("nearest feasible point", fit.nearest.size_bytes, drop, "star", "var(--green)"))
     elif chosen and loss is not None and loss.is_number:
         point = _point("this artifact", chosen, loss.value, "star", "var(--green)")
         if math.isfinite(loss.low) and math.isfinite(loss.high):
@@ -60,7 +58,7 @@ def size_quality(data: ReportData) -> Picture | None:
     top = _top_drop(data)
     layout = base_layout(400)
     layout["xaxis"] |= _log_axis(sizes) | {"title": {"text": "size, MB (10⁶ bytes, logarithmic)"}}
-    layout["yaxis"] |= {"title": {"text": "quality given up, %"}, "range": [-0.06 * top, top]}
+    layout["yaxis"] |= {"title": {"text": "quality loss, %"}, "range": [-0.06 * top, top]}
     layout |= _budget_lines(data, top)
     cut = any(y > top for trace in traces for y in trace["y"])
     says = "Each point is one way to store the model; further left is smaller, further down is closer to the parent."
@@ -87,10 +85,10 @@ def damage(data: ReportData) -> Picture | None:
     layout = base_layout(300)
     layout["xaxis"] |= {"type": "category", "title": {"text": "block"}, "showgrid": False}
     layout["yaxis"] |= {"title": {"text": "damage"}, "rangemode": "tozero"}
-    rows = [[escape(name), f"{value:.4g}"] for name, value in pairs]
+    rows = [[name, f"{value:.4g}"] for name, value in pairs]
     says = f"Damage that compression does in each block, {source}; higher is worse."
     return Picture(
-        "damage", "Damage per block", says, [trace], layout, table(says, ["block", "damage"], rows, numbers=(1,))
+        "damage", "Damage per block", says, [trace], layout, Table(says, ["block", "damage"], rows, numbers=(1,))
     )
 
 
@@ -131,14 +129,14 @@ def memory(data: ReportData) -> Picture | None:
         own = [(time, size) for time, name, size in samples if name == stage]
         rows.append(
             [
-                escape(stage),
+                stage,
                 format_seconds(own[0][0]),
                 format_seconds(own[-1][0]),
                 format_value(max(s for _, s in own), "bytes"),
             ]
         )
     says = f"Memory of the process while the model was made; the highest sample is {format_value(peak, 'bytes')}."
-    numbers = table("Memory by stage", ["stage", "from", "to", "peak"], rows, numbers=(1, 2, 3))
+    numbers = Table("Memory by stage", ["stage", "from", "to", "peak"], rows, numbers=(1, 2, 3))
     return Picture("memory", "Memory over time", says, traces, layout, numbers)
 
 
@@ -248,7 +246,7 @@ def _log_axis(values: Sequence[float]) -> dict[str, Any]:
     return {"type": "log", "range": [low, high], "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
-def _points_table(data: ReportData) -> str:
+def _points_table(data: ReportData) -> Table:
     def drop(value: float | None) -> str:
         return "–" if value is None else format_value(value, "fraction")
 
@@ -266,4 +264,4 @@ def _points_table(data: ReportData) -> str:
     if data.parent_size_bytes:
         rows.append(["parent", format_value(data.parent_size_bytes, "bytes"), "–", drop(0.0)])
     heads = ["point", "size", "predicted", "measured"]
-    return table("Size and quality given up", heads, rows, numbers=(1, 2, 3))
+    return Table("Size and quality loss", heads, rows, numbers=(1, 2, 3))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gulliver.core.errors import ArtifactError
-from gulliver.core.evidence.evidence import Evidence
+from gulliver.core.evidence.evidence import METRICS, Evidence
 from gulliver.core.evidence.gate import Verdict
 from gulliver.core.store.manifest import read_json
 
@@ -155,8 +155,15 @@ class ReportData:
         found = [name for name in names if name in gated_on] or [name for name in names if self.latest(name)]
         return found[0] if found else names[0]
 
+    @property
+    def speed_metric(self) -> str | None:
+        """The metric of its speed: the one that a gate is on, else the first of METRICS that was measured."""
+        gated_on = {gate.metric for gate in self.fit.gates}
+        speeds = [name for name, row in METRICS.items() if row.unit.endswith("/s")]
+        return next((name for name in speeds if name in gated_on), next(filter(self.latest, speeds), None))
+
     def data_name(self, data_hash: str) -> str:
-        """What people call the data with this hash; the hash's first figures when nobody named it."""
+        """What people call the data with this hash; the hash's first figures when it has no name."""
         return self.data_names.get(data_hash, data_hash[:12])
 
     def latest(self, metric: str) -> Evidence | None:

@@ -1,0 +1,170 @@
+"""The verdict in words: what was asked, what was reached, which gate refused, and the figures that matter most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gulliver.core.evidence.evidence import METRICS
+from gulliver.report.records import INFEASIBLE, NOT_JUDGED, PASS, Gated, ReportData
+from gulliver.report.units import NOT_MEASURED, format_measured, format_seconds, format_value, short_id
+
+_RAM_TILES = {"peak_ram_bytes": "Memory to answer", "compress_peak_ram_bytes": "Memory to compress"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One large number of a page: what was reached, with what was asked as its note."""
+
+    name: str
+    text: str
+    note: str
+
+    @property
+    def number(self) -> str:
+        """The text without its unit; the whole text where it is not one number and one unit."""
+        return self.text.partition("\u00a0")[0] if self.unit else self.text
+
+    @property
+    def unit(self) -> str:
+        parts = self.text.split("\u00a0")
+        return parts[1] if len(parts) == 2 else ""
+
+
+def sentences(data: ReportData) -> list[str]:
+    """What was asked, what was reached, and why it was refused, as plain text."""
+    asked = _asked(data)
+    lines = [f"Asked for {asked}." if asked else "No budget was stated."]
+    near = data.fit.nearest
+    if near is not None:
+        drop = near.measured_drop if near.measured_drop is not None else near.predicted_drop
+        how = "measured" if near.measured_drop is not None else "predicted"
+        loss = f", {format_value(drop, 'fraction')} quality loss ({how})" if drop is not None else ""
+        lines.append(f"No model meets this budget. The nearest feasible point: {_bytes(near.size_bytes)}{loss}.")
+    else:
+        lines.append(f"Reached {_reached(data)}.")
+    if data.outcome == NOT_JUDGED:
+        where = " on this model" if data.others else ""
+        lines.append(f"No gate was judged{where}, so nothing is proven; the numbers below are measurements only.")
+    if data.outcome not in (PASS, NOT_JUDGED):
+        lines += [f"{gate_rule(gate)}: {gate_reason(gate)}." for gate in data.fit.gates if gate.outcome != PASS]
+        lines += [
+            f"{gate_rule(gate)} on {other.name} ({short_id(other.artifact_id)}), another model of this recipe: "
+            f"{gate_reason(gate)}."
+            for other in data.others
+            for gate in other.gates
+            if gate.outcome != PASS
+        ]
+    if data.fit.reason:
+        lines.append(data.fit.reason)
+    return lines
+
+
+def key_figures(data: ReportData) -> list[Figure]:
+    """Size, quality loss, memory, speed and time; none where no model was made."""
+    if data.outcome == INFEASIBLE:
+        return []
+    asked, ram, speed = data.fit.asked, data.ram_metric, data.speed_metric
+    figures = [
+        Figure("Size", _size(data), _limit("at most", asked.size_bytes, "bytes")),
+        Figure("Quality loss", *_loss(data)),
+        Figure(_RAM_TILES[ram], _value(data, ram), _limit("at most", asked.max_ram_bytes, "bytes")),
+    ]
+    if speed is not None:
+        figures.append(Figure("Speed", _value(data, speed), _limit("at least", asked.min_tokens_per_s, _unit(speed))))
+    compress = data.latest("compress_peak_ram_bytes") if ram != "compress_peak_ram_bytes" else None
+    note = f"peak memory {_bytes(compress.value)}" if compress else ""
+    return [*figures, Figure("Time to make it", format_seconds(seconds_taken(data)), note)]
+
+
+def seconds_taken(data: ReportData) -> float | None:
+    """Seconds that making the model took: as stated, or the span of the memory samples; else None."""
+    if data.fit.seconds is not None:
+        return data.fit.seconds
+    return data.fit.memory[-1][0] - data.fit.memory[0][0] if len(data.fit.memory) > 1 else None
+
+
+def gate_rule(gate: Gated) -> str:
+    """ "perplexity ratio at most 1.050"."""
+    return f"{metric_name(gate.metric)} {gate.limit} {format_value(gate.threshold, _unit(gate.metric))}"
+
+
+def gate_reason(gate: Gated) -> str:
+    """Why a gate did not pass, with its numbers as people read them; "" for one that passed."""
+    found = gate.evidence
+    if gate.outcome == PASS:
+        return ""
+    if gate.outcome == "NO_DATA" or found is None or found.metric != gate.metric or not found.is_number:
+        return gate.reason or gate.outcome
+    value, bounds = format_measured(found.value, found.low, found.high, found.unit)
+    if bounds == "single value":
+        return f"measured {value}, which does not meet the limit"
+    worst = format_value(found.bad_end, found.unit)
+    return f"measured {value}, interval {bounds}; its worse end, {worst}, does not meet the limit"
+
+
+def metric_name(name: str) -> str:
+    """A metric's name as words."""
+    return name.replace("_per_s", " per s").replace("_bytes", "").replace("_", " ")
+
+
+def _asked(data: ReportData) -> str:
+    asked = data.fit.asked
+    speed = _unit(data.speed_metric) if data.speed_metric else ""
+    parts = [
+        ("at most", asked.size_bytes, "bytes", ""),
+        ("at most", asked.max_drop, "fraction", " quality loss"),
+        ("at most", asked.max_ram_bytes, "bytes", " of memory"),
+        ("at least", asked.min_tokens_per_s, speed, ""),
+    ]
+    return _listed(
+        [f"{limit} {format_value(value, unit)}{of}" for limit, value, unit, of in parts if value is not None]
+    )
+
+
+def _reached(data: ReportData) -> str:
+    loss, parts = data.latest("quality_loss"), [_size(data)]
+    if loss is not None:
+        value, bounds = format_measured(loss.value, loss.low, loss.high, loss.unit)
+        parts.append(f"{value} quality loss (95 % interval {bounds})")
+    else:
+        parts.append(f"quality loss {NOT_MEASURED}")
+    ram, speed = data.latest(data.ram_metric), data.latest(data.speed_metric) if data.speed_metric else None
+    parts += [f"{_bytes(ram.value)} peak memory"] if ram else []
+    parts += [format_value(speed.value, speed.unit)] if speed else []
+    taken = seconds_taken(data)
+    return _listed(parts) + (f", in {format_seconds(taken)}" if taken is not None else "")
+
+
+def _loss(data: ReportData) -> tuple[str, str]:
+    row, limit = data.latest("quality_loss"), _limit("at most", data.fit.asked.max_drop, "fraction")
+    if row is None:
+        return NOT_MEASURED, limit
+    value, bounds = format_measured(row.value, row.low, row.high, row.unit)
+    return value, "; ".join(filter(None, [f"95 % interval {bounds}", limit]))
+
+
+def _size(data: ReportData) -> str:
+    row = data.latest("size_bytes")
+    return _bytes(row.value if row else data.size_bytes)
+
+
+def _value(data: ReportData, metric: str) -> str:
+    row = data.latest(metric)
+    return format_value(row.value, row.unit) if row else NOT_MEASURED
+
+
+def _bytes(size: float | None) -> str:
+    return format_value(size, "bytes")
+
+
+def _limit(limit: str, value: float | None, unit: str) -> str:
+    return f"asked {limit} {format_value(value, unit)}" if value is not None else ""
+
+
+def _unit(metric: str) -> str:
+    return METRICS[metric].unit if metric in METRICS else ""
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1] if parts else ""
