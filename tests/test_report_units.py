@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from gulliver.report.units import format_measured, format_seconds, format_value
+from gulliver.report.units import format_limit, format_measured, format_seconds, format_value
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,17 @@ from gulliver.report.units import format_measured, format_seconds, format_value
 )  # fmt: skip
 def test_numbers_read_well(value: float | None, unit: str, text: str) -> None:
     assert format_value(value, unit).replace("\u00a0", " ").replace("\u202f", " ") == text
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (1.1, "ratio", "1.1"), (0.05, "fraction", "5 %"), (72_000_000, "bytes", "72 MB"), (0, "fraction", "0 %"),
+        (84_500_000, "bytes", "84.5 MB"), (150, "tokens/s", "150 tokens/s"), (1234567, "", "1 234 567"),
+    ],
+)  # fmt: skip
+def test_limits_are_shown_as_stated(value: float, unit: str, text: str) -> None:
+    assert format_limit(value, unit).replace("\u00a0", " ").replace("\u202f", " ") == text
 
 
 def test_intervals_have_the_digits_they_deserve() -> None:

@@ -273,7 +273,7 @@ def test_a_refused_gate_on_an_earlier_model_refuses_the_page(store: Store, quiet
     with pytest.raises(GateRefused):
         run_recipe(path, store=store, progress=quiet, report=tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<strong>REFUSED</strong>" in text and "perplexity ratio at most 1.010 on small (" in text
+    assert "<strong>REFUSED</strong>" in text and "perplexity ratio at most 1.01 on small (" in text
 
 
 def test_a_gate_without_evidence_refuses(store: Store, quiet: Progress, tmp_path: Path, written: list[Path]) -> None:

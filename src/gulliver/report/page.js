@@ -40,4 +40,8 @@
   const watch = new ResizeObserver((entries) => entries.forEach((entry) => window.Plotly.Plots.resize(entry.target)));
   holders.forEach((holder) => watch.observe(holder));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  matchMedia("print").addEventListener("change", () => {
+    draw();
+    holders.forEach((holder) => window.Plotly.Plots.resize(holder));
+  });
 })();

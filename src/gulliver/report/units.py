@@ -21,6 +21,13 @@ def format_value(value: float | None, unit: str = "") -> str:
     return _with_unit(_number(value * factor, _decimals(value * factor)), shown)
 
 
+def format_limit(value: float, unit: str) -> str:
+    """Text of a number that a person stated, without figures that were not stated: "1.1", "5 %", "72 MB"."""
+    factor, shown = _scale(value, unit)
+    text = f"{value * factor:.6g}"
+    return format_value(value, unit) if "e" in text else _with_unit(text.replace("-", _MINUS), shown)
+
+
 def format_measured(value: float, low: float, high: float, unit: str) -> tuple[str, str]:
     """Texts of a value and of its interval, in one unit and with as many digits as the interval's width deserves.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gulliver.core.evidence.evidence import METRICS
 from gulliver.report.records import INFEASIBLE, NOT_JUDGED, PASS, Gated, ReportData
-from gulliver.report.units import NOT_MEASURED, format_measured, format_seconds, format_value, short_id
+from gulliver.report.units import NOT_MEASURED, format_limit, format_measured, format_seconds, format_value, short_id
 
 _RAM_TILES = {"peak_ram_bytes": "Memory to answer", "compress_peak_ram_bytes": "Memory to compress"}
 
@@ -47,12 +47,15 @@ def sentences(data: ReportData) -> list[str]:
         where = " on this model" if data.others else ""
         lines.append(f"No gate was judged{where}, so nothing is proven; the numbers below are measurements only.")
     if data.outcome not in (PASS, NOT_JUDGED):
-        lines += [f"{gate_rule(gate)}: {gate_reason(gate)}." for gate in data.fit.gates if gate.outcome != PASS]
+        judged = [("", data.fit.gates)]
+        for other in data.others:
+            judged.append(
+                (f" on {other.name} ({short_id(other.artifact_id)}), another model of this recipe", other.gates)
+            )
         lines += [
-            f"{gate_rule(gate)} on {other.name} ({short_id(other.artifact_id)}), another model of this recipe: "
-            f"{gate_reason(gate)}."
-            for other in data.others
-            for gate in other.gates
+            f"Gate refused: {gate_rule(gate)}{where}; {gate_reason(gate)}."
+            for where, gates in judged
+            for gate in gates
             if gate.outcome != PASS
         ]
     if data.fit.reason:
@@ -85,8 +88,8 @@ def seconds_taken(data: ReportData) -> float | None:
 
 
 def gate_rule(gate: Gated) -> str:
-    """ "perplexity ratio at most 1.050"."""
-    return f"{metric_name(gate.metric)} {gate.limit} {format_value(gate.threshold, _unit(gate.metric))}"
+    """ "perplexity ratio at most 1.05"."""
+    return f"{metric_name(gate.metric)} {gate.limit} {format_limit(gate.threshold, _unit(gate.metric))}"
 
 
 def gate_reason(gate: Gated) -> str:
@@ -118,7 +121,7 @@ def _asked(data: ReportData) -> str:
         ("at least", asked.min_tokens_per_s, speed, ""),
     ]
     return _listed(
-        [f"{limit} {format_value(value, unit)}{of}" for limit, value, unit, of in parts if value is not None]
+        [f"{limit} {format_limit(value, unit)}{of}" for limit, value, unit, of in parts if value is not None]
     )
 
 
@@ -159,7 +162,7 @@ def _bytes(size: float | None) -> str:
 
 
 def _limit(limit: str, value: float | None, unit: str) -> str:
-    return f"asked {limit} {format_value(value, unit)}" if value is not None else ""
+    return f"asked {limit} {format_limit(value, unit)}" if value is not None else ""
 
 
 def _unit(metric: str) -> str:
