@@ -29,9 +29,10 @@ from gulliver.core.store.artifact import verify
 from gulliver.core.store.store import Store
 from gulliver.pipeline.call import call
 from gulliver.runtime.reference import read_stored
-from gulliver.tasks import get_task
+from gulliver.tasks import exporter, get_task
+from gulliver.tasks.language.gguf.architectures import permute
 from gulliver.tasks.language.gguf.read import convert_gguf
-from gulliver.tasks.language.gguf.write import BLOCK_TYPES, TYPES, encode_blocks, exact_type, permute
+from gulliver.tasks.language.gguf.write import BLOCK_TYPES, TYPES, encode_blocks, exact_type
 from gulliver.tasks.language.text import load_tokenizer
 
 
@@ -194,3 +195,8 @@ def test_llama_cpp_has_our_perplexity_on_the_real_model(kind: str, most: float, 
         losses.append((loss(theirs[:-1], target).item(), loss(ours[:-1].float(), target).item()))
     theirs_mean, ours_mean = (sum(column) / len(losses) for column in zip(*losses, strict=True))
     assert abs(math.exp(theirs_mean - ours_mean) - 1) < most
+
+
+def test_a_model_of_another_family_is_refused() -> None:
+    with pytest.raises(ConfigError, match="gguf is for language models; this is a vision model: use --format safeten"):
+        exporter("gguf", "vision")

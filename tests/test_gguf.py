@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from gulliver.core.errors import ArtifactError
 from gulliver.tasks import converter, get_task
-from gulliver.tasks.language.gguf.read import IN_LAYER, TOP, convert_gguf, unpermute
+from gulliver.tasks.language.gguf.architectures import unpermute
+from gulliver.tasks.language.gguf.read import IN_LAYER, TOP, convert_gguf
 
 HEADS = {"attn_q": SMALL["num_attention_heads"], "attn_k": SMALL["num_key_value_heads"]}
 

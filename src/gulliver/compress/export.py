@@ -3,7 +3,7 @@
 `safetensors` is the plain Hugging Face layout in bfloat16: packed weights are dequantized. bfloat16 keeps 8 significant
 bits, so a value is rounded by at most 2^-9 of itself; the largest such error stands in the artifact's config as
 `max_relative_rounding`. `compressed-tensors` keeps integer codes and is bit-exact (see export_compressed.py). `gguf` is
-one file for llama.cpp, exact unless another type is asked for (see export_gguf.py).
+one file for llama.cpp, exact unless another type is asked for (tasks/language/gguf/write.py).
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.store.artifact import Artifact
 from gulliver.runtime import reference
 from gulliver.runtime.shards import ShardWriter
-from gulliver.tasks import get_task
-from gulliver.tasks.language.gguf.write import write_gguf
+from gulliver.tasks import EXPORTS, exporter, get_task
 
 MAX_CONFIG_BYTES = 10_000_000
 REPLACED = ("config.json", "packing.json")
@@ -47,8 +46,8 @@ def run(cfg: ExportOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifa
     staging.mkdir(parents=True)
     if cfg.format == "safetensors":
         facts = _plain(model, raw, staging, ctx)
-    elif cfg.format == "gguf":
-        facts = write_gguf(model, staging, cfg.type, ctx)
+    elif cfg.format in EXPORTS:
+        facts = exporter(cfg.format, model.task)(model, staging, cfg.type, ctx)
     else:
         facts = _compressed(model, raw, staging, ctx, cfg.widen)
     with ctx.writer(
@@ -58,7 +57,7 @@ def run(cfg: ExportOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifa
         step_name="export",
         config={**cfg.model_dump(mode="json"), **facts},
     ) as writer:
-        if cfg.format != "gguf":  # a GGUF file holds all of it
+        if cfg.format not in EXPORTS:  # one file that holds all of it
             copy_companions(model, writer.path)
         for path in sorted(staging.iterdir()):
             os.replace(path, writer.path / path.name)

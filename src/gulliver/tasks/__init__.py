@@ -13,6 +13,8 @@ from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.names import unknown
 
 if TYPE_CHECKING:
+    from gulliver.core.context import Context
+    from gulliver.core.store.artifact import Artifact
     from gulliver.tasks.base import Task
 
 TASKS = {
@@ -26,6 +28,9 @@ OWN_MODEL_TYPES = {"gulliver_inception": "vision"}
 
 FOREIGN = {".gguf": ("language", "gulliver.tasks.language.gguf.read:convert_gguf")}
 """Suffix of a single-file model -> (task, function that writes it as a Hugging Face layout folder)."""
+
+EXPORTS = {"gguf": ("language", "gulliver.tasks.language.gguf.write:write_gguf")}
+"""Format of one family's models -> (task, function(model, folder, type, context) that writes it and returns facts)."""
 
 
 @cache
@@ -43,6 +48,14 @@ def converter(path: Path) -> tuple[str, Callable[[Path, Path], None]]:
         raise ConfigError(f"{path.name} is no {known} file and no folder; give the folder that holds config.json")
     task, function = FOREIGN[path.suffix]
     return task, _named(function)
+
+
+def exporter(name: str, task: str) -> Callable[[Artifact, Path, str, Context], dict[str, Any]]:
+    """The function that writes a model of `task` in the format `name`. ConfigError for a format of another family."""
+    owner, function = EXPORTS[name]
+    if task != owner:
+        raise ConfigError(f"format {name} is for {owner} models; this is a {task} model: use --format safetensors")
+    return _named(function)
 
 
 def _named(target: str) -> Any:

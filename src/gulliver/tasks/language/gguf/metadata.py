@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,70 +23,11 @@ import numpy as np
 import torch
 
 from gulliver.core.errors import ConfigError
+from gulliver.tasks.language.gguf.architectures import ARCHITECTURES, Architecture, no_place
 from gulliver.tasks.language.text import load_tokenizer
-
-ATTENTION_BIASES = ("attn_q", "attn_k", "attn_v")
-ALL_BIASES = (*ATTENTION_BIASES, "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How llama.cpp runs a network: its name there, and what it can hold.
-
-    `permuted`: rows of q and k stand as pairs of neighbours; `norm_offset` is added to every norm's weights; `biases`
-    are the layers that may have one; `rope_factors`: divisors of the rotary frequencies may be stored.
-    """
-
-    name: gguf.MODEL_ARCH
-    permuted: bool = False
-    activation: str = "silu"
-    norm_offset: float = 0.0
-    biases: tuple[str, ...] = ATTENTION_BIASES
-    rope_factors: bool = False
-
-
-_LLAMA = Architecture(gguf.MODEL_ARCH.LLAMA, permuted=True, biases=ALL_BIASES, rope_factors=True)
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "LlamaForCausalLM": _LLAMA,
-    "MistralForCausalLM": _LLAMA,
-    "Qwen2ForCausalLM": Architecture(gguf.MODEL_ARCH.QWEN2),
-    "Qwen3ForCausalLM": Architecture(gguf.MODEL_ARCH.QWEN3),
-    "Gemma3ForCausalLM": Architecture(gguf.MODEL_ARCH.GEMMA3, activation="gelu_pytorch_tanh", norm_offset=1.0),
-}
-"""transformers' class -> how llama.cpp runs it."""
 
 GEMMA3_PATTERN = 6
 """llama.cpp takes every sixth layer of a Gemma 3 as global unless told otherwise."""
-GEMMA3_27B_LAYERS = 62
-"""By this number of layers llama.cpp knows the one Gemma 3 whose attention is scaled in another way."""
-
-
-def architecture_of(network: Any) -> Architecture:
-    """The row of ARCHITECTURES for a network. ConfigError when GGUF has no place for it."""
-    name = type(network).__name__
-    if name not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise ConfigError(f"gguf is written for {known}, and this model is a {name}; use --format safetensors")
-    config, row = network.config, ARCHITECTURES[name]
-    activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
-    if activation != row.activation:
-        raise _no_place(f"the activation {activation!r} where llama.cpp computes {row.activation!r}")
-    if row.name == gguf.MODEL_ARCH.GEMMA3:
-        _check_gemma3(config)
-    return row
-
-
-def _check_gemma3(config: Any) -> None:
-    heads, layers = config.num_attention_heads, config.num_hidden_layers
-    scaled_by = config.hidden_size // heads if layers == GEMMA3_27B_LAYERS else config.head_dim
-    if config.query_pre_attn_scalar != scaled_by:
-        raise _no_place(f"query_pre_attn_scalar {config.query_pre_attn_scalar} where llama.cpp takes {scaled_by}")
-    if config.attn_logit_softcapping is not None or config.use_bidirectional_attention:
-        raise _no_place("soft-capped attention scores or attention in both directions")
-
-
-def _no_place(what: str) -> ConfigError:
-    return ConfigError(f"this model has {what}, for which GGUF has no place; use --format safetensors")
 
 
 # ---- architecture -------------------------------------------------------------------------------------------------
@@ -136,13 +76,13 @@ def _add_rope(writer: gguf.GGUFWriter, network: Any, row: Architecture) -> None:
     if "full_attention" in rope:
         local = rope.get("sliding_attention", {})
         if local.get("rope_type", "default") != "default":
-            raise _no_place(f"the rotary embedding {local['rope_type']!r} in its local layers")
+            raise no_place(f"the rotary embedding {local['rope_type']!r} in its local layers")
         if "rope_theta" in local:
             writer.add_rope_freq_base_swa(local["rope_theta"])
         rope = rope["full_attention"]
     kind = rope.get("rope_type", "default")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise _no_place("a rotary embedding of a part of each head")
+        raise no_place("a rotary embedding of a part of each head")
     writer.add_rope_freq_base(rope["rope_theta"])
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
@@ -150,7 +90,7 @@ def _add_rope(writer: gguf.GGUFWriter, network: Any, row: Architecture) -> None:
     if kind == "yarn":
         odd = sorted(set(rope) & {"attention_factor", "mscale", "mscale_all_dim", "truncate"})
         if any(rope[key] is not None for key in odd):
-            raise _no_place(f"a rotary embedding of type 'yarn' with {odd[0]}")
+            raise no_place(f"a rotary embedding of type 'yarn' with {odd[0]}")
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
         for key, add in (
             ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
@@ -159,7 +99,7 @@ def _add_rope(writer: gguf.GGUFWriter, network: Any, row: Architecture) -> None:
             if rope.get(key) is not None:
                 add(rope[key])
     if kind not in ("default", "linear", "yarn") and not (row.rope_factors and _constant_factors(rope, kind)):
-        raise _no_place(f"the rotary embedding {kind!r}")
+        raise no_place(f"the rotary embedding {kind!r}")
 
 
 def _constant_factors(rope: Mapping[str, Any], kind: str) -> bool:

@@ -1,12 +1,8 @@
 """A GGUF file as a Hugging Face layout folder: config, tokenizer and bfloat16 weights, one tensor in memory at a time.
 
-Llama-type architectures only. llama.cpp stores the rows of q and k for its own rotary embedding, which turns pairs of
-neighbours (2i, 2i + 1), while transformers turns (i, i + d/2): within each head of d rows
-
-    stored row 2i + j  =  transformers row j · d/2 + i        (j = 0, 1)
-
-and reading undoes it. Llama 3 files carry `rope_freqs`, the divisors of the rotary frequencies, which transformers
-expresses as rope type "longrope" with the same factors for short and long texts.
+Llama-type architectures only. Reading undoes llama.cpp's order of the rows of q and k (architectures.py). Llama 3 files
+carry `rope_freqs`, the divisors of the rotary frequencies, which transformers expresses as rope type "longrope" with
+the same factors for short and long texts.
 """
 
 from __future__ import annotations
@@ -26,18 +22,11 @@ from torch import Tensor
 from gulliver.core.errors import ArtifactError
 from gulliver.core.names import unknown
 from gulliver.runtime.shards import write_tensors
+from gulliver.tasks.language.gguf.architectures import ARCHITECTURES, ROPE_FACTORS, unpermute
 from gulliver.tasks.language.network import write_config
 
-ARCHITECTURES = {
-    "llama": ("llama", "LlamaForCausalLM"),
-    "mistral": ("mistral", "MistralForCausalLM"),
-    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
-}
-"""GGUF architecture -> (transformers' model_type, class)."""
-
-PERMUTED = ("llama", "mistral")
-"""Architectures whose q and k rows llama.cpp permutes."""
+READ = {row.read_as: name for name, row in ARCHITECTURES.items() if row.read_as}
+"""GGUF architecture, which is also transformers' model type -> transformers' class."""
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 IN_LAYER = {
@@ -53,7 +42,6 @@ IN_LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-ROPE_FACTORS = "rope_freqs.weight"
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
@@ -95,15 +83,9 @@ def _tensors(reader: gguf.GGUFReader, names: dict[str, str], config: Any, path: 
             raise ArtifactError(f"{path}: {tensor.name} holds values that are not finite; the file is damaged")
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
         part = tensor.name.split(".")[-2]
-        if config.model_type in PERMUTED and part in heads:
+        if ARCHITECTURES[config.architectures[0]].permuted and part in heads:
             values = unpermute(values, heads[part])
         yield names[tensor.name], torch.from_numpy(np.require(values, np.float32, ["C", "W"])).to(torch.bfloat16)
-
-
-def unpermute(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows [heads · d, …] from llama.cpp's order to transformers'."""
-    half = values.shape[0] // heads // 2
-    return values.reshape(heads, half, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
 
 def _name(name: str, path: Path) -> str:
@@ -120,8 +102,8 @@ def _name(name: str, path: Path) -> str:
 def _config(reader: gguf.GGUFReader, path: Path) -> Any:
     meta = _Metadata(reader, path)
     architecture = str(meta.need("general.architecture"))
-    if architecture not in ARCHITECTURES:
-        raise ArtifactError(f"{path}: {unknown('GGUF architecture', architecture, ARCHITECTURES)}")
+    if architecture not in READ:
+        raise ArtifactError(f"{path}: {unknown('GGUF architecture', architecture, READ)}")
     meta.prefix = architecture
     if meta.get("expert_count"):
         raise ArtifactError(
@@ -129,12 +111,11 @@ def _config(reader: gguf.GGUFReader, path: Path) -> Any:
         )
     if int(meta.need("split.count", 1)) > 1:
         raise ArtifactError(f"{path} is one part of several; join them first (llama-gguf-split --merge)")
-    model_type, name = ARCHITECTURES[architecture]
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     heads, width = int(meta.need("attention.head_count")), int(meta.need("embedding_length"))
     head_dim = meta.get("attention.key_length", meta.get("rope.dimension_count", width // max(heads, 1)))
     options: dict[str, Any] = {
-        "architectures": [name],
+        "architectures": [READ[architecture]],
         "hidden_size": width,
         "intermediate_size": int(meta.need("feed_forward_length")),
         "num_hidden_layers": int(meta.need("block_count")),
@@ -155,7 +136,7 @@ def _config(reader: gguf.GGUFReader, path: Path) -> Any:
         options["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
     if architecture == "mistral":
         options["sliding_window"] = meta.get("attention.sliding_window")
-    return transformers.AutoConfig.for_model(model_type, **options)
+    return transformers.AutoConfig.for_model(architecture, **options)
 
 
 class _Metadata:

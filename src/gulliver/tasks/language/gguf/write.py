@@ -36,20 +36,19 @@ from gulliver.nets.weights import canonical_names
 from gulliver.runtime import reference
 from gulliver.runtime.packed import PackedTensor
 from gulliver.tasks import get_task
-from gulliver.tasks.language.gguf.metadata import (
+from gulliver.tasks.language.gguf.architectures import (
     ARCHITECTURES,
+    ROPE_FACTORS,
     Architecture,
-    add_architecture,
-    add_tokenizer,
     architecture_of,
-    rope_factors,
+    permute,
 )
+from gulliver.tasks.language.gguf.metadata import add_architecture, add_tokenizer, rope_factors
 
 FILE = "model.gguf"
 BLOCK = 32
 ROWS = 4096
 """Rows whose error is computed at a time."""
-ROPE_FACTORS = "rope_freqs.weight"
 TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
 BLOCK_TYPES = {Type.Q4_0: (4, 8), Type.Q4_1: (4, 0), Type.Q5_0: (5, 16), Type.Q5_1: (5, 0), Type.Q8_0: (8, 128)}
 """Types of blocks of 32 from the smallest on -> (bits of a code, the code of zero; 0 where a minimum is stored)."""
@@ -328,9 +327,3 @@ def _encoded(
     rounding.add(entry.source, values, kept)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(entry.name.split(".")[-2])
     return permute(stored, heads) if row.permuted and heads else stored
-
-
-def permute(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows [heads · d, …] from transformers' order to llama.cpp's: (i, i + d/2) become neighbours."""
-    half = values.shape[0] // heads // 2
-    return values.reshape(heads, 2, half, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
