@@ -101,6 +101,7 @@ def _template() -> Template:
         "code": lambda text: Markup(code(text)),
         "cell": lambda text: Markup(code(text).replace("|", "\\|")),
         "json": lambda value: Markup(json.dumps(value)),
+        "rule": verdict.gate_rule,
         "measured": rows.measured_texts,
         "metric_name": verdict.metric_name,
         "value": format_value,

@@ -54,7 +54,7 @@ def gather(
 
 
 def oldest_first(manifests: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """A lineage ordered so that every artifact stands after all it was made from."""
+    """A lineage ordered so that every artifact comes after all it was made from."""
     waiting = {str(manifest["id"]): manifest for manifest in reversed(manifests)}
     ordered: dict[str, Mapping[str, Any]] = {}
 
