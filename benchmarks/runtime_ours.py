@@ -33,7 +33,7 @@ class Sequence:
 
     def feed(self, tokens, *, all_logits: bool = False):
         """Append tokens int32 [n], as many a step as the decoder takes: float32 logits [1 or n, vocabulary]."""
-        from gulliver.runtime.decode import StepBatch
+        from gulliver.runtime.decoder import StepBatch
 
         answers, most = [], self.decoder.max_rows
         for start in range(0, len(tokens), most):

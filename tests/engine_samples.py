@@ -13,7 +13,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from gulliver.runtime.batching.engine import Piece
-from gulliver.runtime.decode import StepBatch
+from gulliver.runtime.decoder import StepBatch
 from gulliver.runtime.text.tokenizer import Text
 
 VOCABULARY = 257

@@ -14,7 +14,8 @@ from tiny_decoders import pack_decoder, write_decoder
 from torch import Tensor
 
 from gulliver.core.errors import ArtifactError, BudgetError, ConfigError, KernelError
-from gulliver.runtime.decode import StepBatch, open_decoder
+from gulliver.runtime.decode import open_decoder
+from gulliver.runtime.decoder import StepBatch
 from gulliver.runtime.shards import write_file
 
 REFUSALS = (ArtifactError, ConfigError, BudgetError)

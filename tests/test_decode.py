@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gulliver.core.errors import ArtifactError, BudgetError, ConfigError, KernelError
 from gulliver.runtime import decode
-from gulliver.runtime.decode import Decoder, StepBatch, native_reason, open_decoder
+from gulliver.runtime.decode import native_reason, open_decoder
+from gulliver.runtime.decoder import Decoder, StepBatch
 from gulliver.runtime.reference import read_tensors
 
 pytestmark = pytest.mark.skipif(native_reason() is not None, reason=str(native_reason()))

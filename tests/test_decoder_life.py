@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from tiny_decoders import write_decoder
 
 from gulliver.core.errors import ConfigError, KernelError
-from gulliver.runtime.decode import Decoder, StepBatch, native_reason, open_decoder
+from gulliver.runtime.decode import native_reason, open_decoder
+from gulliver.runtime.decoder import Decoder, StepBatch
 
 pytestmark = pytest.mark.skipif(native_reason() is not None, reason=str(native_reason()))
 
@@ -26,7 +27,8 @@ from pathlib import Path
 import numpy as np
 from gulliver.core.errors import ConfigError, KernelError
 from gulliver.core.machine import usable_cores
-from gulliver.runtime.decode import StepBatch, open_decoder
+from gulliver.runtime.decode import open_decoder
+from gulliver.runtime.decoder import StepBatch
 folder, one = Path(sys.argv[1]), np.zeros(1, np.int32)
 batch = StepBatch(one, one, one, one[None], one)
 """
@@ -174,7 +176,8 @@ def test_models_share_as_many_threads_as_the_cores_have_room_for(model: Path) ->
         "count = lambda: len(os.listdir('/proc/self/task'))\n"
         "def opened(threads, models):\n"
         "    before = count()\n"
-        "    found = [open_decoder(folder, backend='native', threads=threads, cache_tokens=64) for _ in range(models)]\n"
+        "    opening = {'backend': 'native', 'threads': threads, 'cache_tokens': 64}\n"
+        "    found = [open_decoder(folder, **opening) for _ in range(models)]\n"
         "    for decoder in found: decoder.step(batch)\n"
         "    seen = count() - before\n"
         "    for decoder in found[1:]: decoder.close()\n"

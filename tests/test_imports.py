@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,25 @@ FLOORS = ("report", "learning", "tasks", "runtime", "nets", "core")
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
+NAMED = re.compile(r"(?:.* )?(gulliver(?:\.\w+)+)(?::\w+)?", re.DOTALL)
+"""A string that is a module of ours: "gulliver.x.y", "gulliver.x.y:attribute", "python -m gulliver.x"."""
+
+
+def module_name(path: Path) -> str:
+    """The dotted name of a file: core/errors.py -> gulliver.core.errors."""
+    return ".".join(("gulliver", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in FILES}
+
+
 def imported(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """(line, module or module.name) of every import in a file, at any depth, and of modules named in strings."""
     for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found = NAMED.fullmatch(node.value)
+            if found and found[1] in MODULES and MODULES[found[1]].name != "__init__.py":
+                yield node.lineno, found[1]
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -55,6 +73,9 @@ def broken(path: Path, source: str) -> list[str]:
 def test_the_house_has_no_other_rooms() -> None:
     rooms = {path.relative_to(SOURCE).parts[0].removesuffix(".py") for path in FILES}
     assert rooms <= {"__init__", *TOP, *STAGES, *FLOORS}
+    assert {path.name for path in FILES if path.parent == SOURCE} == {"__init__.py", "__main__.py"}
+    served = {path.relative_to(SOURCE / "serve").parts[0] for path in FILES if SOURCE / "serve" in path.parents}
+    assert len(served - {"__init__.py"}) <= 15, sorted(served)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
@@ -75,10 +96,52 @@ def test_every_import_goes_down(path: Path) -> None:
         ("nets/weights.py", "from gulliver.report import html"),
         ("pipeline/steps.py", "from gulliver.cli.main import main"),
         ("report/html.py", "if TYPE_CHECKING:\n    from gulliver.pipeline.fit import fit"),
+        ("data/read.py", "STEP = 'gulliver.train.train'"),
+        ("tasks/__init__.py", "TABLE = {'x': 'gulliver.learning.loop:run_loop'}"),
+        ("compress/plan.py", "subprocess.run([sys.executable, '-m', 'gulliver.audit.measure'])"),
+        ("core/store/store.py", "os.system('python -m gulliver.audit.measure')"),
     ],
 )
 def test_the_ladder_refuses(file: str, line: str) -> None:
     assert broken(SOURCE / file, line) != []
+
+
+def nearest_module(dotted: str, known: Mapping[str, object]) -> str:
+    """The longest beginning of a dotted name that is a module."""
+    while dotted not in known:
+        dotted = dotted.rpartition(".")[0]
+    return dotted
+
+
+def circle(sources: Mapping[str, str]) -> list[str]:
+    """Modules that import each other in a circle, lazily, for types and by name included; [] when there are none."""
+    graph = {
+        name: {
+            nearest_module(target, sources)
+            for _, target in imported(ast.parse(text))
+            if target.split(".")[0] == "gulliver"
+        }
+        - {name}
+        for name, text in sources.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+@pytest.mark.xfail(reason="tasks/language/network.py and text.py are being taken apart")
+def test_no_modules_import_each_other() -> None:
+    assert circle({name: path.read_text(encoding="utf-8") for name, path in MODULES.items()}) == []
+
+
+def test_a_circle_is_seen() -> None:
+    root, decode, tasks = "gulliver", "gulliver.runtime.decode", "gulliver.tasks"
+    chain = {root: "", decode: "from gulliver.tasks import get_task", tasks: ""}
+    assert circle(chain) == []
+    for back in ("def f():\n    from gulliver.runtime.decode import a", "T = {'a': 'gulliver.runtime.decode:a'}"):
+        assert set(circle(chain | {tasks: back})) == {decode, tasks}
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if "core" in path.parts], ids=lambda path: path.name)
@@ -111,7 +174,10 @@ def test_files_and_functions_stay_small(path: Path) -> None:
     assert path.stem != "utils"
     assert text.count("\n") <= 400
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, ast.ClassDef) and node.name in ("Engine", "Scheduler", "BatchQueue"):
+            continue  # being split
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             assert node.end_lineno is not None
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            assert node.end_lineno - first < 60, f"{path.name}: {node.name} has more than 60 lines"
+            most = 200 if isinstance(node, ast.ClassDef) else 60
+            assert node.end_lineno - first < most, f"{path.name}: {node.name} has more than {most} lines"

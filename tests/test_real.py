@@ -16,7 +16,8 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from gulliver.runtime.decode import Decoder, StepBatch, native_reason, open_decoder
+from gulliver.runtime.decode import native_reason, open_decoder
+from gulliver.runtime.decoder import Decoder, StepBatch
 
 MODEL = "catalog:smollm2-135m-instruct"
 SIZE = 84_000_000

@@ -18,7 +18,7 @@ from test_packed import random_part
 from gulliver.core.errors import ConfigError
 from gulliver.core.records import PACKING
 from gulliver.runtime.batching.engine import Engine, Request, Sampling
-from gulliver.runtime.decode import StepBatch
+from gulliver.runtime.decoder import StepBatch
 from gulliver.runtime.formats import Format
 from gulliver.runtime.packed import PackedTensor
 from gulliver.runtime.reference import packing_entry, packing_json, stored_form

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gulliver.nets.files import stored_tensors
-from gulliver.runtime.decode import Decoder, StepBatch
+from gulliver.runtime.decoder import Decoder, StepBatch
 
 PROMPT_TOKENS = 512
 START_TOKENS = 64

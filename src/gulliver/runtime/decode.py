@@ -1,8 +1,4 @@
-"""What runs a decoder one step at a time: tokens of several sequences in, logits out.
-
-A key/value cache is cut into blocks of `block_tokens` tokens. Who calls `step` says which blocks hold each sequence, in
-order of position, so that two sequences with the same beginning can share blocks.
-"""
+"""Opening the fastest decoder that runs a model, and the one in native code."""
 
 from __future__ import annotations
 
@@ -11,9 +7,8 @@ import math
 import threading
 import weakref
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +17,7 @@ from gulliver.core.errors import BudgetError, ConfigError, KernelError
 from gulliver.core.machine import usable_cores
 from gulliver.core.memory import cgroup_ram_bytes, current_rss_bytes, total_ram_bytes
 from gulliver.nets.files import stored_tensors, weight_files
+from gulliver.runtime.decoder import Decoder, StepBatch
 from gulliver.runtime.lower import DecoderConfig, NotLowered, Weights, build, read_config
 
 _native: Any
@@ -44,50 +40,6 @@ SPARE_BYTES = 32 * 2**20
 MAX_CACHE_TOKENS = 2**30
 LEAST_CACHE_TOKENS = 512
 """Tokens that the cache holds under any memory limit, if the model's context is not shorter."""
-
-
-@dataclass(frozen=True)
-class StepBatch:
-    """The tokens of one step. Rows of one sequence stand together, positions ascending without a gap."""
-
-    tokens: NDArray[np.int32]  # [rows]
-    positions: NDArray[np.int32]  # [rows], from 0
-    sequences: NDArray[np.int32]  # [rows]: the row of `blocks` that holds the token's sequence
-    blocks: NDArray[np.int32]  # [sequences, most blocks of one]: numbers of cache blocks in order of position
-    wanted: NDArray[np.int32]  # [answers]: rows whose logits are returned, ascending
-
-
-class Decoder(Protocol):
-    """A model that answers `step`; of several threads that call it, one waits for the other."""
-
-    vocabulary: int
-    """Columns of the logits."""
-    positions: int
-    """Longest sequence it can hold, in tokens."""
-    block_tokens: int
-    cache_blocks: int
-    """Blocks there are, numbered from 0."""
-    max_rows: int
-    """Most rows of one step."""
-    shares_blocks: bool
-    """False when a block belongs to the sequence that wrote it: the first block then names the sequence."""
-    backend: str
-    """What runs: "avx512-vnni", "avx2", …, or "reference"."""
-    why: str
-    """Why this backend and not another, as one sentence."""
-
-    def step(self, batch: StepBatch) -> NDArray[np.float32]:
-        """Logits [answers, vocabulary] of the wanted rows, until the next step.
-
-        Keys and values of all rows are written to the cache first.
-
-        A row's position may lie before what the cache holds of its sequence: what stood there is overwritten.
-        """
-        ...
-
-    def close(self) -> None:
-        """Free the weights and the cache."""
-        ...
 
 
 class NativeDecoder:

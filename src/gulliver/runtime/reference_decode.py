@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from transformers import DynamicCache
 
 from gulliver.core.errors import ConfigError
-from gulliver.runtime.decode import StepBatch
+from gulliver.runtime.decoder import StepBatch
 from gulliver.runtime.network import load_network
 
 MAX_ROWS = 512
@@ -36,7 +36,7 @@ class _Held:
 
 
 class ReferenceDecoder:
-    """A decoder on torch and transformers; see `runtime.decode.Decoder`."""
+    """A decoder on torch and transformers; see `runtime.decoder.Decoder`."""
 
     shares_blocks = False
     block_tokens = BLOCK_TOKENS

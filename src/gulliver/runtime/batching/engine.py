@@ -25,7 +25,7 @@ from gulliver.runtime.batching.grammar import Grammars
 from gulliver.runtime.batching.records import EngineClosed, Piece, QueueFull, Request, TokenChoice
 from gulliver.runtime.batching.scheduler import Chunk, Scheduler
 from gulliver.runtime.batching.sequence import Sequence as Running
-from gulliver.runtime.decode import Decoder
+from gulliver.runtime.decoder import Decoder
 from gulliver.runtime.sampling import Sampling
 from gulliver.runtime.text.tokenizer import Text
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from gulliver.runtime.batching.cache import BlockPool, Key
 from gulliver.runtime.batching.sequence import Sequence
-from gulliver.runtime.decode import Decoder, StepBatch
+from gulliver.runtime.decoder import Decoder, StepBatch
 
 ECHO_ROWS = 64
 """Most rows of a step for a prompt whose logprobs are asked for, since each returns all its logits."""

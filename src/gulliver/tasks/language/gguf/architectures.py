@@ -25,9 +25,9 @@ ALL_BIASES = (*ATTENTION_BIASES, "attn_output", "ffn_gate", "ffn_up", "ffn_down"
 class Architecture:
     """How llama.cpp runs a network: its name there, and what it can hold.
 
-    `read_as`: transformers' model type and the name in files that are read, "" for one that is only written; `permuted`:
-    rows of q and k stand as pairs of neighbours; `norm_offset` is added to every norm's weights; `biases` are the layers
-    that may have one; `rope_factors`: divisors of the rotary frequencies may be stored.
+    `read_as`: transformers' model type and the name in files that are read, "" for one that is only written;
+    `permuted`: rows of q and k stand as pairs of neighbours; `norm_offset` is added to every norm's weights; `biases`
+    are the layers that may have one; `rope_factors`: divisors of the rotary frequencies may be stored.
     """
 
     name: gguf.MODEL_ARCH

@@ -34,8 +34,8 @@ from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.manifest import read_json
 from gulliver.nets.weights import canonical_names
 from gulliver.runtime import reference
+from gulliver.runtime.network import load_network
 from gulliver.runtime.packed import PackedTensor
-from gulliver.tasks import get_task
 from gulliver.tasks.language.gguf.architectures import (
     ARCHITECTURES,
     ROPE_FACTORS,
@@ -108,7 +108,7 @@ def write_gguf(model: Artifact, folder: Path, kind: str, ctx: Context) -> dict[s
     Returns facts for the artifact's config. ConfigError when GGUF has no place for the architecture, a tensor or the
     tokenizer; ArtifactError for a damaged model.
     """
-    network: Any = get_task(model.task).load(model.path, empty=True)
+    network: Any = load_network(model.path, empty=True)
     architecture_of(network)
     with ctx.progress.stage("plan types", unit="tensor") as bar:
         entries = []
