@@ -13,6 +13,8 @@ from typing import Any
 
 from gulliver.core.evidence.evidence import Evidence, measured
 from gulliver.core.evidence.gate import Gate
+from gulliver.core.record import Record
+from gulliver.core.records import Asked, FitResult, PartBits, Plan, Point, TensorBits
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.store import Store
 
@@ -33,16 +35,19 @@ def artifact(
     store: Store,
     kind: str,
     step: str,
-    files: Mapping[str, bytes | int],
+    files: Mapping[str, bytes | int | Record],
     parents: Sequence[str] = (),
     config: Mapping[str, Any] | None = None,
 ) -> Artifact:
-    """A committed artifact; a file given as a number is that many zero bytes."""
+    """A committed artifact; a file given as a number is that many zero bytes, a record writes itself."""
     step_body = {"name": step, "version": 1}
     with store.writer(
         kind=kind, task="language", parents=parents, step=step_body, config=config or {}, seed=0
     ) as writer:
         for name, content in files.items():
+            if isinstance(content, Record):
+                content.write(writer.path)
+                continue
             with open(writer.path / name, "wb") as stream:
                 if isinstance(content, int):
                     stream.truncate(content)
@@ -51,7 +56,7 @@ def artifact(
         return writer.commit()
 
 
-def tensors(blocks: int = 30) -> list[dict[str, Any]]:
+def tensors(blocks: int = 30) -> tuple[TensorBits, ...]:
     """Tensor rows of a plan: `blocks` blocks of seven linears and an embedding cut into three classes of rows."""
     dice, rows = random.Random(7), []
     for block in range(blocks):
@@ -63,43 +68,53 @@ def tensors(blocks: int = 30) -> list[dict[str, Any]]:
             )
     cut = [(4096, "u8g64"), (12288, "c5g64"), (32768, "c3g128")]
     rows.append(tensor("model.embed_tokens.weight", 576, cut, 4.0))
-    return rows
+    return tuple(rows)
 
 
-def tensor(name: str, inputs: int, cut: Sequence[tuple[int, str]], damage: float) -> dict[str, Any]:
+def tensor(name: str, inputs: int, cut: Sequence[tuple[int, str]], increase: float) -> TensorBits:
     """One tensor row of a plan, whose parts are (rows, format)."""
     parts = []
     for count, fmt in cut:
         bits, group = int(fmt[1]), int(fmt.partition("g")[2])
         per_weight = bits + (16 if fmt[0] == "u" else 8) / group + 16 / inputs
-        share = {"bytes": round(per_weight * count * inputs / 8), "damage": damage / bits**2}
-        parts.append({"rows": count, "format": fmt, "bits_per_weight": per_weight, **share})
-    size = sum(part["bytes"] for part in parts)
-    return {"name": name, "shape": [sum(row["rows"] for row in parts), inputs], "bytes": size, "parts": parts}
+        size = round(per_weight * count * inputs / 8)
+        share = increase / bits**2
+        part = PartBits(rows=count, format=fmt, bits_per_weight=per_weight, size_bytes=size, loss_increase=share)
+        parts.append(part)
+    rows, size = sum(part.rows for part in parts), sum(part.size_bytes for part in parts)
+    return TensorBits(name=name, shape=(rows, inputs), size_bytes=size, parts=tuple(parts))
 
 
-def plan(budget_bytes: int) -> dict[str, Any]:
-    """A plan.json: a falling frontier from 55 to 115 MB and two rounds near the budget, in proportion to the budget."""
+def plan(budget_bytes: int) -> Plan:
+    """A plan whose blocks and frontier are of no interest here."""
+    rows = tensors()
+    increase = sum(row.loss_increase or 0.0 for row in rows)
+    sizes = {"budget_bytes": budget_bytes, "size_bytes": budget_bytes}
+    return Plan(**sizes, loss_increase=increase, tensors=rows, blocks=(), frontier=())
+
+
+def fit(budget_bytes: int) -> FitResult:
+    """A falling frontier from 55 to 115 MB and two rounds near the budget, in proportion to the budget."""
     unit = budget_bytes / 72
     frontier = [
-        {"size_bytes": round(size * unit), "predicted_drop": 0.9 * math.exp(-(size - 55) / 11)}
+        Point(size_bytes=round(size * unit), predicted_drop=0.9 * math.exp(-(size - 55) / 11))
         for size in range(55, 116, 3)
     ]
-    rounds = [
-        {"size_bytes": round(71.6 * unit), "predicted_drop": 0.058, "measured_drop": 0.081},
-        {"size_bytes": round(71.9 * unit), "predicted_drop": 0.047, "measured_drop": 0.0312},
-    ]
-    return {"tensors": tensors(), "frontier": frontier, "budget_bytes": budget_bytes, "rounds": rounds}
+    rounds = (
+        Point(size_bytes=round(71.6 * unit), predicted_drop=0.058, measured_drop=0.081),
+        Point(size_bytes=round(71.9 * unit), predicted_drop=0.047, measured_drop=0.0312),
+    )
+    return FitResult(budget=Asked(size_bytes=budget_bytes), frontier=tuple(frontier), rounds=rounds)
 
 
-def memory_samples(cap_bytes: int) -> list[list[Any]]:
+def memory_samples(cap_bytes: int) -> list[tuple[float, str, int]]:
     """Ten minutes of (seconds, stage, resident bytes) under a cap."""
     stages = [("read", 10), ("calibrate", 140), ("plan", 20), ("quantize", 180), ("distill", 190), ("quality", 70)]
     samples, now = [], 0.0
     for index, (stage, seconds) in enumerate(stages):
         for tick in range(seconds * 4):
             level = 0.25 + 0.1 * index + 0.12 * math.sin(tick / 18) + 0.05 * math.sin(tick * 1.7)
-            samples.append([round(now, 2), stage, round(cap_bytes * max(0.12, level))])
+            samples.append((round(now, 2), stage, round(cap_bytes * max(0.12, level))))
             now += 0.25
     return samples
 
@@ -141,8 +156,7 @@ def fitted(
     data = artifact(store, "dataset", "read", {"examples.parquet": b"wikitext"}, config=config)
     artifact(store, "dataset", "read", {"examples.parquet": b"shakespeare"}, config={"data": "tinyshakespeare.txt"})
     stats = artifact(store, "report", "calibrate", {"stats.safetensors": 10}, [parent.id, data.id], {"tokens": 16384})
-    body = plan(72 * megabyte)
-    planned = artifact(store, "report", "plan", {"plan.json": json.dumps(body).encode()}, [parent.id, stats.id])
+    planned = artifact(store, "report", "plan", {Plan.file: plan(72 * megabyte)}, [parent.id, stats.id])
     config = {"method": "error_feedback", "bits": 4, "group_size": 64, "damping": 0.01}
     packed = {"model.safetensors": round(71.9 * megabyte)}
     model = artifact(store, "model", "quantize", packed, [parent.id, stats.id, planned.id], config)
@@ -151,16 +165,10 @@ def fitted(
     store.record(rows)
     gates = [Gate("size_bytes", at_most=72 * megabyte), Gate("quality_loss", at_most=0.05)]
     gates += [Gate("peak_ram_bytes", at_most=10**9), Gate("decode_tokens_per_s", at_least=150)]
-    fit = {
-        **body,
-        "memory": memory_samples(10**9),
-        "budget": {
-            "size_bytes": 72 * megabyte, "max_ram_bytes": 10**9, "min_tokens_per_s": 150, "max_drop": 0.05,
-        },
-        "verdicts": [gate.judge(rows, model.id).to_json() for gate in gates],
-        "blocks": [{"name": f"model.layers.{index}", "damage": 0.002 + 0.01 / (index + 1)} for index in range(30)],
-    }  # fmt: skip
-    artifact(store, "report", "fit", {"fit.json": json.dumps(fit).encode()}, [model.id])
+    asked = Asked(size_bytes=72 * megabyte, max_ram_bytes=10**9, min_tokens_per_s=150, max_drop=0.05)
+    verdicts = tuple(gate.judge(rows, model.id) for gate in gates)
+    found = {"budget": asked, "memory": tuple(memory_samples(10**9)), "verdicts": verdicts}
+    artifact(store, "report", "fit", {FitResult.file: fit(72 * megabyte).model_copy(update=found)}, [model.id])
     machine = {"cpu": "Intel Xeon", "cores": 2, "isa": ["avx2", "avx512_vnni"], "ram_bytes": 24 * 10**9}
     machine |= {"bandwidth_gb_s": 27.4, "int8_gop_s": 865.0, "cgroup_ram_bytes": None, "versions": {"torch": "2.13"}}
     (home / "machine.json").write_text(json.dumps(machine), encoding="utf-8")

@@ -17,7 +17,7 @@ from gulliver.compress.statistics import ROWS, Statistics, open_statistics
 from gulliver.core import memory
 from gulliver.core.errors import BudgetError, ConfigError, DataError
 from gulliver.core.progress import Progress
-from gulliver.core.records import CALIBRATION
+from gulliver.core.records import Calibration
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.store import Store
 from gulliver.pipeline.call import call
@@ -75,7 +75,7 @@ def test_moments_are_the_mean_of_x_xt_over_the_whole_network(language: Lab, seen
             continue
         x = torch.cat(calls).flatten(0, -2)
         assert len(x) == 8 * 32
-        (view,) = statistics.views(name)
+        (view,) = statistics.uses(name)
         assert far(view.moment, x.T @ x / len(x)) < BFLOAT16, name
         checked += 1
     assert checked == 2 * 7
@@ -84,19 +84,19 @@ def test_moments_are_the_mean_of_x_xt_over_the_whole_network(language: Lab, seen
 def test_modules_that_read_the_same_tensor_share_one_stored_moment(language: Lab) -> None:
     statistics = opened(language)
     layer = "model.layers.0"
-    views = {name: row.views[0][:2] for name, row in statistics.weights.items()}
-    attention = {views[f"{layer}.self_attn.{part}_proj.weight"] for part in "qkv"}
-    gated = {views[f"{layer}.mlp.{part}_proj.weight"] for part in ("gate", "up")}
-    others = {views[f"{layer}.self_attn.o_proj.weight"], views[f"{layer}.mlp.down_proj.weight"]}
+    uses = {name: row.uses[0][:2] for name, row in statistics.weights.items()}
+    attention = {uses[f"{layer}.self_attn.{part}_proj.weight"] for part in "qkv"}
+    gated = {uses[f"{layer}.mlp.{part}_proj.weight"] for part in ("gate", "up")}
+    others = {uses[f"{layer}.self_attn.o_proj.weight"], uses[f"{layer}.mlp.down_proj.weight"]}
     assert len(attention) == len(gated) == 1 and len(attention | gated | others) == 4
-    rows = {row.views[0][2] for row in statistics.weights.values()}
+    rows = {row.uses[0][2] for row in statistics.weights.values()}
     assert len(rows) == len(statistics.weights)  # how much outputs matter is each module's own
 
 
 def test_a_tied_embedding_has_a_view_for_each_use(language: Lab, seen: dict[str, list[Tensor]]) -> None:
     statistics = opened(language)
     (table,) = (name for name in statistics.weights if "embed" in name)
-    looked_up, head = statistics.views(table)
+    looked_up, head = statistics.uses(table)
     assert looked_up.moment.dim() == 1 and head.moment.dim() == 2
     x = torch.cat(seen["lm_head.weight"]).flatten(0, -2)
     assert far(head.moment, x.T @ x / len(x)) < BFLOAT16
@@ -108,7 +108,7 @@ def test_a_tied_embedding_has_a_view_for_each_use(language: Lab, seen: dict[str,
 def test_diagonal_moments_are_the_diagonal_of_the_full_ones(language: Lab) -> None:
     full, diagonal = opened(language), opened(language, moments="diagonal")
     for name in full.weights:
-        for one, other in zip(full.views(name), diagonal.views(name), strict=True):
+        for one, other in zip(full.uses(name), diagonal.uses(name), strict=True):
             assert other.moment.dim() == 1
             assert far(other.moment, one.moment.diagonal() if one.moment.dim() == 2 else one.moment) < 1e-5
     sizes = [statistics.artifact.weight_bytes for statistics in (full, diagonal)]
@@ -117,7 +117,7 @@ def test_diagonal_moments_are_the_diagonal_of_the_full_ones(language: Lab) -> No
 
 def test_the_output_gradient_is_that_of_the_loss(language: Lab) -> None:
     statistics = opened(language, sensitivity="gradient")
-    assert statistics.sensitivity == "gradient"
+    assert statistics.table.sensitivity == "gradient"
     network = get_task("language").load(language.model.path)
     name = "model.layers.1.mlp.up_proj"
     found: list[Tensor] = []
@@ -129,17 +129,17 @@ def test_the_output_gradient_is_that_of_the_loss(language: Lab) -> None:
             network(input_ids=row[None], labels=row[None]).loss.backward()
     assert len(found) == 8
     expected = torch.stack([grad.square().sum((0, 1)) for grad in found]).mean(0)
-    assert far(statistics.views(f"{name}.weight")[0].rows, expected) < 0.1
-    assert far(opened(language, sensitivity="power").views(f"{name}.weight")[0].rows, expected) > 0.5
+    assert far(statistics.uses(f"{name}.weight")[0].rows, expected) < 0.1
+    assert far(opened(language, sensitivity="power").uses(f"{name}.weight")[0].rows, expected) > 0.5
 
 
 def test_power_weighs_outputs_by_the_inverse_of_their_power(language: Lab, seen: dict[str, list[Tensor]]) -> None:
     statistics = opened(language, sensitivity="power")
-    assert statistics.sensitivity == "power"
+    assert statistics.table.sensitivity == "power"
     network = get_task("language").load(language.model.path)
     expected = {}
     for name in ("model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.q_proj.weight"):
-        rows = statistics.views(name)[0].rows
+        rows = statistics.uses(name)[0].rows
         assert (rows == rows[0]).all()
         output = torch.cat(seen[name]) @ network.get_parameter(name).detach().T
         expected[name] = float(rows[0] * len(rows) * output.square().mean())
@@ -151,8 +151,8 @@ def test_without_memory_for_a_backward_pass_outputs_count_by_power(language: Lab
     limit = memory.current_rss_bytes() + 1_000_000_000
     inputs = {"model": language.model, "dataset": language.dataset}
     made = language.step("calibrate", FEW | {"max_ram_bytes": limit}, **inputs)
-    assert open_statistics(made, language.model).sensitivity == "power"
-    assert open_statistics(language.step("calibrate", FEW, **inputs), language.model).sensitivity == "gradient"
+    assert open_statistics(made, language.model).table.sensitivity == "power"
+    assert open_statistics(language.step("calibrate", FEW, **inputs), language.model).table.sensitivity == "gradient"
 
 
 def test_padding_does_not_count(store: Store, quiet: Progress, tmp_path: Path) -> None:
@@ -175,14 +175,14 @@ def test_padding_does_not_count(store: Store, quiet: Progress, tmp_path: Path) -
     name = next(name for name in statistics.weights if name.endswith("layer.1.output.dense.weight"))
     x = torch.cat([x[mask] for x, mask in zip(calls[name], kept, strict=True)])
     everything = torch.cat([x.flatten(0, 1) for x in calls[name]])
-    moment = statistics.views(name)[0].moment
+    moment = statistics.uses(name)[0].moment
     assert far(moment, x.T @ x / len(x)) < BFLOAT16
     assert far(moment, everything.T @ everything / len(everything)) > 2 * BFLOAT16
     table = next(name for name in statistics.weights if "word_embeddings" in name)
     ids = torch.cat([batch["tokens"][mask] for batch, mask in zip(batches, kept, strict=True)])
     counts = torch.bincount(ids, minlength=statistics.weights[table].shape[0]) + 0.5
-    assert torch.allclose(statistics.views(table)[0].rows, counts / counts.sum())
-    assert statistics.sensitivity == "power"  # an encoder has no loss of its own
+    assert torch.allclose(statistics.uses(table)[0].rows, counts / counts.sum())
+    assert statistics.table.sensitivity == "power"  # an encoder has no loss of its own
 
 
 def test_a_convolution_is_a_product_with_its_patches(digits: Lab) -> None:
@@ -201,7 +201,7 @@ def test_a_convolution_is_a_product_with_its_patches(digits: Lab) -> None:
             output, convolutions = output.transpose(0, 1).flatten(1), convolutions + 1
         else:
             output = (x @ weight.T).T
-        (view,) = statistics.views(name)
+        (view,) = statistics.uses(name)
         matrix = weight.flatten(1)
         assert view.moment.shape == (matrix.shape[1],) * 2 and row.shape == tuple(weight.shape)
         assert far(((matrix @ view.moment) * matrix).sum(1), output.square().mean(1)) < BFLOAT16, name
@@ -290,7 +290,7 @@ def test_what_was_calibrated_on_is_never_measured_on(language: Lab) -> None:
     folder = language.store.artifacts_folder
     mixed = write_dataset(folder, [passage], [f"{other}\n\n{passage}\n"])
     calibration = language.step("calibrate", FEW | {"examples": 4}, model=language.model, dataset=mixed)
-    assert contents(calibration, CALIBRATION)["dataset"] == mixed.id
+    assert contents(calibration, Calibration.file)["dataset"] == mixed.id
     packed = language.step("quantize", {}, model=language.model, calibration=calibration)
     scored: dict[str, Any] = {"windows": 2, "context": 16}
     with pytest.raises(DataError, match="was calibrated on text of the eval part"):
@@ -314,11 +314,11 @@ def test_samples_and_dataset_are_dealt_out_in_turn(language: Lab, monkeypatch: p
     counts = torch.bincount(torch.cat([first, second]).flatten(), minlength=len(_rows(both, language, table))) + 0.5
     assert torch.allclose(_rows(both, language, table), counts / counts.sum())
     assert not torch.allclose(_rows(both, language, table), _rows(alone, language, table))
-    assert len(contents(both, CALIBRATION)["paragraph_sha256_16"]) > len(
-        contents(alone, CALIBRATION)["paragraph_sha256_16"]
+    assert len(contents(both, Calibration.file)["fingerprints"]) > len(
+        contents(alone, Calibration.file)["fingerprints"]
     )
     assert both.file(ROWS).is_file()
 
 
 def _rows(made: Artifact, lab: Lab, table: str) -> Tensor:
-    return open_statistics(made, lab.model).views(table)[0].rows
+    return open_statistics(made, lab.model).uses(table)[0].rows

@@ -10,7 +10,7 @@ from language_samples import write_dataset
 
 from gulliver.core.errors import BudgetError, ConfigError
 from gulliver.core.progress import Progress
-from gulliver.core.records import CALIBRATION, DAMAGE, DISTILLATION, PACKING
+from gulliver.core.records import Calibration, Distillation, LossIncrease, Packing
 from gulliver.core.store.artifact import Artifact, verify
 from gulliver.core.store.store import Store
 from gulliver.pipeline.call import call
@@ -39,7 +39,7 @@ def test_healing_brings_a_model_nearer_to_its_parent(language: Lab, packed: Arti
     made = healed(language, packed, steps=30)
     before, after = divergence(language, packed), divergence(language, made)
     assert after < 0.85 * before
-    losses = contents(made, DISTILLATION)["losses"]
+    losses = contents(made, Distillation.file)["losses"]
     assert len(losses) == 30 and sum(losses[-5:]) < sum(losses[:5])
     verify(made)
 
@@ -47,8 +47,8 @@ def test_healing_brings_a_model_nearer_to_its_parent(language: Lab, packed: Arti
 def test_sizes_and_formats_stay(language: Lab, packed: Artifact) -> None:
     made = healed(language, packed, steps=30)
     assert made.weight_bytes == packed.weight_bytes
-    assert contents(made, PACKING) == contents(packed, PACKING)
-    assert contents(made, DAMAGE) == contents(packed, DAMAGE)
+    assert contents(made, Packing.file) == contents(packed, Packing.file)
+    assert contents(made, LossIncrease.file) == contents(packed, LossIncrease.file)
     assert made.parents == (packed.id, language.model.id, language.dataset.id)
     before, after = dict(read_stored(packed.path)), dict(read_stored(made.path))
     assert list(before) == list(after)
@@ -84,7 +84,7 @@ def test_rows_of_several_formats_heal(language: Lab, monkeypatch: pytest.MonkeyP
     else:
         pytest.fail("no plan gave a table parts of its own")
     made = healed(language, model, steps=12, learning_rate=5e-3)
-    assert contents(made, PACKING) == contents(model, PACKING)
+    assert contents(made, Packing.file) == contents(model, Packing.file)
     assert divergence(language, made) < divergence(language, model)
 
 
@@ -103,8 +103,8 @@ def test_samples_take_their_turn(language: Lab, packed: Artifact, monkeypatch: p
     made = language.step("distill", QUICK | {"steps": 6}, **inputs)
     assert asked == [(language.dataset.id, 0), *((own.id, n) for n in range(3)), (language.dataset.id, 1), (own.id, 3)]
     assert made.parents == (packed.id, language.model.id, language.dataset.id, own.id)
-    prints = contents(made, CALIBRATION)["paragraph_sha256_16"]
-    assert len(prints) == len(contents(healed(language, packed, steps=3), CALIBRATION)["paragraph_sha256_16"]) + 1
+    prints = contents(made, Calibration.file)["fingerprints"]
+    assert len(prints) == len(contents(healed(language, packed, steps=3), Calibration.file)["fingerprints"]) + 1
 
 
 @pytest.mark.parametrize("stop", [3, 4])
@@ -139,7 +139,7 @@ def test_an_interrupted_run_makes_the_same_model(
     assert all(value.equal(second) for (_, value), (_, second) in _vectors(whole, resumed))
     again = language.step("distill", config, **inputs)
     assert resumed.id == again.id
-    assert contents(resumed, DISTILLATION) == contents(whole, DISTILLATION)
+    assert contents(resumed, Distillation.file) == contents(whole, Distillation.file)
 
 
 def _vectors(one: Artifact, other: Artifact) -> list[Any]:

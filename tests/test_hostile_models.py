@@ -16,7 +16,7 @@ from hostile_samples import WEIGHTS, change_config, join, refused, split, tried,
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gulliver.core.records import PACKING
+from gulliver.core.store.manifest import PACKING
 from gulliver.runtime.decode import native_reason
 from gulliver.runtime.lower import MAX_CONFIG_BYTES, MAX_LAYERS, MAX_LENGTH
 

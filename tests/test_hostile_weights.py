@@ -19,7 +19,7 @@ import torch
 from hostile_samples import WEIGHTS, Header, join, refused, run, split, tensors_of, tried, write_models
 from torch import Tensor
 
-from gulliver.core.records import PACKING
+from gulliver.core.store.manifest import PACKING
 from gulliver.nets.files import MAX_DIMENSIONS
 from gulliver.runtime import decode
 from gulliver.runtime.decode import native_reason

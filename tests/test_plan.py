@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gulliver.compress import plan as planning
-from gulliver.compress.plan import GAP, PLAN, Item, menu, planned, row_classes, solve
-from gulliver.compress.statistics import View, open_statistics
+from gulliver.compress.plan import GAP, Item, menu, planned, row_classes, solve
+from gulliver.compress.statistics import Use, open_statistics
 from gulliver.core.errors import ArtifactError, BudgetError
+from gulliver.core.records import LossIncrease, Plan
 from gulliver.core.store.artifact import Artifact
 from gulliver.runtime.formats import CODEBOOK_BITS, GROUP_SIZES, PLANES, Format
 from gulliver.runtime.reference import read_stored
@@ -26,31 +27,31 @@ MENU = [Format(8, 64, "uniform"), Format(4, 64, "codebook"), Format(3, 128, "cod
 
 # ---- the knapsack ----------------------------------------------------------------------------------------------------
 def random_items(random: np.random.Generator, count: int) -> list[Item]:
-    """Items of very different sizes whose damages mostly, but not always, fall with bytes."""
+    """Items of very different sizes whose loss increases mostly, but not always, fall with bytes."""
     items = []
     for number in range(count):
         level = 10.0 ** random.uniform(-4, 2)
-        hurt = np.sort(random.uniform(0, 1, len(MENU)))
+        cost = np.sort(random.uniform(0, 1, len(MENU)))
         if random.uniform() < 0.3:
-            random.shuffle(hurt)
+            random.shuffle(cost)
         rows, columns = random.integers(1, 600, 2).tolist()
-        items.append(Item(f"layer.{number}.weight", rows, columns, tuple((level * hurt).tolist())))
+        items.append(Item(f"layer.{number}.weight", rows, columns, tuple((level * cost).tolist())))
     return items
 
 
 def brute_force(items: list[Item], budget_bytes: int) -> float | None:
-    """The least damage of all choices within the budget."""
+    """The least loss increase of all choices within the budget."""
     best = None
     for choice in itertools.product(range(len(MENU)), repeat=len(items)):
         if sum(item.bytes(MENU[index]) for item, index in zip(items, choice, strict=True)) <= budget_bytes:
-            hurt = sum(item.damages[index] for item, index in zip(items, choice, strict=True))
-            best = hurt if best is None else min(best, hurt)
+            cost = sum(item.loss_increases[index] for item, index in zip(items, choice, strict=True))
+            best = cost if best is None else min(best, cost)
     return best
 
 
 @settings(max_examples=40)
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 5), share=st.floats(-0.1, 1.1))
-def test_no_choice_within_the_budget_does_less_damage(seed: int, count: int, share: float) -> None:
+def test_no_choice_within_the_budget_costs_less(seed: int, count: int, share: float) -> None:
     items = random_items(np.random.default_rng(seed), count)
     least = sum(min(item.bytes(fmt) for fmt in MENU) for item in items)
     most = sum(max(item.bytes(fmt) for fmt in MENU) for item in items)
@@ -60,7 +61,7 @@ def test_no_choice_within_the_budget_does_less_damage(seed: int, count: int, sha
     if chosen is None or best is None:
         return
     assert sum(item.bytes(MENU[index]) for item, index in zip(items, chosen, strict=True)) <= budget
-    found = sum(item.damages[index] for item, index in zip(items, chosen, strict=True))
+    found = sum(item.loss_increases[index] for item, index in zip(items, chosen, strict=True))
     assert found <= best * (1 + GAP) + 1e-9
 
 
@@ -79,9 +80,9 @@ def test_the_budget_of_a_large_model_is_held_to_the_byte(seed: int) -> None:
     formats = menu("any", 2)
     items = []
     for number in range(200):
-        hurt = np.sort(random.uniform(0, 1, len(formats))) * 10.0 ** random.uniform(-4, 2)
+        cost = np.sort(random.uniform(0, 1, len(formats))) * 10.0 ** random.uniform(-4, 2)
         rows, columns = int(random.integers(1000, 200_000)), int(random.integers(1000, 9000))
-        items.append(Item(f"layer.{number}.weight", rows, columns, tuple(hurt.tolist())))
+        items.append(Item(f"layer.{number}.weight", rows, columns, tuple(cost.tolist())))
     least = sum(min(item.bytes(fmt) for fmt in formats) for item in items)
     budget = int(1.7 * least) + seed
     chosen = solve(items, formats, budget)
@@ -103,14 +104,14 @@ def test_the_menu_holds_what_its_kind_says() -> None:
 
 def test_classes_of_rows_are_ordered_by_importance_and_hold_each_row_once() -> None:
     counts = torch.rand(1600, generator=torch.Generator().manual_seed(0)) ** 8
-    views, matrix = [View(torch.ones(32), counts)], torch.randn(1600, 32, generator=torch.Generator().manual_seed(1))
-    classes = row_classes(views, matrix)
+    uses, matrix = [Use(torch.ones(32), counts)], torch.randn(1600, 32, generator=torch.Generator().manual_seed(1))
+    classes = row_classes(uses, matrix)
     assert len(classes) == len(planning.CLASSES)
     assert torch.cat(classes).sort().values.tolist() == list(range(1600))
     for before, after in itertools.pairwise(classes):
         assert counts[before].min() >= counts[after].max()
         assert len(before) % 16 == 0
-    (alone,) = row_classes([View(torch.eye(32), counts)], matrix)
+    (alone,) = row_classes([Use(torch.eye(32), counts)], matrix)
     assert alone.tolist() == list(range(1600))
 
 
@@ -126,7 +127,7 @@ def smallest(language: Lab) -> int:
 
 def test_the_nearest_feasible_size_is_feasible_and_no_smaller_one_is(language: Lab, smallest: int) -> None:
     made = language.plan(smallest)
-    assert contents(made, PLAN)["size_bytes"] == smallest
+    assert contents(made, Plan.file)["size_bytes"] == smallest
     assert language.quantize(plan=made).weight_bytes <= smallest
     with pytest.raises(BudgetError):
         language.plan(smallest - 1)
@@ -138,35 +139,37 @@ def test_the_packed_model_is_as_large_as_planned_and_within_the_budget(
 ) -> None:
     budget = int(more * smallest)
     made = language.plan(budget)
-    told, packed = contents(made, PLAN)["size_bytes"], language.quantize(plan=made)
+    told, packed = contents(made, Plan.file)["size_bytes"], language.quantize(plan=made)
     assert packed.weight_bytes <= told <= budget
     assert told - packed.weight_bytes <= 0.01 * told + 20_000
     assert made.parents == (language.model.id, language.calibration.id)
-    assert len({part["format"] for row in contents(made, PLAN)["tensors"] for part in row["parts"]}) > 1 or more > 2
+    assert (
+        len({part["format"] for row in contents(made, Plan.file)["tensors"] for part in row["parts"]}) > 1 or more > 2
+    )
 
 
-def test_more_bytes_never_mean_more_damage(language: Lab, smallest: int) -> None:
-    bodies = [contents(language.plan(int(smallest * more)), PLAN) for more in (1.0, 1.1, 1.3, 1.8, 2.5, 4.0)]
-    hurts = [body["damage"] for body in bodies]
-    assert all(after <= before * (1 + GAP) for before, after in itertools.pairwise(hurts)), hurts
-    assert hurts[-1] < hurts[0] / 20
-    frontier = bodies[0]["menu"]
-    assert frontier == bodies[-1]["menu"]
+def test_more_bytes_never_cost_more(language: Lab, smallest: int) -> None:
+    bodies = [contents(language.plan(int(smallest * more)), Plan.file) for more in (1.0, 1.1, 1.3, 1.8, 2.5, 4.0)]
+    costs = [body["loss_increase"] for body in bodies]
+    assert all(after <= before * (1 + GAP) for before, after in itertools.pairwise(costs)), costs
+    assert costs[-1] < costs[0] / 20
+    frontier = bodies[0]["frontier"]
+    assert frontier == bodies[-1]["frontier"]
     assert frontier[0]["size_bytes"] == smallest
     for before, after in itertools.pairwise(frontier):
         assert after["size_bytes"] >= before["size_bytes"]
-        assert after["damage"] <= before["damage"] * (1 + GAP)
+        assert after["loss_increase"] <= before["loss_increase"] * (1 + GAP)
 
 
 def test_the_plan_adds_up(language: Lab, smallest: int) -> None:
-    body = contents(language.plan(int(1.5 * smallest)), PLAN)
+    body = contents(language.plan(int(1.5 * smallest)), Plan.file)
     parts = [part for row in body["tensors"] for part in row["parts"]]
-    assert sum(part["damage"] for part in parts) == pytest.approx(body["damage"])
-    assert sum(row["damage"] for row in body["blocks"]) == pytest.approx(body["damage"])
+    assert sum(part["loss_increase"] for part in parts) == pytest.approx(body["loss_increase"])
+    assert sum(row["loss_increase"] for row in body["blocks"]) == pytest.approx(body["loss_increase"])
     assert {row["name"] for row in body["blocks"]} >= {"embed", "model.layers.0", "model.layers.1"}
     for row in body["tensors"]:
         assert sum(part["rows"] for part in row["parts"]) == row["shape"][0]
-        assert sum(part["bytes"] for part in row["parts"]) == row["bytes"] < body["size_bytes"]
+        assert sum(part["size_bytes"] for part in row["parts"]) == row["size_bytes"] < body["size_bytes"]
         for part in row["parts"]:
             assert 2 < part["bits_per_weight"] < 12
     assert {row["name"] for row in body["tensors"]} == set(
@@ -174,15 +177,15 @@ def test_the_plan_adds_up(language: Lab, smallest: int) -> None:
     )
 
 
-def test_predicted_damage_is_near_what_packing_does(language: Lab, smallest: int) -> None:
+def test_the_predicted_loss_increase_is_near_what_packing_does(language: Lab, smallest: int) -> None:
     made = language.plan(int(1.5 * smallest), feedback=True, probe_rows=32)
-    done = sum(contents(language.quantize(plan=made), "damage.json").values())
-    assert 0.4 < done / contents(made, PLAN)["damage"] < 2.5
+    done = sum(contents(language.quantize(plan=made), LossIncrease.file)["weights"].values())
+    assert 0.4 < done / contents(made, Plan.file)["loss_increase"] < 2.5
 
 
 def test_kinds_and_fewest_bits_are_held(language: Lab, smallest: int) -> None:
     def formats(**config: Any) -> set[Format]:
-        body = contents(language.plan(3 * smallest, **config), PLAN)
+        body = contents(language.plan(3 * smallest, **config), Plan.file)
         return {Format.parse(part["format"]) for row in body["tensors"] for part in row["parts"]}
 
     assert {fmt.kind for fmt in formats(kind="uniform")} == {"uniform"}
@@ -197,7 +200,7 @@ def test_rows_of_a_table_may_have_formats_of_their_own(
     monkeypatch.setattr(planning, "CLASSES", (1 / 8, 1 / 3, 1.0))
     for more in (1.2, 1.35, 1.5, 1.7, 2.0):
         made = language.plan(int(more * smallest), seed=1)
-        body = contents(made, PLAN)
+        body = contents(made, Plan.file)
         (table,) = (row for row in body["tensors"] if "embed" in row["name"])
         if len(table["parts"]) > 1:
             break
@@ -208,7 +211,7 @@ def test_rows_of_a_table_may_have_formats_of_their_own(
     found = [[part.shape[0], part.format.name] for part in stored.parts]
     assert found == [[part["rows"], part["format"]] for part in table["parts"]]
     importance = planning.importance(
-        open_statistics(language.calibration, language.model).views(table["name"]),
+        open_statistics(language.calibration, language.model).uses(table["name"]),
         torch.empty(table["shape"]),
     )
     assert importance[stored.row_part == 0].min() >= importance[stored.row_part == 1].max()
@@ -221,7 +224,7 @@ def test_another_family_is_planned_by_the_same_step(digits: Lab) -> None:
     for budget in (least, int(1.4 * least)):
         made = digits.plan(budget)
         packed = digits.quantize(plan=made)
-        told = contents(made, PLAN)["size_bytes"]
+        told = contents(made, Plan.file)["size_bytes"]
         assert packed.weight_bytes <= told <= budget
         assert told - packed.weight_bytes <= 0.01 * told + 20_000
 
@@ -232,7 +235,7 @@ def replaced(lab: Lab, made: Artifact, text: str) -> Artifact:
     with lab.store.writer(
         kind="report", task=made.task, parents=made.parents, step={"name": "plan", "version": 1}, config={}
     ) as writer:
-        (writer.path / PLAN).write_text(text, encoding="utf-8")
+        (writer.path / Plan.file).write_text(text, encoding="utf-8")
         return writer.commit()
 
 
@@ -244,14 +247,20 @@ def _broken(body: dict[str, Any]) -> dict[str, str]:
         "nested": "[" * 100_000,
         "a list": "[]",
         "no tensors": "{}",
-        "tensors of text": json.dumps({"tensors": "many"}),
-        "an unknown format": json.dumps({"tensors": [{**first, "parts": [{"rows": 1, "format": "x9g1"}]}, *rest]}),
-        "a format that is no text": json.dumps({"tensors": [{**first, "parts": [{"rows": 1, "format": 4}]}, *rest]}),
-        "rows that are no number": json.dumps({"tensors": [{**first, "parts": [{"rows": [], "format": "u4g64"}]}]}),
-        "too many rows": json.dumps({"tensors": [more, *rest]}),
-        "no parts": json.dumps({"tensors": [{**first, "parts": []}, *rest]}),
-        "a weight too few": json.dumps({"tensors": rest}),
-        "a weight too many": json.dumps({"tensors": [*body["tensors"], {**first, "name": "other.weight"}]}),
+        "tensors of text": json.dumps({**body, "tensors": "many"}),
+        "an unknown format": json.dumps(
+            {**body, "tensors": [{**first, "parts": [{"rows": 1, "format": "x9g1"}]}, *rest]}
+        ),
+        "a format that is no text": json.dumps(
+            {**body, "tensors": [{**first, "parts": [{"rows": 1, "format": 4}]}, *rest]}
+        ),
+        "rows that are no number": json.dumps(
+            {**body, "tensors": [{**first, "parts": [{"rows": [], "format": "u4g64"}]}]}
+        ),
+        "too many rows": json.dumps({**body, "tensors": [more, *rest]}),
+        "no parts": json.dumps({**body, "tensors": [{**first, "parts": []}, *rest]}),
+        "a weight too few": json.dumps({**body, "tensors": rest}),
+        "a weight too many": json.dumps({**body, "tensors": [*body["tensors"], {**first, "name": "other.weight"}]}),
     }
 
 
@@ -259,7 +268,7 @@ def test_a_damaged_plan_is_refused(language: Lab, smallest: int) -> None:
     made = language.plan(2 * smallest)
     statistics = open_statistics(language.calibration, language.model)
     assert set(planned(made, statistics)) == set(statistics.weights)
-    for what, text in _broken(contents(made, PLAN)).items():
+    for what, text in _broken(contents(made, Plan.file)).items():
         with pytest.raises(ArtifactError, match="plan again"):
             planned(replaced(language, made, text), statistics)
             pytest.fail(what)

@@ -13,8 +13,8 @@ from test_gguf import write_gguf
 from gulliver.core import catalog
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
+from gulliver.core.records import Origin
 from gulliver.core.store.artifact import verify
-from gulliver.data import pull
 from gulliver.data.options import PullOptions
 from gulliver.data.pull import run
 from gulliver.tasks import get_task
@@ -175,5 +175,8 @@ def test_the_catalog_is_asked_for_models(tmp_path, ctx, monkeypatch):
     folder = write_causal(tmp_path / "model")
     monkeypatch.setattr(catalog, "fetch", lambda name, cache: folder)
     made = fetch(ctx, "catalog:all-minilm-l6-v2")
-    origin = json.loads(made.file(pull.ORIGIN).read_text())
-    assert origin == {"license": "Apache-2.0", "source": "catalog:all-minilm-l6-v2"}
+    origin = Origin.of(made)
+    assert (origin.source, origin.license) == ("catalog:all-minilm-l6-v2", "Apache-2.0")
+    size = (folder / "model.safetensors").stat().st_size
+    assert (origin.original_file, origin.original_format) == ("model.safetensors", "safetensors float32")
+    assert origin.original_bytes == size and size * 0.4 < (origin.bfloat16_bytes or 0) <= size / 2

@@ -10,12 +10,12 @@ from test_vision import DIGITS, make_dataset
 
 from gulliver.audit import measure, speed
 from gulliver.audit.options import QualityOptions, SpeedOptions
-from gulliver.audit.quality import REPORT, run
+from gulliver.audit.quality import run
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, ConfigError, DataError, GulliverError
 from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.overlap import fingerprints
-from gulliver.core.records import CALIBRATION
+from gulliver.core.records import Calibration, QualityReport, SpeedReport
 from gulliver.core.store.artifact import canonical_json, verify
 from gulliver.pipeline import steps
 from gulliver.runtime.decode import native_reason
@@ -37,7 +37,7 @@ def add_model(store, *, calibration=None, parents=(), seed=0, note="a"):
     with store.writer(kind="model", task="language", **options) as writer:
         write_causal(writer.path, seed=seed)
         if calibration is not None:
-            (writer.path / CALIBRATION).write_bytes(calibration)
+            (writer.path / Calibration.file).write_bytes(calibration)
         return writer.commit()
 
 
@@ -70,7 +70,7 @@ def test_evidence_is_recorded_about_the_model(store, ctx, dataset):
     assert all(item.artifact_id == model.id and item.parent_id == parent.id for item in recorded.values())
     assert all((item.machine, item.command) == ("here", "gulliver audit m") for item in recorded.values())
     assert store.evidence(parent.id) == []
-    body = json.loads(report.file(REPORT).read_text())
+    body = json.loads(report.file(QualityReport.file).read_text())
     assert [Evidence.from_json(row) for row in body["evidence"]] == store.evidence(model.id)
     assert (body["model"], body["dataset"], body["parent"]) == (model.id, dataset.id, parent.id)
     assert report.kind == "report" and report.parents == (model.id, dataset.id, parent.id)
@@ -93,7 +93,7 @@ def test_calibration_data_is_never_measured_on(store, ctx, dataset):
 )
 def test_damaged_fingerprints_refuse(store, ctx, dataset, content):
     model = add_model(store, calibration=content)
-    with pytest.raises(ArtifactError, match=CALIBRATION):
+    with pytest.raises(ArtifactError, match=Calibration.file):
         run(SMALL, {"model": model, "dataset": dataset}, ctx)
 
 
@@ -140,7 +140,7 @@ def test_speed_is_measured_in_a_process_of_its_own(store, ctx):
     else:
         assert detail["backend"] == "reference" and native_reason() in detail["why"]
     assert steps.find("speed").version == 2, "the numbers of version 1 are the reference path's"
-    body = json.loads(report.file(speed.REPORT).read_text())
+    body = json.loads(report.file(SpeedReport.file).read_text())
     assert len(body["evidence"]) == len(recorded) and body["model"] == model.id
 
 

@@ -24,7 +24,7 @@ from gulliver.compress.feedback import quantize_matrix
 from gulliver.compress.quantize import narrow
 from gulliver.compress.statistics import open_statistics
 from gulliver.core.errors import BudgetError, ConfigError
-from gulliver.core.records import CALIBRATION, DAMAGE
+from gulliver.core.records import Calibration, LossIncrease
 from gulliver.core.store.artifact import Artifact, copy_artifact, verify
 from gulliver.core.store.store import Store
 from gulliver.nets.weights import read_safetensors
@@ -37,7 +37,7 @@ from gulliver.tasks import get_task
 
 
 def total(packed: Artifact) -> float:
-    return sum(contents(packed, DAMAGE).values())
+    return sum(contents(packed, LossIncrease.file)["weights"].values())
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -135,11 +135,11 @@ def test_importance_changes_what_is_fitted_well() -> None:
 
 
 @pytest.mark.parametrize("feedback", [True, False])
-def test_more_bits_and_smaller_groups_do_less_damage(feedback: bool) -> None:
+def test_more_bits_and_smaller_groups_cost_less(feedback: bool) -> None:
     weight, moment = gaussian(64, 128), inputs_moment(128)
     bits = ("c2g64", "c3g64", "c4g64", "c5g64", "c6g64", "u8g64")
-    hurts = [cost(weight, moment, name, feedback) for name in bits]
-    assert all(before > 1.5 * after for before, after in itertools.pairwise(hurts)), hurts
+    costs = [cost(weight, moment, name, feedback) for name in bits]
+    assert all(before > 1.5 * after for before, after in itertools.pairwise(costs)), costs
     assert cost(weight, moment, "c3g128", feedback) > cost(weight, moment, "c3g32", feedback)
     assert cost(weight, moment, "u8g64", feedback) < 1e-3 * float(((weight @ moment) * weight).sum())
 
@@ -156,18 +156,18 @@ def test_inputs_that_were_never_seen_do_no_harm() -> None:
 
 
 # ---- the packed model ------------------------------------------------------------------------------------------------
-def test_damage_is_that_of_the_stored_values(language: Lab) -> None:
+def test_the_loss_increase_is_that_of_the_stored_values(language: Lab) -> None:
     packed, statistics = language.quantize(bits=3), open_statistics(language.calibration, language.model)
-    stored, told = dict(read_stored(packed.path)), contents(packed, DAMAGE)
+    stored, told = dict(read_stored(packed.path)), contents(packed, LossIncrease.file)["weights"]
     plain = dict(read_safetensors(language.model.path, torch.float32))
     assert set(told) == set(statistics.weights)
     for name, expected in told.items():
         approximation = stored[name].dequantize()
         delta = (approximation - plain[name]).double()
         slow = 0.0
-        for view in statistics.views(name):
-            full = view.moment.double() if view.moment.dim() == 2 else view.moment.double().diag()
-            slow += sum(0.5 * float(row) * float(d @ full @ d) for row, d in zip(view.rows, delta, strict=True))
+        for use in statistics.uses(name):
+            full = use.moment.double() if use.moment.dim() == 2 else use.moment.double().diag()
+            slow += sum(0.5 * float(row) * float(d @ full @ d) for row, d in zip(use.rows, delta, strict=True))
         assert expected == pytest.approx(slow, rel=1e-3)
 
 
@@ -190,7 +190,7 @@ def test_one_format_for_all_and_the_rest_in_16_bits(language: Lab, options: dict
             kept += 1
     assert kept and is_packed(packed.path)
     verify(packed)
-    assert contents(packed, CALIBRATION) == contents(language.calibration, CALIBRATION)
+    assert contents(packed, Calibration.file) == contents(language.calibration, Calibration.file)
     assert {"config.json", "tokenizer.json"} <= set(packed.files)
     assert packed.parents == (language.model.id, language.calibration.id)
     assert packed.weight_bytes < language.model.weight_bytes * (options["bits"] + 1.5) / 32
@@ -236,7 +236,10 @@ def test_diagonal_statistics_round_to_nearest(language: Lab) -> None:
         for method in ("feedback", "nearest")
     ]
     one, other = (dict(read_stored(packed.path)) for packed in made)
-    assert all(torch.equal(one[name].dequantize(), other[name].dequantize()) for name in contents(made[0], DAMAGE))
+    assert all(
+        torch.equal(one[name].dequantize(), other[name].dequantize())
+        for name in contents(made[0], LossIncrease.file)["weights"]
+    )
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
@@ -285,7 +288,7 @@ def test_a_killed_run_goes_on_and_makes_the_same_model(language: Lab, tmp_path: 
         process.communicate()
         seen = len(list((store.home / "work").glob("*/weight-*.safetensors")))
     done = {path: path.stat().st_mtime_ns for path in (store.home / "work").glob("*/weight-*.safetensors")}
-    weights = len(contents(expected, DAMAGE))
+    weights = len(contents(expected, LossIncrease.file)["weights"])
     assert 0 < len(done) <= weights or store.has(expected.id)
     out, err = start(store, *words).communicate(timeout=120)
     assert json.loads(out)["id"] == expected.id, err
@@ -311,4 +314,4 @@ def test_finished_weights_are_not_packed_again(language: Lab, monkeypatch: pytes
     with pytest.raises(KeyboardInterrupt):
         language.quantize(**options)
     made = language.quantize(**options)
-    assert len(packed) == len(contents(made, DAMAGE)) + 1
+    assert len(packed) == len(contents(made, LossIncrease.file)["weights"]) + 1

@@ -11,7 +11,7 @@ from language_samples import text
 
 from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError, DataError
-from gulliver.core.records import EXAMPLES, SOURCES
+from gulliver.core.records import EXAMPLES, Sources
 from gulliver.core.store.artifact import hash_file, verify
 from gulliver.data.options import ReadOptions
 from gulliver.data.read import run
@@ -38,7 +38,7 @@ def test_one_text_is_cut_in_two_and_nothing_is_lost(tmp_path, ctx):
     assert (train["split"], held_out["split"]) == ("train", "eval")
     assert train["text"] + held_out["text"] == text(300, 1)
     assert 0.08 < len(held_out["text"]) / len(text(300, 1)) <= 0.1
-    sources = json.loads(made.file(SOURCES).read_text())
+    sources = json.loads(made.file(Sources.file).read_text())
     assert sources["train"] == {"examples": 1, "files": {"text.txt": hash_file(path)}}
     assert (made.kind, made.task, made.step["name"]) == ("dataset", "language", "read")
     assert get_task("language").read(made.path, "eval") == [held_out]

@@ -15,12 +15,13 @@ from test_packed import random_part
 from torch import Tensor
 
 from gulliver.core.errors import ArtifactError
-from gulliver.core.records import PACKING
+from gulliver.core.records import Packing
+from gulliver.core.store.manifest import PACKING
 from gulliver.nets.weights import stored_names
 from gulliver.runtime.formats import Format
 from gulliver.runtime.packed import PackedTensor
 from gulliver.runtime.packing import MAX_PACKING_BYTES, is_packed
-from gulliver.runtime.reference import packing_entry, packing_json, read_stored, read_tensors, stored_form
+from gulliver.runtime.reference import packing_entry, read_stored, read_tensors, stored_form
 from gulliver.runtime.shards import ShardWriter
 
 WEIGHTS = "model.safetensors"
@@ -49,7 +50,7 @@ def write(folder: Path, tensors: dict[str, PackedTensor | Tensor], shard_bytes: 
             if isinstance(tensor, PackedTensor):
                 entries[name] = packing_entry(tensor)
             shards.add(stored_form(name, tensor) if isinstance(tensor, PackedTensor) else {name: tensor})
-    (folder / PACKING).write_text(packing_json(entries), encoding="utf-8")
+    Packing(tensors=entries).write(folder)
     return folder
 
 

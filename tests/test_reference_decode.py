@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from test_packed import random_part
 
 from gulliver.core.errors import ConfigError
-from gulliver.core.records import PACKING
+from gulliver.core.records import Packing
+from gulliver.core.store.manifest import PACKING
 from gulliver.runtime.batching.engine import Engine, Request, Sampling
 from gulliver.runtime.decoder import StepBatch
 from gulliver.runtime.formats import Format
 from gulliver.runtime.packed import PackedTensor
-from gulliver.runtime.reference import packing_entry, packing_json, stored_form
+from gulliver.runtime.reference import packing_entry, stored_form
 from gulliver.runtime.reference_decode import ReferenceDecoder
 from gulliver.runtime.text.tokenizer import Text
 
@@ -133,7 +134,7 @@ def test_packed_weights_are_unpacked(llama: Path, tmp_path: Path) -> None:
     shutil.copytree(llama, tmp_path / "packed", ignore=shutil.ignore_patterns("*.safetensors"))
     others = {other: tensor for other, tensor in tensors.items() if other != name}
     save_file(others | stored_form(name, small), tmp_path / "packed" / "model.safetensors", {"format": "pt"})
-    (tmp_path / "packed" / PACKING).write_text(packing_json({name: packing_entry(small)}))
+    Packing(tensors={name: packing_entry(small)}).write(tmp_path / "packed")
     shutil.copytree(tmp_path / "packed", tmp_path / "plain", ignore=shutil.ignore_patterns("*.safetensors", PACKING))
     save_file(tensors | {name: small.dequantize()}, tmp_path / "plain" / "model.safetensors", {"format": "pt"})
     right = generated(tmp_path / "plain", PROMPTS[0], 12)

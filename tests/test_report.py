@@ -8,19 +8,19 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
-from report_samples import artifact, fitted, plan, tensor, tensors
+from report_samples import artifact, fit, fitted, plan, tensor, tensors
 
 from gulliver.core.errors import ArtifactError
 from gulliver.core.evidence.evidence import measured
 from gulliver.core.evidence.gate import Gate
+from gulliver.core.records import FitResult, PackedPart, PackedWeight, Packing, Plan, Point, TensorBits
 from gulliver.core.store.store import Store
 from gulliver.report import bits, plots, rows, verdict
 from gulliver.report.gather import gather, oldest_first
 from gulliver.report.html import content_policy, page, plotly_library, script, script_hash, write_report
-from gulliver.report.records import FitRecord, Point, ReportData, format_bits, parse_fit, parse_packing
+from gulliver.report.records import FitRecord, ReportData, gated, of_packing
 
 HOSTILE = "<script>alert(1)</script>\"'&`|</title>\u2028${x}"
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -71,8 +71,8 @@ def test_verdict_stands_first_and_sections_in_order(sample: ReportData) -> None:
     text = page(sample)
     outline = Outline(text)
     assert outline.headings == [
-        "Gates", "Evidence", "Size and quality", "Bits per tensor", "Damage per block", "Memory over time", "Lineage",
-        "Machine", "Commands to repeat",
+        "Gates", "Evidence", "Size and quality", "Bits per tensor", "Predicted loss increase per block",
+        "Memory over time", "Lineage", "Machine", "Commands to repeat",
     ]  # fmt: skip
     assert text.index("<strong>PASS</strong>") < text.index("<h2>Gates")
     assert "Asked for at most 72" in text and "95 % interval 2.68 to 3.56" in text and "10\u00a0min 10\u00a0s" in text
@@ -119,8 +119,7 @@ def test_a_failing_gate_refuses_and_says_which(tmp_path: Path) -> None:
 
 def test_a_gate_without_data_refuses(sample: ReportData) -> None:
     missing = Gate("accuracy", at_least=0.9).judge(sample.evidence, sample.artifact_id)
-    judged = parse_fit({"verdicts": [missing.to_json()]}, "fit.json").gates
-    data = replace(sample, fit=replace(sample.fit, gates=(*sample.fit.gates, *judged)))
+    data = replace(sample, fit=replace(sample.fit, gates=(*sample.fit.gates, gated(missing))))
     assert data.outcome == "REFUSED"
     assert "NO DATA" in page(data) and "not measured" in page(data)
 
@@ -139,8 +138,8 @@ def test_verdicts_of_a_recipe_are_shown(tmp_path: Path) -> None:
 
 
 def test_infeasible_names_the_nearest_point(sample: ReportData) -> None:
-    fit = replace(sample.fit, nearest=Point(84_000_000, predicted_drop=0.061), reason="The embedding is the limit.")
-    data = replace(sample, fit=fit)
+    nearest = Point(size_bytes=84_000_000, predicted_drop=0.061)
+    data = replace(sample, fit=replace(sample.fit, nearest=nearest, reason="The embedding is the limit."))
     text = " ".join(verdict.sentences(data))
     assert data.outcome == "INFEASIBLE" and "84" in text and "6.1" in text and "predicted" in text
     assert "The embedding is the limit." in text and "Reached" not in text
@@ -149,9 +148,10 @@ def test_infeasible_names_the_nearest_point(sample: ReportData) -> None:
 def test_an_infeasible_fit_is_told_only_where_it_is_given(tmp_path: Path) -> None:
     store = Store(tmp_path / "home")
     parent = artifact(store, "model", "pull", {"model.safetensors": 1000})
-    body = {**plan(72_000), "nearest": {"size_bytes": 84_000, "predicted_drop": 0.061}, "reason": "Too small."}
-    fit = artifact(store, "report", "fit", {"fit.json": json.dumps(body).encode()}, [parent.id])
-    write_report(tmp_path / "report.html", parent, store, fit=fit)
+    nearest = Point(size_bytes=84_000, predicted_drop=0.061)
+    told = fit(72_000).model_copy(update={"nearest": nearest, "reason": "Too small."})
+    made = artifact(store, "report", "fit", {FitResult.file: told}, [parent.id])
+    write_report(tmp_path / "report.html", parent, store, fit=made)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<strong>INFEASIBLE</strong>" in text and "nearest feasible point" in text and "Too small." in text
     assert '<dl class="figures">' not in text
@@ -162,8 +162,8 @@ def test_a_fit_that_made_another_model_is_not_this_models(tmp_path: Path) -> Non
     store = Store(tmp_path / "home")
     parent = artifact(store, "model", "pull", {"model.safetensors": 1000})
     child = artifact(store, "model", "quantize", {"model.safetensors": 500}, [parent.id])
-    body = json.dumps({**plan(72_000), "artifact_id": child.id}).encode()
-    artifact(store, "report", "fit", {"fit.json": body}, [parent.id, child.id])
+    told = fit(72_000).model_copy(update={"artifact_id": child.id})
+    artifact(store, "report", "fit", {FitResult.file: told}, [parent.id, child.id])
     assert gather(parent, store).fit == FitRecord() and gather(child, store).fit.artifact_id == child.id
 
 
@@ -186,11 +186,10 @@ def test_a_plain_model_without_evidence_has_a_report(tmp_path: Path) -> None:
 def test_user_text_is_escaped_everywhere(tmp_path: Path) -> None:
     store, model = fitted(tmp_path / "home", source=f"catalog:{HOSTILE}")
     data = gather(model, store)
-    fit = replace(
+    changed = replace(
         data.fit,
         reason=HOSTILE,
-        tensors=parse_fit({"tensors": [tensor(f"model.layers.0.{HOSTILE}", 64, [(64, "u4g64")], 1.0)]}, "x").tensors,
-        blocks=((HOSTILE, 1.0),),
+        tensors=(tensor(f"model.layers.0.{HOSTILE}", 64, [(64, "u4g64")], 1.0),),
         memory=((0.0, HOSTILE, 1), (1.0, HOSTILE, 2)),
         gates=tuple(replace(gate, reason=HOSTILE, metric=HOSTILE, outcome="FAIL") for gate in data.fit.gates),
     )
@@ -198,7 +197,7 @@ def test_user_text_is_escaped_everywhere(tmp_path: Path) -> None:
         replace(row, command=HOSTILE, machine=HOSTILE, data_hash=HOSTILE, detail={"data": HOSTILE})
         for row in data.evidence
     )
-    text = page(replace(data, fit=fit, evidence=rows, machine={HOSTILE: HOSTILE}))
+    text = page(replace(data, fit=changed, evidence=rows, machine={HOSTILE: HOSTILE}))
     outline = Outline(text)
     assert "alert(1)</script>" not in text and "<script>alert" not in text and "\u2028" not in text.split("<h2>")[3]
     assert [script.get("type") for script in outline.scripts].count(None) == 1
@@ -252,9 +251,9 @@ def test_data_are_named_as_people_call_them(sample: ReportData) -> None:
 def test_blocks_and_roles_come_from_any_family_of_names() -> None:
     def grid(*names: str) -> bits.BlockGrid:
         rows = [tensor(name, 64, [(16, "u4g64")], 1.0) for name in names]
-        return bits.block_grid(parse_fit({"tensors": rows}, "plan.json").tensors)
+        return bits.block_grid(rows)
 
-    language = bits.block_grid(parse_fit({"tensors": tensors()}, "plan.json").tensors)
+    language = bits.block_grid(tensors())
     assert language.blocks == tuple(map(str, range(30))) and len(language.roles) == 7 and len(language.names) == 210
     assert language.roles[0] == "q_proj" and "model.embed_tokens.weight" not in language.names
     convolution = grid("stem.conv.weight", "stages.0.conv1.weight", "stages.0.down.0.weight", "stages.10.conv1.weight")
@@ -269,7 +268,7 @@ def test_blocks_and_roles_come_from_any_family_of_names() -> None:
 
 
 def test_pictures_are_absent_without_data() -> None:
-    assert plots.size_quality(bare()) is None and plots.damage(bare()) is None and plots.memory(bare()) is None
+    assert plots.size_quality(bare()) is None and plots.loss_increase(bare()) is None and plots.memory(bare()) is None
     assert bits.bits(()) is None and bits.rows_bits(()) is None
 
 
@@ -293,12 +292,11 @@ def test_rows_of_an_embedding_are_drawn_by_class(sample: ReportData) -> None:
     assert {trace["y"][0] for trace in bars} == {"embed_tokens"} and picture.numbers.rows[-1][1] == "32,768"
 
 
-def test_damage_falls_back_to_the_plan(sample: ReportData) -> None:
-    data = replace(sample, fit=replace(sample.fit, blocks=()))
-    picture = plots.damage(data)
-    assert picture is not None and "plan predicted" in picture.says
+def test_the_loss_increase_is_that_of_the_plan(sample: ReportData) -> None:
+    picture = plots.loss_increase(sample)
+    assert picture is not None and "predicted" in picture.says
     assert picture.data[0]["x"][:2] == ["0", "1"] and picture.data[0]["x"][-1] == "embed_tokens"
-    total = sum(tensor.damage or 0 for tensor in data.fit.tensors)
+    total = sum(tensor.loss_increase or 0 for tensor in sample.fit.tensors)
     assert sum(picture.data[0]["y"]) == pytest.approx(total)
 
 
@@ -327,53 +325,23 @@ def test_what_the_model_holds_counts_more_than_the_plan(tmp_path: Path) -> None:
     store = Store(tmp_path / "home")
     names = ["layers.0.a.weight", "layers.1.a.weight"]
     rows = [tensor(name, 64, [(16, "c4g64")], 1.0) for name in names]
-    planned = artifact(store, "report", "plan", {"plan.json": json.dumps({"tensors": rows}).encode()})
+    body = plan(72_000).model_copy(update={"tensors": tuple(rows)})
+    planned = artifact(store, "report", "plan", {Plan.file: body})
     parts = [[{"rows": 16, "format": "c4g64"}], [{"rows": 16, "format": "u8g32"}]]
     held = {name: {"shape": [16, 64], "parts": part} for name, part in zip(names, parts, strict=True)}
     packing = json.dumps({"format": 1, "tensors": held}).encode()
     model = artifact(store, "model", "quantize", {"model.safetensors": 9, "packing.json": packing}, [planned.id])
     first, second = gather(model, store).fit.tensors
-    assert first.damage is not None and second.damage is None and second.parts[0].format == "u8g32"
+    assert first.loss_increase is not None and second.loss_increase is None and second.parts[0].format == "u8g32"
 
 
-def test_bits_of_a_format_count_scales_and_row_factors() -> None:
-    assert format_bits("c4g64", 576) == pytest.approx(4 + 8 / 64 + 16 / 576)
-    assert format_bits("u8g32", 64) == pytest.approx(8 + 16 / 32 + 16 / 64)
-    assert format_bits("c4g64", 65) == pytest.approx((128 * 4 + 16 + 16) / 65)
-    for name in ("", "x4g64", "u4", "u4g", "ug64", "u99g64", "u4g0"):
-        assert format_bits(name, 64) is None
-    with pytest.raises(ArtifactError, match="not one like u4g64"):
-        parse_packing({"tensors": {"a": {"shape": [1, 2], "parts": [{"rows": 1, "format": "zip"}]}}})
+def test_bits_of_a_held_weight_are_those_on_disk() -> None:
+    def held(fmt: str, rows: int, columns: int) -> TensorBits:
+        weight = PackedWeight(shape=(rows, columns), parts=(PackedPart(format=fmt, rows=rows),))
+        return of_packing(Packing(tensors={"a": weight}))[0]
 
-
-def broken(**change: Any) -> dict[str, Any]:
-    return {**plan(72_000), **change}
-
-
-@pytest.mark.parametrize(
-    ("body", "names"),
-    [
-        ([], "fit.json must be a JSON object"),
-        (broken(tensors={}), "tensors must be a list"),
-        (broken(tensors=[1]), r"tensors\[0\] must be a JSON object"),
-        (broken(tensors=[{"name": 3}]), "name is 3"),
-        (broken(tensors=[{**tensor("a", 8, [(1, "u4g64")], 1.0), "bytes": -1}]), "bytes is -1"),
-        (broken(tensors=[{**tensor("a", 8, [(1, "u4g64")], 1.0), "shape": "ab"}]), "shape must be a list"),
-        (broken(frontier=[{"size_bytes": "big"}]), "size_bytes is 'big'"),
-        (broken(frontier=[{"size_bytes": 1, "predicted_drop": math.nan}]), "predicted_drop is nan"),
-        (broken(memory=[[1, "a"]]), "2 values"),
-        (broken(memory=[[True, "a", 1]]), "seconds is True"),
-        (broken(verdicts=[{"metric": "a", "at_most": 1, "outcome": "MAYBE"}]), "MAYBE"),
-        (broken(verdicts=[{"metric": "a", "outcome": "PASS"}]), "at_least is None"),
-        (broken(budget=[]), "budget must be"),
-        (broken(blocks=[{"name": "a", "damage": None}]), "damage is None"),
-        (broken(seconds="soon"), "seconds is 'soon'"),
-    ],
-)  # fmt: skip
-def test_malformed_records_are_refused_by_name(body: Any, names: str) -> None:
-    with pytest.raises(ArtifactError, match=names):
-        parse_fit(body, "fit.json")
-
-
-def test_an_empty_record_is_empty() -> None:
-    assert parse_fit({}, "plan.json") == FitRecord()
+    # a tile of 16 rows: codes, scales, row factors, filled up to 64 bytes
+    assert held("c4g64", 32, 576).size_bytes == 2 * (16 * (576 // 2 + 9) + 32 + 16) + 16
+    assert held("u8g32", 16, 64).bits_per_weight == pytest.approx(8 * (16 * (64 + 4) + 32) / 1024, rel=0.06)
+    with pytest.raises(ArtifactError, match="bits is 7"):
+        held("u7g64", 16, 64)

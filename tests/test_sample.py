@@ -14,7 +14,7 @@ from toy_language import DOES, WHAT, WHO, write_model
 
 from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.progress import Progress
-from gulliver.core.records import EXAMPLES, SOURCES
+from gulliver.core.records import EXAMPLES, Sources
 from gulliver.core.store.artifact import Artifact, verify
 from gulliver.core.store.store import Store
 from gulliver.data.options import SampleOptions
@@ -51,7 +51,7 @@ def test_a_model_writes_a_dataset(store: Store, quiet: Progress, folder: Path) -
     found = rows(made)
     assert len(found) == 5 and len({row["text"] for row in found}) == 5
     assert {(row["split"], row["source"]) for row in found} == {("train", "own")}
-    sources = json.loads(made.file(SOURCES).read_text())
+    sources = json.loads(made.file(Sources.file).read_text())
     assert sources == {"train": {"examples": 5, "files": {}}, "eval": {"examples": 0, "files": {}}}
     assert TASK.read(made.path, "train") == found
 

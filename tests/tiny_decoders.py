@@ -14,10 +14,10 @@ from transformers.models.mistral import MistralConfig
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
 
-from gulliver.core.records import PACKING
+from gulliver.core.records import Packing
 from gulliver.runtime.formats import Format
 from gulliver.runtime.packed import PackedTensor, RowGroup
-from gulliver.runtime.reference import packing_entry, packing_json, stored_form
+from gulliver.runtime.reference import packing_entry, stored_form
 
 SIZES: dict[str, Any] = {
     "vocab_size": 203,
@@ -107,5 +107,5 @@ def pack_decoder(folder: Path, source: Path) -> Path:
         stored |= stored_form(name, packed)
         entries[name] = packing_entry(packed)
     save_file({name: tensor.contiguous() for name, tensor in stored.items()}, folder / "model.safetensors")
-    (folder / PACKING).write_text(packing_json(entries), encoding="utf-8")
+    Packing(tensors=entries).write(folder)
     return folder

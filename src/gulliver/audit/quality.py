@@ -7,23 +7,18 @@ of its calibration data, and one of them in the eval part is enough to refuse.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from gulliver.audit.options import QualityOptions
 from gulliver.core.context import Context
-from gulliver.core.errors import ArtifactError, ConfigError, DataError
+from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.evidence.evidence import Evidence, measured
 from gulliver.core.options import Options
 from gulliver.core.overlap import excerpt, first_overlap
-from gulliver.core.records import CALIBRATION
+from gulliver.core.records import Calibration, Measured, QualityReport
 from gulliver.core.store.artifact import Artifact
-from gulliver.core.store.files import write_atomic
 from gulliver.tasks import get_task
-
-REPORT = "quality.json"
-"""In the report artifact: {"model", "dataset", "parent", "evidence": [...]}."""
 
 
 def run(cfg: QualityOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
@@ -46,7 +41,7 @@ def run(cfg: QualityOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
     evidence = [*evidence, *size(model, parent, weights)]
     owner = None if parent is None else parent.id
     evidence = [item.filled(artifact_id=model.id, parent_id=owner) for item in evidence]
-    report = write_report(REPORT, evidence, inputs, cfg, ctx, "quality")
+    report = write_report(QualityReport, evidence, inputs, cfg, ctx, "quality")
     ctx.record(evidence)
     return report
 
@@ -66,9 +61,9 @@ def size(model: Artifact, parent: Artifact | None, weights: int) -> list[Evidenc
 def refuse_calibration_data(model: Artifact, held_out: list[dict[str, Any]], ctx: Context) -> None:
     """DataError naming the first passage of `held_out` that the model, or one it was made from, was calibrated on."""
     for owner in _made_from(model, ctx):
-        if CALIBRATION not in owner.files:
+        if Calibration.name_in(owner.files) is None:
             continue
-        found = first_overlap(held_out, calibrated_on(owner))
+        found = first_overlap(held_out, Calibration.of(owner).fingerprints)
         if found is not None:
             raise DataError(
                 f'{owner.id[:12]} was calibrated on text of the eval part: "{excerpt(found)}". '
@@ -76,28 +71,21 @@ def refuse_calibration_data(model: Artifact, held_out: list[dict[str, Any]], ctx
             )
 
 
-def calibrated_on(model: Artifact) -> list[str]:
-    """The fingerprints in a model's calibration.json. ArtifactError when it is no such list."""
-    try:
-        known = json.loads(model.file(CALIBRATION).read_text(encoding="utf-8"))["paragraph_sha256_16"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ArtifactError(f"{CALIBRATION} of {model.id[:12]} is damaged: {error!r}") from error
-    if not isinstance(known, list) or not all(isinstance(item, str) for item in known):
-        raise ArtifactError(f"{CALIBRATION} of {model.id[:12]} holds no list of fingerprints")
-    return known
-
-
 def write_report(
-    name: str, evidence: list[Evidence], inputs: dict[str, Artifact], cfg: Options, ctx: Context, step_name: str
+    record: type[Measured],
+    evidence: list[Evidence],
+    inputs: dict[str, Artifact],
+    cfg: Options,
+    ctx: Context,
+    step_name: str,
 ) -> Artifact:
-    """A report artifact whose one file `name` holds the evidence and the ids of what was measured."""
-    filled = [item.filled(machine=ctx.machine_name, command=ctx.command) for item in evidence]
-    body = {role: artifact.id for role, artifact in inputs.items()}
-    text = json.dumps({**body, "evidence": [item.to_json() for item in filled]}, sort_keys=True, indent=2)
+    """A report artifact whose one file, a `record`, holds the evidence and the ids of what was measured."""
+    filled = tuple(item.filled(machine=ctx.machine_name, command=ctx.command) for item in evidence)
+    measured_on = {role: artifact.id for role, artifact in inputs.items()}
     parents = [artifact.id for artifact in inputs.values()]
     task = inputs["model"].task
     with ctx.writer(kind="report", task=task, parents=parents, step_name=step_name, config=cfg) as writer:
-        write_atomic(writer.path / name, text + "\n")
+        record(evidence=filled, **measured_on).write(writer.path)
         return writer.commit()
 
 

@@ -15,10 +15,8 @@ from gulliver.audit.options import SpeedOptions
 from gulliver.audit.quality import write_report
 from gulliver.core.context import Context
 from gulliver.core.evidence.evidence import Evidence, measured, paired_interval
+from gulliver.core.records import SpeedReport
 from gulliver.core.store.artifact import Artifact
-
-REPORT = "speed.json"
-"""In the report artifact: {"model", "evidence": [...]}."""
 
 
 def run(cfg: SpeedOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
@@ -27,7 +25,7 @@ def run(cfg: SpeedOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifac
     with ctx.progress.stage("speed", unit="model"):
         found = in_fresh_process({"folder": str(model.path), "task": model.task, "repeats": cfg.repeats})
     evidence = [item.filled(artifact_id=model.id) for item in evidence_of(found, cfg.repeats)]
-    report = write_report(REPORT, evidence, inputs, cfg, ctx, "speed")
+    report = write_report(SpeedReport, evidence, inputs, cfg, ctx, "speed")
     ctx.record(evidence)
     return report
 

@@ -9,7 +9,6 @@ inverse of their own power, so that errors are relative.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,14 +19,14 @@ from torch import Tensor, nn
 
 from gulliver.compress.observe import Moments, output_gradients
 from gulliver.compress.options import CalibrateOptions
-from gulliver.compress.statistics import ROWS, STATISTICS, WeightRow, statistics_json
+from gulliver.compress.statistics import ROWS
 from gulliver.core import memory
 from gulliver.core.context import Context
 from gulliver.core.errors import BudgetError, ConfigError, DataError
 from gulliver.core.overlap import fingerprints
-from gulliver.core.records import CALIBRATION
+from gulliver.core.records import Calibration, StatisticsTable, WeightRow
 from gulliver.core.store.artifact import Artifact
-from gulliver.core.store.files import temporary_name, write_atomic
+from gulliver.core.store.files import temporary_name
 from gulliver.nets.weights import assign, canonical_names, owners, read_safetensors, release, unfilled
 from gulliver.runtime.packing import is_packed
 from gulliver.tasks import get_task
@@ -58,14 +57,14 @@ def run(cfg: CalibrateOptions, inputs: dict[str, Artifact], ctx: Context) -> Art
     parents = [part.id for part in (model, dataset, samples) if part]
     with ctx.writer(kind="report", task=task.name, parents=parents, step_name="calibrate", config=resolved) as writer:
         weights = _collect(network, blocks, chosen, ctx.work, writer.path)
-        facts = {
-            "sensitivity": resolved.sensitivity,
-            "examples": sum(next(iter(batch.values())).shape[0] for batch in batches),
-            "blocks": [block.name for block in blocks],
-        }
-        write_atomic(writer.path / STATISTICS, statistics_json(model.id, weights, facts))
-        listed = {"dataset": dataset.id, "paragraph_sha256_16": known}
-        write_atomic(writer.path / CALIBRATION, json.dumps(listed, sort_keys=True) + "\n")
+        StatisticsTable(
+            model=model.id,
+            weights=weights,
+            blocks=tuple(block.name for block in blocks),
+            sensitivity=resolved.sensitivity,
+            examples=sum(next(iter(batch.values())).shape[0] for batch in batches),
+        ).write(writer.path)
+        Calibration(dataset=dataset.id, fingerprints=tuple(known)).write(writer.path)
         return writer.commit()
 
 
@@ -229,15 +228,15 @@ def _collect(
     for block in blocks:
         for weight in block.weights:
             shape = tuple(network.get_parameter(weight.name).shape)
-            views = _views(network, weight, home, counts, power, chosen, rows)
-            if not views:
+            uses = _uses(network, weight, home, counts, power, chosen, rows)
+            if not uses:
                 raise DataError(f"no calibration data passed through {weight.name}; nothing is known about it")
-            weights[weight.name] = WeightRow(weight.name, shape, block.name, views)
+            weights[weight.name] = WeightRow(shape=shape, block=block.name, uses=uses)
     _save(rows, folder / ROWS)
     return weights
 
 
-def _views(
+def _uses(
     network: nn.Module,
     weight: Weight,
     home: Mapping[str, tuple[str, str]],
@@ -247,7 +246,7 @@ def _views(
     rows: dict[str, Tensor],
 ) -> tuple[tuple[str, str, str], ...]:
     """(file, moment key, rows key) of each use of a weight; adds their row weights to `rows`."""
-    views = []
+    uses = []
     shape = network.get_parameter(weight.name).shape
     for name, module in owners(network, weight.name):
         table = isinstance(module, nn.Embedding)
@@ -261,8 +260,8 @@ def _views(
         if table:
             rows[f"moment:{name}"] = outputs
             rows[f"rows:{name}"] = (counts[name] + 0.5) / (counts[name] + 0.5).sum()
-            views.append((ROWS, f"moment:{name}", f"rows:{name}"))
+            uses.append((ROWS, f"moment:{name}", f"rows:{name}"))
         else:
             rows[f"rows:{name}"] = outputs
-            views.append((*home[name], f"rows:{name}"))
-    return tuple(views)
+            uses.append((*home[name], f"rows:{name}"))
+    return tuple(uses)

@@ -29,8 +29,8 @@ class PlanOptions(Options):
     size_bytes: int = Field(ge=1, description="most bytes of all weight files together")
     kind: Literal["any", "codebook", "uniform"] = Field("any", description="which formats may be chosen")
     min_bits: int = Field(2, ge=2, le=8, description="fewest bits of a code")
-    probe_rows: int = Field(32, ge=1, description="rows of each weight on which damage is measured")
-    feedback: bool = Field(True, description="measure damage with error feedback, as quantize does by default")
+    probe_rows: int = Field(32, ge=1, description="rows of each weight on which the loss increase is predicted")
+    feedback: bool = Field(True, description="predict with error feedback, as quantize does by default")
 
 
 class QuantizeOptions(Options):

@@ -1,7 +1,8 @@
-"""Step `plan`: one format per weight, chosen so that the predicted damage is least within a budget of bytes.
+"""Step `plan`: one format per weight, chosen so that the predicted loss increase is least within a budget of bytes.
 
 A multiple-choice knapsack. Items are weights, and, where rows of a lookup table matter very differently (frequent and
-rare tokens), classes of its rows in order of importance; choices are formats. With b bytes, D damage and x in {0, 1}:
+rare tokens), classes of its rows in order of importance; choices are formats. With b bytes, D the predicted increase of
+the loss and x in {0, 1}:
 
     minimise  Σ D[i, f] x[i, f]    subject to  Σ b[i, f] x[i, f] <= budget,   Σ_f x[i, f] = 1 for every item i
 
@@ -13,12 +14,10 @@ they cost does.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,18 +28,17 @@ from torch import Tensor
 from gulliver.compress.feedback import quantize_matrix
 from gulliver.compress.options import PlanOptions
 from gulliver.compress.sizes import overhead_bytes, packed_overhead_bytes
-from gulliver.compress.statistics import Statistics, View, damage, feedback_moment, open_statistics
+from gulliver.compress.statistics import Statistics, Use, joint_moment, loss_increase, open_statistics
 from gulliver.compress.threads import each, workers
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, BudgetError, ConfigError
+from gulliver.core.records import BlockLoss, PartBits, Plan, PlannedPoint, TensorBits
 from gulliver.core.stdout import stdout_into
 from gulliver.core.store.artifact import Artifact
-from gulliver.core.store.files import write_atomic
 from gulliver.nets.weights import canonical_names, read_safetensors
 from gulliver.runtime.formats import CODEBOOK_BITS, GROUP_SIZES, PLANES, TILE_ROWS, Format
 from gulliver.tasks import get_task
 
-PLAN = "plan.json"
 REFERENCE = Format(4, 64, "codebook")
 PROBES = 8
 CLASSES = (1 / 24, 1 / 8, 1 / 3, 1.0)
@@ -52,23 +50,23 @@ GAP = 1e-4
 
 @dataclass(frozen=True)
 class Measured:
-    """A class of rows of a weight: its damage in the reference format, and each format's damage divided by that."""
+    """A class of rows of a weight: its loss increase in the reference format, and each format's divided by that."""
 
     name: str
     rows: int
     columns: int
-    damage: float
+    loss_increase: float
     ratios: list[float]
 
 
 @dataclass(frozen=True)
 class Item:
-    """Something that gets one format: `rows` of a weight, with a damage for each format of the menu."""
+    """Something that gets one format: `rows` of a weight, with a predicted loss increase for each format."""
 
     name: str
     rows: int
     columns: int
-    damages: tuple[float, ...]
+    loss_increases: tuple[float, ...]
 
     def bytes(self, fmt: Format) -> int:
         """Bytes in the weight files, the header's entries included."""
@@ -83,7 +81,7 @@ class Choice:
 
 
 def run(cfg: PlanOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
-    """A report with plan.json. BudgetError, with the smallest size that is feasible, when the budget is too small."""
+    """A report with the plan. BudgetError, with the smallest size that is feasible, when the budget is too small."""
     model, calibration = inputs["model"], inputs["calibration"]
     statistics = open_statistics(calibration, model)
     formats = menu(cfg.kind, cfg.min_bits)
@@ -101,10 +99,10 @@ def run(cfg: PlanOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact
             f"{cfg.size_bytes:,} bytes are too few: this model needs at least {smallest:,} ({smallest / 1e6:.1f} MB)",
             {"size_bytes": smallest},
         )
-    body = plan_json(items, formats, chosen, statistics, cfg, fixed)
+    plan = plan_of(items, formats, chosen, statistics, cfg, fixed)
     parents = [model.id, calibration.id]
     with ctx.writer(kind="report", task=model.task, parents=parents, step_name="plan", config=cfg) as writer:
-        write_atomic(writer.path / PLAN, json.dumps(body, sort_keys=True, indent=1) + "\n")
+        plan.write(writer.path)
         return writer.commit()
 
 
@@ -128,14 +126,14 @@ def measurer(
     probes = set(names[:: max(1, len(names) // PROBES)])
 
     def job(name: str) -> list[Measured]:
-        matrix, views = read_weight(model.path, name, canonical).flatten(1), statistics.views(name)
-        moment, measured = feedback_moment(views), []
-        for rows in row_classes(views, matrix):
+        matrix, uses = read_weight(model.path, name, canonical).flatten(1), statistics.uses(name)
+        moment, measured = joint_moment(uses), []
+        for rows in row_classes(uses, matrix):
             some, scale = sampled(rows, cfg.probe_rows)
             found: list[float] = []
             for fmt in [REFERENCE, *(formats if name in probes else [])]:
                 part = quantize_matrix(matrix[some], fmt, moment, feedback=cfg.feedback)
-                found.append(damage(matrix[some], part, views, some))
+                found.append(loss_increase(matrix[some], part, uses, some))
             base, others = found[0], found[1:]
             ratios = [one / base for one in others] if base > 0 else []
             measured.append(Measured(name, len(rows), matrix.shape[1], scale * base, ratios))
@@ -145,11 +143,12 @@ def measurer(
 
 
 def items_of(measured: Sequence[Measured], formats: Sequence[Format]) -> list[Item]:
-    """Items with a damage for every format: that in the reference format, times the typical ratio of the other."""
+    """Items with a loss increase for every format: that in the reference format, times the other's typical ratio."""
     table = np.array([row.ratios for row in measured if row.ratios])
     typical = np.exp(np.mean(np.log(np.maximum(table, 1e-12)), 0)) if len(table) else np.ones(len(formats))
     return [
-        Item(row.name, row.rows, row.columns, tuple(float(row.damage * one) for one in typical)) for row in measured
+        Item(row.name, row.rows, row.columns, tuple(float(row.loss_increase * one) for one in typical))
+        for row in measured
     ]
 
 
@@ -173,31 +172,31 @@ def sampled(rows: Tensor, count: int) -> tuple[Tensor, float]:
     return some, len(rows) / len(some)
 
 
-def importance(views: list[View], matrix: Tensor) -> Tensor:
-    """How much each row matters: its weight in every view times the energy it sends out there, float32 [rows]."""
+def importance(uses: list[Use], matrix: Tensor) -> Tensor:
+    """How much each row matters: its weight in every use times the energy it sends out there, float32 [rows]."""
     total = torch.zeros(len(matrix))
-    for view in views:
-        diagonal = view.moment.diagonal() if view.moment.dim() == 2 else view.moment
-        total += view.rows * float(diagonal.mean())
+    for use in uses:
+        diagonal = use.moment.diagonal() if use.moment.dim() == 2 else use.moment
+        total += use.rows * float(diagonal.mean())
     return total
 
 
-def row_classes(views: list[View], matrix: Tensor) -> list[Tensor]:
+def row_classes(uses: list[Use], matrix: Tensor) -> list[Tensor]:
     """The row sets that may get formats of their own: several for a lookup table, all rows in one for others."""
-    table = any(view.moment.dim() == 1 for view in views) and len(matrix) * CLASSES[0] >= MIN_CLASS_ROWS
+    table = any(use.moment.dim() == 1 for use in uses) and len(matrix) * CLASSES[0] >= MIN_CLASS_ROWS
     counts, before = [], 0
     for share in CLASSES if table else (1.0,):
         stop = len(matrix) if share == 1.0 else int(share * len(matrix)) // TILE_ROWS * TILE_ROWS
         counts.append(stop - before)
         before = stop
-    return rows_of_classes(views, matrix, counts)
+    return rows_of_classes(uses, matrix, counts)
 
 
-def rows_of_classes(views: list[View], matrix: Tensor, counts: Sequence[int]) -> list[Tensor]:
+def rows_of_classes(uses: list[Use], matrix: Tensor, counts: Sequence[int]) -> list[Tensor]:
     """Rows by falling importance, cut into classes of `counts` rows; int64, ascending within a class."""
     if len(counts) == 1:
         return [torch.arange(len(matrix))]
-    order = importance(views, matrix).argsort(descending=True, stable=True)
+    order = importance(uses, matrix).argsort(descending=True, stable=True)
     return [part.sort().values for part in order.split(list(counts))]
 
 
@@ -210,11 +209,11 @@ def solve(items: Sequence[Item], formats: Sequence[Format], budget_bytes: int) -
     count, width = sizes.shape
     rows = np.repeat(np.arange(count), width)
     one_each = csr_matrix((np.ones(count * width), (rows, np.arange(count * width))))
-    damages = np.array([item.damages for item in items]).ravel()
-    scale = damages.sum() / len(damages) or 1.0
+    costs = np.array([item.loss_increases for item in items]).ravel()
+    scale = costs.sum() / len(costs) or 1.0
     with open(os.devnull, "wb") as nowhere, stdout_into(nowhere.fileno()):  # HiGHS chatters past Python
         found = milp(
-            damages / scale,
+            costs / scale,
             constraints=[
                 LinearConstraint(csr_matrix(sizes.ravel()[None] / 1e6), -np.inf, budget_bytes / 1e6),
                 LinearConstraint(one_each, 1, 1),
@@ -229,70 +228,78 @@ def solve(items: Sequence[Item], formats: Sequence[Format], budget_bytes: int) -
     return [int(index) for index in chosen]
 
 
-def plan_json(
+def plan_of(
     items: Sequence[Item],
     formats: Sequence[Format],
     chosen: Sequence[int],
     statistics: Statistics,
     cfg: PlanOptions,
     fixed: int,
-) -> dict[str, Any]:
-    """What stands in plan.json; damages are in the unit of the statistics."""
-    places = {name: place for place, name in enumerate(statistics.blocks)}
-    tensors: dict[str, dict[str, Any]] = {}
-    blocks = {row.block: 0.0 for row in sorted(statistics.weights.values(), key=lambda row: places[row.block])}
+) -> Plan:
+    """The record of a plan; loss increases are in the unit of the statistics."""
+    groups: dict[str, list[PartBits]] = {}
+    blocks = dict.fromkeys(statistics.table.blocks, 0.0)
     for item, index in zip(items, chosen, strict=True):
-        fmt, row = formats[index], statistics.weights[item.name]
-        entry = tensors.setdefault(item.name, {"name": item.name, "shape": list(row.shape), "bytes": 0, "parts": []})
-        size, hurt = fmt.packed_bytes(item.rows, item.columns), item.damages[index]
-        last = entry["parts"][-1] if entry["parts"] else None
-        if last is None or last["format"] != fmt.name:
-            last = {"rows": 0, "format": fmt.name, "bytes": 0, "damage": 0.0}
-            entry["parts"].append(last)
-        last["rows"], last["bytes"], last["damage"] = (
-            last["rows"] + item.rows,
-            last["bytes"] + size,
-            last["damage"] + hurt,
-        )
-        entry["bytes"] += size
-        blocks[row.block] += hurt
-    for entry in tensors.values():
-        for part in entry["parts"]:
-            part["bits_per_weight"] = 8 * part["bytes"] / (part["rows"] * int(np.prod(entry["shape"][1:])))
-    return {
-        "budget_bytes": cfg.size_bytes,
-        "size_bytes": fixed + sum(item.bytes(formats[index]) for item, index in zip(items, chosen, strict=True)),
-        "damage": sum(item.damages[index] for item, index in zip(items, chosen, strict=True)),
-        "tensors": list(tensors.values()),
-        "blocks": [{"name": name, "damage": hurt} for name, hurt in blocks.items()],
-        "menu": frontier(items, formats, fixed),
-    }
+        parts = groups.setdefault(item.name, [])
+        before = parts.pop() if parts and parts[-1].format == formats[index].name else None
+        parts.append(_part(item, formats[index], item.loss_increases[index], before))
+        blocks[statistics.weights[item.name].block] += item.loss_increases[index]
+    used = {row.block for row in statistics.weights.values()}
+    return Plan(
+        budget_bytes=cfg.size_bytes,
+        **_point(items, formats, chosen, fixed).model_dump(),
+        tensors=tuple(
+            TensorBits(
+                name=name,
+                shape=statistics.weights[name].shape,
+                size_bytes=sum(part.size_bytes for part in parts),
+                parts=tuple(parts),
+            )
+            for name, parts in groups.items()
+        ),
+        blocks=tuple(BlockLoss(name=name, loss_increase=cost) for name, cost in blocks.items() if name in used),
+        frontier=tuple(frontier(items, formats, fixed)),
+    )
 
 
-def frontier(items: Sequence[Item], formats: Sequence[Format], fixed: int) -> list[dict[str, Any]]:
-    """The best plan's size and damage at evenly spread budgets, from the smallest to the largest menu point."""
+def _part(item: Item, fmt: Format, increase: float, before: PartBits | None) -> PartBits:
+    """A class of rows in a format, together with the classes before it that have the same one."""
+    rows, size = item.rows, fmt.packed_bytes(item.rows, item.columns)
+    if before is not None:
+        rows, size = rows + before.rows, size + before.size_bytes
+        increase += before.loss_increase or 0.0
+    bits = 8 * size / (rows * item.columns)
+    return PartBits(rows=rows, format=fmt.name, bits_per_weight=bits, size_bytes=size, loss_increase=increase)
+
+
+def _point(items: Sequence[Item], formats: Sequence[Format], chosen: Sequence[int], fixed: int) -> PlannedPoint:
+    """Bytes of all weight files and predicted loss increase of a choice."""
+    pairs = list(zip(items, chosen, strict=True))
+    return PlannedPoint(
+        size_bytes=fixed + sum(item.bytes(formats[index]) for item, index in pairs),
+        loss_increase=sum(item.loss_increases[index] for item, index in pairs),
+    )
+
+
+def frontier(items: Sequence[Item], formats: Sequence[Format], fixed: int) -> Iterator[PlannedPoint]:
+    """The best plans at evenly spread budgets, from the smallest that is possible to the largest."""
     least = sum(min(item.bytes(fmt) for fmt in formats) for item in items)
     most = sum(max(item.bytes(fmt) for fmt in formats) for item in items)
-    points = []
     for share in np.linspace(0.0, 1.0, FRONTIER_POINTS):
         chosen = solve(items, formats, int(least + share * (most - least)) + 1)
         assert chosen is not None
-        size = fixed + sum(item.bytes(formats[index]) for item, index in zip(items, chosen, strict=True))
-        hurt = sum(item.damages[index] for item, index in zip(items, chosen, strict=True))
-        points.append({"size_bytes": size, "damage": hurt})
-    return points
+        yield _point(items, formats, chosen, fixed)
 
 
 def planned(plan: Artifact, statistics: Statistics) -> dict[str, Choice]:
     """The choices in a report of `plan` for every weight of the statistics. ArtifactError when they do not fit."""
     try:
-        rows = json.loads(plan.file(PLAN).read_text(encoding="utf-8"))["tensors"]
         found = {
-            row["name"]: Choice(tuple((int(part["rows"]), Format.parse(part["format"])) for part in row["parts"]))
-            for row in rows
+            row.name: Choice(tuple((part.rows, Format.parse(part.format)) for part in row.parts))
+            for row in Plan.of(plan).tensors
         }
-    except (ConfigError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ArtifactError(f"{PLAN} of {plan.id[:12]} is damaged: {error!r}; plan again") from error
+    except ConfigError as error:
+        raise ArtifactError(f"{Plan.file} of {plan.id[:12]}: {error}; plan again") from error
     _check(found, statistics, plan)
     return found
 

@@ -8,7 +8,6 @@ written to scratch as soon as it is done, so a killed run goes on with the next 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,18 +22,18 @@ from gulliver.compress.calibrate import check_ram
 from gulliver.compress.feedback import quantize_matrix
 from gulliver.compress.options import QuantizeOptions
 from gulliver.compress.plan import Choice, planned, read_weight, rows_of_classes
-from gulliver.compress.statistics import Statistics, damage, feedback_moment, open_statistics
+from gulliver.compress.statistics import Statistics, joint_moment, loss_increase, open_statistics
 from gulliver.compress.threads import each, workers
 from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError
-from gulliver.core.records import CALIBRATION, DAMAGE, PACKING
+from gulliver.core.records import Calibration, LossIncrease, PackedWeight, Packing
 from gulliver.core.store.artifact import Artifact
-from gulliver.core.store.files import temporary_name, write_atomic
+from gulliver.core.store.files import temporary_name
 from gulliver.nets.weights import canonical_names, read_safetensors
 from gulliver.runtime.formats import Format
 from gulliver.runtime.packed import PackedTensor
 from gulliver.runtime.packing import is_packed, order_of_use
-from gulliver.runtime.reference import packing_entry, packing_json, stored_form
+from gulliver.runtime.reference import packing_entry, stored_form
 from gulliver.runtime.shards import PACKED_SHARD_BYTES, ShardWriter, copy_beside
 from gulliver.tasks import get_task
 
@@ -55,24 +54,23 @@ def run(cfg: QuantizeOptions, inputs: dict[str, Artifact], ctx: Context) -> Arti
     empty = get_task(model.task).load(model.path, empty=True)
     canonical = canonical_names(empty)
     files = {name: ctx.work / f"weight-{index:05}.safetensors" for index, name in enumerate(names)}
-    packing = _Packing(model.path, canonical, statistics, choices, cfg.method == "feedback", files)
+    job = _Job(model.path, canonical, statistics, choices, cfg.method == "feedback", files)
     with ctx.progress.stage("quantize", total=len(names), unit="weight") as bar:
-        for name in each(partial(_pack, packing), names, workers(ctx)):
+        for name in each(partial(_pack, job), names, workers(ctx)):
             check_ram(ctx, name)
             bar.advance(note=name)
     parents = [part.id for part in (model, calibration, plan) if part is not None]
     with ctx.writer(kind="model", task=model.task, parents=parents, step_name="quantize", config=cfg) as writer:
         entries = assemble(writer.path, model, canonical, files)
-        write_atomic(writer.path / PACKING, packing_json({name: row["packing"] for name, row in entries.items()}))
-        hurt = {name: row["damage"] for name, row in entries.items()}
-        write_atomic(writer.path / DAMAGE, json.dumps(hurt, sort_keys=True, indent=1) + "\n")
-        shutil.copyfile(calibration.file(CALIBRATION), writer.path / CALIBRATION)
+        Packing(tensors={name: entry for name, (entry, _) in entries.items()}).write(writer.path)
+        LossIncrease(weights={name: increase for name, (_, increase) in entries.items()}).write(writer.path)
+        Calibration.of(calibration).write(writer.path)
         copy_beside(model, writer.path)
         return writer.commit()
 
 
 @dataclass(frozen=True)
-class _Packing:
+class _Job:
     """What packing one weight needs: where it is, what it becomes, and the file that it is left in."""
 
     folder: Path
@@ -83,45 +81,46 @@ class _Packing:
     files: Mapping[str, Path]
 
 
-def _pack(packing: _Packing, name: str) -> str:
-    """Quantize a weight and leave it, as stored, with its damage and packing row, in its file; returns the name."""
-    if packing.files[name].is_file():
+def _pack(job: _Job, name: str) -> str:
+    """Quantize a weight and leave it, as stored, in its file with what is known about it; returns the name."""
+    if job.files[name].is_file():
         return name
-    weight, choice = read_weight(packing.folder, name, packing.canonical), packing.choices[name]
-    matrix, views = weight.flatten(1), packing.statistics.views(name)
-    classes = rows_of_classes(views, matrix, [count for count, _ in choice.parts])
+    weight, choice = read_weight(job.folder, name, job.canonical), job.choices[name]
+    matrix, uses = weight.flatten(1), job.statistics.uses(name)
+    classes = rows_of_classes(uses, matrix, [count for count, _ in choice.parts])
     row_part = torch.empty(len(matrix), dtype=torch.uint8) if len(classes) > 1 else None
-    moment, hurt, parts = feedback_moment(views), 0.0, []
+    moment, increase, parts = joint_moment(uses), 0.0, []
     for index, (rows, (_, fmt)) in enumerate(zip(classes, choice.parts, strict=True)):
         chosen = matrix if row_part is None else matrix[rows]
-        part = quantize_matrix(chosen, fmt, moment, feedback=packing.feedback)
-        hurt += damage(chosen, part, views, None if row_part is None else rows)
+        part = quantize_matrix(chosen, fmt, moment, feedback=job.feedback)
+        increase += loss_increase(chosen, part, uses, None if row_part is None else rows)
         parts.append(part)
         if row_part is not None:
             row_part[rows] = index
     packed = PackedTensor(tuple(weight.shape), parts, row_part)
-    facts = json.dumps({"packing": packing_entry(packed), "damage": hurt})
-    temporary = temporary_name(packing.files[name])
+    facts = json.dumps({"packing": packing_entry(packed).model_dump(mode="json"), "loss_increase": increase})
+    temporary = temporary_name(job.files[name])
     save_file(stored_form(name, packed), str(temporary), metadata={"facts": facts})
-    temporary.rename(packing.files[name])
+    temporary.rename(job.files[name])
     return name
 
 
 def assemble(
     folder: Path, model: Artifact, canonical: Mapping[str, str], files: Mapping[str, Path]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, tuple[PackedWeight, float]]:
     """Write the weight files of a packed model: packed weights in the order of use, each from its file; then the rest.
 
-    Returns the facts of each packed weight. What stays plain has 16 bits at most.
+    Returns the packing row and the predicted loss increase of each packed weight. What stays plain has 16 bits at most.
     """
     from safetensors import safe_open
 
-    entries: dict[str, dict[str, Any]] = {}
+    entries: dict[str, tuple[PackedWeight, float]] = {}
     with ShardWriter(folder, PACKED_SHARD_BYTES) as shards:
         for name in sorted(files, key=order_of_use):
             path = files[name]
             with safe_open(path, framework="pt") as opened:
-                entries[name] = json.loads(opened.metadata()["facts"])
+                facts = json.loads(opened.metadata()["facts"])
+            entries[name] = PackedWeight.model_validate(facts["packing"], strict=False), facts["loss_increase"]
             shards.add(load_file(path))
         for name, tensor in plain_tensors(model.path, canonical, files):
             shards.add({name: tensor})

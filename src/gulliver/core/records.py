@@ -1,15 +1,332 @@
-"""Every JSON or Parquet file that crosses a stage: its name, said once, and the frozen model of what it holds."""
+"""Every JSON or Parquet file that crosses a stage: its name, said once, and the frozen model of what it holds.
+
+The step that makes a file dumps the model, every other step reads it through the model (core/record.py), so neither can
+drift. Files of earlier versions still open: their keys are aliases here, and `former` is the name that a file had.
+
+`packing.json` is read by runtime/packing.py too, by hand, because a packed model opens without pydantic.
+"""
 
 from __future__ import annotations
 
-EXAMPLES = "examples.parquet"
-SOURCES = "sources.json"
-ORIGIN = "origin.json"
-PACKING = "packing.json"
-CALIBRATION = "calibration.json"
-DAMAGE = "damage.json"
-TRAINING = "training.json"
-DISTILLATION = "distillation.json"
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Self
 
-NOT_COPIED = (PACKING, DAMAGE, CALIBRATION, ORIGIN, TRAINING, DISTILLATION)
+from pydantic import AliasChoices, Field, PlainSerializer, PlainValidator, StringConstraints, model_validator
+
+from gulliver.core.errors import GulliverError
+from gulliver.core.evidence.evidence import Evidence
+from gulliver.core.evidence.gate import Verdict
+from gulliver.core.record import Record, Row
+from gulliver.core.store.manifest import MAX_INTEGER, PACKING
+
+EXAMPLES = "examples.parquet"
+"""A dataset: one row each, with the columns `split` and `source` (text) and those of the family."""
+SPLITS = ("train", "eval")
+
+Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+Id = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+FormatName = Annotated[str, StringConstraints(pattern=r"^[uc][1-9]g[1-9][0-9]{0,4}$")]
+"""Of a packed format: "u4g64" is uniform, 4 bits, groups of 64; "c" is a codebook."""
+_LossIncrease = Field(validation_alias=AliasChoices("loss_increase", "damage"))
+"""How much the loss is predicted to rise, in the unit of the statistics (compress/statistics.py)."""
+
+
+def _checked(read: Callable[[Mapping[str, Any]], Any], kind: type) -> PlainValidator:
+    """A reader of a JSON object as pydantic wants it; what has the type already passes."""
+
+    def check(row: object) -> Any:
+        if isinstance(row, kind):
+            return row
+        if not isinstance(row, Mapping):
+            raise ValueError("it must be an object")
+        try:
+            return read(row)
+        except GulliverError as error:
+            raise ValueError(str(error)) from None
+
+    return PlainValidator(check)
+
+
+EvidenceRow = Annotated[Evidence, _checked(Evidence.from_json, Evidence), PlainSerializer(Evidence.to_json)]
+VerdictRow = Annotated[Verdict, _checked(Verdict.from_json, Verdict), PlainSerializer(Verdict.to_json)]
+
+
+# ---- data and models from outside -----------------------------------------------------------------------------------
+class SplitSource(Row):
+    """Where one split of a dataset came from: its examples, and SHA-256 by the name of each file."""
+
+    examples: Count
+    files: dict[str, Id]
+
+
+class Sources(Record):
+    """What a dataset was made from."""
+
+    file = "sources.json"
+    remedy = "read the data again"
+
+    train: SplitSource
+    eval: SplitSource
+
+
+class Origin(Record):
+    """Where a model came from. `original_…` is what was downloaded: a file, or the folder's weight files together.
+
+    `original_format` is that of most of its bytes, "GGUF Q4_1" or "safetensors F32"; `bfloat16_bytes` are two for each
+    weight, which is what the model takes in full. Models pulled by earlier versions do not say these.
+    """
+
+    file = "origin.json"
+    remedy = "pull the model again"
+
+    source: str
+    license: str | None = None
+    revision: str | None = None
+    original_file: str | None = None
+    original_format: str | None = None
+    original_bytes: Count | None = None
+    bfloat16_bytes: Count | None = None
+
+
+class Training(Record):
+    """Mean training loss of every step, in nats."""
+
+    file = "training.json"
+    remedy = "train again"
+
+    losses: tuple[float, ...]
+
+
+class Distillation(Record):
+    """Mean divergence from the parent at every step, in nats."""
+
+    file = "distillation.json"
+    remedy = "distill again"
+
+    losses: tuple[float, ...]
+
+
+# ---- compression ----------------------------------------------------------------------------------------------------
+class Calibration(Record):
+    """What a model was calibrated on: the first data set, and sorted fingerprints of all units (core/overlap.py)."""
+
+    file = "calibration.json"
+    remedy = "calibrate again"
+    max_bytes = 2**30
+
+    dataset: str
+    fingerprints: tuple[Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")], ...] = Field(
+        validation_alias=AliasChoices("fingerprints", "paragraph_sha256_16")
+    )
+
+
+class WeightRow(Row):
+    """One weight that may be packed: shape [rows, …], block, and (file, moment key, rows key) of each of its uses."""
+
+    shape: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
+    block: str
+    uses: tuple[tuple[str, str, str], ...] = Field(min_length=1, validation_alias=AliasChoices("uses", "views"))
+
+
+class StatisticsTable(Record):
+    """What a report of `calibrate` holds, beside its tensors; `blocks` are in the network's order."""
+
+    file = "statistics.json"
+    remedy = "calibrate again"
+
+    format: Annotated[int, Field(ge=1, le=1)] = 1
+    model: Id
+    weights: dict[str, WeightRow]
+    blocks: tuple[str, ...]
+    sensitivity: str
+    examples: Count
+
+    @model_validator(mode="after")
+    def _blocks_are_known(self) -> Self:
+        for name, row in self.weights.items():
+            if row.block not in self.blocks:
+                raise ValueError(f"{name} is in the block {row.block!r}, which is not one of the blocks")
+        return self
+
+
+class PartBits(Row):
+    """Some rows of a weight in one format; `loss_increase` is the predicted one, None where no plan tells."""
+
+    rows: Count
+    format: FormatName
+    bits_per_weight: float
+    size_bytes: Count = Field(validation_alias=AliasChoices("size_bytes", "bytes"))
+    loss_increase: float | None = Field(default=None, validation_alias=AliasChoices("loss_increase", "damage"))
+
+
+class TensorBits(Row):
+    """One weight of `shape` and the row groups it is stored in."""
+
+    name: str
+    shape: tuple[Count, ...]
+    size_bytes: Count = Field(validation_alias=AliasChoices("size_bytes", "bytes"))
+    parts: tuple[PartBits, ...]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean over the rows; NaN where there are none."""
+        rows = sum(part.rows for part in self.parts)
+        return sum(part.bits_per_weight * part.rows for part in self.parts) / rows if rows else float("nan")
+
+    @property
+    def loss_increase(self) -> float | None:
+        """Sum over the row groups; None when no plan tells."""
+        known = [part.loss_increase for part in self.parts if part.loss_increase is not None]
+        return sum(known) if known else None
+
+
+class BlockLoss(Row):
+    """The predicted loss increase of one block's weights together."""
+
+    name: str
+    loss_increase: float = _LossIncrease
+
+
+class PlannedPoint(Row):
+    """The best plan's predicted loss increase at one size."""
+
+    size_bytes: Count
+    loss_increase: float = _LossIncrease
+
+
+class Plan(Record):
+    """One format for each weight (or class of its rows), and what other sizes would cost."""
+
+    file = "plan.json"
+    remedy = "plan again"
+
+    budget_bytes: Count
+    size_bytes: Count
+    loss_increase: float = _LossIncrease
+    tensors: tuple[TensorBits, ...]
+    blocks: tuple[BlockLoss, ...]
+    frontier: tuple[PlannedPoint, ...] = Field(validation_alias=AliasChoices("frontier", "menu"))
+
+
+class LossIncrease(Record):
+    """The loss increase of each packed weight, predicted from the values that are stored."""
+
+    file = "loss_increase.json"
+    former = "damage.json"
+    remedy = "quantize again"
+
+    weights: dict[str, float]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_before(cls, body: Any) -> Any:
+        """Earlier versions wrote the weights alone."""
+        return {"weights": body} if isinstance(body, dict) and "weights" not in body else body
+
+
+class PackedPart(Row):
+    """Some rows of a packed weight."""
+
+    format: FormatName
+    rows: Annotated[int, Field(ge=1, le=MAX_INTEGER)]
+
+
+class PackedWeight(Row):
+    """One packed weight: 2 to 8 sizes, the first of which its parts' rows make up."""
+
+    shape: tuple[Annotated[int, Field(ge=1, le=MAX_INTEGER)], ...] = Field(min_length=2, max_length=8)
+    parts: tuple[PackedPart, ...] = Field(min_length=1, max_length=16)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        rows = [part.rows for part in self.parts]
+        if sum(rows) != self.shape[0]:
+            raise ValueError(f"its parts have {rows} rows, the weight has {self.shape[0]}")
+        return self
+
+
+class Packing(Record):
+    """Which weights of a model folder are packed, and how."""
+
+    file = PACKING
+    remedy = "quantize the model again, or get its folder again"
+
+    format: Annotated[int, Field(ge=1, le=1)] = 1
+    tensors: dict[str, PackedWeight]
+
+
+# ---- measuring and fitting ------------------------------------------------------------------------------------------
+class Measured(Record):
+    """The evidence of one measurement, and the ids of what was measured."""
+
+    remedy = "measure again"
+
+    model: Id
+    dataset: Id | None = None
+    parent: Id | None = None
+    evidence: tuple[EvidenceRow, ...]
+
+
+class QualityReport(Measured):
+    """What `quality` measured."""
+
+    file = "quality.json"
+
+
+class SpeedReport(Measured):
+    """What `speed` measured."""
+
+    file = "speed.json"
+
+
+class Asked(Row):
+    """The budget, as stated by the user; None where nothing was asked."""
+
+    size_bytes: Count | None = None
+    max_ram_bytes: Count | None = None
+    min_tokens_per_s: float | None = None
+    max_drop: float | None = None
+
+
+class Point(Row):
+    """One point of the size-quality plane; drops are fractions of quality given up."""
+
+    size_bytes: Count
+    predicted_drop: float | None = None
+    measured_drop: float | None = None
+
+
+class FitResult(Record):
+    """What a run of `fit` asked, tried and found.
+
+    `memory` is (seconds, stage, resident bytes); `nearest` is the nearest feasible point of an infeasible budget;
+    `artifact_id` is the model that was made, absent where none was.
+    """
+
+    file = "fit.json"
+    remedy = "fit again"
+
+    budget: Asked = Asked()
+    effort: str = ""
+    frontier: tuple[Point, ...] = ()
+    rounds: tuple[Point, ...] = ()
+    memory: tuple[tuple[float, str, Count], ...] = ()
+    verdicts: tuple[VerdictRow, ...] = ()
+    seconds: float | None = None
+    artifact_id: Id | None = None
+    nearest: Point | None = None
+    reason: str | None = None
+
+
+RECORDS: tuple[type[Record], ...] = (
+    *(Sources, Origin, Training, Distillation, Calibration, StatisticsTable, Plan, LossIncrease, Packing),
+    *(QualityReport, SpeedReport, FitResult),
+)
+
+NOT_COPIED = tuple(
+    name
+    for record in (Packing, LossIncrease, Calibration, Origin, Training, Distillation)
+    for name in (record.file, record.former)
+    if name is not None
+)
 """Records about one model that do not hold for a model made from it."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,8 @@ from torch import Tensor
 from gulliver.core import catalog
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
-from gulliver.core.records import ORIGIN
+from gulliver.core.records import Origin
 from gulliver.core.store.artifact import Artifact
-from gulliver.core.store.files import write_atomic
 from gulliver.data import read
 from gulliver.data.options import PullOptions, ReadOptions
 from gulliver.nets.files import weight_files
@@ -37,38 +36,47 @@ HUB = "hf:"
 def run(cfg: PullOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     """The artifact of `cfg.source`. ArtifactError for a model that cannot be used, DataError for a failed download."""
     del inputs
-    origin: dict[str, Any] = {"source": cfg.source}
+    origin = Origin(source=cfg.source)
     if cfg.source.startswith(catalog.PREFIX):
         entry = catalog.lookup(cfg.source)
         if entry.kind == "dataset":
             return read.make_dataset(ReadOptions.model_validate({"data": cfg.source, "task": entry.task}), ctx, "pull")
-        origin["license"] = entry.license
+        origin = Origin(source=cfg.source, license=entry.license)
         with ctx.progress.stage("download"):
             path = catalog.fetch(cfg.source, ctx.store.cache)
     elif cfg.source.startswith(HUB):
         with ctx.progress.stage("download"):
             path = download(cfg.source.removeprefix(HUB), ctx.store.cache)
-        origin["revision"] = path.name
+        origin = Origin(source=cfg.source, revision=path.name)
     else:
         path = Path(cfg.source).expanduser()
-        origin["source"] = path.name
+        origin = Origin(source=path.name)
     return _model(path, cfg, origin, ctx)
 
 
-def _model(path: Path, cfg: PullOptions, origin: dict[str, Any], ctx: Context) -> Artifact:
+def _model(path: Path, cfg: PullOptions, origin: Origin, ctx: Context) -> Artifact:
     if not path.exists():
         raise ConfigError(f"{cfg.source} does not exist; give a folder, a .gguf file, catalog:NAME or hf:ORG/NAME")
     task, convert = converter(path) if path.is_file() else (detect_task(path), None)
     name = cfg.task or task
-    config = {"source": origin["source"], "task": name}
+    config = {"source": origin.source, "task": name}
     with ctx.writer(kind="model", task=name, parents=(), step_name="pull", config=config) as writer:
         with ctx.progress.stage("check" if convert is None else "convert"):
+            original = None
             if convert is None:
                 _refuse_pickles(path)
             else:
-                convert(path, writer.path)
-            bring_in(get_task(name), path if convert is None else writer.path, writer.path)
-        write_atomic(writer.path / ORIGIN, json.dumps(origin, sort_keys=True, indent=2) + "\n")
+                original = convert(path, writer.path)
+            weights, dtype = bring_in(get_task(name), path if convert is None else writer.path, writer.path)
+        files = weight_files(path) if convert is None else [path]
+        origin.model_copy(
+            update={
+                "original_file": files[0].name if len(files) == 1 else None,
+                "original_format": original or f"safetensors {str(dtype).removeprefix('torch.')}",
+                "original_bytes": sum(file.stat().st_size for file in files),
+                "bfloat16_bytes": 2 * weights,
+            }
+        ).write(writer.path)
         return writer.commit()
 
 
@@ -108,8 +116,11 @@ def _refuse_pickles(folder: Path) -> None:
 
 
 # ---- checking and copying -------------------------------------------------------------------------------------------
-def bring_in(task: Task, source: Path, folder: Path) -> None:
-    """Check the model in `source` and put it into `folder`, which may be the same. ArtifactError if not whole."""
+def bring_in(task: Task, source: Path, folder: Path) -> tuple[int, torch.dtype]:
+    """Check the model in `source` and put it into `folder`, which may be the same. ArtifactError if not whole.
+
+    Returns how many weights the network has, and the dtype of most of them as they came.
+    """
     _refuse_quantized(source)
     files = weight_files(source)
     model = task.load(source, empty=True)
@@ -118,9 +129,9 @@ def bring_in(task: Task, source: Path, folder: Path) -> None:
     buffers = {name for name, _ in model.named_buffers()}
     found: set[str] = set()
     strange: list[str] = []
-    dtype = None
+    values = Counter[torch.dtype]()
     for name, tensor in checked(source):
-        dtype = dtype or tensor.dtype
+        values[tensor.dtype] += tensor.numel()
         if name not in known:
             strange += [] if name in buffers else [name]
         elif tuple(tensor.shape) != wanted[known[name]]:
@@ -130,10 +141,12 @@ def bring_in(task: Task, source: Path, folder: Path) -> None:
             )
         else:
             found.add(known[name])
+    dtype = values.most_common(1)[0][0] if values else torch.float32
     if strange or found != set(wanted):
-        _translate(task, source, folder, dtype or torch.float32)
+        _translate(task, source, folder, dtype)
     elif source != folder:
         _copy(source, folder, files)
+    return sum(parameter.numel() for parameter in model.parameters()), dtype
 
 
 def checked(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -162,7 +175,7 @@ def _copy(source: Path, folder: Path, files: list[Path]) -> None:
     kept |= set(source.glob("1_Pooling/config.json"))
     for file in sorted(kept):
         name = file.relative_to(source)
-        if file.is_file() and name.name not in ("gulliver.json", "evidence.json", ORIGIN):
+        if file.is_file() and name.name not in ("gulliver.json", "evidence.json", Origin.file):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / name)
 

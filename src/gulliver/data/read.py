@@ -7,7 +7,6 @@ part of `data` out. A passage that stands in both parts is refused, because a me
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ from gulliver.core import catalog
 from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.overlap import excerpt, fingerprints, first_overlap
-from gulliver.core.records import EXAMPLES, SOURCES
+from gulliver.core.records import EXAMPLES, Sources, SplitSource
 from gulliver.core.store.artifact import Artifact, hash_file
-from gulliver.core.store.files import write_atomic
 from gulliver.data.options import ReadOptions
 from gulliver.tasks import get_task
 from gulliver.tasks.base import Task
@@ -47,10 +45,10 @@ def make_dataset(cfg: ReadOptions, ctx: Context, step_name: str) -> Artifact:
             files = {"train": _files(data), "eval": _files(held_out)}
         refuse_overlap(parts["train"], parts["eval"])
     rows = [{"source": data.name, **row, "split": split} for split, part in parts.items() for row in part]
-    sources = {split: {"examples": len(parts[split]), "files": files[split]} for split in parts}
+    sources = {split: SplitSource(examples=len(parts[split]), files=files[split]) for split in parts}
     with ctx.writer(kind="dataset", task=task.name, parents=(), step_name=step_name, config=portable(cfg)) as writer:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), writer.path / EXAMPLES)
-        write_atomic(writer.path / SOURCES, json.dumps(sources, sort_keys=True, indent=2) + "\n")
+        Sources(**sources).write(writer.path)
         return writer.commit()
 
 

@@ -19,7 +19,7 @@ import torch
 from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.progress import Bar
-from gulliver.core.records import EXAMPLES, SOURCES
+from gulliver.core.records import EXAMPLES, Sources, SplitSource
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import write_atomic
 from gulliver.data.options import SampleOptions
@@ -47,10 +47,10 @@ def run(cfg: SampleOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifa
     if not texts:
         raise DataError(f"all {cfg.count} texts of model {model.id[:12]} are empty; calibrate on a dataset instead")
     rows = [{"source": SOURCE, "text": text, "split": "train"} for text in texts]
-    sources = {split: {"examples": len(rows) if split == "train" else 0, "files": {}} for split in ("train", "eval")}
+    sources = Sources(train=SplitSource(examples=len(rows), files={}), eval=SplitSource(examples=0, files={}))
     with ctx.writer(kind="dataset", task=task.name, parents=[model.id], step_name="sample", config=cfg) as writer:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), writer.path / EXAMPLES)
-        write_atomic(writer.path / SOURCES, json.dumps(sources, sort_keys=True, indent=2) + "\n")
+        sources.write(writer.path)
         return writer.commit()
 
 

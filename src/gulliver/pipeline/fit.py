@@ -6,9 +6,8 @@ kill, and can be repeated alone. What an effort buys stands in EFFORTS, and nowh
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from gulliver.core.evidence.evidence import Evidence, measured
 from gulliver.core.evidence.gate import Verdict
 from gulliver.core.machine import describe
 from gulliver.core.progress import Progress
+from gulliver.core.records import Asked, FitResult, Plan, Point
 from gulliver.core.store.artifact import Artifact, copy_artifact, write_annotation
-from gulliver.core.store.files import write_atomic
 from gulliver.core.store.store import Store
 from gulliver.pipeline.call import Call, call, open_store
 from gulliver.pipeline.resolve import ancestors, first_of_kind, resolve_data, resolve_model
@@ -29,7 +28,6 @@ from gulliver.report.gather import gather
 from gulliver.report.html import page
 from gulliver.tasks import get_task
 
-FIT = "fit.json"
 MAX_ROUNDS = 3
 WRITING_COPIES, WRITING_BYTES = 3, 2_000_000_000
 """Memory that writing text takes: times the bytes of the weights, and beside them."""
@@ -69,8 +67,8 @@ class Fit:
     budget: Budget
     effort: str
     shared: dict[str, Any]
-    rounds: list[dict[str, Any]] = field(default_factory=list)
-    menu: list[dict[str, Any]] = field(default_factory=list)
+    rounds: list[Point] = field(default_factory=list)
+    frontier: tuple[Point, ...] = ()
     calls: list[Call] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
 
@@ -148,7 +146,7 @@ def _loop(work: Fit) -> Artifact:
     size_bytes = work.budget.size_bytes
     for _ in range(MAX_ROUNDS):
         plan = work.step("plan", {"size_bytes": size_bytes}, model=work.parent, calibration=calibration)
-        planned = json.loads(plan.file("plan.json").read_text(encoding="utf-8"))
+        planned = Plan.of(plan)
         packed = work.step("quantize", model=work.parent, calibration=calibration, plan=plan)
         candidates = [packed]
         if EFFORTS[work.effort]["distill"] is not None:
@@ -159,14 +157,9 @@ def _loop(work: Fit) -> Artifact:
         drop = min(drops)  # distilling must show on held-out data, or it is not kept
         fitted = candidates[drops.index(drop)]
         work.verdicts = [gate.judge(work.store.evidence(fitted.id), fitted.id) for gate in work.budget.gates()]
-        work.menu = _in_drops(planned, drop)
-        work.rounds.append(
-            {
-                "size_bytes": fitted.weight_bytes,
-                "predicted_drop": _at(work.menu, planned["size_bytes"]),
-                "measured_drop": drop,
-            }
-        )
+        work.frontier = _in_drops(planned, drop)
+        predicted = _at(work.frontier, planned.size_bytes)
+        work.rounds.append(Point(size_bytes=fitted.weight_bytes, predicted_drop=predicted, measured_drop=drop))
         over = fitted.weight_bytes - work.budget.size_bytes
         if over <= 0:
             break
@@ -206,46 +199,50 @@ def _value(evidence: list[Evidence], metric: str) -> float:
 
 
 # ---- predictions ----------------------------------------------------------------------------------------------------
-def _in_drops(planned: Mapping[str, Any], drop: float) -> list[dict[str, Any]]:
-    """The plan's frontier in quality given up: its damages times what one measurement says a unit costs."""
-    factor = max(drop, 0.0) / planned["damage"] if planned["damage"] > 0 else 0.0
-    return [
-        {"size_bytes": point["size_bytes"], "predicted_drop": factor * point["damage"]} for point in planned["menu"]
-    ]
+def _in_drops(plan: Plan, drop: float) -> tuple[Point, ...]:
+    """The plan's frontier in quality given up: its loss increases times what one measurement says a unit costs."""
+    factor = max(drop, 0.0) / plan.loss_increase if plan.loss_increase > 0 else 0.0
+    return tuple(
+        Point(size_bytes=point.size_bytes, predicted_drop=factor * point.loss_increase) for point in plan.frontier
+    )
 
 
-def _at(menu: list[dict[str, Any]], size_bytes: int) -> float:
+def _at(frontier: Sequence[Point], size_bytes: int) -> float:
     """The frontier's drop at a size, between its points on a line in the logarithm of the drop."""
     import numpy as np
 
-    sizes = [point["size_bytes"] for point in menu]
-    drops = [max(point["predicted_drop"], 1e-9) for point in menu]
+    sizes = [point.size_bytes for point in frontier]
+    drops = [max(point.predicted_drop or 0.0, 1e-9) for point in frontier]
     return float(np.exp(np.interp(size_bytes, sizes, np.log(drops))))
 
 
-def _nearest(work: Fit) -> dict[str, Any] | None:
+def _nearest(work: Fit) -> Point | None:
     """The smallest size whose predicted drop is within the budget; the last round where no drop was asked."""
-    if work.rounds and work.budget.max_drop is not None:
-        for point in work.menu:
-            if point["predicted_drop"] <= work.budget.max_drop and point["size_bytes"] > work.rounds[-1]["size_bytes"]:
+    limit = work.budget.max_drop
+    if work.rounds and limit is not None:
+        for point in work.frontier:
+            if (point.predicted_drop or 0.0) <= limit and point.size_bytes > work.rounds[-1].size_bytes:
                 return point
     return work.rounds[-1] if work.rounds else None
 
 
 # ---- the end --------------------------------------------------------------------------------------------------------
-def _record(work: Fit, fitted: Artifact | None, began: float, **more: Any) -> Artifact:
-    """The report artifact with fit.json."""
-    body = {
-        "budget": work.budget.to_json(),
-        "effort": work.effort,
-        "frontier": work.menu,
-        "rounds": work.rounds,
-        "memory": [list(sample) for sample in work.shared["progress"].memory],
-        "verdicts": [verdict.to_json() for verdict in work.verdicts],
-        "seconds": round(time.monotonic() - began, 1),
-        **({"artifact_id": fitted.id} if fitted else {}),
-        **more,
-    }
+def _record(
+    work: Fit, fitted: Artifact | None, began: float, nearest: Point | None = None, reason: str = ""
+) -> Artifact:
+    """The report artifact with what was asked, tried and found."""
+    result = FitResult(
+        budget=Asked(**work.budget.to_json()),
+        effort=work.effort,
+        frontier=work.frontier,
+        rounds=tuple(work.rounds),
+        memory=tuple(work.shared["progress"].memory),
+        verdicts=tuple(work.verdicts),
+        seconds=round(time.monotonic() - began, 1),
+        artifact_id=None if fitted is None else fitted.id,
+        nearest=nearest,
+        reason=reason,
+    )
     subject = fitted or work.parent
     parents = [subject.id, work.parent.id, work.dataset.id]
     with work.store.writer(
@@ -256,7 +253,7 @@ def _record(work: Fit, fitted: Artifact | None, began: float, **more: Any) -> Ar
         config={"effort": work.effort, **work.budget.to_json()},
         seed=work.shared["seed"],
     ) as writer:
-        write_atomic(writer.path / FIT, json.dumps(body, sort_keys=True, indent=1) + "\n")
+        result.write(writer.path)
         return writer.commit()
 
 
@@ -271,14 +268,16 @@ def _finish(work: Fit, fitted: Artifact, began: float, out: Path | str | None) -
 
 def _infeasible(work: Fit, failure: BudgetError, began: float) -> BudgetError:
     """The error for a budget that cannot be met: why, the nearest point that can, and where the report is."""
-    nearest = failure.nearest or _nearest(work)
+    nearest = Point(**failure.nearest) if failure.nearest else _nearest(work)
     told = f"the budget is infeasible with --effort {work.effort}: {failure}"
     if nearest is None:
         return BudgetError(told)
     record = _record(work, None, began, nearest=nearest, reason=str(failure))
     path = write_annotation(record, "report.html", page(gather(work.parent, work.store, fit=record)))
-    size = f"{nearest['size_bytes']:,} bytes ({nearest['size_bytes'] / 1e6:.1f} MB)"
-    drop = nearest.get("measured_drop", nearest.get("predicted_drop"))
+    size = f"{nearest.size_bytes:,} bytes ({nearest.size_bytes / 1e6:.1f} MB)"
+    drop, kind = nearest.measured_drop, "measured"
+    if drop is None:
+        drop, kind = nearest.predicted_drop, "predicted"
     cost = "" if drop is None else f" with a quality loss of {drop:.1%}"
-    kind = "measured" if "measured_drop" in nearest else "predicted"
-    return BudgetError(f"{told}. The nearest feasible point is {size}{cost} ({kind}); report: {path}", nearest)
+    told = f"{told}. The nearest feasible point is {size}{cost} ({kind}); report: {path}"
+    return BudgetError(told, nearest.model_dump(exclude_none=True))

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gulliver.core.records import PartBits, TensorBits
 from gulliver.report.picture import Picture, Table, base_layout, label
-from gulliver.report.records import PartBits, TensorBits
 from gulliver.report.units import format_value
 
 _BITS_COLOURS = {2: "#440154", 3: "#414487", 4: "#2a788e", 5: "#22a884", 6: "#7ad151", 9: "#fde725"}
@@ -163,14 +163,14 @@ def _colour(bits_per_weight: float) -> str:
     return "#" + "".join(f"{round(low + share * (high - low)):02x}" for low, high in zip(*ends, strict=True))
 
 
-def damage_by_block(tensors: Sequence[TensorBits]) -> list[tuple[str, float]]:
-    """Predicted damage summed by block; a tensor outside the blocks counts as a block of its own."""
+def loss_by_block(tensors: Sequence[TensorBits]) -> list[tuple[str, float]]:
+    """Predicted loss increase summed by block; a tensor outside the blocks counts as a block of its own."""
     sums: dict[str, float] = {}
     for tensor in tensors:
-        if tensor.damage is not None:
+        if tensor.loss_increase is not None:
             match = _BLOCK.match(tensor.name)
             name = f"{match['before']}{match['index']}" if match else _short_name(tensor.name)
-            sums[name] = sums.get(name, 0.0) + tensor.damage
+            sums[name] = sums.get(name, 0.0) + tensor.loss_increase
     return list(sums.items())
 
 

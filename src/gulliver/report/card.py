@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 from gulliver.core.catalog_entries import CATALOG
 from gulliver.core.errors import ArtifactError
 from gulliver.core.evidence.evidence import METRICS, Evidence
+from gulliver.core.records import TensorBits
 from gulliver.core.store.artifact import Artifact, write_annotation
 from gulliver.core.store.manifest import read_json
 from gulliver.core.store.store import Store
 from gulliver.report import rows, verdict
 from gulliver.report.gather import gather
-from gulliver.report.records import ReportData, TensorBits
+from gulliver.report.records import ReportData
 from gulliver.report.units import format_value, short_id
 
 if TYPE_CHECKING:

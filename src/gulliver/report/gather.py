@@ -9,10 +9,11 @@ from typing import Any
 
 from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.evidence.gate import Verdict
+from gulliver.core.records import FitResult, Packing, Plan, TensorBits
 from gulliver.core.store.artifact import WEIGHT_SUFFIXES, Artifact
 from gulliver.core.store.manifest import read_json
 from gulliver.core.store.store import Store
-from gulliver.report.records import FitRecord, OtherGates, ReportData, TensorBits, gated, parse_packing, read_fit
+from gulliver.report.records import FitRecord, OtherGates, ReportData, gated, of_fit, of_packing, of_plan
 from gulliver.report.units import short_id
 
 
@@ -84,17 +85,16 @@ def _fit_record(
 ) -> FitRecord:
     """The plan nearest in the lineage, overlaid with the fit about this model and with what the model holds."""
     record = FitRecord()
-    plans = [str(row["id"]) for row in reversed(manifests) if "plan.json" in row.get("files", {})]
+    plans = [str(row["id"]) for row in reversed(manifests) if Plan.file in row.get("files", {})]
     if plans:
-        record = read_fit(store.get(plans[0]).file("plan.json"))
-    newer = read_fit(fit.file("fit.json")) if fit is not None else _newest_fit(model, store)
+        record = of_plan(Plan.of(store.get(plans[0])))
+    newer = of_fit(FitResult.of(fit)) if fit is not None else _newest_fit(model, store)
     if newer is not None:
         empty = FitRecord()
         changed = {name: value for name, value in vars(newer).items() if value != getattr(empty, name)}
         record = replace(record, **changed)
-    if "packing.json" in model.files:
-        packing = model.file("packing.json")
-        held = parse_packing(read_json(packing.read_bytes(), packing.name))
+    if Packing.file in model.files:
+        held = of_packing(Packing.of(model))
         planned = {tensor.name: tensor for tensor in record.tensors}
         record = replace(record, tensors=tuple(_same_formats(planned.get(tensor.name), tensor) for tensor in held))
     return record
@@ -103,15 +103,15 @@ def _fit_record(
 def _newest_fit(model: Artifact, store: Store) -> FitRecord | None:
     """The newest fit.json in the store that tells how this model was made; not one that starts from it."""
     for found in reversed(store.artifacts()):
-        if found.kind == "report" and model.id in found.parents and "fit.json" in found.files:
-            record = read_fit(found.file("fit.json"))
+        if found.kind == "report" and model.id in found.parents and FitResult.file in found.files:
+            record = of_fit(FitResult.of(found))
             if record.nearest is None and record.artifact_id in ("", model.id):
                 return record
     return None
 
 
 def _same_formats(planned: TensorBits | None, held: TensorBits) -> TensorBits:
-    """The plan's row, which knows damage and exact bytes, when it names the formats that the model holds."""
+    """The plan's row, which knows the predicted loss increase, when it names the formats that the model holds."""
     if planned is None or [(p.rows, p.format) for p in planned.parts] != [(p.rows, p.format) for p in held.parts]:
         return held
     return planned

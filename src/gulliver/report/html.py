@@ -84,7 +84,7 @@ def pictures(data: ReportData) -> list[tuple[str, list[Picture]]]:
     sections = [
         ("Size and quality", [plots.size_quality(data)]),
         ("Bits per tensor", [bits.bits(tensors), bits.rows_bits(tensors)]),
-        ("Damage per block", [plots.damage(data)]),
+        ("Predicted loss increase per block", [plots.loss_increase(data)]),
         ("Memory over time", [plots.memory(data)]),
     ]
     found = [(title, [picture for picture in own if picture is not None]) for title, own in sections]

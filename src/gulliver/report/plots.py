@@ -1,4 +1,4 @@
-"""Pictures of a report: size and quality, damage per block, memory over time.
+"""Pictures of a report: size and quality, predicted loss increase per block, memory over time.
 
 Where there are no data there is no picture: the functions return None.
 """
@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gulliver.report.bits import damage_by_block
+from gulliver.report.bits import loss_by_block
 from gulliver.report.picture import Picture, Table, base_layout, label
 from gulliver.report.records import Point, ReportData
 from gulliver.report.units import format_seconds, format_value
@@ -67,11 +67,9 @@ def size_quality(data: ReportData) -> Picture | None:
     return Picture("size-quality", "Size and quality", says, traces, layout, _points_table(data))
 
 
-def damage(data: ReportData) -> Picture | None:
-    """Damage of every block, as the fit measured it, or as the plan predicted it when the fit did not."""
-    pairs, source = list(data.fit.blocks), "as recorded by the fit"
-    if not pairs:
-        pairs, source = damage_by_block(data.fit.tensors), "as the plan predicted it"
+def loss_increase(data: ReportData) -> Picture | None:
+    """What the plan predicted that each block adds to the loss."""
+    pairs = loss_by_block(data.fit.tensors)
     if not pairs:
         return None
     names = _block_labels([name for name, _ in pairs])
@@ -80,16 +78,15 @@ def damage(data: ReportData) -> Picture | None:
         "x": [label(name) for name in names],
         "y": [value for _, value in pairs],
         "marker": {"color": "var(--blue)"},
-        "hovertemplate": "block %{x}<br>damage %{y:.4g}<extra></extra>",
+        "hovertemplate": "block %{x}<br>loss + %{y:.4g}<extra></extra>",
     }
     layout = base_layout(300)
     layout["xaxis"] |= {"type": "category", "title": {"text": "block"}, "showgrid": False}
-    layout["yaxis"] |= {"title": {"text": "damage"}, "rangemode": "tozero"}
+    layout["yaxis"] |= {"title": {"text": "predicted loss increase"}, "rangemode": "tozero"}
     rows = [[name, f"{value:.4g}"] for name, value in pairs]
-    says = f"Damage that compression does in each block, {source}; higher is worse."
-    return Picture(
-        "damage", "Damage per block", says, [trace], layout, Table(says, ["block", "damage"], rows, numbers=(1,))
-    )
+    says = "What packing each block was predicted to add to the loss when the plan was made; higher is worse."
+    numbers = Table(says, ["block", "predicted loss increase"], rows, numbers=(1,))
+    return Picture("loss-increase", "Predicted loss increase per block", says, [trace], layout, numbers)
 
 
 def memory(data: ReportData) -> Picture | None:

@@ -1,65 +1,22 @@
-"""What a report is drawn from, as frozen records, and the strict readers of plan.json and fit.json.
+"""What a report is drawn from, as frozen records made of those in core/records.py.
 
-A part that is absent stays absent (an empty tuple or None): nothing is made up. A part that is there but malformed is
-an ArtifactError that names the file and the place.
+A part that is absent stays absent (an empty tuple or None): nothing is made up.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from gulliver.core.errors import ArtifactError
+from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.evidence.evidence import METRICS, Evidence
 from gulliver.core.evidence.gate import Verdict
-from gulliver.core.store.manifest import read_json
+from gulliver.core.records import Asked, FitResult, PackedWeight, Packing, PartBits, Plan, Point, TensorBits
+from gulliver.runtime.formats import Format
 
 INFEASIBLE, REFUSED, PASS, NOT_JUDGED = "INFEASIBLE", "REFUSED", "PASS", "NOT JUDGED"
-
-
-@dataclass(frozen=True)
-class PartBits:
-    """Some rows of a weight in one format. `damage` is the predicted damage (the plan's unit), None if unknown."""
-
-    rows: int
-    format: str
-    bits_per_weight: float
-    size_bytes: int
-    damage: float | None = None
-
-
-@dataclass(frozen=True)
-class TensorBits:
-    """One weight of `shape` and the parts it is stored in."""
-
-    name: str
-    shape: tuple[int, ...]
-    size_bytes: int
-    parts: tuple[PartBits, ...]
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Mean over the rows."""
-        rows = sum(part.rows for part in self.parts)
-        return sum(part.bits_per_weight * part.rows for part in self.parts) / rows if rows else math.nan
-
-    @property
-    def damage(self) -> float | None:
-        """Sum over the parts; None when no part has one."""
-        known = [part.damage for part in self.parts if part.damage is not None]
-        return sum(known) if known else None
-
-
-@dataclass(frozen=True)
-class Point:
-    """One point of the size-quality plane; drops are fractions of quality given up."""
-
-    size_bytes: int
-    predicted_drop: float | None = None
-    measured_drop: float | None = None
 
 
 @dataclass(frozen=True)
@@ -75,18 +32,8 @@ class Gated:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The budget, as stated by the user; None where nothing was asked."""
-
-    size_bytes: int | None = None
-    max_ram_bytes: int | None = None
-    min_tokens_per_s: float | None = None
-    max_drop: float | None = None
-
-
-@dataclass(frozen=True)
 class FitRecord:
-    """What plan.json and fit.json hold: choices per tensor, frontier, rounds, damage per block, memory over time.
+    """What plan and fit tell about a model: choices per tensor, frontier, rounds, memory over time.
 
     `memory` is (seconds, stage, resident bytes); `nearest` is the nearest feasible point of an infeasible budget;
     `artifact_id` is the model that was made, "" where the file names none.
@@ -95,7 +42,6 @@ class FitRecord:
     tensors: tuple[TensorBits, ...] = ()
     frontier: tuple[Point, ...] = ()
     rounds: tuple[Point, ...] = ()
-    blocks: tuple[tuple[str, float], ...] = ()
     memory: tuple[tuple[float, str, int], ...] = ()
     asked: Asked = field(default_factory=Asked)
     gates: tuple[Gated, ...] = ()
@@ -175,172 +121,50 @@ class ReportData:
         return max(newest.values(), key=lambda row: sign * row.bad_end if math.isfinite(row.bad_end) else math.inf)
 
 
-def read_fit(path: Path) -> FitRecord:
-    """The record in a plan.json or fit.json. ArtifactError names what is malformed."""
-    return parse_fit(read_json(path.read_bytes(), path.name), path.name)
+def of_plan(plan: Plan) -> FitRecord:
+    """What a plan tells: the choices and the size that was asked for."""
+    return FitRecord(tensors=plan.tensors, asked=Asked(size_bytes=plan.budget_bytes))
 
 
-def parse_fit(body: object, what: str) -> FitRecord:
-    """The record in the JSON object `body`; keys that are absent give empty parts. ArtifactError names `what`."""
-    top = _object(body, what)
-    budget = _object(top.get("budget", {}), f"{what}: budget")
-    size = budget.get("size_bytes", top.get("budget_bytes"))
-    nearest = top.get("nearest")
+def of_fit(fit: FitResult) -> FitRecord:
+    """What a run of `fit` tells."""
     return FitRecord(
-        tensors=tuple(_tensor(row, at) for row, at in _rows(top, "tensors", what)),
-        frontier=tuple(_point(row, at) for row, at in _rows(top, "frontier", what)),
-        rounds=tuple(_point(row, at) for row, at in _rows(top, "rounds", what)),
-        blocks=tuple((_text(row, "name", at), _real(row, "damage", at)) for row, at in _rows(top, "blocks", what)),
-        memory=_memory(top.get("memory", []), f"{what}: memory"),
-        asked=Asked(
-            size_bytes=None if size is None else _whole({"size_bytes": size}, "size_bytes", f"{what}: budget"),
-            max_ram_bytes=_optional(budget, "max_ram_bytes", f"{what}: budget", whole=True),
-            min_tokens_per_s=_optional(budget, "min_tokens_per_s", f"{what}: budget"),
-            max_drop=_optional(budget, "max_drop", f"{what}: budget"),
-        ),
-        gates=tuple(_gated(row, at) for row, at in _rows(top, "verdicts", what)),
-        nearest=None if nearest is None else _point(_object(nearest, f"{what}: nearest"), f"{what}: nearest"),
-        seconds=_optional(top, "seconds", what),
-        reason=_text(top, "reason", what) if "reason" in top else "",
-        artifact_id=_text(top, "artifact_id", what) if "artifact_id" in top else "",
+        frontier=fit.frontier,
+        rounds=fit.rounds,
+        memory=fit.memory,
+        asked=fit.budget,
+        gates=tuple(map(gated, fit.verdicts)),
+        nearest=fit.nearest,
+        seconds=fit.seconds,
+        reason=fit.reason or "",
+        artifact_id=fit.artifact_id or "",
     )
 
 
-def parse_packing(body: object, what: str = "packing.json") -> tuple[TensorBits, ...]:
-    """The formats that a packed model's own packing.json lists: what is in the file, whatever a plan had wanted.
+def of_packing(packing: Packing) -> tuple[TensorBits, ...]:
+    """The formats that a packed model itself lists: what is in the file, whatever a plan had wanted.
 
-    Bits per weight are those of the format: code, scale and zero point of 8 bits a group, 16 bits a row.
+    Bits per weight are those of the tiles on disk, padding included. ArtifactError for a format that does not exist.
     """
-    tensors = _object(_object(body, what).get("tensors", {}), f"{what}: tensors")
-    found = []
-    for name, row in tensors.items():
-        at = f"{what}: {name!r}"
-        row = _object(row, at)
-        shape = _shape(row.get("shape"), at)
-        columns = math.prod(shape[1:])
-        parts = []
-        for part, part_at in _rows(row, "parts", at):
-            rows, fmt = int(_whole(part, "rows", part_at)), _text(part, "format", part_at)
-            bits = format_bits(fmt, columns)
-            if bits is None:
-                raise ArtifactError(f"{part_at}: format {fmt!r} is not one like u4g64 or c4g64")
-            parts.append(PartBits(rows, fmt, bits, round(bits * rows * columns / 8)))
-        found.append(TensorBits(name, shape, sum(part.size_bytes for part in parts), tuple(parts)))
-    return tuple(found)
+    return tuple(_held(name, weight) for name, weight in packing.tensors.items())
 
 
-def format_bits(name: str, columns: int) -> float | None:
-    """Bits per weight of a packed format's short name ("c4g64") for rows of `columns`, or None for another name."""
-    kind, (bits, separator, group) = name[:1], name[1:].partition("g")
-    if kind not in ("u", "c") or not separator or not bits.isdecimal() or not group.isdecimal():
-        return None
-    if not 1 <= int(bits) <= 8 or not 1 <= int(group) <= 4096 or columns < 1:
-        return None
-    groups = -(-columns // int(group))
-    return (groups * int(group) * int(bits) + groups * (16 if kind == "u" else 8) + 16) / columns
+def _held(name: str, weight: PackedWeight) -> TensorBits:
+    columns, parts = math.prod(weight.shape[1:]), []
+    for part in weight.parts:
+        try:
+            size = Format.parse(part.format).packed_bytes(part.rows, columns)
+        except ConfigError as error:
+            raise ArtifactError(f"{Packing.file}: {name!r}: {error}") from None
+        bits = 8 * size / (part.rows * columns)
+        parts.append(PartBits(rows=part.rows, format=part.format, bits_per_weight=bits, size_bytes=size))
+    size = sum(part.size_bytes for part in parts)
+    return TensorBits(name=name, shape=weight.shape, size_bytes=size, parts=tuple(parts))
 
 
 def gated(verdict: Verdict) -> Gated:
     """The row of a judged gate."""
-    return _gated(verdict.to_json(), "verdict")
-
-
-def _gated(row: Mapping[str, Any], at: str) -> Gated:
-    """A row from the JSON of a Verdict (core/gate.py)."""
-    limit = "at_most" if row.get("at_most") is not None else "at_least"
-    outcome = _text(row, "outcome", at)
-    if outcome not in ("PASS", "FAIL", "NO_DATA"):
-        raise ArtifactError(f"{at}: outcome is {outcome!r}; it must be PASS, FAIL or NO_DATA")
-    found = row.get("evidence")
-    return Gated(
-        metric=_text(row, "metric", at),
-        limit=limit.replace("_", " "),
-        threshold=_real(row, limit, at),
-        outcome=outcome,
-        reason=_text(row, "reason", at) if "reason" in row else "",
-        evidence=None if found is None else Evidence.from_json(_object(found, f"{at}.evidence")),
-    )
-
-
-def _tensor(row: Mapping[str, Any], at: str) -> TensorBits:
-    parts = tuple(
-        PartBits(
-            rows=_whole(part, "rows", where),
-            format=_text(part, "format", where),
-            bits_per_weight=_real(part, "bits_per_weight", where),
-            size_bytes=_whole(part, "bytes", where),
-            damage=_optional(part, "damage", where),
-        )
-        for part, where in _rows(row, "parts", at)
-    )
-    return TensorBits(_text(row, "name", at), _shape(row.get("shape"), at), _whole(row, "bytes", at), parts)
-
-
-def _point(row: Mapping[str, Any], at: str) -> Point:
-    return Point(
-        _whole(row, "size_bytes", at), _optional(row, "predicted_drop", at), _optional(row, "measured_drop", at)
-    )
-
-
-def _memory(rows: object, at: str) -> tuple[tuple[float, str, int], ...]:
-    samples = []
-    for index, row in enumerate(_list(rows, at)):
-        sample = _list(row, f"{at}[{index}]")
-        if len(sample) != 3:
-            raise ArtifactError(f"{at}[{index}] has {len(sample)} values; it must be [seconds, stage, bytes]")
-        named: dict[str, Any] = dict(zip(("seconds", "stage", "rss_bytes"), sample, strict=True))
-        where = f"{at}[{index}]"
-        samples.append(
-            (_real(named, "seconds", where), _text(named, "stage", where), _whole(named, "rss_bytes", where))
-        )
-    return tuple(samples)
-
-
-def _rows(body: Mapping[str, Any], key: str, what: str) -> list[tuple[Mapping[str, Any], str]]:
-    at = f"{what}: {key}" if ":" not in what else f"{what}.{key}"
-    return [
-        (_object(row, f"{at}[{index}]"), f"{at}[{index}]") for index, row in enumerate(_list(body.get(key, []), at))
-    ]
-
-
-def _object(value: object, at: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ArtifactError(f"{at} must be a JSON object, not {type(value).__name__}")
-    return value
-
-
-def _list(value: object, at: str) -> Sequence[Any]:
-    if not isinstance(value, list | tuple):
-        raise ArtifactError(f"{at} must be a list, not {type(value).__name__}")
-    return value
-
-
-def _text(row: Mapping[str, Any], key: str, at: str) -> str:
-    value = row.get(key)
-    if not isinstance(value, str):
-        raise ArtifactError(f"{at}: {key} is {value!r}; it must be text")
-    return value
-
-
-def _real(row: Mapping[str, Any], key: str, at: str) -> float:
-    value = row.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ArtifactError(f"{at}: {key} is {value!r}; it must be a finite number")
-    return value
-
-
-def _whole(row: Mapping[str, Any], key: str, at: str) -> int:
-    value = _real(row, key, at)
-    if value < 0 or value != int(value):
-        raise ArtifactError(f"{at}: {key} is {value!r}; it must be a whole number that is not negative")
-    return int(value)
-
-
-def _optional(row: Mapping[str, Any], key: str, at: str, whole: bool = False) -> Any:
-    if row.get(key) is None:
-        return None
-    return _whole(row, key, at) if whole else _real(row, key, at)
-
-
-def _shape(value: object, at: str) -> tuple[int, ...]:
-    return tuple(_whole({"shape": size}, "shape", at) for size in _list(value, f"{at}.shape"))
+    gate = verdict.gate
+    limit, threshold = ("at most", gate.at_most) if gate.at_most is not None else ("at least", gate.at_least)
+    assert threshold is not None
+    return Gated(gate.metric, limit, threshold, verdict.outcome, verdict.reason, verdict.evidence)

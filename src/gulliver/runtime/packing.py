@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gulliver.core.errors import ArtifactError, ConfigError
-from gulliver.core.records import PACKING
-from gulliver.core.store.manifest import read_json
+from gulliver.core.store.manifest import PACKING, read_json
 from gulliver.runtime.formats import Format
 
 FORMAT = 1

@@ -7,23 +7,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gulliver.core.errors import ArtifactError
-from gulliver.core.records import PACKING
+from gulliver.core.records import PackedPart, PackedWeight
+from gulliver.core.store.manifest import PACKING
 from gulliver.nets.files import weight_files
 from gulliver.nets.weights import read_safetensors
 from gulliver.runtime.formats import Format
 from gulliver.runtime.packed import PackedTensor, RowGroup, pack, unpack
-from gulliver.runtime.packing import FORMAT, PIECE, is_packed, order_of_use, read_packing, stored_names
+from gulliver.runtime.packing import PIECE, is_packed, order_of_use, read_packing, stored_names
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------
@@ -39,15 +38,10 @@ def stored_form(name: str, tensor: PackedTensor) -> dict[str, Tensor]:
     return stored
 
 
-def packing_entry(tensor: PackedTensor) -> dict[str, Any]:
+def packing_entry(tensor: PackedTensor) -> PackedWeight:
     """The row of `packing.json` for one packed weight."""
-    parts = [{"format": part.format.name, "rows": part.shape[0]} for part in tensor.parts]
-    return {"shape": list(tensor.shape), "parts": parts}
-
-
-def packing_json(entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """The text of `packing.json` for the packed weights by name."""
-    return json.dumps({"format": FORMAT, "tensors": dict(entries)}, sort_keys=True, indent=1) + "\n"
+    parts = tuple(PackedPart(format=part.format.name, rows=part.shape[0]) for part in tensor.parts)
+    return PackedWeight(shape=tuple(tensor.shape), parts=parts)
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------

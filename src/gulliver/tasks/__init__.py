@@ -27,7 +27,7 @@ OWN_MODEL_TYPES = {"gulliver_inception": "vision"}
 """`model_type` in config.json of the networks in `nets/` -> task; every other model is one of transformers'."""
 
 FOREIGN = {".gguf": ("language", "gulliver.tasks.language.gguf.read:convert_gguf")}
-"""Suffix of a single-file model -> (task, function that writes it as a Hugging Face layout folder)."""
+"""Suffix of a single-file model -> (task, function that writes it as a Hugging Face layout folder; see `converter`)."""
 
 EXPORTS = {"gguf": ("language", "gulliver.tasks.language.gguf.write:write_gguf")}
 """Format of one family's models -> (task, function(model, folder, type, context) that writes it and returns facts)."""
@@ -41,8 +41,8 @@ def get_task(name: str) -> Task:
     return _named(TASKS[name])()
 
 
-def converter(path: Path) -> tuple[str, Callable[[Path, Path], None]]:
-    """(task, function(file, folder)) for a model in one file. ConfigError for a file of another kind."""
+def converter(path: Path) -> tuple[str, Callable[[Path, Path], str]]:
+    """(task, function(file, folder) -> format) for a model in one file. ConfigError for a file of another kind."""
     if path.suffix not in FOREIGN:
         known = ", ".join(sorted(FOREIGN))
         raise ConfigError(f"{path.name} is no {known} file and no folder; give the folder that holds config.json")

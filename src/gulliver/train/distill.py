@@ -8,8 +8,6 @@ as teacher (LLM-QAT, 2023, arXiv 2305.17888); codes move only where the latent c
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Iterator
 
 import torch
@@ -19,9 +17,8 @@ from gulliver.core import memory
 from gulliver.core.context import Context
 from gulliver.core.errors import BudgetError, ConfigError
 from gulliver.core.overlap import fingerprints
-from gulliver.core.records import CALIBRATION, DAMAGE, DISTILLATION, PACKING
+from gulliver.core.records import Calibration, Distillation, LossIncrease, Packing
 from gulliver.core.store.artifact import Artifact
-from gulliver.core.store.files import write_atomic
 from gulliver.learning.latent import LatentTensor, Rounded
 from gulliver.learning.loop import run_loop
 from gulliver.learning.optim import OptimizerConfig
@@ -29,7 +26,7 @@ from gulliver.learning.schedule import Schedule
 from gulliver.nets.weights import aliases, owners
 from gulliver.runtime.packed import PackedTensor
 from gulliver.runtime.packing import is_packed
-from gulliver.runtime.reference import packing_entry, packing_json, read_stored, stored_form
+from gulliver.runtime.reference import packing_entry, read_stored, stored_form
 from gulliver.runtime.shards import PACKED_SHARD_BYTES, ShardWriter, copy_beside
 from gulliver.tasks import get_task
 from gulliver.tasks.base import Batch, Task
@@ -87,14 +84,13 @@ def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
                     shards.add(stored_form(name, packed))
                 else:
                     shards.add({name: vectors[name].detach().to(tensor.dtype) if name in vectors else tensor})
-        write_atomic(writer.path / PACKING, packing_json(entries))
-        write_atomic(writer.path / DISTILLATION, json.dumps({"losses": result.losses}) + "\n")
+        Packing(tensors=entries).write(writer.path)
+        Distillation(losses=tuple(result.losses)).write(writer.path)
         known = fingerprints(row for part in datasets for row in task.read(part.path, "train"))
-        listed = {"dataset": datasets[0].id, "paragraph_sha256_16": known}
-        write_atomic(writer.path / CALIBRATION, json.dumps(listed, sort_keys=True) + "\n")
+        Calibration(dataset=datasets[0].id, fingerprints=tuple(known)).write(writer.path)
         copy_beside(model, writer.path)
-        if DAMAGE in model.files:
-            shutil.copyfile(model.file(DAMAGE), writer.path / DAMAGE)
+        if LossIncrease.name_in(model.files):
+            LossIncrease.of(model).write(writer.path)
         return writer.commit()
 
 

@@ -8,17 +8,14 @@ from torch import Tensor, nn
 
 from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError
-from gulliver.core.store.artifact import Artifact, canonical_json
-from gulliver.core.store.files import write_atomic
+from gulliver.core.records import Training
+from gulliver.core.store.artifact import Artifact
 from gulliver.learning.loop import run_loop
 from gulliver.learning.optim import OptimizerConfig, parameter_groups
 from gulliver.learning.schedule import Schedule
 from gulliver.tasks import get_task
 from gulliver.tasks.base import Batch
 from gulliver.train.options import TrainOptions
-
-LOSSES = "training.json"
-"""In the artifact: {"losses": mean training loss of every step, in nats}."""
 
 
 def run(cfg: TrainOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
@@ -53,7 +50,7 @@ def run(cfg: TrainOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifac
     resolved = cfg.model_copy(update={"task": task.name})
     with ctx.writer(kind="model", task=task.name, parents=[dataset.id], step_name="train", config=resolved) as writer:
         task.save(model.eval(), writer.path)
-        write_atomic(writer.path / LOSSES, canonical_json({"losses": result.losses}) + b"\n")
+        Training(losses=tuple(result.losses)).write(writer.path)
         return writer.commit()
 
 

@@ -7,14 +7,15 @@ better" `low >= at_least`. Evidence belongs to one content id; a changed artifac
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from gulliver.core.errors import ConfigError, GateRefused
+from gulliver.core.errors import ConfigError, DataError, GateRefused
 from gulliver.core.evidence.evidence import METRICS, MUST_BEAT, Evidence, metric
 
 Outcome = Literal["PASS", "FAIL", "NO_DATA"]
+OUTCOMES = get_args(Outcome)
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,22 @@ class Verdict:
             "reason": self.reason,
             "evidence": self.evidence.to_json() if self.evidence else None,
         }
+
+    @staticmethod
+    def from_json(row: Mapping[str, Any]) -> Verdict:
+        """A verdict from an untrusted JSON object. GulliverError for missing, unknown or wrongly typed parts."""
+        keys = {"metric", "at_most", "at_least", "outcome", "reason", "evidence"}
+        if set(row) != keys:
+            raise DataError(f"a verdict must hold {', '.join(sorted(keys))}, not {', '.join(sorted(row))[:200]}")
+        if row["outcome"] not in OUTCOMES:
+            raise DataError(f"outcome is {row['outcome']!r}; it must be one of {', '.join(OUTCOMES)}")
+        if not isinstance(row["metric"], str) or not isinstance(row["reason"], str):
+            raise DataError("a verdict's metric and reason must be text")
+        found = row["evidence"]
+        if not isinstance(found, Mapping | None):
+            raise DataError(f"a verdict's evidence must be an object or null, not {type(found).__name__}")
+        gate = Gate(row["metric"], row["at_most"], row["at_least"])
+        return Verdict(gate, row["outcome"], None if found is None else Evidence.from_json(found), row["reason"])
 
 
 def require(verdicts: Sequence[Verdict]) -> None:

@@ -23,6 +23,8 @@ FORMAT = 1
 MANIFEST = "gulliver.json"
 KINDS = ("model", "dataset", "report")
 ANNOTATIONS = ("README.md", "evidence.json", "report.html")
+PACKING = "packing.json"
+"""Named here and not in core/records.py, because a packed model opens without pydantic."""
 MAX_MANIFEST_BYTES = 16 * 2**20
 MAX_INTEGER = 2**63 - 1
 MAX_SEED = 2**63 - 1

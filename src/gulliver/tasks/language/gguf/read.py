@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,10 @@ IN_LAYER = {
 }
 
 
-def convert_gguf(path: Path, folder: Path) -> None:
+def convert_gguf(path: Path, folder: Path) -> str:
     """Write config.json, the tokenizer's files and model.safetensors (bfloat16) of the GGUF at `path` into `folder`.
 
+    Returns the format of most of its bytes, for example "GGUF Q4_1".
     ArtifactError for a damaged file, another architecture, experts, or a tensor that has no place.
     """
     reader = _open(path)
@@ -62,6 +64,10 @@ def convert_gguf(path: Path, folder: Path) -> None:
     with open(folder / "model.safetensors", "wb") as stream:
         rows = {name: (torch.bfloat16, shapes[name]) for name in sorted(shapes)}
         write_tensors(stream, rows, _tensors(reader, names, config, path))
+    sizes = Counter[str]()
+    for tensor in reader.tensors:
+        sizes[tensor.tensor_type.name] += int(tensor.n_bytes)
+    return f"GGUF {sizes.most_common(1)[0][0]}"
 
 
 def _open(path: Path) -> gguf.GGUFReader:

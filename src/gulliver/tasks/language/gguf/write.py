@@ -29,9 +29,8 @@ from torch import Tensor
 
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, ConfigError
-from gulliver.core.records import ORIGIN
+from gulliver.core.records import Origin
 from gulliver.core.store.artifact import Artifact
-from gulliver.core.store.manifest import read_json
 from gulliver.nets.weights import canonical_names
 from gulliver.runtime import reference
 from gulliver.runtime.network import load_network
@@ -261,11 +260,11 @@ def _add_metadata(
 ) -> dict[str, Any]:
     writer.add_type(gguf.GGUFType.MODEL)
     origin = _origin(model, ctx)
-    source = re.sub(r"@[^/]*$|\.gguf$", "", str(origin.get("source", "")))
+    source = re.sub(r"@[^/]*$|\.gguf$", "", origin.source if origin else "")
     writer.add_name(re.split(r"[:/]", source)[-1] or f"{network.config.model_type}-{model.id[:12]}")
     writer.add_description(f"exported by Gulliver from artifact {model.id}")
-    if origin.get("license"):
-        writer.add_license(str(origin["license"]))
+    if origin and origin.license:
+        writer.add_license(origin.license)
     largest = max(entries, key=lambda entry: entry.size_bytes).type
     writer.add_file_type(FILE_TYPES.get(largest, gguf.LlamaFileType.GUESSED))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -276,14 +275,13 @@ def _add_metadata(
     }
 
 
-def _origin(model: Artifact, ctx: Context) -> dict[str, Any]:
-    """What `pull` wrote down about the first model of the lineage: "source", "license"; empty when it is not known."""
+def _origin(model: Artifact, ctx: Context) -> Origin | None:
+    """What `pull` wrote down about the first model of the lineage; None when it is not known."""
     for manifest in ctx.store.lineage(model.id):
         held = manifest.get("files", {})
-        if manifest.get("kind") == "model" and ORIGIN in held:
-            found = read_json(ctx.store.get(manifest["id"]).file(ORIGIN).read_bytes(), ORIGIN)
-            return found if isinstance(found, dict) else {}
-    return {}
+        if manifest.get("kind") == "model" and Origin.name_in(held):
+            return Origin.of(ctx.store.get(manifest["id"]))
+    return None
 
 
 def _write(writer: gguf.GGUFWriter, model: Artifact, network: Any, entries: list[Entry], ctx: Context) -> Rounding:
