@@ -83,7 +83,14 @@ def test_a_gguf_file_is_converted(tmp_path, ctx):
     verify(made)
     before, after = load_file(folder / "model.safetensors"), load_file(made.file("model.safetensors"))
     assert all(torch.equal(after[name], before[name].to(torch.bfloat16)) for name in before)
-    assert json.loads(made.file("origin.json").read_text()) == {"source": "model.gguf"}
+    weights = sum(before[name].numel() for name in before)
+    assert Origin.of(made) == Origin(
+        source="model.gguf",
+        original_file="model.gguf",
+        original_format="GGUF F32",
+        original_bytes=(tmp_path / "model.gguf").stat().st_size,
+        bfloat16_bytes=2 * weights,
+    )
 
 
 def test_a_catalog_dataset_becomes_a_dataset(ctx):
@@ -111,7 +118,8 @@ def test_the_hub_is_asked_for_safe_files_only(tmp_path, ctx, monkeypatch):
     made = fetch(ctx, "hf:org/name@main")
     assert (asked["repository"], asked["revision"]) == ("org/name", "main")
     assert not any("bin" in pattern or "py" in pattern for pattern in asked["allow_patterns"])
-    assert json.loads(made.file("origin.json").read_text()) == {"source": "hf:org/name@main", "revision": "abc123"}
+    origin = Origin.of(made)
+    assert (origin.source, origin.revision) == ("hf:org/name@main", "abc123")
 
     def fail(repository, **options):
         raise OSError("no route to the hub")
