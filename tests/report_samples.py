@@ -14,7 +14,7 @@ from typing import Any
 from gulliver.core.evidence.evidence import Evidence, measured
 from gulliver.core.evidence.gate import Gate
 from gulliver.core.record import Record
-from gulliver.core.records import Asked, FitResult, PartBits, Plan, Point, TensorBits
+from gulliver.core.records import Asked, FitResult, Origin, PartBits, Plan, Point, TensorBits
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.store import Store
 
@@ -151,7 +151,15 @@ def fitted(
 ) -> tuple[Store, Artifact]:
     """(store, fitted model) of 71.9 "megabytes" of `megabyte` bytes, audited, with fit.json and lineage."""
     store = Store(home)
-    parent = artifact(store, "model", "pull", {"model.safetensors": 269 * megabyte}, config={"source": source})
+    origin = Origin(
+        source="smollm2",
+        original_file="smollm2.gguf",
+        original_format="GGUF Q4_1",
+        original_bytes=round(94.1 * megabyte),
+        bfloat16_bytes=269 * megabyte,
+    )
+    pulled = {"model.safetensors": 269 * megabyte, Origin.file: origin.model_dump_json().encode()}
+    parent = artifact(store, "model", "pull", pulled, config={"source": source})
     config = {"data": "/texts/wikitext-2.valid.txt", "eval_data": "/texts/wikitext-2.test.txt"}
     data = artifact(store, "dataset", "read", {"examples.parquet": b"wikitext"}, config=config)
     artifact(store, "dataset", "read", {"examples.parquet": b"shakespeare"}, config={"data": "tinyshakespeare.txt"})

@@ -47,6 +47,7 @@ def test_card_says_verdict_evidence_formats_use_lineage_limits(tmp_path: Path) -
     assert headings == ["Gates", "Evidence", "Formats", "Use", "Lineage", "Limits"]
     assert text.index("**PASS**") < text.index("## Evidence") and "2.68 to 3.56" in text
     assert "| quality loss at most 5 % | PASS | 3.12 % | 2.68 to 3.56 % |" in text
+    assert "Downloaded: 94.10 kB GGUF Q4\\_1; 269 kB in bfloat16." in text
     assert f"gulliver verify {model.id[:12]}" in text and "gulliver audit FOLDER" in text
     assert "Quality was measured on wikitext-2.test.txt, tinyshakespeare.txt only" in text
     assert "| `c3g128` | 1 | 18,874,368 |" in text and "quantize made model" in text

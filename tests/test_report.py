@@ -108,6 +108,19 @@ def test_write_report_writes_one_whole_file(tmp_path: Path) -> None:
     assert sorted(path.name for path in model.path.iterdir()) == ["gulliver.json", "model.safetensors", "report.html"]
 
 
+def test_sizes_say_what_they_are_compared_with(sample: ReportData) -> None:
+    """A download that was packed already is not the size in bfloat16: both are named wherever a size is compared."""
+    text = page(sample).replace("\u00a0", " ")
+    assert "Downloaded: 94.10 kB GGUF Q4_1; 269 kB in bfloat16" in text
+    assert "Reached 71.90 kB (76 % of the download, 27 % of its size in bfloat16), " in text
+    assert "parent 269 kB<br>downloaded 94.10 kB<br>in bfloat16 269 kB" in text
+    unknown = page(replace(sample, origin=None)).replace("\u00a0", " ")
+    assert "ownloaded" not in unknown and "Reached 71.90 kB, " in unknown
+    assert sample.origin is not None
+    itself = replace(sample, parent_size_bytes=sample.origin.original_bytes)
+    assert itself.parent_download_bytes is None and sample.parent_download_bytes == 94_100
+
+
 def test_a_failing_gate_refuses_and_says_which(tmp_path: Path) -> None:
     store, model = fitted(tmp_path / "home", quality_loss=0.048)
     data = gather(model, store)
@@ -276,12 +289,13 @@ def test_size_quality_shows_every_kind_of_point(sample: ReportData) -> None:
     picture = plots.size_quality(sample)
     assert picture is not None
     assert [trace["name"] for trace in picture.data] == [
-        "menu, predicted", "rounds, predicted", "rounds, measured", "parent", "this artifact",
+        "menu, predicted", "rounds, predicted", "rounds, measured", "parent", "parent as downloaded",
+        "this artifact",
     ]  # fmt: skip
     chosen = picture.data[-1]
     assert chosen["y"] == [pytest.approx(3.12)] and chosen["error_y"]["array"] == [pytest.approx(0.44)]
     assert len(picture.layout["shapes"]) == 2 and "budget" in picture.layout["annotations"][0]["text"]
-    assert "cut off" in picture.says and len(picture.numbers.rows) == 21 + 2 + 2
+    assert "cut off" in picture.says and len(picture.numbers.rows) == 21 + 2 + 3
 
 
 def test_rows_of_an_embedding_are_drawn_by_class(sample: ReportData) -> None:

@@ -64,6 +64,7 @@ def card(data: ReportData, architecture: str = "") -> str:
         licence=licence,
         pipeline=next((name for ending, name in _PIPELINES if architecture.endswith(ending)), ""),
         sentences=verdict.sentences(data),
+        downloaded=verdict.downloaded(data),
         evidence=rows.evidence(data),
         formats=_formats(data.fit.tensors),
         datasets=list(dict.fromkeys(measured_on)),

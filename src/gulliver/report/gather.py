@@ -9,7 +9,7 @@ from typing import Any
 
 from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.evidence.gate import Verdict
-from gulliver.core.records import FitResult, Packing, Plan, TensorBits
+from gulliver.core.records import FitResult, Origin, Packing, Plan, TensorBits
 from gulliver.core.store.artifact import WEIGHT_SUFFIXES, Artifact
 from gulliver.core.store.manifest import read_json
 from gulliver.core.store.store import Store
@@ -32,6 +32,7 @@ def gather(
     parent_id = _parent_id(model, manifests, evidence)
     parent = next((manifest for manifest in manifests if manifest["id"] == parent_id), {})
     record = _fit_record(model, store, manifests, fit)
+    origin, origin_id = _origin(manifests, store)
     if memory:
         record = replace(record, memory=tuple(memory))
     if verdicts:
@@ -51,6 +52,8 @@ def gather(
         machine=_machine(store.home / "machine.json"),
         data_names=_data_names(store, {row.data_hash for row in evidence}),
         others=tuple(others),
+        origin=origin,
+        origin_id=origin_id,
     )
 
 
@@ -136,6 +139,14 @@ def _parent_id(model: Artifact, manifests: Sequence[Mapping[str, Any]], evidence
         return named[-1]
     models = [str(row["id"]) for row in reversed(manifests) if row.get("kind") == "model" and row["id"] != model.id]
     return models[0] if models else None
+
+
+def _origin(manifests: Sequence[Mapping[str, Any]], store: Store) -> tuple[Origin | None, str]:
+    """What was downloaded, and the id of the model made of it: the first of the lineage that has a record."""
+    for manifest in manifests:
+        if Origin.file in manifest.get("files", {}):
+            return Origin.of(store.get(str(manifest["id"]))), str(manifest["id"])
+    return None, ""
 
 
 def _weight_bytes(manifest: Mapping[str, Any]) -> int:

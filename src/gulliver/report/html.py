@@ -64,6 +64,7 @@ def page(data: ReportData) -> str:
     return _template().render(
         data=data,
         sentences=verdict.sentences(data),
+        downloaded=verdict.downloaded(data),
         figures=verdict.key_figures(data),
         gated=[(None, data.fit.gates), *((other, other.gates) for other in data.others)],
         evidence=rows.evidence(data),

@@ -37,6 +37,8 @@ def size_quality(data: ReportData) -> Picture | None:
             traces.append(_points(f"rounds, {name}", fit.rounds, key, "markers", symbol, {"color": "var(--orange)"}))
     if data.parent_size_bytes:
         traces.append(_point("parent", data.parent_size_bytes, 0.0, "square", "var(--violet)"))
+    if data.parent_download_bytes:
+        traces.append(_point("parent as downloaded", data.parent_download_bytes, 0.0, "square-open", "var(--violet)"))
     if fit.nearest is not None:
         drop = fit.nearest.measured_drop if fit.nearest.measured_drop is not None else fit.nearest.predicted_drop
         if drop is not None:
@@ -260,5 +262,7 @@ def _points_table(data: ReportData) -> Table:
         rows.append(["this artifact", shown, "–", drop(loss.value if loss else None)])
     if data.parent_size_bytes:
         rows.append(["parent", format_value(data.parent_size_bytes, "bytes"), "–", drop(0.0)])
+    if data.parent_download_bytes:
+        rows.append(["parent as downloaded", format_value(data.parent_download_bytes, "bytes"), "–", drop(0.0)])
     heads = ["point", "size", "predicted", "measured"]
     return Table("Size and quality loss", heads, rows, numbers=(1, 2, 3))

@@ -13,7 +13,7 @@ from typing import Any
 from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.evidence.evidence import METRICS, Evidence
 from gulliver.core.evidence.gate import Verdict
-from gulliver.core.records import Asked, FitResult, PackedWeight, Packing, PartBits, Plan, Point, TensorBits
+from gulliver.core.records import Asked, FitResult, Origin, PackedWeight, Packing, PartBits, Plan, Point, TensorBits
 from gulliver.runtime.formats import Format
 
 INFEASIBLE, REFUSED, PASS, NOT_JUDGED = "INFEASIBLE", "REFUSED", "PASS", "NOT JUDGED"
@@ -65,8 +65,8 @@ class ReportData:
     """All that one page shows. `manifests` is the lineage, oldest first, this model last.
 
     `others` are the gates on other models of the same recipe: one that refused refuses the recipe and so this model.
-    `parent_evidence` is evidence about the model's parent (the baseline drawn beside ours); `data_names` maps data
-    hashes to what people call the data.
+    `origin` says what was downloaded, for the model `origin_id` of the lineage. `parent_evidence` is evidence about the
+    model's parent (the baseline drawn beside ours); `data_names` maps data hashes to what people call the data.
     """
 
     title: str
@@ -83,6 +83,8 @@ class ReportData:
     machine: Mapping[str, Any] = field(default_factory=dict)
     data_names: Mapping[str, str] = field(default_factory=dict)
     others: tuple[OtherGates, ...] = ()
+    origin: Origin | None = None
+    origin_id: str = ""
 
     @property
     def outcome(self) -> str:
@@ -92,6 +94,12 @@ class ReportData:
         if any(gate.outcome != "PASS" for gates in (self.fit.gates, *(o.gates for o in self.others)) for gate in gates):
             return REFUSED
         return PASS if self.fit.gates else NOT_JUDGED
+
+    @property
+    def parent_download_bytes(self) -> int | None:
+        """Bytes of the parent as it was downloaded; None where that is not recorded, or the same as its weights."""
+        came = self.origin.original_bytes if self.origin and self.origin_id == self.parent_id else None
+        return came if came != self.parent_size_bytes else None
 
     @property
     def ram_metric(self) -> str:

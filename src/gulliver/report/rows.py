@@ -84,9 +84,12 @@ def baselines(data: ReportData) -> dict[tuple[str, str], list[str]]:
             name = row.metric.removeprefix("baseline_")
             if (label == "baseline") == (name != row.metric):
                 found.setdefault((name, row.data_hash), []).append(f"{label} {format_value(row.value, row.unit)}")
-    size = ("size_bytes", "")
+    size, origin = ("size_bytes", ""), data.origin
     if data.parent_size_bytes and size not in found:
         found[size] = [f"parent {format_value(data.parent_size_bytes, 'bytes')}"]
+    if origin is not None and origin.original_bytes is not None:
+        whole = [f"in bfloat16 {format_value(origin.bfloat16_bytes, 'bytes')}"] if origin.bfloat16_bytes else []
+        found.setdefault(size, []).extend([f"downloaded {format_value(origin.original_bytes, 'bytes')}", *whole])
     return found
 
 

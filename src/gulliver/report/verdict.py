@@ -87,6 +87,15 @@ def seconds_taken(data: ReportData) -> float | None:
     return data.fit.memory[-1][0] - data.fit.memory[0][0] if len(data.fit.memory) > 1 else None
 
 
+def downloaded(data: ReportData) -> str:
+    """ "94.1 MB GGUF Q4_1; 269 MB in bfloat16": the first model as it came and in full; "" where not recorded."""
+    origin = data.origin
+    if origin is None or origin.original_bytes is None:
+        return ""
+    came = f"{_bytes(origin.original_bytes)} {origin.original_format or ''}".rstrip()
+    return came + (f"; {_bytes(origin.bfloat16_bytes)} in bfloat16" if origin.bfloat16_bytes else "")
+
+
 def gate_rule(gate: Gated) -> str:
     """ "perplexity ratio at most 1.05"."""
     return f"{metric_name(gate.metric)} {gate.limit} {format_limit(gate.threshold, _unit(gate.metric))}"
@@ -126,7 +135,7 @@ def _asked(data: ReportData) -> str:
 
 
 def _reached(data: ReportData) -> str:
-    loss, parts = data.latest("quality_loss"), [_size(data)]
+    loss, parts = data.latest("quality_loss"), [_size(data) + _shares(data)]
     if loss is not None:
         value, bounds = format_measured(loss.value, loss.low, loss.high, loss.unit)
         parts.append(f"{value} quality loss (95 % interval {bounds})")
@@ -150,6 +159,15 @@ def _loss(data: ReportData) -> tuple[str, str]:
 def _size(data: ReportData) -> str:
     row = data.latest("size_bytes")
     return _bytes(row.value if row else data.size_bytes)
+
+
+def _shares(data: ReportData) -> str:
+    """ " (76 % of the download, 27 % of bfloat16)"; "" where neither is recorded."""
+    size, origin = data.size_bytes, data.origin
+    if not size or origin is None or origin.original_bytes is None:
+        return ""
+    wholes = ((origin.original_bytes, "the download"), (origin.bfloat16_bytes, "its size in bfloat16"))
+    return f" ({', '.join(f'{size / whole:.0%} of {name}' for whole, name in wholes if whole)})".replace("%", "\u00a0%")
 
 
 def _value(data: ReportData, metric: str) -> str:
