@@ -54,7 +54,7 @@ check: .venv/installed-dev
 	$(MAKE) test
 
 docs: .venv/installed-dev
-	$(BIN)/python docs/make_steps.py
+	$(BIN)/python docs/make_docs.py
 
 bench:
 	@test "$(PART)" = all || { echo "one part is for make bench-compress or make bench-runtime"; exit 2; }

@@ -12,7 +12,10 @@ import pytest
 from postgres import postgres_server, postgres_url  # noqa: F401 - fixtures
 
 from gulliver.cli import main as cli
-from gulliver.cli.commands import COMMANDS
+from gulliver.cli.arguments import PARSERS, arguments, model
+from gulliver.cli.commands import COMMANDS, Command
+from gulliver.cli.parser import parsed
+from gulliver.cli.step import _value
 from gulliver.core.errors import BudgetError, GateRefused
 from gulliver.pipeline.steps import STEPS, Step
 
@@ -144,7 +147,7 @@ def test_what_libraries_print_stays_off_stdout(command: Run, monkeypatch: pytest
     ],
 )
 def test_an_options_text_becomes_the_fields_type(text: str, annotation: object, value: object) -> None:
-    assert cli._value(text, annotation) == value
+    assert _value(text, annotation) == value
 
 
 def test_home_may_stand_before_the_command(command: Run, tmp_path: Path) -> None:
@@ -256,3 +259,35 @@ def test_reading_a_recipe_imports_no_torch() -> None:
     )
     found = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
+
+
+def test_numbers_out_of_bounds_name_the_option_and_the_bound(command: Run) -> None:
+    code, _, err = command("bench", "x", "--repeats", "1")
+    assert (code, err) == (2, "error: --repeats is 1; it must be at least 2\n")
+    code, _, err = command("serve", "x", "--timeout", "0")
+    assert (code, err) == (2, "error: --timeout is 0; it must be above 0\n")
+
+
+@pytest.mark.parametrize("row", COMMANDS, ids=lambda row: row.name)
+def test_what_a_parser_reads_is_what_the_model_holds(row: Command) -> None:
+    """parsers.json and the frozen model of a command agree on every default and on every kind of value."""
+    needed = [record for record in arguments(row.options) if record.required]
+    words = [word for record in needed for word in ([] if record.positional else [record.flag]) + ["7"]]
+    line = parsed([row.name, *words])
+    options = model(row.options)(**line.given)
+    assert options.model_config["frozen"] and options.model_config["extra"] == "forbid"
+    for record in arguments(row.options):
+        value = getattr(options, record.name)
+        if record.required:
+            assert value == (("7",) if record.many else "7")
+        else:
+            assert value == (tuple(record.default) if record.many else record.default)
+            given = {"int": "19", "float": "9.5", "switch": None, "text": "9"}[record.kind]
+            again = parsed([row.name, *words, record.flag, *([given] if given else [])])
+            assert model(row.options)(**again.given) != options
+    assert set(line.everywhere) == {"home", "database", "json_", "quiet"}
+
+
+def test_a_table_that_parsers_json_does_not_know_is_read_from_its_models(command: Run) -> None:
+    assert "toys.make:Config" not in json.loads(PARSERS.read_text(encoding="utf-8"))
+    assert command("make", "--weights", "8")[0] == 0

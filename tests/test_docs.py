@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gulliver.cli import main as cli
+from gulliver.cli.commands import COMMANDS as COMMANDS_TABLE
+from gulliver.cli.parser import parsed
 from gulliver.core.errors import GulliverError
 from gulliver.pipeline import steps
 
@@ -41,10 +42,10 @@ def test_every_command_in_a_document_parses(path: Path, line: str) -> None:
     if words and set(words) <= {"-h", "--help", "--version"}:
         return
     if "--help" in words:
-        assert words[0] in {row.name for row in steps.STEPS} | {command.name for command in cli.COMMANDS}
+        assert words[0] in {row.name for row in (*steps.STEPS, *COMMANDS_TABLE)}
         return
     try:
-        cli._parsed(words)
+        parsed(words)
     except GulliverError as failure:
         pytest.fail(f"{name_of(path)}: `{line}`: {failure}")
 
@@ -55,7 +56,7 @@ def test_the_readme_shows_the_main_commands() -> None:
 
 
 def _maker() -> object:
-    spec = importlib.util.spec_from_file_location("make_steps", ROOT / "docs" / "make_steps.py")
+    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "docs" / "make_docs.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -63,9 +64,12 @@ def _maker() -> object:
     return module
 
 
-def test_the_page_of_steps_is_fresh() -> None:
-    page = _maker().page()  # type: ignore[attr-defined]
-    assert (ROOT / "docs" / "steps.md").read_text(encoding="utf-8") == page, "run `make docs`"
+FILES = _maker().files()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_what_is_made_from_the_tables_is_fresh(path: Path) -> None:
+    assert path.read_text(encoding="utf-8") == FILES[path], "run `make docs`"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
@@ -99,7 +103,7 @@ def test_the_makefile_has_the_promised_targets() -> None:
     targets = set(re.findall(r"^([a-z]+):", text, re.MULTILINE))
     assert {"quickstart", "venv", "test", "check", "docs", "bench"} <= targets
     for line in re.findall(r"\$\(BIN\)/(gulliver .+)", text):
-        cli._parsed(shlex.split(line.replace("$(SMALL)", "out/small"))[1:])
+        parsed(shlex.split(line.replace("$(SMALL)", "out/small"))[1:])
 
 
 def test_the_changelog_names_this_version() -> None:

@@ -126,9 +126,9 @@ def test_options_reach_the_engine(command: Run, folder: Path, tmp_path: Path) ->
     ("words", "message"),
     [
         (["--temperature", "-1"], "temperature is -1.0"),
-        (["--max-tokens", "0"], "max_tokens is 0"),
-        (["--threads", "0"], "threads is 0"),
-        (["--path", "fast"], "backend is 'fast'"),
+        (["--max-tokens", "0"], "--max-tokens is 0"),
+        (["--threads", "0"], "--threads is 0"),
+        (["--backend", "fast"], "backend is 'fast'"),
         (["--isa", "sse9"], "sse9"),
         (["--ram", "lots"], "--ram is 'lots'"),
         (["--prompts", "none.jsonl"], "exclude each other"),

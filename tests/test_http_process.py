@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -22,6 +21,7 @@ import pytest
 from language_samples import write_causal
 
 from gulliver.cli import serve as commands_serve
+from gulliver.cli.parser import parsed
 from gulliver.core.errors import ConfigError
 from gulliver.serve.keys import add_key
 from gulliver.serve.process import listen
@@ -163,12 +163,6 @@ def test_a_native_model_is_served_without_torch() -> None:
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
-def options(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    commands_serve.serve_arguments(parser)
-    return parser.parse_args(list(words))
-
-
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -186,7 +180,8 @@ def options(*words: str) -> argparse.Namespace:
 )
 def test_wrong_options_stop_early(words: tuple[str, ...], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        commands_serve.serve(options(*words), SimpleNamespace())
+        line = parsed(["serve", *words])
+        line.row.act(line.given, SimpleNamespace())
 
 
 def test_a_port_that_is_taken_is_named() -> None:

@@ -1,61 +1,23 @@
-"""The commands `generate`, `chat` and `bench`. Each is a row like those in commands.py."""
+"""The commands `generate` and `chat`; their first word comes at once, so nothing here imports pydantic."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gulliver.core.errors import ConfigError
 
-MODEL_HELP = "an artifact id, a folder, a .gguf file, catalog:NAME or hf:ORG/NAME"
-SAMPLING = {
-    "temperature": (float, "how much chance there is in the choice of a token; 0 takes the likeliest (default 0.7)"),
-    "top_p": (float, "keep the fewest likeliest tokens that reach this probability (default 1: all)"),
-    "top_k": (int, "keep this many of the likeliest tokens (default 0: all)"),
-    "min_p": (float, "keep tokens at least this fraction as likely as the likeliest (default 0: all)"),
-    "repetition_penalty": (float, "above 1: tokens that are there already become less likely (default 1)"),
-    "seed": (int, "the same seed gives the same answer (default: another each time)"),
-}
-"""Option -> (type, help). The names are those of runtime.sampling.Sampling."""
+if TYPE_CHECKING:
+    from gulliver.cli.options import AnswerOptions, ChatOptions, GenerateOptions
+    from gulliver.cli.session import Session
 
 
 # ---- generate --------------------------------------------------------------------------------------------------------
-def generate_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `generate`."""
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--prompt", metavar="TEXT", help="what to answer; - reads standard input (as when it is piped)")
-    parser.add_argument(
-        "--prompts", metavar="FILE", help='one prompt a line: text as JSON, {"prompt": …} or {"messages": […]}'
-    )
-    parser.add_argument("--system", metavar="TEXT", help="the system message, for a model with a chat template")
-    parser.add_argument("--raw", action="store_true", help="go on from the prompt itself, without the chat template")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
-    parser.add_argument("--json-schema", metavar="FILE", help="the answer is JSON that fits the schema in this file")
-    _answer_arguments(parser, "512")
-
-
-def _answer_arguments(parser: argparse.ArgumentParser, most: str) -> None:
-    group = parser.add_argument_group("how it answers")
-    group.add_argument("--max-tokens", type=int, metavar="N", help=f"longest answer in tokens (default {most})")
-    for name, (kind, about) in SAMPLING.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=about)
-    _opening_arguments(parser)
-
-
-def _opening_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("how it runs")
-    group.add_argument("--threads", type=int, metavar="N", help="threads (default: one per core)")
-    group.add_argument("--isa", default="auto", help="instruction set of the native path, as doctor names it")
-    group.add_argument("--path", default="auto", help="what runs the model: auto, native or reference (default auto)")
-    group.add_argument("--ram", help="most memory of the whole process, e.g. 1GB; weights beyond it are read anew")
-
-
-def generate(options: argparse.Namespace, session: Any) -> tuple[Any, list[str]]:
+def generate(options: GenerateOptions, session: Session) -> tuple[Any, list[str]]:
     """Answer one prompt, its text on stdout as it comes; or the prompts of a file, one JSON line each."""
     from gulliver.pipeline.generate import SLOTS, open_model
 
@@ -78,20 +40,20 @@ def generate(options: argparse.Namespace, session: Any) -> tuple[Any, list[str]]
         ]
         if options.prompts is not None:
             return _many(options, model, requests, session)
-        answer = model.answer(requests[0], (lambda text: None) if options.json else _write)
+        answer = model.answer(requests[0], (lambda text: None) if session.json else _write)
         document = {**asdict(answer), "timings": answer.timings(), **_how(model, raw=options.raw)}
-        if not options.json and not answer.text.endswith("\n"):
+        if not session.json and not answer.text.endswith("\n"):
             _write("\n")
         session.progress.print(model.told(answer))
     return document, []
 
 
-def _many(options: argparse.Namespace, model: Any, requests: list[Any], session: Any) -> tuple[Any, list[str]]:
+def _many(options: GenerateOptions, model: Any, requests: list[Any], session: Session) -> tuple[Any, list[str]]:
     began = time.perf_counter()
     answers = model.answers(requests)
     seconds = time.perf_counter() - began
     rows = [{"text": answer.text, "finish_reason": answer.finish_reason} for answer in answers]
-    if not options.json:
+    if not session.json:
         _write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     tokens = sum(answer.completion_tokens for answer in answers)
     session.progress.print(f"{len(rows)} answers, {tokens} tokens, {tokens / seconds:.0f} tokens/s; {model.told()}")
@@ -116,7 +78,7 @@ def _how(model: Any, *, raw: bool) -> dict[str, Any]:
     }
 
 
-def _prompts(options: argparse.Namespace) -> list[Any]:
+def _prompts(options: GenerateOptions) -> list[Any]:
     """The prompt, or those of the file."""
     if options.prompts is not None:
         if options.prompt is not None:
@@ -180,18 +142,19 @@ def _utf8(read: Any) -> str:
         raise ConfigError(f"the text is not UTF-8 (byte {error.start}); convert it first") from None
 
 
-def _sampling(options: argparse.Namespace) -> Any:
+def _sampling(options: AnswerOptions) -> Any:
     from gulliver.pipeline.generate import TEMPERATURE
     from gulliver.runtime.sampling import Sampling
 
-    given = {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
+    given = {one.name: getattr(options, one.name, None) for one in fields(Sampling)}
+    given = {name: value for name, value in given.items() if value is not None}
     return Sampling(**{"temperature": TEMPERATURE, **given})
 
 
-def _opening(options: argparse.Namespace, slots: int = 1) -> Any:
+def _opening(options: AnswerOptions, slots: int = 1) -> Any:
     from gulliver.pipeline.generate import Opening
 
-    return Opening(options.threads, options.isa, options.path, options.ram, slots)
+    return Opening(options.threads, options.isa, options.backend, options.ram, slots)
 
 
 def _write(text: str) -> None:
@@ -200,14 +163,7 @@ def _write(text: str) -> None:
 
 
 # ---- chat ------------------------------------------------------------------------------------------------------------
-def chat_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `chat`."""
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--system", metavar="TEXT", help="the system message")
-    _answer_arguments(parser, "what the context holds")
-
-
-def chat(options: argparse.Namespace, session: Any) -> tuple[Any, list[str]]:
+def chat(options: ChatOptions, session: Session) -> tuple[Any, list[str]]:
     """Talk until the input ends. ConfigError for a model without a chat template."""
     from gulliver.cli.chat import Chat
     from gulliver.pipeline.generate import open_model
@@ -223,29 +179,5 @@ def chat(options: argparse.Namespace, session: Any) -> tuple[Any, list[str]]:
             system=options.system,
             tell=session.progress.print,
         )
-        talk.run((lambda text: None) if options.json else _write)
+        talk.run((lambda text: None) if session.json else _write)
         return {"messages": talk.messages, **_how(model, raw=False)}, []
-
-
-# ---- bench -----------------------------------------------------------------------------------------------------------
-def bench_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `bench`."""
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--repeats", type=int, default=9, help="measured runs of everything, after one (default 9)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: one per core)")
-    parser.add_argument("--isa", default="auto", help="instruction set of the native path, as doctor names it")
-
-
-def bench(options: argparse.Namespace, session: Any) -> tuple[Any, list[str]]:
-    """Measure speed and memory now; the medians and their intervals."""
-    from gulliver.pipeline.bench import bench, lines
-
-    document = bench(
-        options.model,
-        repeats=options.repeats,
-        threads=options.threads,
-        isa=options.isa,
-        store=lambda: session.store,
-        progress=session.progress,
-    )
-    return document, lines(document)

@@ -1,36 +1,17 @@
-"""The commands `serve` and `keys`. Each is a row like those in commands.py."""
+"""The command `serve`."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gulliver.cli.options import ServeOptions
+from gulliver.cli.session import Session
 from gulliver.core.errors import ConfigError
 
-MODEL_HELP = "what to serve, as MODEL or NAME=MODEL; MODEL is an artifact id, a folder, a .gguf file, catalog:… or hf:…"
 
-
-def serve_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `serve`."""
-    parser.add_argument("models", metavar="MODEL", nargs="+", help=MODEL_HELP)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one (default 8000)")
-    parser.add_argument("--threads", type=int, help="threads of each model (default: one per core)")
-    parser.add_argument("--slots", type=int, default=16, help="most completions in one step of a model (default 16)")
-    parser.add_argument("--cache-tokens", type=int, help="tokens that a model's cache holds (default: by memory)")
-    parser.add_argument("--queue", type=int, default=256, help="most requests that wait for a model (default 256)")
-    parser.add_argument("--api-keys", metavar="FILE", help="serve only who has a key; see `gulliver keys`")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds a request may take (default 600)")
-    parser.add_argument("--grace", type=float, default=30.0, help="seconds running answers get on SIGTERM (default 30)")
-    parser.add_argument("--max-body", default="4MiB", help="longest body of a request (default 4MiB)")
-    parser.add_argument("--ram", help="most memory of the whole process, e.g. 1GB; weights beyond it are read anew")
-    parser.add_argument("--path", default="auto", help="what runs the models: auto, native or reference (default auto)")
-    parser.add_argument("--isa", default="auto", help="instruction set of the native path, as doctor names it")
-
-
-def serve(options: argparse.Namespace, session: Any) -> tuple[Any, list[str]]:
+def serve(options: ServeOptions, session: Session) -> tuple[Any, list[str]]:
     """Serve until a signal comes. ConfigError for a wrong option, a port that is taken, two models of one name."""
     from gulliver.core.evidence.budget import parse_size
     from gulliver.serve import logs, process
@@ -38,12 +19,6 @@ def serve(options: argparse.Namespace, session: Any) -> tuple[Any, list[str]]:
     from gulliver.serve.keys import KeyRing
     from gulliver.serve.state import Settings
 
-    for name in ("threads", "slots", "cache_tokens", "queue", "timeout"):
-        value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
-    if options.grace < 0:
-        raise ConfigError(f"--grace is {options.grace}; it must be 0 or more seconds")
     settings = Settings(
         max_body_bytes=parse_size(options.max_body, "--max-body"),
         timeout_seconds=options.timeout,
@@ -87,7 +62,7 @@ def named_models(specs: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
-def opened(name: str, spec: str, options: argparse.Namespace, session: Any) -> Any:
+def opened(name: str, spec: str, options: ServeOptions, session: Session) -> Any:
     """A model, loaded and ready to be served. A folder on this machine is used where it lies, without a store."""
     from gulliver.core.errors import ArtifactError
     from gulliver.core.store.artifact import MANIFEST
@@ -110,7 +85,7 @@ def opened(name: str, spec: str, options: argparse.Namespace, session: Any) -> A
     return _loaded(name, artifact.path, options)
 
 
-def _loaded(name: str, folder: Path, options: argparse.Namespace) -> Any:
+def _loaded(name: str, folder: Path, options: ServeOptions) -> Any:
     from gulliver.core.evidence.budget import parse_size
     from gulliver.core.store.artifact import MANIFEST, open_artifact
     from gulliver.runtime.batching.encoder import Encoder, is_encoder
@@ -128,7 +103,7 @@ def _loaded(name: str, folder: Path, options: argparse.Namespace) -> Any:
             cache_tokens=options.cache_tokens,
             slots=options.slots,
             queue=options.queue,
-            backend=options.path,
+            backend=options.backend,
             isa=options.isa,
             max_ram_bytes=parse_size(options.ram, "--ram") if options.ram else None,
         )
@@ -145,41 +120,3 @@ def _loaded(name: str, folder: Path, options: argparse.Namespace) -> Any:
         why=why,
         context=engine.context,
     )
-
-
-def keys_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `keys`."""
-    parser.add_argument("file", metavar="FILE", help="the file of keys; it holds their hashes, never the keys")
-    parser.add_argument("--add", metavar="NAME", help="make a key, print it once, and keep its hash under this name")
-    parser.add_argument("--remove", metavar="NAME", help="take a key out; running servers refuse it within a second")
-    parser.add_argument("--requests-per-minute", type=int, metavar="N", help="limit of the new key (default: none)")
-    parser.add_argument("--tokens-per-minute", type=int, metavar="N", help="limit of the new key (default: none)")
-
-
-def keys(options: argparse.Namespace, session: Any) -> tuple[Any, list[str]]:
-    """Make, remove or list keys. ConfigError for a name that is taken, unknown or malformed."""
-    from gulliver.serve.keys import add_key, read_keys, remove_key
-
-    del session
-    path = Path(options.file)
-    if options.add and options.remove:
-        raise ConfigError("--add and --remove exclude each other; run the command twice")
-    limits = {"requests_per_minute": options.requests_per_minute, "tokens_per_minute": options.tokens_per_minute}
-    if not options.add and any(limit is not None for limit in limits.values()):
-        raise ConfigError("limits belong to a new key; use them with --add NAME")
-    if options.add:
-        secret = add_key(path, options.add, **limits)
-        return {"name": options.add, "key": secret}, [secret, "this is shown once; keep it safe"]
-    if options.remove:
-        remove_key(path, options.remove)
-        return {"removed": options.remove}, [f"{options.remove} is removed"]
-    rows = [
-        {"name": key.name, "requests_per_minute": key.requests_per_minute, "tokens_per_minute": key.tokens_per_minute}
-        for key in read_keys(path)
-    ]
-    lines = [
-        f"{row['name']}: {row['requests_per_minute'] or 'any number of'} requests, "
-        f"{row['tokens_per_minute'] or 'any number of'} tokens a minute"
-        for row in rows
-    ]
-    return {"keys": rows}, lines or ["no keys yet"]

@@ -33,8 +33,9 @@ class Step:
 
     `function` is "module:function", `options` "module:class"; `needs` and `optional` name inputs (keys of INPUT_KINDS);
     `makes` lists the kinds the step may return; `reads` names options that may hold paths of local files, whose
-    contents are then part of the reuse key. `compresses` says that a model it makes is judged against the one that
-    went in. Raise `version` whenever the same config and inputs would give another result.
+    contents are then part of the reuse key; `several` names inputs that may be more than one artifact. `compresses`
+    says that a model it makes is judged against the one that went in. Raise `version` whenever the same config and
+    inputs would give another result.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Step:
     help: str
     optional: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+    several: tuple[str, ...] = ()
     compresses: bool = False
     version: int = 1
 

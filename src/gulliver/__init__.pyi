@@ -1,0 +1,194 @@
+"""The public names as editors see them. Made by `make docs` from the table of steps; change it there."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from gulliver.core.progress import Progress
+from gulliver.core.store.artifact import Artifact
+from gulliver.pipeline.api import audit as audit
+from gulliver.pipeline.api import list_artifacts as list_artifacts
+from gulliver.pipeline.api import show as show
+from gulliver.pipeline.api import verify as verify
+from gulliver.pipeline.bench import bench as bench
+from gulliver.pipeline.fit import fit as fit
+from gulliver.pipeline.generate import generate as generate
+from gulliver.pipeline.run import run_recipe as run
+
+__version__: str
+__all__ = ["audit", "bench", "calibrate", "distill", "export", "fit", "generate", "list_artifacts", "plan", "pull", "quality", "quantize", "read", "run", "sample", "show", "speed", "train", "verify"]
+
+_Source = str | Path | Artifact
+"""An artifact, its id, its folder, or what `pull` and `read` take."""
+
+def pull(
+    source: str,
+    task: str | None = None,
+    *,
+    home: Path | str | None = None,
+    database_url: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Artifact:
+    """bring a model in: catalog:NAME, hf:ORG/NAME, a local folder or a .gguf file"""
+
+def read(
+    data: str,
+    eval_data: str | None = None,
+    task: str = 'language',
+    holdout: float = 0.1,
+    text_column: str = 'text',
+    *,
+    home: Path | str | None = None,
+    database_url: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Artifact:
+    """make a dataset from files or the catalog, split into parts that never overlap"""
+
+def sample(
+    model: _Source,
+    *,
+    count: int = 96,
+    tokens: int = 512,
+    batch_size: int = 48,
+    home: Path | str | None = None,
+    database_url: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Artifact:
+    """let a model write data of its own, for calibration that favours no domain"""
+
+def train(
+    dataset: _Source,
+    *,
+    task: str | None = None,
+    size: int = 1,
+    steps: int = 300,
+    batch_size: int = 64,
+    tokens: int | None = None,
+    optimizer: Literal['adamw', 'sgd'] = 'adamw',
+    learning_rate: float = 0.001,
+    weight_decay: float = 0.01,
+    warmup_steps: int = 20,
+    max_grad_norm: float = 1.0,
+    checkpoint_every: int = 50,
+    home: Path | str | None = None,
+    database_url: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Artifact:
+    """train a new network on a dataset"""
+
+def calibrate(
+    model: _Source,
+    dataset: _Source,
+    samples: _Source | None = None,
+    *,
+    examples: int = 64,
+    batch_size: int = 4,
+    tokens: int | None = None,
+    moments: Literal['full', 'diagonal'] = 'full',
+    sensitivity: Literal['auto', 'gradient', 'power'] = 'auto',
+    gradient_examples: int = 16,
+    max_ram_bytes: int | str | None = None,
+    home: Path | str | None = None,
+    database_url: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Artifact:
+    """stream calibration data through a model, block by block, and keep each layer's statistics"""
+
+def plan(
+    model: _Source,
+    calibration: _Source,
+    *,
+    size_bytes: int | str,
+    kind: Literal['any', 'codebook', 'uniform'] = 'any',
+    min_bits: int = 2,
+    probe_rows: int = 32,
+    feedback: bool = True,
+    home: Path | str | None = None,
+    database_url: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Artifact:
+    """choose one format per tensor: least predicted damage within the budget"""
+
+def quantize(
+    model: _Source,
+    calibration: _Source,
+    plan: _Source | None = None,
+    *,
+    bits: int = 4,
+    group_size: int = 64,
+    kind: Literal['codebook', 'uniform'] = 'codebook',
+    method: Literal['feedback', 'nearest'] = 'feedback',
+    max_ram_bytes: int | str | None = None,
+    home: Path | str | None = None,
+    database_url: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Artifact:
+    """pack a model's weights into few bits, by the plan or in one format"""
+
+def distill(
+    model: _Source,
+    parent: _Source,
+    dataset: _Source,
+    samples: _Source | None = None,
+    *,
+    steps: int = 100,
+    batch_size: int = 2,
+    tokens: int | None = None,
+    learning_rate: float = 0.007,
+    scale_rate: float = 0.0005,
+    vector_rate: float = 0.0003,
+    warmup_steps: int = 5,
+    max_grad_norm: float = 1.0,
+    checkpoint_every: int = 25,
+    home: Path | str | None = None,
+    database_url: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Artifact:
+    """distil a packed model's codes, scales and norms against its parent"""
+
+def quality(
+    model: _Source,
+    dataset: _Source,
+    parent: _Source | None = None,
+    *,
+    share: float | None = None,
+    windows: int | None = None,
+    context: int | None = None,
+    home: Path | str | None = None,
+    database_url: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Artifact:
+    """measure a model on held-out data, paired against its parent"""
+
+def speed(
+    model: _Source,
+    *,
+    repeats: int = 5,
+    home: Path | str | None = None,
+    database_url: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Artifact:
+    """measure a model's speed, memory and size on this machine"""
+
+def export(
+    model: _Source,
+    *,
+    format: Literal['safetensors', 'compressed-tensors', 'gguf', 'onnx'],
+    widen: bool = False,
+    type: Literal['exact', 'f32', 'bf16', 'f16', 'q8_0'] = 'exact',
+    home: Path | str | None = None,
+    database_url: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Artifact:
+    """write a model in another tool's format, exactly or not at all"""

@@ -1,0 +1,192 @@
+"""The options of every command that is not a step, and those that all commands take.
+
+parser.py makes arguments from these models: a first field that is required stands without a flag, text in `about` is
+the help. Imported by what makes parsers.json and by commands that are not in a hurry, never by `generate` and `chat`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from gulliver.cli.arguments import MODEL_HELP
+from gulliver.core.options import Options
+
+ANSWERS, RUNS = "how it answers", "how it runs"
+
+
+def option(default: Any, about: str, *, metavar: str = "", group: str = "", **bounds: Any) -> Any:
+    """A field: `...` for one that is required; `metavar` and `group` are how the help shows it."""
+    return Field(default, description=about, json_schema_extra={"metavar": metavar, "group": group}, **bounds)
+
+
+# ---- what several take -------------------------------------------------------------------------------------------
+
+
+class Everywhere(Options):
+    """What every command takes."""
+
+    home: str | None = option(None, "where artifacts and evidence are kept (default ~/.gulliver)", metavar="DIR")
+    database: str | None = option(
+        None, "keep evidence and runs there, e.g. postgresql+psycopg://…", metavar="URL", group="everywhere"
+    )
+    json_: bool = option(False, "print one JSON document on stdout, nothing else")
+    quiet: bool = option(False, "show no progress")
+
+
+class Making(Options):
+    """What every step takes beside its inputs and its own options."""
+
+    seed: int = option(0, "seed of everything random")
+    out: str | None = option(None, "also copy what was made there", metavar="DIR")
+
+
+class NoOptions(Options):
+    """Nothing beside what every command takes: `list`, `doctor`."""
+
+
+class OneArtifact(Options):
+    """Options of `show` and `verify`."""
+
+    id: str = option(..., "the id of an artifact, its first 6 or more digits, or its folder")
+
+
+# ---- fit, run, audit ---------------------------------------------------------------------------------------------
+
+
+class FitOptions(Options):
+    """Options of `fit`."""
+
+    model: str = option(..., MODEL_HELP)
+    size: str = option(..., "most bytes of weights: 64MB (10^6) or 64MiB (2^20)")
+    ram: str | None = option(None, "most memory that compressing may take, e.g. 1GB")
+    speed: float | None = option(None, "least tokens per second on this machine")
+    max_drop: str | None = option(None, "most quality to give up, e.g. 5%")
+    data: str | None = option(None, "text files, a dataset artifact or catalog:NAME")
+    eval_data: str | None = option(None, "held-out text; without it a part of --data is held out")
+    effort: str = option("normal", "fast, normal or high: how much work may go into it")
+    seed: int = option(0, "seed of everything random")
+    out: str = option(..., "where to put the fitted model and its report", metavar="DIR")
+
+
+class RunOptions(Options):
+    """Options of `run`."""
+
+    recipe: str = option(..., "a recipe: steps and gates in order", metavar="RECIPE.toml")
+    report: str | None = option(None, "where to write the HTML report (default: beside the model)", metavar="FILE")
+
+
+class AuditOptions(Options):
+    """Options of `audit`."""
+
+    model: str = option(..., MODEL_HELP)
+    data: str | None = option(None, "data to measure on (default: the held-out part of what it was made with)")
+    eval_data: str | None = option(None, "held-out text, when --data names text files")
+    parent: str | None = option(None, "the model to compare with (default: the one it was made from)")
+    seed: int = option(0, "seed of everything random")
+
+
+# ---- generate, chat, bench ---------------------------------------------------------------------------------------
+
+
+class BenchOptions(Options):
+    """Options of `bench`."""
+
+    model: str = option(..., MODEL_HELP)
+    repeats: int = option(9, "measured runs of everything, after one", ge=2)
+    threads: int | None = option(None, "threads (default: one per core)", metavar="N", ge=1)
+    isa: str = option("auto", "instruction set of the native backend, as doctor names it")
+
+
+class AnswerOptions(Options):
+    """What `generate` and `chat` share. The names of the middle group are those of runtime.sampling.Sampling."""
+
+    model: str = option(..., MODEL_HELP)
+    system: str | None = option(None, "the system message, for a model with a chat template", metavar="TEXT")
+    max_tokens: int | None = option(None, "longest answer in tokens", metavar="N", group=ANSWERS, ge=1)
+    temperature: float | None = option(
+        None,
+        "how much chance there is in the choice of a token; 0 takes the likeliest (default 0.7)",
+        metavar="X",
+        group=ANSWERS,
+    )
+    top_p: float | None = option(
+        None, "keep the fewest likeliest tokens that reach this probability (default 1: all)", group=ANSWERS
+    )
+    top_k: int | None = option(None, "keep this many of the likeliest tokens (default 0: all)", group=ANSWERS)
+    min_p: float | None = option(
+        None, "keep tokens at least this fraction as likely as the likeliest (default 0: all)", group=ANSWERS
+    )
+    repetition_penalty: float | None = option(
+        None,
+        "above 1: tokens that are there already become less likely (default 1)",
+        metavar="X",
+        group=ANSWERS,
+    )
+    seed: int | None = option(
+        None, "the same seed gives the same answer (default: another each time)", metavar="N", group=ANSWERS
+    )
+    threads: int | None = option(None, "threads (default: one per core)", metavar="N", group=RUNS, ge=1)
+    isa: str = option("auto", "instruction set of the native backend, as doctor names it", group=RUNS)
+    backend: str = option("auto", "what runs the model: auto, native or reference", group=RUNS)
+    ram: str | None = option(
+        None, "most memory of this whole process, e.g. 1GB; weights beyond it are read anew", group=RUNS
+    )
+
+
+class GenerateOptions(AnswerOptions):
+    """Options of `generate`."""
+
+    max_tokens: int | None = option(None, "longest answer in tokens (default 512)", metavar="N", group=ANSWERS, ge=1)
+    prompt: str | None = option(None, "what to answer; - reads standard input (as when it is piped)", metavar="TEXT")
+    prompts: str | None = option(
+        None, 'one prompt a line: text as JSON, {"prompt": …} or {"messages": […]}', metavar="FILE"
+    )
+    raw: bool = option(False, "continue the prompt itself, without the chat template")
+    stop: tuple[str, ...] = option((), "end before this text; repeatable", metavar="TEXT")
+    json_schema: str | None = option(None, "the answer is JSON that fits the schema in this file", metavar="FILE")
+
+
+class ChatOptions(AnswerOptions):
+    """Options of `chat`."""
+
+    max_tokens: int | None = option(
+        None, "longest answer in tokens (default: what the context holds)", metavar="N", group=ANSWERS, ge=1
+    )
+
+
+# ---- serve, keys -------------------------------------------------------------------------------------------------
+
+
+class ServeOptions(Options):
+    """Options of `serve`."""
+
+    models: tuple[str, ...] = option(
+        ..., f"what to serve, as MODEL or NAME=MODEL; MODEL is {MODEL_HELP}", metavar="MODEL"
+    )
+    host: str = option("127.0.0.1", "address to listen on, this machine alone unless given")
+    port: int = option(8000, "port to listen on; 0 takes a free one")
+    threads: int | None = option(None, "threads of each model (default: one per core)", metavar="N", ge=1)
+    slots: int = option(16, "most completions in one step of a model", metavar="N", ge=1)
+    cache_tokens: int | None = option(None, "tokens that a model's cache holds (default: by memory)", ge=1)
+    queue: int = option(256, "most requests that wait for a model", metavar="N", ge=1)
+    api_keys: str | None = option(None, "serve only requests with a key; see `gulliver keys`", metavar="FILE")
+    timeout: float = option(600.0, "seconds a request may take", metavar="SECONDS", gt=0)
+    grace: float = option(30.0, "seconds running answers get on SIGTERM", metavar="SECONDS", ge=0)
+    max_body: str = option("4MiB", "longest body of a request", metavar="SIZE")
+    ram: str | None = option(
+        None, "most memory of the server's whole process, e.g. 1GB; weights beyond it are read anew", metavar="SIZE"
+    )
+    backend: str = option("auto", "what runs the models: auto, native or reference")
+    isa: str = option("auto", "instruction set of the native backend, as doctor names it")
+
+
+class KeysOptions(Options):
+    """Options of `keys`."""
+
+    file: str = option(..., "the file of keys; it holds their hashes, never the keys")
+    add: str | None = option(None, "make a key, print it once, and keep its hash under this name", metavar="NAME")
+    remove: str | None = option(None, "take a key out; running servers refuse it within a second", metavar="NAME")
+    requests_per_minute: int | None = option(None, "limit of the new key (default: none)", metavar="N", ge=1)
+    tokens_per_minute: int | None = option(None, "limit of the new key (default: none)", metavar="N", ge=1)
