@@ -15,7 +15,7 @@ from report_samples import artifact, fit, fitted, plan, tensor, tensors
 from gulliver.core.errors import ArtifactError
 from gulliver.core.evidence.evidence import measured
 from gulliver.core.evidence.gate import Gate
-from gulliver.core.records import FitResult, PackedPart, PackedWeight, Packing, Plan, Point, TensorBits
+from gulliver.core.records import Asked, FitResult, PackedPart, PackedWeight, Packing, Plan, Point, TensorBits
 from gulliver.core.store.store import Store
 from gulliver.report import bits, plots, rows, verdict
 from gulliver.report.gather import gather, oldest_first
@@ -156,6 +156,17 @@ def test_infeasible_names_the_nearest_point(sample: ReportData) -> None:
     text = " ".join(verdict.sentences(data))
     assert data.outcome == "INFEASIBLE" and "84" in text and "6.1" in text and "predicted" in text
     assert "The embedding is the limit." in text and "Reached" not in text
+
+
+def test_a_speed_is_that_of_the_gate_or_of_what_was_measured() -> None:
+    """No family is asked: METRICS says what a speed is, a gate on one says which, and its unit follows."""
+    fit = FitRecord(asked=Asked(min_tokens_per_s=150))
+    images = replace(bare(), fit=fit, evidence=(measured("examples_per_s", 42),))
+    assert images.speed_metric == "examples_per_s" and "150\u00a0examples/s." in verdict.sentences(images)[0]
+    judged = gated(Gate("prefill_tokens_per_s", at_least=1).judge([], "a" * 64))
+    assert replace(images, fit=replace(fit, gates=(judged,))).speed_metric == "prefill_tokens_per_s"
+    nothing = replace(bare(), fit=fit)
+    assert nothing.speed_metric is None and "at least 150\u00a0per s." in verdict.sentences(nothing)[0]
 
 
 def test_an_infeasible_fit_is_told_only_where_it_is_given(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def metric_name(name: str) -> str:
 
 def _asked(data: ReportData) -> str:
     asked = data.fit.asked
-    speed = _unit(data.speed_metric) if data.speed_metric else ""
+    speed = _unit(data.speed_metric) if data.speed_metric else "per s"
     parts = [
         ("at most", asked.size_bytes, "bytes", ""),
         ("at most", asked.max_drop, "fraction", " quality loss"),
