@@ -9,16 +9,18 @@ from urllib.parse import urlsplit
 
 import pytest
 from fake_openai import FakeServer, example_about, fake_server
+from needed import missing, needed_module
 
-playwright = pytest.importorskip("playwright.sync_api", reason="the chat page needs playwright: pip install playwright")
+playwright = needed_module("playwright.sync_api", "pages are tested by playwright: pip install playwright")
 CHROMIUM = shutil.which("chromium")
-NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH: apt-get install chromium")
 expect = playwright.expect
 expect.set_options(timeout=20_000)  # milliseconds; a machine may be busy with other tests
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        missing("no chromium on the PATH: apt-get install chromium")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser

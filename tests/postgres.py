@@ -1,7 +1,7 @@
 """A private PostgreSQL server for the tests: Debian's own binaries, a temporary cluster, a Unix socket, no port.
 
 `postgres_server` starts it once per test process and stops it at the end; `postgres_url` is a new, empty database. Both
-skip, saying why, where no server is installed.
+skip, saying why, where no server is installed, and fail where CI=true.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from needed import missing
 
 USER = "gulliver"
 
@@ -76,18 +77,18 @@ def _run_detached(command: list[str], folder: Path) -> subprocess.CompletedProce
 
 
 def find_binaries() -> Path:
-    """The folder of the newest server's programs. Skips the test where there is none, or no user to run it as."""
+    """The folder of the newest server's programs. `missing` where there is none, or no user to run it as."""
     found = sorted(
         (folder for folder in Path("/usr/lib/postgresql").glob("*/bin") if (folder / "initdb").is_file()),
         key=lambda folder: int(folder.parent.name),
     )
     if not found:
-        pytest.skip("no PostgreSQL server is installed (Debian: apt-get install postgresql)")
+        missing("no PostgreSQL server is installed (Debian: apt-get install postgresql)")
     if os.geteuid() == 0:
         try:
             pwd.getpwnam("postgres")
         except KeyError:
-            pytest.skip("root may not run PostgreSQL, and there is no user postgres to run it as")
+            missing("root may not run PostgreSQL, and there is no user postgres to run it as")
     return found[-1]
 
 

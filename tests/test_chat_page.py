@@ -13,7 +13,6 @@ from http_samples import FakeEngine, serving
 
 browser, running_server, server = chat_browser.browser, chat_browser.running_server, chat_browser.server
 options, page = chat_browser.options, chat_browser.page
-pytestmark = chat_browser.NEEDS_CHROMIUM
 
 
 def test_an_answer_appears_as_it_streams(page: Any, server: FakeServer) -> None:

@@ -10,7 +10,6 @@ import pytest
 from fake_openai import FakeServer
 
 browser, running_server = chat_browser.browser, chat_browser.running_server
-pytestmark = chat_browser.NEEDS_CHROMIUM
 
 # Renders `text` at once and in pieces of seven characters, in the page; gives what a test may ask about it.
 RENDER = """async (text) => {

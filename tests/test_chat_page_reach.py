@@ -18,7 +18,6 @@ from gulliver.report.units import format_measured, format_value
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
 browser, running_server, server = chat_browser.browser, chat_browser.running_server, chat_browser.server
 options, page = chat_browser.options, chat_browser.page
-pytestmark = chat_browser.NEEDS_CHROMIUM
 
 
 def test_everything_is_done_with_the_keyboard(page: Any, server: FakeServer) -> None:

@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from needed import needed_module
 from packed_oracle import unpack_slowly
 from test_packed import FORMATS, random_part
 
 from gulliver.runtime.packed import Format, RowGroup, pack
 
-native = pytest.importorskip("gulliver.runtime._native", reason="the native engine is not built: no compiler was found")
+native = needed_module("gulliver.runtime._native", "the native engine is not built: no compiler was found")
 
 SETS = [name for name, runs, _ in native.instruction_sets() if runs]
 BLOCK = 32  # columns that share one scale of the activations

@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from needed import needed_module
 
 import gulliver
 
-pytest.importorskip("gulliver.runtime._native", reason="the native engine is not built: no compiler was found")
-pytest.importorskip("nanobind", reason="nanobind is not installed; pip install 'gulliver[dev]'")
+needed_module("gulliver.runtime._native", "the native engine is not built: no compiler was found")
+needed_module("nanobind", "nanobind is not installed; pip install 'gulliver[dev]'")
 
 STUB = Path(gulliver.__file__).parent / "runtime" / "_native.pyi"
 MAKE = [sys.executable, "-m", "nanobind.stubgen", "-q", "-m", "gulliver.runtime._native", "-o"]

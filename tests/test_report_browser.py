@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_browser import NEEDS_CHROMIUM, browser
+from chat_browser import browser
 from report_samples import fitted
 
 from gulliver.report.gather import gather
 from gulliver.report.html import page
 
-pytestmark = NEEDS_CHROMIUM
 __all__ = ["browser"]  # a fixture
 
 

@@ -95,7 +95,7 @@ def _compressed(model: Artifact, raw: dict[str, Any], folder: Path, ctx: Context
 
 
 def as_bfloat16(tensor: Tensor) -> tuple[Tensor, float]:
-    """A floating tensor in bfloat16 and its largest relative rounding error; any other tensor as it is and 0."""
+    """A floating tensor of any shape in bfloat16 and its largest relative rounding error; others as they are and 0."""
     if not tensor.is_floating_point():
         return tensor, 0.0
     rounded = tensor.to(torch.bfloat16)

@@ -67,7 +67,8 @@ class _Need:
 def plan_layout(tensors: Iterable[tuple[str, PackedTensor | Tensor]], network: nn.Module, widen: bool) -> Layout:
     """The smallest layout that holds every packed tensor exactly. ConfigError names the tensor that has none.
 
-    `network` has the model's modules (its parameters may hold no data); `widen` permits codes wider than a tensor has.
+    Packed weights are [rows, columns]. `network` has the model's modules (its parameters may hold no data); `widen`
+    permits codes wider than a tensor has.
     """
     needs = {name: _need(name, tensor, network) for name, tensor in tensors if isinstance(tensor, PackedTensor)}
     assert needs, "plan_layout needs a model with packed tensors"
@@ -140,7 +141,11 @@ def _refusal(name: str, formats: str, reason: str) -> ConfigError:
 
 # ---- writing ------------------------------------------------------------------------------------------------------
 def compressed_tensors(name: str, tensor: PackedTensor, layout: Layout) -> dict[str, Tensor]:
-    """The tensors that stand for `name` ("….weight") on disk: packed codes, scales, zero points and shape."""
+    """What holds `name` ("….weight", [rows, columns]) on disk.
+
+    `…_packed` int32 [rows, words], `…_scale` float32 [rows, groups], `…_shape` int64 [2], and `…_zero_point`: packed
+    int32 [words of rows, groups] with the strategy "group", int8 [rows, groups] with "block".
+    """
     scheme = layout.schemes[name]
     rows, columns = tensor.shape
     groups = columns // scheme.group_size

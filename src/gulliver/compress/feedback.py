@@ -109,7 +109,10 @@ def _round(weight: Tensor, fmt: Format, grid: Grid, factors: Tensor, codebook: T
 
 
 def inverse_factor(moment: Tensor, damping: float = DAMPING) -> Tensor:
-    """Upper Cholesky factor U of (H + λI)⁻¹ = UᵀU; λ grows until the factorisation exists. Overwrites H's diagonal."""
+    """Upper Cholesky factor U [columns, columns] of (H + λI)⁻¹ = UᵀU, for H = `moment`, float32 of the same shape.
+
+    λ grows until the factorisation exists. Overwrites H's diagonal.
+    """
     diagonal = moment.diagonal()
     mean = float(diagonal.mean().clamp_min(1e-12))
     diagonal[diagonal == 0] = mean

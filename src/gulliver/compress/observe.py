@@ -49,7 +49,7 @@ class Moments:
             hook.remove()
 
     def moment(self, name: str) -> Tensor:
-        """H of the module whose weight is `name`, a mean over positions."""
+        """H of the module with the weight `name`, the mean over positions: [columns, columns] or diagonal [columns]."""
         key = self.shared[name]
         return self.sums[key] / self.positions[key]
 

@@ -153,7 +153,7 @@ def items_of(measured: Sequence[Measured], formats: Sequence[Format]) -> list[It
 
 
 def read_weight(folder: Path, name: str, canonical: Mapping[str, str]) -> Tensor:
-    """One weight of a plain folder, as stored, under whichever of its names it stands."""
+    """One weight of a plain folder, as stored, of any shape, under any of its names. ConfigError if it has none."""
     for _, tensor in read_safetensors(folder, only=lambda stored: canonical.get(stored) == name):
         return tensor
     raise ConfigError(f"{folder} holds no weights for {name}; compress a plain model as `gulliver pull` makes it")
@@ -166,7 +166,7 @@ def row_lists(items: Sequence[Item]) -> int:
 
 
 def sampled(rows: Tensor, count: int) -> tuple[Tensor, float]:
-    """At most `count` of the rows, evenly spread, and how many rows each stands for."""
+    """At most `count` of `rows`, int64 [rows] of indices, evenly spread; and how many rows each stands for."""
     step = max(1, len(rows) // count)
     some = rows[::step][:count]
     return some, len(rows) / len(some)
@@ -182,7 +182,10 @@ def importance(uses: list[Use], matrix: Tensor) -> Tensor:
 
 
 def row_classes(uses: list[Use], matrix: Tensor) -> list[Tensor]:
-    """The row sets that may get formats of their own: several for a lookup table, all rows in one for others."""
+    """The row sets of `matrix` [rows, columns] that may get formats of their own; each int64 [rows of the set].
+
+    Several for a lookup table, all rows in one for others.
+    """
     table = any(use.moment.dim() == 1 for use in uses) and len(matrix) * CLASSES[0] >= MIN_CLASS_ROWS
     counts, before = [], 0
     for share in CLASSES if table else (1.0,):
@@ -193,7 +196,7 @@ def row_classes(uses: list[Use], matrix: Tensor) -> list[Tensor]:
 
 
 def rows_of_classes(uses: list[Use], matrix: Tensor, counts: Sequence[int]) -> list[Tensor]:
-    """Rows by falling importance, cut into classes of `counts` rows; int64, ascending within a class."""
+    """Rows of `matrix` [rows, columns] by falling importance, cut into classes of `counts`: int64 [count], sorted."""
     if len(counts) == 1:
         return [torch.arange(len(matrix))]
     order = importance(uses, matrix).argsort(descending=True, stable=True)

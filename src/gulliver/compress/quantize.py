@@ -130,7 +130,7 @@ def assemble(
 def plain_tensors(
     folder: Path, canonical: Mapping[str, str], packed: Mapping[str, Any]
 ) -> Iterator[tuple[str, Tensor]]:
-    """What is not packed, each tied tensor once and under its first name; float32 becomes float16 where it fits."""
+    """What is not packed, of any shape, tied tensors once and by their first name; float32 as float16 where it fits."""
     seen: set[str] = set()
     for stored, tensor in read_safetensors(folder, only=lambda stored: canonical.get(stored, stored) not in packed):
         name = canonical.get(stored, stored)
@@ -141,7 +141,7 @@ def plain_tensors(
 
 
 def narrow(tensor: Tensor) -> Tensor:
-    """A float32 tensor as float16 unless it holds values beyond float16's range; any other tensor as it is."""
+    """A float32 tensor of any shape as float16 unless it has values beyond float16's range; any other as it is."""
     if tensor.dtype != torch.float32 or not bool((tensor.abs() < 65_504.0).all()):
         return tensor
     return tensor.to(torch.float16)

@@ -150,7 +150,7 @@ def bring_in(task: Task, source: Path, folder: Path) -> tuple[int, torch.dtype]:
 
 
 def checked(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a folder. ArtifactError for values that are not finite, or of a type that is no plain float."""
+    """Every tensor of a folder, of any shape. ArtifactError for values that are not finite or of another type."""
     for name, tensor in read_safetensors(folder):
         if tensor.is_floating_point():
             if tensor.dtype not in DTYPES:

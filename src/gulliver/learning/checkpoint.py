@@ -34,7 +34,7 @@ class Checkpoint:
     names: tuple[str, ...]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) one at a time; each is a view of the file's pages, so copy what is kept.
+        """(name, tensor of any shape) one at a time; each is a view of the file's pages, so copy what is kept.
 
         The file is opened anew for each, so that the pages of those already read do not stay in memory.
         """

@@ -25,7 +25,10 @@ FINE = 8192
 
 
 class Rounded(torch.autograd.Function):
-    """(latent, change, scale, grid) -> rounded values, with the gradients of the docstring above."""
+    """(latent [rows, columns], change and scale [rows, groups], grid) -> rounded values [rows, columns].
+
+    All float32; gradients as this module's head says.
+    """
 
     @staticmethod
     def forward(ctx: Any, latent: Tensor, change: Tensor, scale: Tensor, grid: LatentGrid) -> Tensor:
@@ -38,6 +41,7 @@ class Rounded(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        """Gradients of latent [rows, columns] and change [rows, groups]."""
         errors, scales = ctx.saved_tensors
         padded = nn.functional.pad(grad, (0, errors.shape[1] * errors.shape[2] - grad.shape[1])).view(errors.shape)
         return grad, (padded * errors).sum(2) * scales, None, None
@@ -61,13 +65,16 @@ class LatentGrid:
         return nn.functional.pad(latent, (0, spare)).view(len(latent), -1, self.size) / scales[:, :, None]
 
     def codes(self, scaled: Tensor) -> Tensor:
-        """Index of the nearest value in sorted order, int32 or float."""
+        """[rows, groups, group_size] -> index of the nearest value in sorted order; int32 (codebook) or float32."""
         if self.sorted is not None:
             return nearest(scaled, midpoints(self.sorted))
         return torch.round(scaled + self.zeros).clamp_(0, self.levels - 1)
 
     def nearest_values(self, scaled: Tensor) -> Tensor:
-        """The value nearest to each; for codebooks by a table of `FINE` places, which is several times faster."""
+        """The value nearest to each of `scaled`, float32 [rows, groups, group_size] or any shape for a codebook.
+
+        Codebooks by a table of `FINE` places, which is several times faster.
+        """
         if self.sorted is None:
             return self.codes(scaled) - self.zeros
         if self.table is None:
@@ -78,7 +85,10 @@ class LatentGrid:
         return self.table[places.to(torch.int32)]
 
     def inside(self, scaled: Tensor, codes: Tensor) -> Tensor:
-        """`scaled`, moved into the cells of `codes` (in sorted order)."""
+        """`scaled` [rows, groups, group_size], each moved into the cell of its code: what rounds to it, less a margin.
+
+        `codes` [rows, groups, group_size] are indices in sorted order.
+        """
         if self.sorted is not None:
             borders, far = midpoints(self.sorted), torch.tensor([torch.inf])
             slack = INSIDE * (self.sorted[1:] - self.sorted[:-1])
@@ -139,16 +149,16 @@ class LatentTensor:
             self.parts.append(LatentPart(part, matrix if rows is None else matrix[rows], rows))
 
     def value(self) -> Tensor:
-        """The weight as the network uses it, float32 in `shape`."""
+        """The weight as the network uses it, float32 [rows, …] (its `shape`), differentiable in the parts."""
         return self.joined([part.value() for part in self.parts])
 
     def joined(self, values: list[Tensor]) -> Tensor:
-        """The values of the parts as one weight in `shape`, rows in their places."""
+        """The values of the parts, [rows of the part, columns] each, as one weight [rows, …] of `shape`."""
         if self.row_part is None:
             return values[0].view(self.shape)
         order = torch.cat([part.rows for part in self.parts]).argsort()  # type: ignore[misc]
         return torch.cat(values)[order].view(self.shape)
 
     def packed(self) -> PackedTensor:
-        """The weight as it is now, packed."""
+        """The weight [rows, …] as it is now, packed."""
         return PackedTensor(self.shape, [part.packed() for part in self.parts], self.row_part)

@@ -67,7 +67,7 @@ def build_optimizer(parameters: Sequence[dict[str, Any]], config: OptimizerConfi
 
 
 def can_fuse(tensors: Iterable[Tensor]) -> bool:
-    """Whether torch's fused update takes all of `tensors`."""
+    """Whether torch's fused update takes all of `tensors`, of any shape."""
     return all(tensor.is_floating_point() and tensor.device.type in FUSED_DEVICES for tensor in tensors)
 
 

@@ -66,7 +66,10 @@ class Convolution(nn.Sequential):
 
 
 class InceptionBlock(nn.Module):
-    """Four branches of `outputs` / 4 channels each, joined; with `halve`, a 2x2 max pool before them."""
+    """Four branches of `outputs` / 4 channels each, joined; with `halve`, a 2x2 max pool before them.
+
+    [batch, channels, h, w] -> [batch, outputs, h, w], or [batch, outputs, h / 2, w / 2] with `halve`.
+    """
 
     def __init__(self, channels: int, outputs: int, halve: bool) -> None:
         super().__init__()

@@ -68,7 +68,7 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
 
 
 def assign(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype = torch.float32) -> set[str]:
-    """Give `model` the named parameters and persistent buffers; floating tensors become `dtype`.
+    """Give `model` the named parameters and persistent buffers, of any shape; floating tensors become `dtype`.
 
     Returns the canonical names filled. Unknown names and wrong shapes raise ArtifactError.
     """
@@ -135,7 +135,7 @@ def stored_names(folder: Path) -> set[str]:
 def read_safetensors(
     folder: Path, dtype: torch.dtype | None = None, only: Callable[[str], bool] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a plain folder, one at a time; floating ones become `dtype` when given.
+    """Every tensor of a plain folder, of any shape, one at a time; floating ones become `dtype` when given.
 
     With `only`, tensors whose name it refuses are not read. ArtifactError for a damaged file or a name that
     stands in two files.

@@ -101,6 +101,7 @@ class NativeDecoder:
             )
 
     def step(self, batch: StepBatch) -> NDArray[np.float32]:
+        """Logits [answers, vocabulary]; see `Decoder.step`. KernelError when it is closed or refuses the batch."""
         with self._lock:
             if self._program is None:
                 raise KernelError("a step was refused: the decoder is closed")

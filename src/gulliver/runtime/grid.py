@@ -24,14 +24,14 @@ CODEBOOK_SAMPLE = 1024
 
 @dataclass
 class Grid:
-    """The grid of a set of groups: `scales` float32 [...], `zeros` float32 [...] or None (codebook)."""
+    """The grid of n groups: `scales` and `zeros` float32 [n] or [rows, groups]; `zeros` is None with a codebook."""
 
     scales: Tensor
     zeros: Tensor | None
 
 
 def nearest(values: Tensor, midpoints: Tensor) -> Tensor:
-    """Index of the nearest codebook entry, int32, for sorted entries with these midpoints."""
+    """Index of the nearest of sorted entries for values of any shape, int32; `midpoints` [levels - 1] between them."""
     return torch.bucketize(values.contiguous(), midpoints, out_int32=True)
 
 

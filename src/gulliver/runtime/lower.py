@@ -63,7 +63,7 @@ class DecoderConfig:
     embedding_scale: float
     windows: tuple[int, ...]  # keys a layer sees, 0: all
     layer_rope: tuple[int, ...]  # which of `ropes` a layer uses
-    ropes: tuple[NDArray[np.float32], ...]
+    ropes: tuple[NDArray[np.float32], ...]  # frequencies, [head_dim / 2] each
     tied: bool
 
     @property
@@ -243,14 +243,14 @@ class Weights:
         return name in self.stored or name in self.packing
 
     def raw(self, name: str) -> tuple[Stored, NDArray[np.uint8]]:
-        """A stored tensor and its bytes."""
+        """A stored tensor and its bytes, uint8 [length]. ArtifactError when the files lack it."""
         if name not in self.stored:
             raise ArtifactError(f"the weight files of {self.folder} lack {name}; the model is damaged")
         self.used.add(name)
         return self.stored[name], self.arrays[name]
 
     def vector(self, name: str, length: int, *, plus: float = 0.0) -> NDArray[np.float32]:
-        """A plain vector as float32, `plus` added to every number."""
+        """A plain vector as float32 [length], `plus` added to every number. ArtifactError for another shape or type."""
         stored, data = self.raw(name)
         if stored.shape != (length,) or stored.dtype not in _KINDS:
             raise ArtifactError(f"{name} is {stored.dtype} {list(stored.shape)}, not [{length}]; the model is damaged")
@@ -314,7 +314,7 @@ class Weights:
 
 
 def as_float32(data: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
-    """Stored bytes of a floating type as float32."""
+    """Stored bytes [n · item bytes] of the type BF16, F16 or F32 as float32 [n]."""
     if dtype == "BF16":
         return (data.copy().view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return data.copy().view(np.float16 if dtype == "F16" else np.float32).astype(np.float32)

@@ -47,6 +47,7 @@ class RowGroup:
 
     @cached_property
     def group_of_column(self) -> Tensor:
+        """int64 [columns]."""
         return torch.arange(self.codes.shape[1]) // self.format.group_size
 
     def dequantize(self) -> Tensor:
@@ -101,7 +102,7 @@ class PackedTensor:
     row_part: Tensor | None = None
 
     def dequantize(self) -> Tensor:
-        """The values, float32, in `shape`."""
+        """The values, float32 [rows, …] of `shape`."""
         if self.row_part is None:
             return self.parts[0].dequantize().reshape(self.shape)
         values = torch.empty(self.shape[0], self.parts[0].shape[1])
@@ -137,7 +138,7 @@ def pack(part: RowGroup) -> Tensor:
 
 
 def unpack(tiles: Tensor, fmt: Format, rows: int, columns: int, codebook: Tensor | None) -> RowGroup:
-    """The part whose tiles these are. ArtifactError when the sizes do not agree."""
+    """The part of `tiles` uint8 [tiles, tile_bytes] and `codebook` int8 [levels]. ArtifactError for other sizes."""
     count, groups = -(-rows // TILE_ROWS), fmt.groups(columns)
     expected = (count, fmt.tile_bytes(columns))
     if tuple(tiles.shape) != expected or tiles.dtype != torch.uint8:

@@ -27,7 +27,7 @@ from gulliver.runtime.packing import PIECE, is_packed, order_of_use, read_packin
 
 # ---- writing ------------------------------------------------------------------------------------------------------
 def stored_form(name: str, tensor: PackedTensor) -> dict[str, Tensor]:
-    """What stands in the weight files for one packed weight, by name."""
+    """What the weight files hold for one packed weight [rows, …], by name; this module's head lists them."""
     stored: dict[str, Tensor] = {}
     for index, part in enumerate(tensor.parts):
         stored[f"{name}.tiles.{index}"] = pack(part)
@@ -39,14 +39,14 @@ def stored_form(name: str, tensor: PackedTensor) -> dict[str, Tensor]:
 
 
 def packing_entry(tensor: PackedTensor) -> PackedWeight:
-    """The row of `packing.json` for one packed weight."""
+    """The row of `packing.json` for one packed weight of any shape."""
     parts = tuple(PackedPart(format=part.format.name, rows=part.shape[0]) for part in tensor.parts)
     return PackedWeight(shape=tuple(tensor.shape), parts=parts)
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
 def read_tensors(folder: Path, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) one at a time from a plain or packed folder; packed ones are unpacked, floating ones `dtype`.
+    """(name, tensor of any shape), one at a time, of a plain or packed folder; unpacked, floating ones as `dtype`.
 
     ArtifactError for a damaged file.
     """
@@ -61,7 +61,7 @@ def read_tensors(folder: Path, dtype: torch.dtype = torch.float32) -> Iterator[t
 
 
 def read_stored(folder: Path) -> Iterator[tuple[str, PackedTensor | Tensor]]:
-    """(name, packed weight or plain tensor) one at a time, as stored: packed ones first, both in the order of use.
+    """(name, packed weight or plain tensor, of any shape), one at a time: packed ones first, both in the order of use.
 
     ArtifactError for a damaged file.
     """

@@ -117,7 +117,7 @@ class Sampler:
 
 
 def pick(logits: NDArray[np.float32], sampling: Sampling, uniform: float) -> int:
-    """The token that `uniform` in [0, 1) picks; logits of -inf are never picked. Temperature must be above 0."""
+    """The token that `uniform` in [0, 1) picks of `logits` [vocabulary]; never one of -inf. Temperature is above 0."""
     best, tokens = float(logits.max()), None
     if sampling.top_k and sampling.top_k < len(logits):
         tokens = _top_k(logits, best, sampling.top_k)
@@ -209,7 +209,7 @@ def _nucleus_of_many(weights: NDArray[np.float32], wanted: float) -> float:
 
 
 def logprobs(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Natural log-probabilities of logits [..., vocabulary]."""
+    """Natural log-probabilities of logits [vocabulary] or [rows, vocabulary]."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
 

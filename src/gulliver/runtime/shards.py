@@ -53,7 +53,7 @@ class ShardWriter:
         return self
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take tensors to be written; those of one call stay in one file."""
+        """Take tensors of any shape to be written; those of one call are written to one file."""
         twice = self.names & set(tensors)
         assert not twice, f"{min(twice)} was written before"
         size = _size(tensors)
