@@ -22,6 +22,7 @@ from gulliver.compress.options import ExportOptions
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.store.artifact import Artifact
+from gulliver.nets.files import copy_companions
 from gulliver.runtime import reference
 from gulliver.runtime.shards import ShardWriter
 from gulliver.tasks import EXPORTS, exporter, get_task
@@ -58,7 +59,7 @@ def run(cfg: ExportOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifa
         config={**cfg.model_dump(mode="json"), **facts},
     ) as writer:
         if cfg.format not in EXPORTS:  # one file that holds all of it
-            copy_companions(model, writer.path)
+            copy_companions(model.paths(), writer.path, REPLACED)
         for path in sorted(staging.iterdir()):
             os.replace(path, writer.path / path.name)
         return writer.commit()
@@ -125,12 +126,3 @@ def write_config(raw: dict[str, Any], folder: Path) -> None:
     """config.json into `folder`."""
     text = json.dumps(raw, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-
-
-def copy_companions(model: Artifact, folder: Path) -> None:
-    """Copy what travels with the weights (tokenizer, generation config, …): every file but weights and their maps."""
-    for name in model.files:
-        if name in REPLACED or name.endswith((".safetensors", ".safetensors.index.json")):
-            continue
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(model.file(name), folder / name)

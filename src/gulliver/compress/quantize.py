@@ -26,15 +26,16 @@ from gulliver.compress.statistics import Statistics, joint_moment, loss_increase
 from gulliver.compress.threads import each, workers
 from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError
-from gulliver.core.records import Calibration, LossIncrease, PackedWeight, Packing
+from gulliver.core.records import NOT_COPIED, Calibration, LossIncrease, PackedWeight, Packing
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import temporary_name
+from gulliver.nets.files import copy_companions
 from gulliver.nets.weights import canonical_names, read_safetensors
 from gulliver.runtime.formats import Format
 from gulliver.runtime.packed import PackedTensor
 from gulliver.runtime.packing import is_packed, order_of_use
 from gulliver.runtime.reference import packing_entry, stored_form
-from gulliver.runtime.shards import PACKED_SHARD_BYTES, ShardWriter, copy_beside
+from gulliver.runtime.shards import PACKED_SHARD_BYTES, ShardWriter
 from gulliver.tasks import get_task
 
 
@@ -65,7 +66,7 @@ def run(cfg: QuantizeOptions, inputs: dict[str, Artifact], ctx: Context) -> Arti
         Packing(tensors={name: entry for name, (entry, _) in entries.items()}).write(writer.path)
         LossIncrease(weights={name: increase for name, (_, increase) in entries.items()}).write(writer.path)
         Calibration.of(calibration).write(writer.path)
-        copy_beside(model, writer.path)
+        copy_companions(model.paths(), writer.path, NOT_COPIED)
         return writer.commit()
 
 

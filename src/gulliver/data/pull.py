@@ -23,7 +23,7 @@ from gulliver.core.records import Origin
 from gulliver.core.store.artifact import Artifact
 from gulliver.data import read
 from gulliver.data.options import PullOptions, ReadOptions
-from gulliver.nets.files import weight_files
+from gulliver.nets.files import INDEX, copy_companions, plain_files, weight_files
 from gulliver.nets.weights import canonical_names, read_safetensors
 from gulliver.tasks import converter, detect_task, get_task
 from gulliver.tasks.base import Task
@@ -145,7 +145,10 @@ def bring_in(task: Task, source: Path, folder: Path) -> tuple[int, torch.dtype]:
     if strange or found != set(wanted):
         _translate(task, source, folder, dtype)
     elif source != folder:
-        _copy(source, folder, files)
+        for file in (*files, source / INDEX):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+        copy_companions(plain_files(source), folder, (Origin.file,))
     return sum(parameter.numel() for parameter in model.parameters()), dtype
 
 
@@ -166,18 +169,6 @@ def _translate(task: Task, source: Path, folder: Path, dtype: torch.dtype) -> No
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     task.save(model, folder)
-
-
-def _copy(source: Path, folder: Path, files: list[Path]) -> None:
-    """Copy (never link: the original may be changed) weights, configs and tokenizer; leave everything else."""
-    kept = {*files, *source.glob("model.safetensors.index.json")}
-    kept |= {file for pattern in ("*.json", "*.jinja", "*.txt", "*.model") for file in source.glob(pattern)}
-    kept |= set(source.glob("1_Pooling/config.json"))
-    for file in sorted(kept):
-        name = file.relative_to(source)
-        if file.is_file() and name.name not in ("gulliver.json", "evidence.json", Origin.file):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, folder / name)
 
 
 def _refuse_quantized(folder: Path) -> None:

@@ -1,10 +1,12 @@
-"""Weight files: which safetensors files a folder has, and where each tensor's bytes stand in them. Knows no torch."""
+"""Files of a model folder: its weights, where each tensor's bytes are, and what travels with them. Knows no torch."""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 import struct
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,11 @@ ITEM_BYTES = {
 """Code of a type in a header -> bytes of one number. Types of less than a byte are not here."""
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 16
+INDEX = "model.safetensors.index.json"
+POOLING = "1_Pooling/config.json"
+COMPANIONS = (".json", ".jinja", ".txt", ".model")
+"""How the names of configs, tokenizers and chat templates end."""
+OF_ONE_ARTIFACT = ("gulliver.json", "evidence.json", INDEX)
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Stored:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a Hugging Face layout folder: those of its index, else all. ArtifactError if none."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if not index.is_file():
         files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
         if not files:
@@ -109,3 +116,22 @@ def _stored(path: Path, name: str, row: object, start: int, size: int) -> Stored
     if end - begin != math.prod(shape) * ITEM_BYTES[dtype] or start + end > size:
         raise ArtifactError(damaged)
     return Stored(path, dtype, tuple(shape), start + begin, end - begin)
+
+
+# ---- beside the weights ---------------------------------------------------------------------------------------------
+def plain_files(folder: Path) -> dict[str, Path]:
+    """Name -> path of the files of a Hugging Face layout folder: its own and the pooling's config."""
+    found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()} if folder.is_dir() else {}
+    return found | ({POOLING: folder / POOLING} if (folder / POOLING).is_file() else {})
+
+
+def copy_companions(files: Mapping[str, Path], folder: Path, left_out: Collection[str] = ()) -> None:
+    """Copy into `folder` what travels with a model's weights (config, tokenizer, chat template, …) but for `left_out`.
+
+    `files` are those of the other model by name. Copies, never links: the original may be changed.
+    """
+    for name, path in files.items():
+        travels = name.endswith(COMPANIONS) and ("/" not in name or name == POOLING)
+        if travels and name not in left_out and name not in OF_ONE_ARTIFACT:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)

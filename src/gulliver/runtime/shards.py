@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,8 +20,7 @@ import torch
 from torch import Tensor
 
 from gulliver.core.errors import ArtifactError
-from gulliver.core.records import NOT_COPIED
-from gulliver.core.store.artifact import Artifact
+from gulliver.nets.files import INDEX
 from gulliver.nets.weights import CODES
 from gulliver.runtime.formats import ALIGNMENT
 from gulliver.runtime.packing import order_of_use
@@ -81,7 +79,7 @@ class ShardWriter:
             weight_map |= dict.fromkeys(names, final)
         body = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
         text = json.dumps(body, indent=2, sort_keys=True)
-        (self._folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
+        (self._folder / INDEX).write_text(text + "\n", encoding="utf-8")
 
     def _flush(self) -> None:
         write_file(self._part(len(self._shards)), self._held)
@@ -148,12 +146,3 @@ def _place(tensor: Tensor) -> tuple[bool, int]:
 
 def _size(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def copy_beside(model: Artifact, folder: Path) -> None:
-    """Copy what travels with the weights: config, tokenizer, and the like."""
-    for name in model.files:
-        if name.endswith((".safetensors", ".safetensors.index.json")) or name in NOT_COPIED:
-            continue
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(model.file(name), folder / name)

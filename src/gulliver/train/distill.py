@@ -17,17 +17,18 @@ from gulliver.core import memory
 from gulliver.core.context import Context
 from gulliver.core.errors import BudgetError, ConfigError
 from gulliver.core.overlap import fingerprints
-from gulliver.core.records import Calibration, Distillation, LossIncrease, Packing
+from gulliver.core.records import NOT_COPIED, Calibration, Distillation, LossIncrease, Packing
 from gulliver.core.store.artifact import Artifact
 from gulliver.learning.latent import LatentTensor, Rounded
 from gulliver.learning.loop import run_loop
 from gulliver.learning.optim import OptimizerConfig
 from gulliver.learning.schedule import Schedule
+from gulliver.nets.files import copy_companions
 from gulliver.nets.weights import aliases, owners
 from gulliver.runtime.packed import PackedTensor
 from gulliver.runtime.packing import is_packed
 from gulliver.runtime.reference import packing_entry, read_stored, stored_form
-from gulliver.runtime.shards import PACKED_SHARD_BYTES, ShardWriter, copy_beside
+from gulliver.runtime.shards import PACKED_SHARD_BYTES, ShardWriter
 from gulliver.tasks import get_task
 from gulliver.tasks.base import Batch, Task
 from gulliver.train.options import DistillOptions
@@ -88,7 +89,7 @@ def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
         Distillation(losses=tuple(result.losses)).write(writer.path)
         known = fingerprints(row for part in datasets for row in task.read(part.path, "train"))
         Calibration(dataset=datasets[0].id, fingerprints=tuple(known)).write(writer.path)
-        copy_beside(model, writer.path)
+        copy_companions(model.paths(), writer.path, NOT_COPIED)
         if LossIncrease.name_in(model.files):
             LossIncrease.of(model).write(writer.path)
         return writer.commit()

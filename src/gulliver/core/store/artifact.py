@@ -96,6 +96,10 @@ class Artifact:
             )
         )
 
+    def paths(self) -> dict[str, Path]:
+        """Every listed file by name, checked as `file` does."""
+        return {name: self.file(name) for name in self.files}
+
     def file(self, name: str) -> Path:
         """Path of a listed file. ArtifactError if it is not listed, is missing, is cut short or lies elsewhere."""
         check_file_name(name, f"artifact {self.id[:12]}")
