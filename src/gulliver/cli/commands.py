@@ -16,17 +16,22 @@ from gulliver.cli.arguments import arguments, model
 class Command:
     """A command that is not a step: `function` is given (options, session) and returns (JSON document, lines of text).
 
-    `function` is "module:function", `options` "module:class" of a frozen model. `streams` says that it writes to stdout
+    `function` is "file:function" of this folder, `model` a class of options.py. `streams` says that it writes to stdout
     itself, as the words come, unless --json is given. `cold` says that its first word must come at once: its options
     are checked by the parser alone, since importing pydantic takes a tenth of a second.
     """
 
     name: str
     function: str
-    options: str
+    model: str
     help: str
     streams: bool = False
     cold: bool = False
+
+    @property
+    def options(self) -> str:
+        """ "module:class" of its options."""
+        return f"gulliver.cli.options:{self.model}"
 
     def act(self, given: Mapping[str, Any], session: Any) -> tuple[Any, list[str]]:
         """Do it with the options that were given; the others are at their defaults."""
@@ -36,79 +41,34 @@ class Command:
             options: Any = SimpleNamespace(**{**defaults, **given})
         else:
             options = model(self.options)(**given)
-        return getattr(importlib.import_module(module), function)(options, session)
+        return getattr(importlib.import_module(f"gulliver.cli.{module}"), function)(options, session)
 
 
 COMMANDS = (
-    Command(
-        "fit",
-        "gulliver.cli.fit:fit",
-        "gulliver.cli.options:FitOptions",
-        "the best model that fits a budget of bytes, memory, speed and quality",
-    ),
-    Command(
-        "run",
-        "gulliver.cli.fit:run",
-        "gulliver.cli.options:RunOptions",
-        "a whole life from a recipe; resumable; writes an HTML report",
-    ),
-    Command(
-        "audit",
-        "gulliver.cli.show:audit",
-        "gulliver.cli.options:AuditOptions",
-        "measure quality, size, memory and speed now",
-    ),
-    Command(
-        "show",
-        "gulliver.cli.show:show",
-        "gulliver.cli.options:OneArtifact",
-        "an artifact's card, lineage and evidence",
-    ),
-    Command(
-        "verify",
-        "gulliver.cli.show:verify",
-        "gulliver.cli.options:OneArtifact",
-        "derive every hash of an artifact again",
-    ),
-    Command("list", "gulliver.cli.show:list_all", "gulliver.cli.options:NoOptions", "all artifacts of this home"),
+    Command("fit", "fit:fit", "FitOptions", "the best model that fits a budget of bytes, memory, speed and quality"),
+    Command("run", "fit:run", "RunOptions", "a whole life from a recipe; resumable; writes an HTML report"),
+    Command("audit", "show:audit", "AuditOptions", "measure quality, size, memory and speed now"),
+    Command("show", "show:show", "OneArtifact", "an artifact's card, lineage and evidence"),
+    Command("verify", "show:verify", "OneArtifact", "derive every hash of an artifact again"),
+    Command("list", "show:list_all", "NoOptions", "all artifacts of this home"),
     Command(
         "doctor",
-        "gulliver.cli.doctor:doctor",
-        "gulliver.cli.options:NoOptions",
+        "doctor:doctor",
+        "NoOptions",
         "cores, memory, instruction set, measured bandwidth and peaks, which kernels run and why",
     ),
     Command(
         "generate",
-        "gulliver.cli.generate:generate",
-        "gulliver.cli.options:GenerateOptions",
+        "generate:generate",
+        "GenerateOptions",
         "answer a prompt, as the words come",
         streams=True,
         cold=True,
     ),
+    Command("chat", "generate:chat", "ChatOptions", "talk with a model on the terminal", streams=True, cold=True),
     Command(
-        "chat",
-        "gulliver.cli.generate:chat",
-        "gulliver.cli.options:ChatOptions",
-        "talk with a model on the terminal",
-        streams=True,
-        cold=True,
+        "bench", "bench:bench", "BenchOptions", "prefill, decode, batch, cold start and memory of a model, measured now"
     ),
-    Command(
-        "bench",
-        "gulliver.cli.bench:bench",
-        "gulliver.cli.options:BenchOptions",
-        "prefill, decode, batch, cold start and memory of a model, measured now",
-    ),
-    Command(
-        "serve",
-        "gulliver.cli.serve:serve",
-        "gulliver.cli.options:ServeOptions",
-        "answer requests over HTTP as OpenAI's API does, with a chat page",
-    ),
-    Command(
-        "keys",
-        "gulliver.cli.keys:keys",
-        "gulliver.cli.options:KeysOptions",
-        "the API keys that `gulliver serve` asks for",
-    ),
+    Command("serve", "serve:serve", "ServeOptions", "answer requests over HTTP as OpenAI's API does, with a chat page"),
+    Command("keys", "keys:keys", "KeysOptions", "the API keys that `gulliver serve` asks for"),
 )

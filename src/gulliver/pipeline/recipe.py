@@ -14,7 +14,7 @@ from typing import Any
 
 from gulliver.core.errors import ConfigError
 from gulliver.core.evidence.gate import Gate
-from gulliver.pipeline.steps import INPUT_KINDS, WrongKey, checked_config, did_you_mean, find, options_class
+from gulliver.pipeline.steps import INPUT_KINDS, Step, WrongKey, checked_config, did_you_mean, find, options_class
 
 MAX_RECIPE_BYTES = 1_000_000
 TOP_KEYS = ("name", "home", "seed", "step", "gate")
@@ -24,11 +24,11 @@ GATE_KEYS = ("on", "metric", "at_most", "at_least")
 
 @dataclass(frozen=True)
 class StepCall:
-    """One [[step]]: `inputs` maps the step's input names to the ids of earlier calls; `config` is checked."""
+    """One [[step]]: `inputs` maps roles to the ids of earlier calls; `config` is checked."""
 
     id: str
     use: str
-    inputs: Mapping[str, str]
+    inputs: Mapping[str, str | tuple[str, ...]]
     config: Any
     seed: int
     line: int
@@ -122,7 +122,7 @@ class _Checker:
             config = checked_config(row, values)
         except WrongKey as failure:
             message = str(failure)
-            if failure.key in table and "has no key" in message:
+            if failure.kind == "unknown":
                 known = (*CALL_KEYS, *options_class(row).model_fields)
                 message = f"step {name!r} has no key {failure.key!r}{did_you_mean(failure.key, known)}"
             raise self.error((*at, failure.key), message) from None
@@ -132,24 +132,34 @@ class _Checker:
         self.made[identity] = row.makes
         return StepCall(identity, name, inputs, config, self.seed(at, table, seed), line)
 
-    def inputs(self, at: tuple[Any, ...], inputs: Any, row: Any) -> dict[str, str]:
+    def inputs(self, at: tuple[Any, ...], inputs: Any, row: Step) -> dict[str, str | tuple[str, ...]]:
         self.typed(at, inputs, dict, 'a table such as { model = "parent" }')
+        found: dict[str, str | tuple[str, ...]] = {}
         known = (*row.needs, *row.optional)
         for role, reference in inputs.items():
             if role not in known:
                 raise self.error((*at, role), f"step {row.name!r} takes no input {role!r}{did_you_mean(role, known)}")
-            self.typed((*at, role), reference, str, "the id of an earlier step")
-            if reference not in self.made:
-                told = f"input {role} = {reference!r} is not the id of an earlier step"
-                raise self.error((*at, role), told + did_you_mean(reference, self.made))
-            if INPUT_KINDS[role] not in self.made[reference]:
-                made = " or ".join(self.made[reference])
-                told = f"input {role} must be a {INPUT_KINDS[role]}, but {reference!r} makes a {made}"
-                raise self.error((*at, role), told)
+            if role in row.several and isinstance(reference, list):
+                found[role] = tuple(self.earlier((*at, role), one) for one in reference)
+            else:
+                found[role] = self.earlier((*at, role), reference)
         for role in row.needs:
-            if role not in inputs:
-                raise self.error(at, f'step {row.name!r} needs inputs = {{ {role} = "the id of an earlier step" }}')
-        return dict(inputs)
+            if not found.get(role):
+                one = '["the id of an earlier step", …]' if role in row.several else '"the id of an earlier step"'
+                raise self.error(at, f"step {row.name!r} needs inputs = {{ {role} = {one} }}")
+        return found
+
+    def earlier(self, at: tuple[Any, ...], reference: Any) -> str:
+        """The id of an earlier step that makes what the input at[-1] must be."""
+        role = at[-1]
+        self.typed(at, reference, str, "the id of an earlier step")
+        if reference not in self.made:
+            told = f"input {role} = {reference!r} is not the id of an earlier step"
+            raise self.error(at, told + did_you_mean(reference, self.made))
+        if INPUT_KINDS[role] not in self.made[reference]:
+            made = " or ".join(self.made[reference])
+            raise self.error(at, f"input {role} must be a {INPUT_KINDS[role]}, but {reference!r} makes a {made}")
+        return reference
 
     def gate(self, at: tuple[Any, ...], table: dict[str, Any], line: int) -> GateCall:
         for key in table:

@@ -19,18 +19,27 @@ _ID = re.compile(r"[0-9a-f]{6,64}")
 
 def resolve_inputs(
     row: Step, given: Mapping[str, Any], config: Mapping[str, Any], store: Store, progress: Progress | None = None
-) -> dict[str, Artifact]:
-    """What users wrote for a step's inputs -> artifacts. A dataset is read for the task of the model beside it."""
-    found: dict[str, Artifact] = {}
+) -> dict[str, Any]:
+    """What users wrote for a step's inputs -> artifacts by role, a tuple of them where the row allows several.
+
+    A dataset is read for the task of the model beside it. ConfigError for several where one is wanted.
+    """
+    found: dict[str, Any] = {}
+    task = str(config.get("task") or "language")
     roles = sorted((role for role in given if given[role] is not None), key=lambda role: INPUT_KINDS[role] == "dataset")
     for role in roles:
-        if INPUT_KINDS[role] == "model":
-            found[role] = resolve_model(given[role], store, progress=progress)
-        elif INPUT_KINDS[role] == "dataset":
-            task = found["model"].task if "model" in found else str(config.get("task") or "language")
-            found[role] = resolve_data(given[role], store, task=task, progress=progress)
-        else:
-            found[role] = resolve_any(given[role], store)
+        if role not in row.several and isinstance(given[role], (list, tuple)):
+            raise ConfigError(f"step {row.name!r} takes one {role}, not {len(given[role])}")
+        artifacts = []
+        for spec in given[role] if isinstance(given[role], (list, tuple)) else [given[role]]:
+            if INPUT_KINDS[role] == "model":
+                artifacts.append(resolve_model(spec, store, progress=progress))
+                task = artifacts[-1].task
+            elif INPUT_KINDS[role] == "dataset":
+                artifacts.append(resolve_data(spec, store, task=task, progress=progress))
+            else:
+                artifacts.append(resolve_any(spec, store))
+        found[role] = tuple(artifacts) if role in row.several else artifacts[0]
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gulliver.core.errors import GateRefused
 from gulliver.core.evidence.gate import Verdict, require
@@ -46,7 +47,10 @@ def run_recipe(
     refused: GateRefused | None = None
     for item in recipe.calls:
         if isinstance(item, StepCall):
-            inputs = {role: made[identity] for role, identity in item.inputs.items()}
+            inputs: dict[str, Any] = {
+                role: made[ids] if isinstance(ids, str) else tuple(made[one] for one in ids)
+                for role, ids in item.inputs.items()
+            }
             made[item.id] = call(
                 item.use,
                 item.config.model_dump(),

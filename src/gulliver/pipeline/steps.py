@@ -18,13 +18,14 @@ from gulliver.core.names import nearest
 
 INPUT_KINDS = {
     "model": "model",
+    "models": "model",
     "parent": "model",
     "dataset": "dataset",
     "samples": "dataset",
     "calibration": "report",
     "plan": "report",
 }
-"""The kind of artifact that each input of a step must be."""
+"""The kind of artifact that an input of a step must be, by its role."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,11 @@ class Step:
 
 
 class WrongKey(ConfigError):
-    """A key of a step's config is unknown, missing or has a wrong value; `key` is its name."""
+    """A key of a step's config; `key` is its name, `kind` what is wrong with it."""
 
-    def __init__(self, message: str, key: str) -> None:
+    def __init__(self, message: str, key: str, kind: Literal["unknown", "missing", "value"] = "value") -> None:
         super().__init__(message)
-        self.key = key
+        self.key, self.kind = key, kind
 
 
 STEPS = (
@@ -230,9 +231,9 @@ def _explained(step: Step, config: type[Any], failure: Any) -> WrongKey:
     key = str(problem["loc"][0]) if problem["loc"] else ""
     fields = config.model_fields
     if problem["type"] == "extra_forbidden":
-        return WrongKey(f"step {step.name!r} has no key {key!r}{did_you_mean(key, fields)}", key)
+        return WrongKey(f"step {step.name!r} has no key {key!r}{did_you_mean(key, fields)}", key, "unknown")
     if problem["type"] == "missing":
-        return WrongKey(f"step {step.name!r} needs the key {key!r}{_described(fields.get(key))}", key)
+        return WrongKey(f"step {step.name!r} needs the key {key!r}{_described(fields.get(key))}", key, "missing")
     message = problem["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if not key:
