@@ -272,6 +272,6 @@ def test_numbers_that_are_split_are_refused_in_place_and_read_otherwise(
     (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + body)
     wanted = run(folder)
     in_place()
-    refused(folder, "middle of a number")
+    refused(folder, "is not aligned")
     write_file(folder / WEIGHTS, tensors_of(folder))
     np.testing.assert_allclose(run(folder), wanted, atol=2e-4)

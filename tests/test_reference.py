@@ -165,12 +165,12 @@ BAD_PACKING: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "parts are no list": (change_entry(parts={}), "must have 1 to 16 parts"),
     "part is no object": (change_entry(parts=[3]), "a part must hold format and rows"),
     "part with unknown key": (change_part(note=1), "a part must hold format and rows"),
-    "unknown format name": (change_part(format="x4g32"), "'x4g32' is no format"),
+    "unknown format name": (change_part(format="x4g32"), "'x4g32' is not a format"),
     "format is a number": (change_part(format=4), "format must be text"),
-    "other digits": (change_part(format="u²g32"), "is no format"),
-    "digits of another script": (change_part(format="u٤g32"), "is no format"),
-    "a long number": (change_part(format="u4g" + "9" * 5000), "is no format"),
-    "leading zero": (change_part(format="u04g32"), "'u04g32' is no format"),
+    "other digits": (change_part(format="u²g32"), "is not a format"),
+    "digits of another script": (change_part(format="u٤g32"), "is not a format"),
+    "a long number": (change_part(format="u4g" + "9" * 5000), "is not a format"),
+    "leading zero": (change_part(format="u04g32"), "'u04g32' is not a format"),
     "bits that do not exist": (change_part(format="u7g32"), "bits is 7"),
     "codebook of 8 bits": (change_part(format="c8g32"), "a codebook has 2 to 6 bits"),
     "group size that does not exist": (change_part(format="u4g48"), "group_size is 48"),
@@ -286,7 +286,7 @@ def test_truncated_weights_are_refused(kept: int, folder: Path) -> None:
 
 def test_a_weight_in_two_files_is_refused(folder: Path) -> None:
     save_file({"n": torch.zeros(4)}, folder / "other.safetensors")
-    refused(folder, "n stands twice")
+    refused(folder, "duplicate tensor 'n'")
 
 
 def test_nothing_comes_out_of_a_folder_with_a_stray_tensor(folder: Path) -> None:

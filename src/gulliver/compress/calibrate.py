@@ -2,7 +2,7 @@
 
 For each weight that may be packed it keeps the second moment of its inputs and how much its outputs matter to the loss
 (compress/statistics.py). Activations between blocks lie in files, so memory holds one block, one batch and one block's
-moments whatever the model's size, and a killed run goes on at the block where it stopped. How much outputs matter is
+moments whatever the model's size, and a killed run resumes at the block where it stopped. How much outputs matter is
 measured by one backward pass where the whole model fits the memory limit; where it does not, outputs count by the
 inverse of their own power, so that errors are relative.
 """
@@ -123,7 +123,7 @@ def _sensitivity(
 def _stream(
     network: nn.Module, model: Artifact, blocks: list[Block], batches: list[Batch], cfg: CalibrateOptions, ctx: Context
 ) -> None:
-    """Leave `block-NNNN.safetensors` in the scratch folder for every block, going on after the last one there."""
+    """Leave `block-NNNN.safetensors` in the scratch folder for every block, resuming after the last one there."""
     watched = [pair for block in blocks for weight in block.weights for pair in owners(network, weight.name)]
     done = [number for number in range(len(blocks)) if _after(ctx.work, number).is_dir()]
     start = done[-1] + 1 if done else 0

@@ -110,7 +110,7 @@ def read_config(model: Artifact) -> dict[str, Any]:
     """config.json of the model as a JSON object. ConfigError when another tool's packing is already in it."""
     path = model.file("config.json")
     if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ArtifactError(f"{path} has {path.stat().st_size} bytes, which is no model config; make the model again")
+        raise ArtifactError(f"{path} has {path.stat().st_size} bytes: it is not a model config; make the model again")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

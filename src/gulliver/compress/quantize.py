@@ -2,7 +2,7 @@
 
 By a plan, or all weights in one format. `nearest` rounds each weight to the nearest value of its group's grid;
 `feedback` passes every rounding error on to the weights not yet rounded (compress/feedback.py). Each packed weight is
-written to scratch as soon as it is done, so a killed run goes on with the next one.
+written to scratch as soon as it is done, so a killed run resumes with the next one.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def loss_increase(weight: Tensor, part: RowGroup, uses: list[Use], rows: Tensor 
 
 
 def open_statistics(calibration: Artifact, model: Artifact) -> Statistics:
-    """The statistics in a report of `calibrate`. ArtifactError when it is no such report, or of another model."""
+    """The statistics in a report of `calibrate`. ArtifactError when it is another report or of another model."""
     table = StatisticsTable.of(calibration)
     if table.model != model.id:
         told = f"calibration {calibration.id[:12]} is of model {table.model[:12]}, not of {model.id[:12]}"

@@ -76,7 +76,7 @@ def open_checkpoint(path: Path) -> Checkpoint | None:
     except (SafetensorError, ValueError, OSError) as error:
         raise ArtifactError(f"the checkpoint {path} cannot be read ({error}); delete it to start afresh") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("meta"), dict):
-        raise ArtifactError(f"{path} is no checkpoint of format {FORMAT}; delete it to start afresh")
+        raise ArtifactError(f"{path} is not a checkpoint of format {FORMAT}; delete it to start afresh")
     return Checkpoint(path, content["meta"], names)
 
 

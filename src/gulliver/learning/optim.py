@@ -58,7 +58,7 @@ def build_optimizer(parameters: Sequence[dict[str, Any]], config: OptimizerConfi
     if not tensors:
         raise ConfigError("there is nothing to train: no parameter requires a gradient")
     if len({id(tensor) for tensor in tensors}) != len(tensors):
-        raise ConfigError("a parameter stands twice in the optimizer's groups; give each to one group")
+        raise ConfigError("duplicate parameter in the optimizer's groups; give each to one group")
     fused = can_fuse(tensors)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=fused)

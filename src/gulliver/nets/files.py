@@ -73,7 +73,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     for path in weight_files(folder):
         for name, tensor in _header(path).items():
             if name in found:
-                raise ArtifactError(f"{name[:200]!r} stands twice in the weight files of {folder}")
+                raise ArtifactError(f"duplicate tensor {name[:200]!r} in the weight files of {folder}")
             found[name] = tensor
     return found
 
@@ -84,18 +84,18 @@ def _header(path: Path) -> dict[str, Stored]:
         first = stream.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else MAX_HEADER_BYTES + 1
         if length > min(MAX_HEADER_BYTES, size - 8):
-            raise ArtifactError(f"{path} is no whole safetensors file; download or make it again")
+            raise ArtifactError(f"{path} is not a complete safetensors file; download or make it again")
         body = read_json(stream.read(length).rstrip(b" "), path.name)
     if not isinstance(body, dict):
-        raise ArtifactError(f"{path} has a header that is no object; download or make it again")
+        raise ArtifactError(f"{path}: the header is not a JSON object; download or make it again")
     body.pop("__metadata__", None)
     found = {name: _stored(path, name, row, 8 + length, size) for name, row in body.items()}
     end = 8 + length
     for name, tensor in sorted(found.items(), key=lambda item: (item[1].offset, item[1].length)):
         if tensor.offset != end:
             raise ArtifactError(
-                f"{path}: {name[:200]!r} begins at byte {tensor.offset}, what stands before it ends at {end}: tensors "
-                "overlap or leave a hole; download or make it again"
+                f"{path}: {name[:200]!r} starts at byte {tensor.offset}, the tensor before it ends at {end}: tensors "
+                "overlap or leave a gap; download or make it again"
             )
         end += tensor.length
     if end != size:

@@ -77,7 +77,7 @@ def assign(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch
     filled: set[str] = set()
     for name, tensor in tensors:
         if name not in canonical and name not in buffers:
-            raise ArtifactError(f"the weight file holds {name!r}, which this architecture has no place for")
+            raise ArtifactError(f"unexpected tensor {name!r} for this architecture")
         place = buffers[name] if name in buffers else model.get_parameter(name)
         if place.shape != tensor.shape:
             raise ArtifactError(
@@ -137,8 +137,8 @@ def read_safetensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a plain folder, of any shape, one at a time; floating ones become `dtype` when given.
 
-    With `only`, tensors whose name it refuses are not read. ArtifactError for a damaged file or a name that
-    stands in two files.
+    With `only`, tensors whose name it refuses are not read. ArtifactError for a damaged file or a name in two
+    files.
     """
     seen: set[str] = set()
     for path in weight_files(folder):
@@ -146,7 +146,7 @@ def read_safetensors(
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                     if name in seen:
-                        raise ArtifactError(f"{name} stands twice in the weight files of {folder}")
+                        raise ArtifactError(f"duplicate tensor {name!r} in the weight files of {folder}")
                     seen.add(name)
                     if only is not None and not only(name):
                         continue

@@ -34,7 +34,7 @@ except ImportError as _error:
 MAX_ROWS = 256
 """Most tokens of one step: a chunk of a prompt."""
 CACHE_BYTES = 2**31
-"""Most address space for keys and values when nobody says how many tokens; only what is used takes memory."""
+"""Most address space for keys and values when the number of tokens is not stated; only what is used takes memory."""
 SPARE_BYTES = 32 * 2**20
 """What Python, the tokenizer and the allocator may come to take once a model runs."""
 MAX_CACHE_TOKENS = 2**30

@@ -43,7 +43,7 @@ class Format:
         """The format of a short name. ConfigError for any other text."""
         found = re.fullmatch(r"([uc])([1-9])g([1-9][0-9]{0,4})", name)
         if not found:
-            raise ConfigError(f"{name[:40]!r} is no format; write it like u4g64 (uniform) or c4g64 (codebook)")
+            raise ConfigError(f"{name[:40]!r} is not a format; write it like u4g64 (uniform) or c4g64 (codebook)")
         return Format(int(found[2]), int(found[3]), {"u": "uniform", "c": "codebook"}[found[1]])
 
     @property

@@ -75,12 +75,12 @@ def read_config(folder: Path) -> DecoderConfig:
     """The config of a model folder. NotLowered for another architecture, ArtifactError for a damaged file."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ArtifactError(f"{folder} has no config.json; it is no model folder")
+        raise ArtifactError(f"{folder} has no config.json; it is not a model folder")
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ArtifactError(f"{path} has {path.stat().st_size} bytes; at most {MAX_CONFIG_BYTES} are allowed")
     config = read_json(path.read_bytes(), "config.json")
     if not isinstance(config, dict):
-        raise ArtifactError(f"{path} is no JSON object; it is damaged")
+        raise ArtifactError(f"{path} is not a JSON object; it is damaged")
     names = config.get("architectures") or []
     architecture = names[0] if isinstance(names, list) and len(names) == 1 else str(names)
     if architecture not in ARCHITECTURES:
@@ -88,7 +88,7 @@ def read_config(folder: Path) -> DecoderConfig:
     try:
         return _decoder_config(config, architecture)
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise ArtifactError(f"{path} lacks or garbles what a {architecture} needs: {error!r}") from error
+        raise ArtifactError(f"{path}: a value of {architecture} is missing or invalid: {error!r}") from error
     except UnknownRope as error:
         raise NotLowered(str(error)) from error
 
@@ -128,7 +128,7 @@ def _decoder_config(config: Mapping[str, Any], architecture: str) -> DecoderConf
     if config.get("quantization_config"):
         raise NotLowered("its weights are packed by another tool")
     if head_dim % 4 or head_dim > 1024:
-        raise NotLowered(f"a head has {head_dim} numbers, which is no multiple of 4 up to 1024")
+        raise NotLowered(f"a head has {head_dim} numbers, which is not a multiple of 4 up to 1024")
     if heads * head_dim > MAX_WIDTH or heads % kv_heads:
         told = f"{heads} heads of {head_dim} numbers, {kv_heads} of keys, do not go together"
         raise ArtifactError(f"config.json: {told}; it is damaged")
@@ -266,7 +266,7 @@ class Weights:
                 f"{name} is {stored.dtype} {list(stored.shape)}, not [{rows}, {columns}]; it is damaged"
             )
         if data.ctypes.data % ITEM_BYTES[stored.dtype]:
-            told = f"{name} begins at byte {stored.offset} of its file, in the middle of a number"
+            told = f"{name} is not aligned: it starts at byte {stored.offset} of its file"
             raise ArtifactError(f"{told}; write the file again with safetensors, or allow more memory")
         return native.plain(data.reshape(rows, -1), _KINDS[stored.dtype])
 
@@ -321,7 +321,7 @@ def as_float32(data: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
 
 
 def build(weights: Weights, config: DecoderConfig, native: Any) -> None:
-    """Hand every weight to the native program. NotLowered when tensors are left that it has no place for."""
+    """Hand every weight to the native program. NotLowered when tensors are left over."""
     query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
     plus = 1.0 if config.gemma else 0.0  # Gemma stores its norms' weights less one
     norms = config.architecture in ("Qwen3ForCausalLM", "Gemma3ForCausalLM")  # of each head of q and k

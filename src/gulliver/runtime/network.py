@@ -32,7 +32,7 @@ def read_config(folder: Path) -> transformers.PretrainedConfig:
             raise ValueError("it asks to run code from the folder (auto_map), which Gulliver never does")
         return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, ArithmeticError) as error:
-        raise ArtifactError(f"{path} is no usable model config: {str(error).splitlines()[0]}") from error
+        raise ArtifactError(f"{path} is not a usable model config: {str(error).splitlines()[0]}") from error
 
 
 def is_encoder(folder: Path, config: transformers.PretrainedConfig) -> bool:

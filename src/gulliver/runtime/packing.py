@@ -23,6 +23,10 @@ _LAYER_ORDER = (
     *("input_layernorm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj", "post_attention_layernorm"),
     *("pre_feedforward_layernorm", "gate_proj", "up_proj", "down_proj", "post_feedforward_layernorm"),
 )
+"""How Llama and its relatives name the parts of a layer, in the order of use.
+
+The one list of names here: it decides only where tensors are in a file. Those of other networks follow by name.
+"""
 _USE = {name: place for place, name in enumerate(_LAYER_ORDER)}
 
 

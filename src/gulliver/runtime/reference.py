@@ -88,7 +88,7 @@ def _where(folder: Path) -> dict[str, Path]:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                     if name in files:
-                        raise ArtifactError(f"{name} stands twice in the weight files of {folder}")
+                        raise ArtifactError(f"duplicate tensor {name!r} in the weight files of {folder}")
                     files[name] = path
         except SafetensorError as error:
             raise ArtifactError(f"{path} is damaged: {error}; download or make it again") from error

@@ -27,7 +27,7 @@ class UnknownRope(Exception):
 def frequencies(rope: Mapping[str, Any], head_dim: int) -> NDArray[np.float32]:
     """Frequencies [head_dim / 2] in radians per position. `rope` is one entry of a config's `rope_parameters`.
 
-    ArtifactError for a number that is no number or out of all bounds, UnknownRope for a kind that is not here.
+    ArtifactError for a value that is not a number or is out of range, UnknownRope for a kind that is not here.
     """
     kind = str(rope.get("rope_type", "default"))
     if float(rope.get("partial_rotary_factor") or 1.0) != 1.0:

@@ -1,9 +1,9 @@
 """Writing weights of any size with little memory: safetensors files of bounded size, and their index.
 
-A file is laid out for who maps it and reads it from front to back for every token: matrices whose length is a multiple
-of 64 bytes come first, in the order of use, each at a multiple of 64 bytes of the file, so that a load of 64 bytes
-touches one cache line. What is read once, at opening (norms, codebooks, tables of rows), stands together behind them.
-The format allows no holes: the header is padded with spaces, and other lengths come last, the widest numbers first.
+A file is laid out to be mapped and read from front to back for every token: matrices whose length is a multiple of 64
+bytes come first, in the order of use, each at a multiple of 64 bytes of the file, so that a load of 64 bytes touches
+one cache line. What is read once, at opening (norms, codebooks, tables of rows), is together behind them. The format
+allows no holes: the header is padded with spaces, and other lengths come last, the widest numbers first.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def _open(folder: Path, settings: Mapping[str, Any], tokens: Mapping[str, str]) 
     except ArtifactError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise ArtifactError(f"{path} is no usable tokenizer: {str(error).splitlines()[0][:300]}") from error
+        raise ArtifactError(f"{path} is not a usable tokenizer: {str(error).splitlines()[0][:300]}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     decoder = settings.get("added_tokens_decoder")
