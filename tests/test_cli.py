@@ -75,7 +75,7 @@ def test_verify_names_the_file_that_differs(command: Run, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["shrnk"], "there is no command 'shrnk'; did you mean 'shrink'?"),
+        (["shrnk"], "unknown command 'shrnk'; did you mean 'shrink'?"),
         (["make", "--weigths", "3"], "gulliver make does not take '--weigths'; did you mean '--weights'?"),
         (["make", "--weights", "many"], "weights = 'many' is not valid"),
         (["make", "8"], "gulliver make does not take '8'; see `gulliver make --help`"),
@@ -83,7 +83,7 @@ def test_verify_names_the_file_that_differs(command: Run, tmp_path: Path) -> Non
         (["shrink"], "the following arguments are required: MODEL"),
         (["show", "nothing"], "'nothing' is neither the id nor the folder of an artifact"),
         (["show", "abcdef"], "`gulliver list` shows what is there"),
-        (["run", "none.toml"], "there is no recipe none.toml"),
+        (["run", "none.toml"], "recipe none.toml does not exist"),
         (["list", "--home", "/dev/null/x"], "the home /dev/null/x cannot be used"),
         ([], "required: COMMAND"),
     ],

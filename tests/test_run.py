@@ -113,7 +113,7 @@ def test_units_are_understood_where_the_name_says_so(store: Store) -> None:
 def test_a_wrong_input_names_the_step_and_the_kind(store: Store, quiet: Progress) -> None:
     model = call("make", {}, {}, store=store, progress=quiet)
     report = call("measure", {}, {"model": model}, store=store, progress=quiet)
-    with pytest.raises(ConfigError, match="there is no step 'shrnk'; did you mean 'shrink'"):
+    with pytest.raises(ConfigError, match="unknown step 'shrnk'; did you mean 'shrink'"):
         call("shrnk", {}, {"model": model}, store=store)
     with pytest.raises(ConfigError, match="needs the input 'model'"):
         call("shrink", {}, {}, store=store)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
+
+from gulliver.pipeline.steps import type_name
 
 PARSERS = Path(__file__).parent / "parsers.json"
 """{"module:class of options": [the fields of each Argument that are not its defaults]}"""
@@ -26,7 +28,7 @@ class Argument:
     """One argument of a command, made from one field of a model.
 
     `kind` is what its text is read as: text, int, float or switch; `takes` is its type as users write about it.
-    `positional` stands without a flag; `many` may be given more than once. `bounds` are those of BOUNDS.
+    `positional` has no flag; `many` may be given more than once. `bounds` are those of BOUNDS.
     """
 
     name: str
@@ -43,7 +45,7 @@ class Argument:
 
     @property
     def flag(self) -> str:
-        """What stands on the command line: "--group-size"; a trailing underscore of the field is left out."""
+        """What is written on the command line: "--group-size"; a trailing underscore of the field is left out."""
         return f"--{self.name.rstrip('_').replace('_', '-')}"
 
     @property
@@ -55,9 +57,8 @@ class Argument:
 
     def to_json(self) -> dict[str, Any]:
         """The fields that are not what they are when left out."""
-        blank = {"default": None, "required": False, "positional": False, "many": False}
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
-        return {name: value for name, value in values.items() if value not in (blank.get(name, ""), {})}
+        blank = vars(Argument("", "", "", ""))
+        return {name: value for name, value in vars(self).items() if value != blank[name]}
 
 
 def arguments(options: str) -> list[Argument]:
@@ -68,9 +69,8 @@ def arguments(options: str) -> list[Argument]:
 
 def made(options: str) -> list[Argument]:
     """The same, always from the model itself."""
-    return [
-        _argument(name, info, first=not place) for place, (name, info) in enumerate(model(options).model_fields.items())
-    ]
+    found = model(options).model_fields
+    return [_argument(name, info, first=name == next(iter(found))) for name, info in found.items()]
 
 
 def model(options: str) -> type[Any]:
@@ -95,8 +95,6 @@ def _kept() -> dict[str, list[dict[str, Any]]]:
 
 def _argument(name: str, info: Any, *, first: bool) -> Argument:
     """The argument of one field; the first one, when it is required, is positional."""
-    from gulliver.pipeline.steps import type_name
-
     shown: dict[str, Any] = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
     kind, many = _kind(info.annotation)
     default = None if info.is_required() else info.get_default(call_default_factory=True)

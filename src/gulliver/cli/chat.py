@@ -27,7 +27,7 @@ class Chat:
     """One conversation; what is said about it goes to `tell`.
 
     `messages` is the conversation so far, the system message first where there is one; an answer that was stopped
-    stands there as far as it came.
+    is kept as far as it came.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ def generate(options: GenerateOptions, session: Session) -> tuple[Any, list[str]
     opening = _opening(options, min(len(prompts), SLOTS))
     with open_model(options.model, opening, store=lambda: session.store, progress=session.progress) as model:
         if not options.raw and not model.has_chat_template:
-            session.progress.print(f"{model.folder.name} has no chat template: it goes on from the prompt itself")
+            session.progress.print(f"{model.folder.name} has no chat template: the prompt itself is continued")
         limit = {} if options.max_tokens is None else {"max_tokens": options.max_tokens}
         requests = [
             model.request(
@@ -171,7 +171,7 @@ def chat(options: ChatOptions, session: Session) -> tuple[Any, list[str]]:
     sampling = _sampling(options)
     with open_model(options.model, _opening(options), store=lambda: session.store, progress=session.progress) as model:
         if not model.has_chat_template:
-            raise ConfigError(f"{options.model} has no chat template, so it is no chat model; use `gulliver generate`")
+            raise ConfigError(f"{options.model} has no chat template, which a chat needs; use `gulliver generate`")
         talk = Chat(
             model,
             sampling,

@@ -41,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GulliverError as failure:
         return _failed(failure, as_json)
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print("interrupted; the same command resumes", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # who read our output has left, as `| head` does
+    except BrokenPipeError:  # the reader of our output has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's last flush has somewhere to go
         return 0
     except Exception as failure:

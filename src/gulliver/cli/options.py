@@ -1,7 +1,6 @@
 """The options of every command that is not a step, and those that all commands take.
 
-parser.py makes arguments from these models: a first field that is required stands without a flag, text in `about` is
-the help. Imported by what makes parsers.json and by commands that are not in a hurry, never by `generate` and `chat`.
+parser.py makes arguments from these models: a first field that is required has no flag, `about` is the help. Imported by what makes parsers.json and by commands that are not in a hurry, never by `generate` and `chat`.
 """
 
 from __future__ import annotations

@@ -40,10 +40,10 @@ def parsed(words: Sequence[str]) -> Parsed:
         start += 2 if words[start] in ("--home", "--database") else 1
     if start >= len(words):
         _top().parse_args([word for word in words if word in ("-h", "--help", "--version")])
-    words = [*words[start:], *words[:start]]  # what is for everywhere may stand before the command too
+    words = [*words[start:], *words[:start]]  # options of every command may come before it too
     row = _rows().get(words[0])
     if row is None:
-        raise ConfigError(f"there is no command {words[0]!r}{did_you_mean(words[0], _rows())}")
+        raise ConfigError(f"unknown command {words[0]!r}{did_you_mean(words[0], _rows())}")
     parser = _Parser(prog=f"gulliver {row.name}", description=row.help, allow_abbrev=False)
     _fill_step(parser, row) if isinstance(row, Step) else _fill(parser, arguments(row.options))
     common = arguments(EVERYWHERE)

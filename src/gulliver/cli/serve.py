@@ -45,7 +45,7 @@ def serve(options: ServeOptions, session: Session) -> tuple[Any, list[str]]:
 def named_models(specs: Sequence[str]) -> list[tuple[str, str]]:
     """(name, model) of each argument: NAME=MODEL, or MODEL under the last part of what it is called.
 
-    ConfigError for an empty name and for one that comes twice.
+    ConfigError for an empty name and for one given twice.
     """
     found: list[tuple[str, str]] = []
     for spec in specs:

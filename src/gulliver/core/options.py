@@ -9,6 +9,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Options(BaseModel):
-    """Options of one step or command; units stand in the names of the fields, what they are for in `description`."""
+    """Options of one step or command; names of fields carry units, `description` is the help."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -45,7 +45,7 @@ class GateCall:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe; `calls` stand in file order."""
+    """A checked recipe; `calls` are in file order."""
 
     name: str
     home: str | None
@@ -56,7 +56,7 @@ def load(path: Path | str) -> Recipe:
     """Read and check a recipe. ConfigError names the line and the remedy."""
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"there is no recipe {path}; give the path of a .toml file")
+        raise ConfigError(f"recipe {path} does not exist; give the path of a .toml file")
     if path.stat().st_size > MAX_RECIPE_BYTES:
         raise ConfigError(f"{path} has {path.stat().st_size} bytes; a recipe has at most {MAX_RECIPE_BYTES}")
     try:
@@ -66,7 +66,7 @@ def load(path: Path | str) -> Recipe:
 
 
 def parse(text: str, source: str = "recipe") -> Recipe:
-    """A checked Recipe from TOML text; `source` stands in error messages."""
+    """A checked Recipe from TOML text; `source` is its name in error messages."""
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as failure:
@@ -75,7 +75,7 @@ def parse(text: str, source: str = "recipe") -> Recipe:
 
 
 class _Checker:
-    """Holds what every check needs: the document, where each key stands, and the calls seen so far."""
+    """Holds what every check needs: the document, the line of each key, and the calls seen so far."""
 
     def __init__(self, source: str, lines: Mapping[tuple[Any, ...], int], document: dict[str, Any]) -> None:
         self.source, self.lines, self.document = source, lines, document
@@ -199,7 +199,7 @@ class _Checker:
         return ConfigError(f"{self.source}, line {self.lines.get(at, 1)}: {message}")
 
 
-# ---- where each key stands (tomllib does not tell) ---------------------------------------------------------------
+# ---- the line of each key (tomllib does not tell) -----------------------------------------------------------------
 
 _STRING = re.compile(r'"""(?:\\.|[^\\])*?"""|\'\'\'.*?\'\'\'|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'', re.DOTALL)
 _HEADER = re.compile(r"(\[\[?)\s*([^\[\]\n]+?)\s*\]\]?")
@@ -209,7 +209,7 @@ _KEY = re.compile(r"""((?:[\w-]+|"[^"\n]*"|'[^'\n]*')(?:\s*\.\s*(?:[\w-]+|"[^"\n
 def key_lines(text: str) -> dict[tuple[Any, ...], int]:
     """Line numbers, from 1, of every table and key of valid TOML text, by path: ("step", 0, "bits") -> 7.
 
-    Keys of inline tables are found too when they stand alone on their path; values are skipped over.
+    Keys of inline tables are found too when they are alone on their path; values are skipped over.
     """
     lines: dict[tuple[Any, ...], int] = {}
     counts: dict[tuple[Any, ...], int] = {}

@@ -170,7 +170,7 @@ def find(name: str) -> Step:
     for step in STEPS:
         if step.name == name:
             return step
-    raise ConfigError(f"there is no step {name!r}{did_you_mean(name, [step.name for step in STEPS])}")
+    raise ConfigError(f"unknown step {name!r}{did_you_mean(name, [step.name for step in STEPS])}")
 
 
 def function(step: Step) -> Callable[..., Any]:
