@@ -1,6 +1,7 @@
 """The options of every command that is not a step, and those that all commands take.
 
-parser.py makes arguments from these models: a first field that is required has no flag, `about` is the help. Imported by what makes parsers.json and by commands that are not in a hurry, never by `generate` and `chat`.
+arguments.py makes arguments from these models: a first field that is required has no flag, `about` is the help. Only
+what makes parsers.json and commands that are not in a hurry import this, never `generate` and `chat`.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def resolve_data(
 ) -> Artifact:
     """A dataset from an artifact, its id or prefix, its folder; or made by the step `read` from files or catalog:…
 
-    `eval_data` names the held-out part; without it a part of `spec` is held out. ConfigError for another kind of artifact.
+    `eval_data` names the held-out part; without it a part of `spec` is held out. ConfigError for another kind.
     """
     artifact = _known_artifact(spec, store)
     if artifact is None:
