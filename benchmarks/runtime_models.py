@@ -14,7 +14,7 @@ from runtime_large import write_packed_llama
 
 CALIBRATION = "wikitext-2.valid.txt"
 HELD_OUT = "wikitext-2.test.txt"
-EIGHT_BITS = ("--bits", 8, "--group-size", 64, "--kind", "uniform", "--method", "nearest")
+EIGHT_BITS = ("--bits", 8, "--group-size", 64, "--kind", "uniform", "--method", "rtn")
 LARGE_SHAPE = Shape(layers=16)
 
 

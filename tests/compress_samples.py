@@ -52,7 +52,7 @@ class Lab:
     def plan(self, size_bytes: int, *, seed: int = 0, **config: Any) -> Artifact:
         """A plan of the model, measured roughly."""
         inputs = {"model": self.model, "calibration": self.calibration}
-        quick = {"size_bytes": size_bytes, "probe_rows": 8, "feedback": False}
+        quick = {"size_bytes": size_bytes, "probe_rows": 8, "gptq": False}
         return self.step("plan", quick | config, seed=seed, **inputs)
 
 

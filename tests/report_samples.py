@@ -165,7 +165,7 @@ def fitted(
     artifact(store, "dataset", "read", {"examples.parquet": b"shakespeare"}, config={"data": "tinyshakespeare.txt"})
     stats = artifact(store, "report", "calibrate", {"stats.safetensors": 10}, [parent.id, data.id], {"tokens": 16384})
     planned = artifact(store, "report", "plan", {Plan.file: plan(72 * megabyte)}, [parent.id, stats.id])
-    config = {"method": "error_feedback", "bits": 4, "group_size": 64, "damping": 0.01}
+    config = {"method": "gptq", "bits": 4, "group_size": 64}
     packed = {"model.safetensors": round(71.9 * megabyte)}
     model = artifact(store, "model", "quantize", packed, [parent.id, stats.id, planned.id], config)
     rows = evidence(model, parent, model.weight_bytes, quality_loss)

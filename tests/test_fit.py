@@ -29,7 +29,7 @@ DIGITS = 60_000
 SMALL: dict[str, dict[str, Any]] = {
     "sample": {"count": 8, "tokens": 160},
     "calibrate": {"examples": 8, "gradient_examples": 4},
-    "plan": {"probe_rows": 4, "feedback": False},
+    "plan": {"probe_rows": 4, "gptq": False},
     "quality": {},
     "distill": {"steps": 2, "batch_size": 2},
 }

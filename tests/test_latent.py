@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gulliver.compress.feedback import quantize_matrix
+from gulliver.compress.gptq import quantize_matrix
 from gulliver.learning.latent import LatentTensor
 from gulliver.runtime.formats import Format
 from gulliver.runtime.packed import PackedTensor
@@ -19,17 +19,17 @@ def sample(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def packed(weight: Tensor, *names: str, feedback: bool = True) -> PackedTensor:
+def packed(weight: Tensor, *names: str, gptq: bool = True) -> PackedTensor:
     """The weight in these formats, its rows dealt out in turn where there are several."""
     matrix = weight.flatten(1)
     x = sample(400, matrix.shape[1], seed=7) @ sample(matrix.shape[1], matrix.shape[1], seed=8)
     moment = x.T @ x / len(x)
     if len(names) == 1:
-        part = quantize_matrix(matrix, Format.parse(names[0]), moment, feedback=feedback)
+        part = quantize_matrix(matrix, Format.parse(names[0]), moment, gptq=gptq)
         return PackedTensor(tuple(weight.shape), [part])
     row_part = (torch.arange(len(matrix)) % len(names)).to(torch.uint8)
     parts = [
-        quantize_matrix(matrix[row_part == index], Format.parse(name), moment, feedback=feedback)
+        quantize_matrix(matrix[row_part == index], Format.parse(name), moment, gptq=gptq)
         for index, name in enumerate(names)
     ]
     return PackedTensor(tuple(weight.shape), parts, row_part)
@@ -49,7 +49,7 @@ def test_before_training_it_is_the_packed_weight(name: str, columns: int) -> Non
     weight = sample(ROWS, columns)
     tensor = packed(weight, name)
     latent = check_same(weight, tensor)
-    # error feedback chose other codes than the nearest, so the latent must have been moved
+    # GPTQ chose other codes than the nearest, so the latent must have been moved
     assert not torch.equal(latent.parts[0].latent.detach(), weight)
     moved = (latent.parts[0].latent.detach() - weight).abs() > 0
     assert moved.float().mean() < 0.9  # and weights whose code is the nearest stay where the parent has them
@@ -164,7 +164,7 @@ def test_gradients_reach_every_part() -> None:
 
 def test_a_descent_step_on_scales_lowers_the_error() -> None:
     weight = sample(ROWS, 128)
-    latent = LatentTensor(packed(weight, "u2g32", feedback=False), weight)
+    latent = LatentTensor(packed(weight, "u2g32", gptq=False), weight)
     with torch.no_grad():
         for part in latent.parts:
             part.change += 0.3

@@ -178,7 +178,7 @@ def test_the_plan_adds_up(language: Lab, smallest: int) -> None:
 
 
 def test_the_predicted_loss_increase_is_near_what_packing_does(language: Lab, smallest: int) -> None:
-    made = language.plan(int(1.5 * smallest), feedback=True, probe_rows=32)
+    made = language.plan(int(1.5 * smallest), gptq=True, probe_rows=32)
     done = sum(contents(language.quantize(plan=made), LossIncrease.file)["weights"].values())
     assert 0.4 < done / contents(made, Plan.file)["loss_increase"] < 2.5
 

@@ -20,7 +20,7 @@ from compress_samples import Lab, contents, divergence
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gulliver.compress.feedback import quantize_matrix
+from gulliver.compress.gptq import quantize_matrix
 from gulliver.compress.quantize import narrow
 from gulliver.compress.statistics import open_statistics
 from gulliver.core.errors import BudgetError, ConfigError
@@ -28,6 +28,7 @@ from gulliver.core.records import Calibration, LossIncrease
 from gulliver.core.store.artifact import Artifact, copy_artifact, verify
 from gulliver.core.store.store import Store
 from gulliver.nets.weights import read_safetensors
+from gulliver.pipeline.steps import checked_config, find
 from gulliver.runtime.formats import Format
 from gulliver.runtime.grid import as_groups, fit_codebook_grid, fit_uniform_grid, learn_codebook, midpoints, nearest
 from gulliver.runtime.packed import PackedTensor
@@ -59,32 +60,32 @@ def inputs_moment(columns: int, seed: int = 1) -> Tensor:
     return x.T @ x / len(x)
 
 
-def cost(weight: Tensor, moment: Tensor, name: str, feedback: bool) -> float:
-    delta = quantize_matrix(weight, Format.parse(name), moment, feedback=feedback).dequantize() - weight
+def cost(weight: Tensor, moment: Tensor, name: str, gptq: bool) -> float:
+    delta = quantize_matrix(weight, Format.parse(name), moment, gptq=gptq).dequantize() - weight
     return float(((delta @ moment) * delta).sum())
 
 
 # ---- margins over the simple method ----------------------------------------------------------------------------------
 @pytest.mark.parametrize(("bits", "kind"), [(3, "codebook"), (4, "codebook"), (4, "uniform"), (2, "codebook")])
-def test_feedback_beats_rounding_to_nearest_on_a_trained_model(language: Lab, bits: int, kind: str) -> None:
+def test_gptq_beats_rounding_to_nearest_on_a_trained_model(language: Lab, bits: int, kind: str) -> None:
     options: dict[str, Any] = {"bits": bits, "kind": kind}
-    passed_on, plain = language.quantize(**options), language.quantize(**options, method="nearest")
+    passed_on, plain = language.quantize(**options), language.quantize(**options, method="rtn")
     assert total(plain) > 1.2 * total(passed_on)
     assert passed_on.weight_bytes == plain.weight_bytes
 
 
 @pytest.mark.parametrize("name", ["c2g64", "c3g64", "c4g32", "u3g64", "u4g128"])
-def test_feedback_beats_rounding_to_nearest_on_correlated_inputs(name: str) -> None:
+def test_gptq_beats_rounding_to_nearest_on_correlated_inputs(name: str) -> None:
     weight, moment = gaussian(96, 192), inputs_moment(192)
-    assert cost(weight, moment, name, feedback=False) > 1.5 * cost(weight, moment, name, feedback=True)
+    assert cost(weight, moment, name, gptq=False) > 1.5 * cost(weight, moment, name, gptq=True)
 
 
 @pytest.mark.parametrize("bits", [3, 4])
-@pytest.mark.parametrize("feedback", [True, False])
-def test_a_learned_codebook_beats_even_steps(bits: int, feedback: bool) -> None:
+@pytest.mark.parametrize("gptq", [True, False])
+def test_a_learned_codebook_beats_even_steps(bits: int, gptq: bool) -> None:
     weight, moment = gaussian(128, 256), inputs_moment(256)
-    even = cost(weight, moment, f"u{bits}g64", feedback)
-    assert even > 1.15 * cost(weight, moment, f"c{bits}g64", feedback)
+    even = cost(weight, moment, f"u{bits}g64", gptq)
+    assert even > 1.15 * cost(weight, moment, f"c{bits}g64", gptq)
 
 
 def test_a_learned_codebook_beats_even_steps_on_a_trained_model(language: Lab) -> None:
@@ -134,14 +135,14 @@ def test_importance_changes_what_is_fitted_well() -> None:
     assert weighted_error(weight, torch.ones(128), plain) < weighted_error(weight, torch.ones(128), fitted)
 
 
-@pytest.mark.parametrize("feedback", [True, False])
-def test_more_bits_and_smaller_groups_cost_less(feedback: bool) -> None:
+@pytest.mark.parametrize("gptq", [True, False])
+def test_more_bits_and_smaller_groups_cost_less(gptq: bool) -> None:
     weight, moment = gaussian(64, 128), inputs_moment(128)
     bits = ("c2g64", "c3g64", "c4g64", "c5g64", "c6g64", "u8g64")
-    costs = [cost(weight, moment, name, feedback) for name in bits]
+    costs = [cost(weight, moment, name, gptq) for name in bits]
     assert all(before > 1.5 * after for before, after in itertools.pairwise(costs)), costs
-    assert cost(weight, moment, "c3g128", feedback) > cost(weight, moment, "c3g32", feedback)
-    assert cost(weight, moment, "u8g64", feedback) < 1e-3 * float(((weight @ moment) * weight).sum())
+    assert cost(weight, moment, "c3g128", gptq) > cost(weight, moment, "c3g32", gptq)
+    assert cost(weight, moment, "u8g64", gptq) < 1e-3 * float(((weight @ moment) * weight).sum())
 
 
 def test_inputs_that_were_never_seen_do_no_harm() -> None:
@@ -224,7 +225,7 @@ def test_convolutions_are_packed(digits: Lab) -> None:
         assert (stored[name].dequantize() - plain[name]).norm() < 0.2 * plain[name].norm()
     vectors = {name for name, tensor in stored.items() if not isinstance(tensor, PackedTensor)}
     assert vectors and all(torch.equal(stored[name], plain[name].to(torch.float16)) for name in vectors)
-    assert total(digits.quantize(bits=3, method="nearest")) > 1.1 * total(digits.quantize(bits=3))
+    assert total(digits.quantize(bits=3, method="rtn")) > 1.1 * total(digits.quantize(bits=3))
     assert divergence(digits, packed) < 0.5 * divergence(digits, digits.quantize(bits=2, group_size=32))
 
 
@@ -233,7 +234,7 @@ def test_diagonal_statistics_round_to_nearest(language: Lab) -> None:
     diagonal = language.step("calibrate", config, model=language.model, dataset=language.dataset)
     made = [
         language.step("quantize", {"bits": 3, "method": method}, model=language.model, calibration=diagonal)
-        for method in ("feedback", "nearest")
+        for method in ("gptq", "rtn")
     ]
     one, other = (dict(read_stored(packed.path)) for packed in made)
     assert all(
@@ -315,3 +316,16 @@ def test_finished_weights_are_not_packed_again(language: Lab, monkeypatch: pytes
         language.quantize(**options)
     made = language.quantize(**options)
     assert len(packed) == len(contents(made, LossIncrease.file)["weights"]) + 1
+
+
+@pytest.mark.parametrize(
+    ("step", "options", "told"),
+    [
+        ("quantize", {"method": "feedback"}, "'gptq' or 'rtn'"),
+        ("quantize", {"method": "nearest"}, "'gptq' or 'rtn'"),
+        ("plan", {"size_bytes": 1000, "feedback": False}, "gptq"),
+    ],
+)
+def test_former_names_of_options_are_refused_with_the_new_ones(step: str, options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        checked_config(find(step), options)

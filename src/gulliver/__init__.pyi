@@ -107,13 +107,13 @@ def plan(
     kind: Literal['any', 'codebook', 'uniform'] = 'any',
     min_bits: int = 2,
     probe_rows: int = 32,
-    feedback: bool = True,
+    gptq: bool = True,
     home: Path | str | None = None,
     database_url: str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Artifact:
-    """choose one format per tensor: least predicted damage within the budget"""
+    """choose one format per tensor: least predicted loss increase within the budget"""
 
 def quantize(
     model: _Source,
@@ -123,7 +123,7 @@ def quantize(
     bits: int = 4,
     group_size: int = 64,
     kind: Literal['codebook', 'uniform'] = 'codebook',
-    method: Literal['feedback', 'nearest'] = 'feedback',
+    method: Literal['gptq', 'rtn'] = 'gptq',
     max_ram_bytes: int | str | None = None,
     home: Path | str | None = None,
     database_url: str | None = None,

@@ -15,7 +15,7 @@ class CalibrateOptions(Options):
     examples: int = Field(64, ge=1, description="calibration examples (windows of text, images)")
     batch_size: int = Field(4, ge=1, description="examples in memory at once")
     tokens: int | None = Field(None, ge=2, description="length of a window, for families that read sequences")
-    moments: Literal["full", "diagonal"] = Field("full", description="keep H, or only its diagonal (no feedback then)")
+    moments: Literal["full", "diagonal"] = Field("full", description="keep H, or only its diagonal (no GPTQ then)")
     sensitivity: Literal["auto", "gradient", "power"] = Field(
         "auto", description="what outputs count by: the loss's gradient, or their own power; auto: by memory"
     )
@@ -30,7 +30,7 @@ class PlanOptions(Options):
     kind: Literal["any", "codebook", "uniform"] = Field("any", description="which formats may be chosen")
     min_bits: int = Field(2, ge=2, le=8, description="fewest bits of a code")
     probe_rows: int = Field(32, ge=1, description="rows of each weight on which the loss increase is predicted")
-    feedback: bool = Field(True, description="predict with error feedback, as quantize does by default")
+    gptq: bool = Field(True, description="predict for GPTQ, as quantize does by default; else for rounding to nearest")
 
 
 class QuantizeOptions(Options):
@@ -41,8 +41,8 @@ class QuantizeOptions(Options):
     kind: Literal["codebook", "uniform"] = Field(
         "codebook", description="values learned per tensor, or evenly spaced with a zero point; not used with a plan"
     )
-    method: Literal["feedback", "nearest"] = Field(
-        "feedback", description="feedback passes rounding errors on (GPTQ); nearest is the plain baseline"
+    method: Literal["gptq", "rtn"] = Field(
+        "gptq", description="gptq passes rounding errors on to later weights; rtn rounds each to nearest, the baseline"
     )
     max_ram_bytes: int | None = Field(None, ge=1, description="most resident memory of the process")
 

@@ -7,7 +7,7 @@ the loss and x in {0, 1}:
     minimise  Σ D[i, f] x[i, f]    subject to  Σ b[i, f] x[i, f] <= budget,   Σ_f x[i, f] = 1 for every item i
 
 solved exactly by HiGHS (Huangfu and Hall, Parallelizing the dual revised simplex method, 2018). D is measured on a
-sample of each weight's rows in one reference format, with error feedback as `quantize` does it, and carried over to
+sample of each weight's rows in one reference format, with GPTQ as `quantize` does it, and carried over to
 the other formats by ratios measured on a few weights: how errors fall with bits hardly depends on the weight, how much
 they cost does.
 """
@@ -25,7 +25,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from gulliver.compress.feedback import quantize_matrix
+from gulliver.compress.gptq import quantize_matrix
 from gulliver.compress.options import PlanOptions
 from gulliver.compress.sizes import overhead_bytes, packed_overhead_bytes
 from gulliver.compress.statistics import Statistics, Use, joint_moment, loss_increase, open_statistics
@@ -132,7 +132,7 @@ def measurer(
             some, scale = sampled(rows, cfg.probe_rows)
             found: list[float] = []
             for fmt in [REFERENCE, *(formats if name in probes else [])]:
-                part = quantize_matrix(matrix[some], fmt, moment, feedback=cfg.feedback)
+                part = quantize_matrix(matrix[some], fmt, moment, gptq=cfg.gptq)
                 found.append(loss_increase(matrix[some], part, uses, some))
             base, others = found[0], found[1:]
             ratios = [one / base for one in others] if base > 0 else []

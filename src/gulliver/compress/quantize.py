@@ -1,7 +1,7 @@
 """Step `quantize`: pack a model's weights into few bits, one weight in memory at a time.
 
-By a plan, or all weights in one format. `nearest` rounds each weight to the nearest value of its group's grid;
-`feedback` passes every rounding error on to the weights not yet rounded (compress/feedback.py). Each packed weight is
+By a plan, or all weights in one format. `rtn` rounds each weight to the nearest value of its group's grid; `gptq`
+passes every rounding error on to the weights not yet rounded (compress/gptq.py). Each packed weight is
 written to scratch as soon as it is done, so a killed run resumes with the next one.
 """
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gulliver.compress.calibrate import check_ram
-from gulliver.compress.feedback import quantize_matrix
+from gulliver.compress.gptq import quantize_matrix
 from gulliver.compress.options import QuantizeOptions
 from gulliver.compress.plan import Choice, planned, read_weight, rows_of_classes
 from gulliver.compress.statistics import Statistics, joint_moment, loss_increase, open_statistics
@@ -55,7 +55,7 @@ def run(cfg: QuantizeOptions, inputs: dict[str, Artifact], ctx: Context) -> Arti
     empty = get_task(model.task).load(model.path, empty=True)
     canonical = canonical_names(empty)
     files = {name: ctx.work / f"weight-{index:05}.safetensors" for index, name in enumerate(names)}
-    job = _Job(model.path, canonical, statistics, choices, cfg.method == "feedback", files)
+    job = _Job(model.path, canonical, statistics, choices, cfg.method == "gptq", files)
     with ctx.progress.stage("quantize", total=len(names), unit="weight") as bar:
         for name in each(partial(_pack, job), names, workers(ctx)):
             check_ram(ctx, name)
@@ -78,7 +78,7 @@ class _Job:
     canonical: Mapping[str, str]
     statistics: Statistics
     choices: Mapping[str, Choice]
-    feedback: bool
+    gptq: bool
     files: Mapping[str, Path]
 
 
@@ -93,7 +93,7 @@ def _pack(job: _Job, name: str) -> str:
     moment, increase, parts = joint_moment(uses), 0.0, []
     for index, (rows, (_, fmt)) in enumerate(zip(classes, choice.parts, strict=True)):
         chosen = matrix if row_part is None else matrix[rows]
-        part = quantize_matrix(chosen, fmt, moment, feedback=job.feedback)
+        part = quantize_matrix(chosen, fmt, moment, gptq=job.gptq)
         increase += loss_increase(chosen, part, uses, None if row_part is None else rows)
         parts.append(part)
         if row_part is not None:

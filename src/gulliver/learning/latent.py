@@ -3,7 +3,7 @@
 With latent w, group scale s and grid values c, the forward pass uses v = s · c[q], q the nearest to w / s; the backward
 pass takes the rounding as if it were not there (straight-through: Bengio et al., 2013, arXiv 1308.3432), so that with
 u = dL/dv, dL/dw = u and dL/ds = Σ u · (c[q] - w / s) over the group (learned step size: Esser et al., 2019, arXiv
-1902.08153). A latent starts at the parent's weight, moved into the cell of the code that error feedback chose.
+1902.08153). A latent starts at the parent's weight, moved into the cell of the code that GPTQ chose.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gulliver.runtime.packed import PackedTensor, RowGroup
 INSIDE = 0.15
 """A latent that lies outside its cell is put this far inside, as a fraction of the distance between two values.
 
-Far enough that the first updates do not undo what error feedback chose.
+Far enough that the first updates do not undo what GPTQ chose.
 """
 FINE = 8192
 

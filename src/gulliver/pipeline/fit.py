@@ -36,7 +36,7 @@ EFFORTS: Mapping[str, Mapping[str, Mapping[str, Any] | None]] = {
     "fast": {
         "sample": None,
         "calibrate": {"examples": 16, "gradient_examples": 4},
-        "plan": {"probe_rows": 8, "feedback": False},
+        "plan": {"probe_rows": 8, "gptq": False},
         "distill": None,
         "quality": {"share": 1 / 3},
     },

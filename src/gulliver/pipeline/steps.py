@@ -110,7 +110,7 @@ STEPS = (
         "gulliver.compress.options:PlanOptions",
         needs=("model", "calibration"),
         makes=("report",),
-        help="choose one format per tensor: least predicted damage within the budget",
+        help="choose one format per tensor: least predicted loss increase within the budget",
     ),
     Step(
         "quantize",

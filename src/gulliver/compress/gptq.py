@@ -1,4 +1,4 @@
-"""Quantizing one weight matrix: round to nearest, and error feedback (GPTQ).
+"""Quantizing one weight matrix: round to nearest (RTN), and GPTQ, which passes rounding errors on.
 
 Columns are quantized one after another; what each rounding got wrong is passed on to the columns not yet quantized so
 that the layer's output changes least. With H = XᵀX + λI over calibration inputs X and U the upper Cholesky factor of
@@ -37,10 +37,10 @@ CHUNK_ROWS = 8192
 CODEBOOK_ROWS = 65_536
 
 
-def quantize_matrix(weight: Tensor, fmt: Format, moment: Tensor | None, *, feedback: bool = True) -> RowGroup:
+def quantize_matrix(weight: Tensor, fmt: Format, moment: Tensor | None, *, gptq: bool = True) -> RowGroup:
     """Quantize weight [rows, columns]; `moment` is H [columns, columns], its diagonal [columns], or None.
 
-    Without a full H, or with `feedback=False`, codes are the nearest on grids fitted with diag(H) as importance.
+    Without a full H, or with `gptq=False`, codes are the nearest on grids fitted with diag(H) as importance.
     """
     rows, columns = weight.shape
     importance = torch.ones(columns) if moment is None else (moment.diagonal() if moment.dim() == 2 else moment)
@@ -53,7 +53,7 @@ def quantize_matrix(weight: Tensor, fmt: Format, moment: Tensor | None, *, feedb
         spread = weights_of_group.expand_as(groups).reshape(-1, fmt.group_size)
         codebook = learn_codebook(groups.reshape(-1, fmt.group_size), spread, fmt.levels)
     solve = None
-    if moment is not None and moment.dim() == 2 and feedback:
+    if moment is not None and moment.dim() == 2 and gptq:
         order = column_order(importance, fmt.group_size)
         solve = order, inverse_factor(moment[order[:, None], order[None]])
     parts = []
@@ -65,7 +65,7 @@ def quantize_matrix(weight: Tensor, fmt: Format, moment: Tensor | None, *, feedb
             parts.append(_round(some, fmt, grid, row_factors(grid.scales), codebook))
         else:
             factors = row_factors(_widest(groups, fmt, codebook))
-            parts.append(_feed_back(some, fmt, *solve, importance, factors, codebook))
+            parts.append(_solve(some, fmt, *solve, importance, factors, codebook))
     return joined(parts)
 
 
@@ -141,7 +141,7 @@ def column_order(importance: Tensor, group_size: int) -> Tensor:
     return order[order < columns]
 
 
-def _feed_back(
+def _solve(
     weight: Tensor,
     fmt: Format,
     order: Tensor,
