@@ -13,7 +13,7 @@ import transformers
 from toy_language import sentences
 
 from gulliver.core.store.artifact import Artifact, create
-from gulliver.tasks.language.text import write_byte_tokenizer
+from gulliver.tasks.text.tokenizer import write_byte_tokenizer
 
 VOCABULARY = 257
 SMALL: dict[str, Any] = {

@@ -33,7 +33,7 @@ from gulliver.tasks import exporter, get_task
 from gulliver.tasks.language.gguf.architectures import permute
 from gulliver.tasks.language.gguf.read import convert_gguf
 from gulliver.tasks.language.gguf.write import BLOCK_TYPES, TYPES, encode_blocks, exact_type
-from gulliver.tasks.language.text import load_tokenizer
+from gulliver.tasks.text.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -36,7 +36,7 @@ from gulliver.core.store.store import Store
 from gulliver.tasks import get_task
 from gulliver.tasks.language.gguf.metadata import LLAMA3, NO_MERGE, QWEN2, TEKKEN
 from gulliver.tasks.language.gguf.read import convert_gguf
-from gulliver.tasks.language.text import load_tokenizer
+from gulliver.tasks.text.tokenizer import load_tokenizer
 
 
 def test_the_file_says_what_the_model_is(store: Store, tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from gulliver.runtime.batching.encoder import Encoder, is_encoder, read_pooling
 from http_samples import FakeEngine, served, serving
 from language_samples import write_encoder
 
 from gulliver.core.errors import ArtifactError
 from gulliver.runtime.batching import encoder as embeddings
-from gulliver.runtime.batching.encoder import Encoder, is_encoder, read_pooling
 from gulliver.runtime.batching.records import EngineClosed, QueueFull
 from gulliver.serve.openai import response_schemas as answers
 from gulliver.serve.state import Settings

@@ -13,11 +13,28 @@ from safetensors.torch import load_file, save_file
 
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
 from gulliver.nets.weights import assign, read_safetensors, release
-from gulliver.tasks import get_task
-from gulliver.tasks.language import network, score, streaming
-from gulliver.tasks.language.text import joined, load_tokenizer, read_examples, split_texts, token_stream
+from gulliver.tasks import detect_task, get_task
+from gulliver.tasks.encoder import score as encoder_score
+from gulliver.tasks.encoder.pooling import encode
+from gulliver.tasks.encoder.text import passages
+from gulliver.tasks.language import network
+from gulliver.tasks.language.text import joined, token_stream
+from gulliver.tasks.text import streaming
+from gulliver.tasks.text.tokenizer import load_tokenizer
 
-TASK = get_task("language")
+TASK, ENCODER = get_task("language"), get_task("encoder")
+
+
+def scored(model, dataset, parent=None, *, folder, task=TASK, **options):
+    return task.score(model, dataset, parent, folder=folder, options=task.chosen(options))
+
+
+def batches_of(dataset, split, batch_size, seed, step, *, folder, task=TASK, **options):
+    return task.batches(dataset, split, batch_size, seed, step, folder=folder, options=task.chosen(options))
+
+
+def task_of(name):
+    return ENCODER if name == "encoder" else TASK
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +53,8 @@ def encoder(tmp_path_factory):
 
 
 # ---- blocks -------------------------------------------------------------------------------------------------------
-def batches_for(folder, dataset, count=2):
-    found = list(itertools.islice(TASK.batches(dataset, "train", 2, 0, 0, folder=folder, tokens=24), count))
+def batches_for(folder, dataset, count=2, task=TASK):
+    found = list(itertools.islice(batches_of(dataset, "train", 2, 0, 0, folder=folder, task=task, tokens=24), count))
     return [*found, {name: tensor[:1, :16] for name, tensor in found[0].items()}]  # another shape
 
 
@@ -51,11 +68,11 @@ def expected(model, batch):
 def test_streaming_through_blocks_equals_the_network(name, tmp_path, dataset):
     """Weights arrive just before a block and leave right after; every batch equals the whole network's output."""
     folder = write_encoder(tmp_path) if name == "encoder" else write_causal(tmp_path, name)
-    TASK.save(TASK.load(folder), folder / "own")  # as `pull` does: under the network's own names
+    task_of(name).save(task_of(name).load(folder), folder / "own")  # as `pull` does: under the network's own names
     folder = folder / "own"
-    whole, empty = TASK.load(folder), TASK.load(folder, empty=True)
-    batches = batches_for(folder, dataset)
-    blocks = TASK.blocks(empty, batches)
+    whole, empty = task_of(name).load(folder), task_of(name).load(folder, empty=True)
+    batches = batches_for(folder, dataset, task=task_of(name))
+    blocks = task_of(name).blocks(empty, batches)
     assert [block.name for block in blocks][:: len(blocks) - 1] == ["embed", "head"] and len(blocks) == 4
     activations = list(batches)
     with torch.no_grad():
@@ -71,8 +88,8 @@ def test_streaming_through_blocks_equals_the_network(name, tmp_path, dataset):
 @pytest.mark.parametrize("name", [*CAUSAL, "encoder"])
 def test_every_parameter_has_one_block_and_weights_are_matrices(name, tmp_path, dataset):
     folder = write_encoder(tmp_path) if name == "encoder" else write_causal(tmp_path, name)
-    model = TASK.load(folder, empty=True)
-    blocks = TASK.blocks(model, batches_for(folder, dataset))
+    model = task_of(name).load(folder, empty=True)
+    blocks = task_of(name).blocks(model, batches_for(folder, dataset, task=task_of(name)))
     tied = model.get_input_embeddings().weight is getattr(model.get_output_embeddings(), "weight", None)
     for parameter, _ in model.named_parameters():
         homes = [block.name for block in blocks if parameter.startswith(block.prefixes)]
@@ -125,21 +142,21 @@ def test_a_plain_head_is_recognized(tmp_path):
 
 
 def test_an_encoder_learns_from_its_parent_only(encoder, tmp_path, dataset):
-    model, parent = TASK.load(encoder), TASK.load(write_encoder(tmp_path, seed=3))
-    batch = batches_for(encoder, dataset)[0]
-    assert TASK.loss(model, batch, model).abs().max() < 1e-6
-    assert TASK.loss(model, batch, parent).min() > 1e-4
+    model, parent = ENCODER.load(encoder), ENCODER.load(write_encoder(tmp_path, seed=3))
+    batch = batches_for(encoder, dataset, task=ENCODER)[0]
+    assert ENCODER.loss(model, batch, model).abs().max() < 1e-6
+    assert ENCODER.loss(model, batch, parent).min() > 1e-4
     with pytest.raises(ConfigError, match="give a parent"):
-        TASK.loss(model, batch)
+        ENCODER.loss(model, batch)
 
 
 def test_padding_does_not_change_an_embedding(encoder):
-    model = TASK.load(encoder)
+    model = ENCODER.load(encoder)
     tokens = torch.tensor([[2, 7, 8, 9, 3, 0, 0]])
     long = {"tokens": tokens, "mask": (tokens != 0).long()}
     short = {name: tensor[:, :5] for name, tensor in long.items()}
     with torch.no_grad():
-        torch.testing.assert_close(network.encode(model, long), network.encode(model, short))
+        torch.testing.assert_close(encode(model, long), encode(model, short))
 
 
 # ---- batches ------------------------------------------------------------------------------------------------------
@@ -147,7 +164,7 @@ def test_batches_are_a_function_of_seed_and_step_and_visit_all_windows_once(llam
     def take(seed, step, count):
         return [
             batch["tokens"]
-            for batch in itertools.islice(TASK.batches(dataset, "train", 3, seed, step, folder=llama, tokens=32), count)
+            for batch in itertools.islice(batches_of(dataset, "train", 3, seed, step, folder=llama, tokens=32), count)
         ]
 
     whole = take(0, 0, 6)
@@ -164,11 +181,11 @@ def test_batches_are_a_function_of_seed_and_step_and_visit_all_windows_once(llam
 @pytest.mark.parametrize(("tokens", "error"), [(1, ConfigError), (10**6, DataError)])
 def test_windows_that_cannot_be_are_refused(llama, dataset, tokens, error):
     with pytest.raises(error, match="tokens"):
-        next(TASK.batches(dataset, "train", 1, 0, 0, folder=llama, tokens=tokens))
+        next(batches_of(dataset, "train", 1, 0, 0, folder=llama, tokens=tokens))
 
 
 def test_encoder_batches_are_padded_texts(encoder, dataset):
-    batch = next(TASK.batches(dataset, "train", 4, 0, 0, folder=encoder, tokens=16))
+    batch = next(batches_of(dataset, "train", 4, 0, 0, folder=encoder, task=ENCODER, tokens=16))
     assert batch["tokens"].shape == batch["mask"].shape == (4, 16)
     assert set(batch["mask"].unique().tolist()) <= {0, 1}
 
@@ -184,7 +201,7 @@ def test_perplexity_equals_the_plain_measurement(llama, dataset, tmp_path):
             logits = [net(input_ids=row[None]).logits[0, :-1].float() for row in ids]
             nll = [torch.nn.functional.cross_entropy(a, row[1:]).item() for a, row in zip(logits, ids, strict=True)]
             totals.append((sum(nll) / 5, logits))
-    rows = {item.metric: item for item in TASK.score(model, dataset, parent, folder=llama, windows=5, context=64)}
+    rows = {item.metric: item for item in scored(model, dataset, parent, folder=llama, windows=5, context=64)}
     assert rows["perplexity"].value == pytest.approx(math.exp(totals[0][0]), rel=1e-4)
     assert rows["perplexity_ratio"].value == pytest.approx(math.exp(totals[0][0] - totals[1][0]), rel=1e-4)
     assert rows["quality_loss"].value == pytest.approx(rows["perplexity_ratio"].value - 1)
@@ -194,22 +211,22 @@ def test_perplexity_equals_the_plain_measurement(llama, dataset, tmp_path):
     same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
     assert rows["top1_agreement"].value == pytest.approx(same, abs=0.01)
     assert rows["perplexity"].n == 5 and rows["perplexity"].detail["context"] == 64
-    again = TASK.score(model, dataset, parent, folder=llama, windows=5, context=64)  # the parent's outputs are kept
+    again = scored(model, dataset, parent, folder=llama, windows=5, context=64)  # the parent's outputs are kept
     assert [item.value for item in again] == [item.value for item in rows.values()]
 
 
 def test_the_kept_outputs_of_a_changed_parent_are_not_used(llama, dataset):
     model, parent = TASK.load(llama), TASK.load(llama)
     options = {"folder": llama, "windows": 2, "context": 32}
-    assert {item.metric: item for item in TASK.score(model, dataset, parent, **options)}["quality_loss"].value == 0
+    assert {item.metric: item for item in scored(model, dataset, parent, **options)}["quality_loss"].value == 0
     with torch.no_grad():
         parent.model.norm.weight.mul_(3)
-    assert {item.metric: item for item in TASK.score(model, dataset, parent, **options)}["quality_loss"].value != 0
+    assert {item.metric: item for item in scored(model, dataset, parent, **options)}["quality_loss"].value != 0
 
 
 def test_a_model_equals_itself_and_intervals_hold_the_value(llama, dataset):
     model = TASK.load(llama)
-    rows = {item.metric: item for item in TASK.score(model, dataset, TASK.load(llama), folder=llama, context=64)}
+    rows = {item.metric: item for item in scored(model, dataset, TASK.load(llama), folder=llama, context=64)}
     assert rows["perplexity_ratio"].value == 1 and rows["top1_agreement"].value == 1
     assert abs(rows["kl_divergence"].value) < 1e-6
     assert all(item.low <= item.value <= item.high for item in rows.values())
@@ -217,13 +234,13 @@ def test_a_model_equals_itself_and_intervals_hold_the_value(llama, dataset):
 
 
 def test_the_unigram_baseline_is_the_train_splits(llama, dataset):
-    rows = {item.metric: item for item in TASK.score(TASK.load(llama), dataset, folder=llama, windows=4, context=32)}
+    rows = {item.metric: item for item in scored(TASK.load(llama), dataset, folder=llama, windows=4, context=32)}
     train = token_stream(dataset, "train", llama)
     counts = torch.ones(VOCABULARY).double()
     for token in train.tolist():
         counts[token] += 1
-    scored = token_stream(dataset, "eval", llama)[: 4 * 32].view(4, 32)[:, 1:]
-    nll = -(counts / counts.sum()).log()[scored].mean().item()
+    targets = token_stream(dataset, "eval", llama)[: 4 * 32].view(4, 32)[:, 1:]
+    nll = -(counts / counts.sum()).log()[targets].mean().item()
     assert rows["baseline_perplexity"].value == pytest.approx(math.exp(nll))
     ratio = rows["perplexity"].value / rows["baseline_perplexity"].value
     assert rows["perplexity_vs_baseline"].value == pytest.approx(ratio)
@@ -234,24 +251,29 @@ def test_scores_that_cannot_be_are_refused(llama, tmp_path, dataset):
     model = TASK.load(llama)
     short = write_dataset(tmp_path / "short", [text(20, 1)], ["too short"])
     with pytest.raises(DataError, match="two windows"):
-        TASK.score(model, short, folder=llama)
+        scored(model, short, folder=llama)
     other = TASK.load(write_causal(tmp_path / "other", vocab_size=300))
     with pytest.raises(DataError, match="vocabularies"):
-        TASK.score(model, dataset, other, folder=llama)
+        scored(model, dataset, other, folder=llama)
 
 
 def test_an_encoder_is_scored_by_cosine_to_its_parent(encoder, tmp_path, dataset):
-    model, parent = TASK.load(encoder), TASK.load(write_encoder(tmp_path, seed=3))
-    rows = {item.metric: item for item in TASK.score(model, dataset, parent, folder=encoder, texts=20)}
-    found = score.passages(dataset, "eval")[:20]
-    ours, theirs = (score._embeddings(net, found, encoder) for net in (model, parent))
+    model, parent = ENCODER.load(encoder), ENCODER.load(write_encoder(tmp_path, seed=3))
+    rows = {item.metric: item for item in scored(model, dataset, parent, folder=encoder, task=ENCODER, texts=20)}
+    found = passages(dataset, "eval")[:20]
+    ours, theirs = (encoder_score._embeddings(net, found, encoder) for net in (model, parent))
     assert rows["cosine_similarity"].value == pytest.approx((ours * theirs).sum(1).mean().item(), abs=1e-6)
     assert rows["quality_loss"].value == pytest.approx(1 - rows["cosine_similarity"].value)
     assert rows["cosine_similarity"].n == 20
-    same = {item.metric: item for item in TASK.score(model, dataset, TASK.load(encoder), folder=encoder, texts=20)}
+    same = {
+        item.metric: item
+        for item in scored(model, dataset, ENCODER.load(encoder), folder=encoder, task=ENCODER, texts=20)
+    }
     assert same["cosine_similarity"].value == pytest.approx(1)
     assert same["cosine_similarity_vs_baseline"].low > 0
-    assert [item.metric for item in TASK.score(model, dataset, folder=encoder)] == ["baseline_cosine_similarity"]
+    assert [item.metric for item in scored(model, dataset, folder=encoder, task=ENCODER)] == [
+        "baseline_cosine_similarity"
+    ]
 
 
 # ---- text ---------------------------------------------------------------------------------------------------------
@@ -262,17 +284,23 @@ def test_the_stream_of_one_text_is_the_tokenizer_of_that_text(llama, dataset):
     assert joined(["a", "b\n", "c"]) == "a\n\nb\nc"
 
 
-def test_the_held_out_part_is_the_end_cut_at_a_paragraph():
+def read(path, split, **options):
+    return [row["text"] for row in TASK.rows(path, split, TASK.chosen(options))]
+
+
+def test_the_held_out_part_is_the_end_cut_at_a_paragraph(tmp_path):
     paragraphs = [f"paragraph {number} " * 5 for number in range(40)]
     whole = "\n\n".join(paragraphs)
-    train, held_out = split_texts([whole], 0.1)
+    (tmp_path / "one.txt").write_text(whole)
+    train, held_out = (read(tmp_path / "one.txt", split) for split in ("train", "eval"))
     assert train[0] + held_out[0] == whole
     assert held_out[0].startswith("paragraph 37") and train[0].endswith("\n\n")
-    assert split_texts([whole], 0.0) == ([whole], [])
+    assert read(tmp_path / "one.txt", "all") == [whole]
     rows = [f"row {number:02}" for number in range(50)]
-    assert split_texts(rows, 0.1) == (rows[:45], rows[45:])
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    assert read(tmp_path / "rows.jsonl", "train") == rows[:45] and read(tmp_path / "rows.jsonl", "eval") == rows[45:]
     with pytest.raises(ConfigError, match="holdout"):
-        split_texts(rows, 1.0)
+        read(tmp_path / "rows.jsonl", "train", holdout=1.0)
 
 
 def test_reading_names_what_is_wrong(tmp_path):
@@ -290,8 +318,8 @@ def test_reading_names_what_is_wrong(tmp_path):
         ("absent.txt", "does not exist"),
     ):
         with pytest.raises(DataError, match=told):
-            read_examples(tmp_path / name, "train", 0.1, "text")
-    assert read_examples(tmp_path / "rows.jsonl", "train", 0.0, "body") == [{"text": "x", "source": "rows.jsonl"}]
+            read(tmp_path / name, "train")
+    assert read(tmp_path / "rows.jsonl", "all", text_column="body") == ["x"]
 
 
 # ---- folders ------------------------------------------------------------------------------------------------------
@@ -315,7 +343,7 @@ def test_names_of_older_checkpoints_are_translated(encoder, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     old = {f"bert.{name}": tensor for name, tensor in tensors.items() if not name.startswith("pooler")}
     save_file(old, folder / "model.safetensors", metadata={"format": "pt"})
-    model, reference = TASK.load(folder), TASK.load(encoder)
+    model, reference = ENCODER.load(folder), ENCODER.load(encoder)
     assert torch.equal(model.encoder.layer[0].output.dense.weight, reference.encoder.layer[0].output.dense.weight)
     assert model.pooler.dense.weight.abs().max() == 0
 
@@ -353,32 +381,25 @@ def test_build_grows_with_its_dial():
     assert not torch.equal(TASK.build(1, 4).lm_head.weight, TASK.build(1, 5).lm_head.weight)
 
 
-# ---- answers ------------------------------------------------------------------------------------------------------
-def test_answers(llama, encoder):
-    model = TASK.load(llama)
-    answer = TASK.answer(model, {"prompt": "the giant", "max_new_tokens": 5}, folder=llama)
-    prompt = load_tokenizer(llama)("the giant", return_tensors="pt")
-    expected = model.generate(**prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)[
-        0, prompt.input_ids.shape[1] :
-    ]
-    assert answer["tokens"] == [token for token in expected.tolist() if token != 256]
-    vectors = TASK.answer(TASK.load(encoder), {"texts": ["a", "b c"]}, folder=encoder)["embeddings"]
-    assert len(vectors) == 2 and math.isclose(sum(x * x for x in vectors[0]), 1, rel_tol=1e-5)
-    for net, folder, request in ((model, llama, {}), (TASK.load(encoder), encoder, {"texts": "a"})):
-        with pytest.raises(DataError, match="request"):
-            TASK.answer(net, request, folder=folder)
-
-
+# ---- what a folder holds ------------------------------------------------------------------------------------------
 def test_workloads_count_what_they_do(llama, encoder):
-    for folder, metrics in ((llama, {"prefill_tokens_per_s", "decode_tokens_per_s"}), (encoder, {"examples_per_s"})):
-        workloads = TASK.workloads(TASK.load(folder), folder)
+    for task, folder, metrics in (
+        (TASK, llama, {"prefill_tokens_per_s", "decode_tokens_per_s"}),
+        (ENCODER, encoder, {"examples_per_s"}),
+    ):
+        workloads = task.workloads(task.load(folder), folder)
         assert set(workloads) == metrics
         assert [workload() for workload in workloads.values()] == [workload() for workload in workloads.values()]
 
 
 def test_a_config_says_which_kind_of_model_it_is(llama, encoder):
-    assert not network.is_encoder(llama, network.read_config(llama))
-    assert network.is_encoder(encoder, network.read_config(encoder))
+    assert (detect_task(llama), detect_task(encoder)) == ("language", "encoder")
     (encoder / "modules.json").unlink()
-    assert network.is_encoder(encoder, network.read_config(encoder))
-    assert json.loads((encoder / "config.json").read_text())["architectures"] == ["BertModel"]
+    assert detect_task(encoder) == "encoder"
+    config = json.loads((encoder / "config.json").read_text())
+    assert config["architectures"] == ["BertModel"]
+    for name in ("T5ForConditionalGeneration", "WhisperModel", "BertForSequenceClassification"):
+        odd = {**config, "architectures": [name], "is_encoder_decoder": name == "WhisperModel"}
+        (encoder / "config.json").write_text(json.dumps(odd))
+        with pytest.raises(ArtifactError, match=name):
+            detect_task(encoder)

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import openai
 import pydantic
 import pytest
+from gulliver.runtime.batching.encoder import Encoder
 from http_samples import Running, served, serving
 from language_samples import write_causal, write_encoder
 
-from gulliver.runtime.batching.encoder import Encoder
 from gulliver.runtime.batching.open import load_engine
 
 TEMPLATE = (

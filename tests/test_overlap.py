@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from gulliver.core.overlap import MIN_CHARACTERS, excerpt, fingerprint, fingerprints, first_overlap, paragraphs
+from gulliver.core.overlap import excerpt, fingerprint, fingerprints, first_overlap
+from gulliver.tasks import get_task
+from gulliver.tasks.text.files import MIN_CHARACTERS, paragraphs
 
 LONG = "the giant measures every island " * 8
 OTHER = "a sailor mends the long rope of " * 8
 
 
 def rows(*texts):
-    return [{"text": text, "source": "x"} for text in texts]
+    """The units of examples that hold these texts."""
+    return [unit for text in texts for unit in get_task("language").units({"text": text, "source": "x"})]
 
 
 def test_paragraphs_and_their_long_lines_are_units():
@@ -33,8 +36,9 @@ def test_fingerprints_are_stable():
 
 
 def test_examples_without_text_are_compared_whole():
-    images = [{"image": [0.0, 0.5], "label": 1}, {"image": [0.5, 0.0], "label": 1}]
-    known = fingerprints([{**images[0], "split": "train", "source": "a"}])
+    rows = [{"image": [0.0, 0.5], "label": 1}, {"image": [0.5, 0.0], "label": 1}]
+    images = [unit for row in rows for unit in get_task("vision").units(row)]
+    known = fingerprints(get_task("vision").units({**rows[0], "split": "train", "source": "a"}))
     assert first_overlap([images[1]], known) is None
     assert first_overlap(images, known) is not None
 

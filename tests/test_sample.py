@@ -22,7 +22,7 @@ from gulliver.pipeline.call import call
 from gulliver.tasks import get_task
 from gulliver.tasks.language import writing
 from gulliver.tasks.language.task import LanguageTask
-from gulliver.tasks.language.text import load_tokenizer
+from gulliver.tasks.text.tokenizer import load_tokenizer
 
 TASK = get_task("language")
 SMALL = {"count": 5, "tokens": 40, "batch_size": 2}

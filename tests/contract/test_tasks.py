@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow
 import pytest
 import torch
 from language_samples import text, write_dataset
+from pydantic import ValidationError
 from test_vision import DIGITS, make_dataset
 
-from gulliver.core.errors import ConfigError, DataError
+from gulliver.core.errors import ArtifactError, ConfigError, DataError
 from gulliver.core.evidence.evidence import METRICS
 from gulliver.core.store.artifact import Artifact
 from gulliver.nets.weights import assign, read_safetensors, release, unfilled
-from gulliver.tasks import FOREIGN, TASKS, get_task
+from gulliver.runtime.batching.records import EngineClosed
+from gulliver.tasks import FOREIGN, TASKS, detect_task, get_task
+from gulliver.tasks.answerer import OpenOptions
 from gulliver.tasks.base import Batch
 
 
@@ -29,8 +35,8 @@ class Toy:
     dataset: Callable[[Path], Artifact]
     output: Callable[[Any, Batch], torch.Tensor]
     request: dict[str, Any]
-    batch: dict[str, int]
-    score: dict[str, int]
+    words: Callable[[Path], list[str]]
+    options: dict[str, int]
     source: Callable[[Path], Path]
 
 
@@ -42,25 +48,40 @@ def _texts(folder: Path) -> Path:
 
 def _images(folder: Path) -> Artifact:
     task = get_task("vision")
-    rows = [{**row, "split": split} for split in ("train", "eval") for row in task.read(DIGITS, split)[::20]]
+    rows = [{**row, "split": split} for split in ("train", "eval") for row in list(task.rows(DIGITS, split))[::20]]
     return make_dataset(folder, rows)
+
+
+def _picture(folder: Path) -> list[str]:
+    from PIL import Image
+
+    Image.fromarray(np.full((20, 30), 200, np.uint8)).save(folder / "grey.png")
+    return [str(folder / "grey.png")]
 
 
 TOYS = {
     "language": Toy(
         dataset=lambda folder: write_dataset(folder, [text(100, 1)], [text(50, 2)]),
         output=lambda model, batch: model(input_ids=batch["tokens"]).logits,
-        request={"prompt": "the giant", "max_new_tokens": 2},
-        batch={"tokens": 24},
-        score={"windows": 3, "context": 32},
+        request={"prompt": "the giant", "max_tokens": 2, "temperature": 0},
+        words=lambda folder: ["the", "giant"],
+        options={"tokens": 24, "windows": 3, "context": 32},
+        source=_texts,
+    ),
+    "encoder": Toy(
+        dataset=lambda folder: write_dataset(folder, [text(100, 1)], [text(50, 2)]),
+        output=lambda model, batch: model(input_ids=batch["tokens"], attention_mask=batch["mask"]).last_hidden_state,
+        request={"texts": ["the giant", "a small machine"]},
+        words=lambda folder: ["the giant", "a small machine"],
+        options={"tokens": 24, "texts": 12},
         source=_texts,
     ),
     "vision": Toy(
         dataset=_images,
         output=lambda model, batch: model(batch["image"]),
         request={"image": [0.5] * 64},
-        batch={},
-        score={},
+        words=_picture,
+        options={},
         source=lambda folder: DIGITS,
     ),
 }
@@ -92,7 +113,9 @@ def folder(family: str, tmp_path: Path) -> Path:
 def take(
     family: str, toy: Toy, dataset: Artifact, folder: Path, count: int, seed: int = 0, step: int = 0
 ) -> list[Batch]:
-    batches = get_task(family).batches(dataset, "train", 3, seed, step, folder=folder, **toy.batch)
+    task = get_task(family)
+    options = task.chosen(toy.options)
+    batches = task.batches(dataset, "train", 3, seed, step, folder=folder, options=options)
     return list(itertools.islice(batches, count))
 
 
@@ -109,20 +132,30 @@ def test_every_task_has_a_toy_and_its_own_name() -> None:
         get_task("vison")
 
 
-def test_read_gives_two_parts_that_share_nothing(family: str, toy: Toy, tmp_path: Path) -> None:
+def test_examples_are_two_parts_that_share_nothing(family: str, toy: Toy, tmp_path: Path) -> None:
     task, source = get_task(family), toy.source(tmp_path)
-    train, held_out = (task.read(source, split) for split in ("train", "eval"))
-    assert len(train) > 0 and len(held_out) > 0
-    assert all(row not in train for row in held_out)
+    train, held_out, everything = (list(task.rows(source, split)) for split in ("train", "eval", "all"))
+    assert train and held_out and len(everything) in (1, len(train) + len(held_out))
+    units = [set(task.units_of(source, split)) for split in ("train", "eval")]
+    assert not units[0] & units[1]
+    for batch in task.examples(source, "train"):
+        assert isinstance(batch, pyarrow.RecordBatch) and batch.num_rows <= 2048
     with pytest.raises((ConfigError, DataError), match="split"):
-        task.read(source, "test")
+        list(task.examples(source, "test"))
     with pytest.raises(DataError):
-        task.read(tmp_path / "absent.txt", "train")
+        list(task.examples(tmp_path / "absent.txt", "train"))
 
 
-def test_read_takes_a_dataset_artifact(family: str, dataset: Artifact) -> None:
+def test_examples_come_from_a_dataset_artifact(family: str, dataset: Artifact) -> None:
     for split in ("train", "eval"):
-        assert get_task(family).read(dataset.path, split)
+        assert list(get_task(family).examples(dataset.path, split))
+
+
+def test_options_are_checked_and_named(family: str, toy: Toy) -> None:
+    task = get_task(family)
+    assert task.chosen(toy.options).model_dump().items() >= toy.options.items()
+    with pytest.raises(ConfigError, match="colour"):
+        task.chosen({"colour": 3})
 
 
 def test_batches_are_a_pure_function_of_seed_and_step(family: str, toy: Toy, dataset: Artifact, folder: Path) -> None:
@@ -165,7 +198,8 @@ def test_losses_are_one_per_example_and_train(family: str, toy: Toy, dataset: Ar
     model, parent = task.load(folder), task.build(1, seed=8).eval()
     batch = take(family, toy, dataset, folder, 1)[0]
     part = {name: tensor[:2] for name, tensor in batch.items()}
-    for reference in (None, parent):
+    references: tuple[Any, ...] = (None, parent) if family != "encoder" else (parent,)  # it has no loss of its own
+    for reference in references:
         losses = task.loss(model, batch, reference)
         assert losses.dtype == torch.float32 and bool((losses >= 0).all())
         torch.testing.assert_close(task.loss(model, part, reference), losses[:2], rtol=1e-4, atol=1e-6)
@@ -215,27 +249,101 @@ def test_blocks_own_every_parameter_and_name_what_may_be_packed(
 
 def test_scores_are_evidence_beside_a_baseline(family: str, toy: Toy, dataset: Artifact, folder: Path) -> None:
     task = get_task(family)
-    model, parent = task.load(folder), task.build(1, seed=8).eval()
-    alone = task.score(model, dataset, folder=folder, **toy.score)
-    paired = task.score(model, dataset, parent, folder=folder, **toy.score)
+    options = task.chosen(toy.options)
+    model, parent = task.load(folder), _changed(task.load(folder))
+    alone = task.score(model, dataset, folder=folder, options=options)
+    paired = task.score(model, dataset, parent, folder=folder, options=options)
     assert {item.metric for item in alone} < {item.metric for item in paired}
     assert any(item.metric.startswith("baseline_") for item in alone)
-    assert any(item.metric.endswith("_vs_baseline") for item in alone)
+    assert any(item.metric.endswith("_vs_baseline") for item in paired)
     assert {"quality_loss"} <= {item.metric for item in paired}
     for item in paired:
         assert item.metric in METRICS and item.data_hash and item.n >= 2
         assert math.isfinite(item.value) and item.low <= item.value <= item.high
-    itself = {
-        item.metric: item.value for item in task.score(model, dataset, task.load(folder), folder=folder, **toy.score)
-    }
-    assert itself["quality_loss"] == pytest.approx(0, abs=1e-6)
-    with pytest.raises((ConfigError, TypeError), match="colour"):
-        task.score(model, dataset, folder=folder, colour=3)
+    itself = task.score(model, dataset, task.load(folder), folder=folder, options=options)
+    assert {item.metric: item.value for item in itself}["quality_loss"] == pytest.approx(0, abs=1e-6)
+    share = task.score(model, dataset, folder=folder, options=options, share=0.5)
+    assert {item.metric for item in share} == {item.metric for item in alone}
 
 
-def test_a_request_is_answered_and_nonsense_refused(family: str, toy: Toy, folder: Path) -> None:
+def _changed(model: torch.nn.Module) -> torch.nn.Module:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    return model
+
+
+def test_workloads_measure_the_speed_that_the_family_names(family: str, folder: Path) -> None:
+    task = get_task(family)
+    work = task.workloads(task.load(folder), folder)
+    assert task.speed_metric in work and set(work) <= set(METRICS)
+    assert all(once() >= 1 for once in work.values())
+
+
+def test_a_unit_is_removed_from_all_that_are_coupled(family: str, toy: Toy, dataset: Artifact, folder: Path) -> None:
+    """Zeroing what would be removed changes nothing that is left: the unit's writer alone carries what it adds."""
     task = get_task(family)
     model = task.load(folder)
-    assert task.answer(model, toy.request, folder=folder) == task.answer(model, toy.request, folder=folder)
-    with pytest.raises(DataError):
-        task.answer(model, {"nonsense": 1}, folder=folder)
+    for coupling in task.couplings(model):
+        readers = [member for member in coupling.members if member[1] == 0]
+        writers = [member for member in coupling.members if member[1] == 1]
+        assert readers and writers and coupling.units > 0
+        whole, half = task.load(folder), task.load(folder)
+        with torch.no_grad():
+            for name, dim, size in writers:
+                for network in (whole, half):
+                    network.get_parameter(name).narrow(dim, 0, size).zero_()
+            for name, dim, size in readers:
+                half.get_parameter(name).narrow(dim, 0, size).zero_()
+            batch = take(family, toy, dataset, folder, 1)[0]
+            torch.testing.assert_close(toy.output(half, batch), toy.output(whole, batch), rtol=1e-5, atol=1e-6)
+
+
+def test_transformers_have_couplings() -> None:
+    for name, count in (("language", 4), ("encoder", 4)):
+        task = get_task(name)
+        assert len(task.couplings(task.build(1))) == count
+
+
+def test_what_a_model_writes_is_an_example(family: str, toy: Toy, folder: Path) -> None:
+    task = get_task(family)
+    generator = torch.Generator().manual_seed(0)
+    if not task.generates:
+        with pytest.raises(ConfigError, match="write no data"):
+            task.generate(task.load(folder), 2, folder=folder, generator=generator)
+        return
+    shares: list[float] = []
+    rows = task.generate(
+        task.load(folder),
+        2,
+        folder=folder,
+        options=task.chosen(toy.options),
+        generator=generator,
+        advance=shares.append,
+    )
+    assert len(rows) <= 2 and shares == sorted(shares) and shares[-1] == 1
+    assert all(isinstance(unit, str) for row in rows for unit in task.units(row))
+
+
+def test_a_folder_is_claimed_by_one_family(family: str, folder: Path) -> None:
+    assert detect_task(folder) == family
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["Odd"], "model_type": "odd"}))
+    (folder / "modules.json").unlink(missing_ok=True)
+    with pytest.raises(ArtifactError, match="Odd"):
+        detect_task(folder)
+
+
+def test_an_open_model_answers_and_refuses_nonsense(family: str, toy: Toy, folder: Path, tmp_path: Path) -> None:
+    with get_task(family).open(folder, options=OpenOptions(threads=1)) as answerer:
+        assert set(answerer.can) == set(TASKS[family].can) and "predict" in answerer.can
+        asked = answerer.request_model.model_validate(toy.request)
+        first, again = answerer.answer(asked), answerer.answer(asked)
+        assert first == again and isinstance(first, answerer.response_model)
+        assert answerer.show(first) and answerer.backend and answerer.why
+        assert answerer.answer(answerer.read(toy.words(tmp_path)))
+        with pytest.raises(ValidationError):
+            answerer.request_model.model_validate({"nonsense": 1})
+        assert "requests_waiting" in answerer.engine.stats() and answerer.engine.histograms()
+    with pytest.raises(EngineClosed):
+        answerer.answer(asked)

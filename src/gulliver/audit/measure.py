@@ -21,7 +21,7 @@ from gulliver.core.machine import bandwidth_gb_s, identify, usable_cores
 from gulliver.core.memory import current_rss_bytes, peak_rss_bytes
 from gulliver.runtime.decode import NativeDecoder, native_reason
 from gulliver.runtime.lower import NotLowered
-from gulliver.tasks import get_task
+from gulliver.tasks import family, get_task
 
 BANDWIDTH_BYTES = 2**27
 """Bytes that each core reads to measure the bandwidth."""
@@ -55,7 +55,8 @@ def measure(
     """
     threads = threads or usable_cores()
     start = time.perf_counter()
-    decoder = native(Path(folder), threads=threads, isa=isa)
+    generates = "generate" in family(task).can
+    decoder = native(Path(folder), threads=threads, isa=isa) if generates else f"{task} models run by torch alone"
     if isinstance(decoder, str):
         return _reference(Path(folder), task, repeats, threads, decoder)
     found = {"load_seconds": time.perf_counter() - start, "load_ram_bytes": current_rss_bytes()}
@@ -94,8 +95,7 @@ def _reference(folder: Path, task_name: str, repeats: int, threads: int, reason:
     task = get_task(task_name)
     model = task.load(folder)
     found = {"load_seconds": time.perf_counter() - start, "load_ram_bytes": current_rss_bytes()}
-    work = getattr(task, "workloads", None)  # a family without any is measured for memory and loading alone
-    rates = _rates(work(model, folder) if work else {}, repeats)
+    rates = _rates(task.workloads(model, folder), repeats)
     found |= {"peak_ram_bytes": peak_rss_bytes(), "threads": torch.get_num_threads(), "rates": rates, "streams": {}}
     return {**found, "backend": "reference", "why": f"it does not run natively, because {reason}"}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 
 from gulliver.core.options import Options
@@ -10,9 +12,8 @@ from gulliver.core.options import Options
 class QualityOptions(Options):
     """Options of `quality`. What is left out takes the task's own default."""
 
-    share: float | None = Field(None, gt=0, le=1, description="share of the usual windows or examples to score")
-    windows: int | None = Field(None, ge=2, description="windows to score, for families that read sequences")
-    context: int | None = Field(None, ge=2, description="tokens in a window, for families that read sequences")
+    share: float = Field(1.0, gt=0, le=1, description="share of the usual windows or examples to score")
+    family: dict[str, Any] = Field(default_factory=dict, description="options of the model's family")
 
 
 class SpeedOptions(Options):

@@ -8,7 +8,6 @@ of its calibration data, and one of them in the eval part is enough to refuse.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from gulliver.audit.options import QualityOptions
 from gulliver.core.context import Context
@@ -18,7 +17,7 @@ from gulliver.core.options import Options
 from gulliver.core.overlap import excerpt, first_overlap
 from gulliver.core.records import Calibration, Measured, QualityReport
 from gulliver.core.store.artifact import Artifact
-from gulliver.tasks import get_task
+from gulliver.tasks import get_task, same_examples
 
 
 def run(cfg: QualityOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
@@ -27,16 +26,16 @@ def run(cfg: QualityOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
     DataError when the eval part holds data that the model was calibrated on; ConfigError when families differ.
     """
     model, dataset, parent = inputs["model"], inputs["dataset"], inputs.get("parent")
-    for other in (dataset, parent):
-        if other is not None and other.task != model.task:
+    for other, fits in ((dataset, same_examples(dataset.task, model.task)), (parent, _same_task(parent, model))):
+        if other is not None and not fits:
             raise ConfigError(f"the model is for {model.task}, but {other.kind} {other.id[:12]} is for {other.task}")
     task = get_task(model.task)
-    refuse_calibration_data(model, task.read(dataset.path, "eval"), ctx)
-    dials = {name: value for name, value in cfg.model_dump().items() if value is not None}
+    refuse_calibration_data(model, list(task.units_of(dataset.path, "eval")), ctx)
+    options = task.chosen(cfg.family)
     with ctx.progress.stage("quality", unit="model"):
         network = task.load(model.path)
         reference = None if parent is None else task.load(parent.path)
-        evidence = task.score(network, dataset, reference, folder=model.path, **dials)
+        evidence = task.score(network, dataset, reference, folder=model.path, options=options, share=cfg.share)
         weights = sum(parameter.numel() for parameter in network.parameters())
     evidence = [*evidence, *size(model, parent, weights)]
     owner = None if parent is None else parent.id
@@ -44,6 +43,10 @@ def run(cfg: QualityOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
     report = write_report(QualityReport, evidence, inputs, cfg, ctx, "quality")
     ctx.record(evidence)
     return report
+
+
+def _same_task(parent: Artifact | None, model: Artifact) -> bool:
+    return parent is None or parent.task == model.task
 
 
 def size(model: Artifact, parent: Artifact | None, weights: int) -> list[Evidence]:
@@ -58,7 +61,7 @@ def size(model: Artifact, parent: Artifact | None, weights: int) -> list[Evidenc
     return evidence
 
 
-def refuse_calibration_data(model: Artifact, held_out: list[dict[str, Any]], ctx: Context) -> None:
+def refuse_calibration_data(model: Artifact, held_out: list[str], ctx: Context) -> None:
     """DataError naming the first passage of `held_out` that the model, or one it was made from, was calibrated on."""
     for owner in _made_from(model, ctx):
         if Calibration.name_in(owner.files) is None:

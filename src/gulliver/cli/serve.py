@@ -64,59 +64,32 @@ def named_models(specs: Sequence[str]) -> list[tuple[str, str]]:
 
 def opened(name: str, spec: str, options: ServeOptions, session: Session) -> Any:
     """A model, loaded and ready to be served. A folder on this machine is used where it lies, without a store."""
-    from gulliver.core.errors import ArtifactError
-    from gulliver.core.store.artifact import MANIFEST
-    from gulliver.pipeline.generate import local_folder
-    from gulliver.runtime.packing import is_packed
-
-    folder = local_folder(spec)
-    if folder is not None:
-        try:
-            return _loaded(name, folder, options)
-        except ArtifactError:
-            if (folder / MANIFEST).is_file() or is_packed(folder):
-                raise
-            # An older checkpoint, whose names `pull` translates, or a damaged one, of which it says what is wrong.
-    from gulliver.pipeline.resolve import resolve_model  # after the lines that need no store: its database takes 30 MB
-
-    artifact = resolve_model(spec, session.store, progress=session.progress)
-    if artifact.task != "language":
-        raise ConfigError(f"{spec} is of the family {artifact.task}; this server answers for language models")
-    return _loaded(name, artifact.path, options)
-
-
-def _loaded(name: str, folder: Path, options: ServeOptions) -> Any:
     from gulliver.core.evidence.budget import parse_size
     from gulliver.core.store.artifact import MANIFEST, open_artifact
-    from gulliver.runtime.batching.encoder import Encoder, is_encoder
-    from gulliver.runtime.batching.open import load_engine
+    from gulliver.pipeline.ask import open_answerer
     from gulliver.serve.state import ServedModel
+    from gulliver.tasks.answerer import OpenOptions
 
-    if is_encoder(folder):
-        engine: Any = Encoder(folder, name, queue=options.queue, threads=options.threads)
-        kind, backend, why = "embeddings", "reference", "sentence encoders run on the reference path (torch)"
-    else:
-        engine = load_engine(
-            folder,
-            name=name,
-            threads=options.threads,
-            cache_tokens=options.cache_tokens,
-            slots=options.slots,
-            queue=options.queue,
-            backend=options.backend,
-            isa=options.isa,
-            max_ram_bytes=parse_size(options.ram, "--ram") if options.ram else None,
-        )
-        kind, backend, why = "chat", engine.decoder.backend, engine.decoder.why
+    opening = OpenOptions(
+        threads=options.threads,
+        cache_tokens=options.cache_tokens,
+        slots=options.slots,
+        queue=options.queue,
+        backend=options.backend,
+        isa=options.isa,
+        max_ram_bytes=parse_size(options.ram, "--ram") if options.ram else None,
+    )
+    answerer = open_answerer(spec, opening, store=lambda: session.store, name=name, progress=session.progress)
+    folder = answerer.folder
     artifact = open_artifact(folder) if (folder / MANIFEST).is_file() else None
     return ServedModel(
         name=name,
-        kind=kind,
-        engine=engine,
+        kind="chat" if "generate" in answerer.can else "embeddings",
+        answerer=answerer,
         folder=folder,
         artifact_id=artifact.id if artifact is not None else None,
         size_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
-        backend=backend,
-        why=why,
-        context=engine.context,
+        backend=answerer.backend,
+        why=answerer.why,
+        context=answerer.context or 0,
     )

@@ -29,7 +29,7 @@ from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import temporary_name
 from gulliver.nets.weights import assign, canonical_names, owners, read_safetensors, release, unfilled
 from gulliver.runtime.packing import is_packed
-from gulliver.tasks import get_task
+from gulliver.tasks import get_task, same_examples
 from gulliver.tasks.base import Batch, Block, Task, Weight
 
 SENSITIVITY = "sensitivity.safetensors"
@@ -40,7 +40,7 @@ BACKWARD_BYTES = 2_000_000_000
 def run(cfg: CalibrateOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     """A report with the statistics. BudgetError when the memory limit cannot be held, DataError for too few data."""
     model, dataset, samples = inputs["model"], inputs["dataset"], inputs.get("samples")
-    if dataset.task != model.task:
+    if not same_examples(dataset.task, model.task):
         raise ConfigError(f"the model is for {model.task}, but the dataset is for {dataset.task}")
     if is_packed(model.path):
         raise ConfigError(f"model {model.id[:12]} is packed already; calibrate the plain model that it came from")
@@ -53,7 +53,7 @@ def run(cfg: CalibrateOptions, inputs: dict[str, Artifact], ctx: Context) -> Art
     with torch.no_grad():
         _stream(network, model, blocks, batches, cfg, ctx)
     resolved = cfg.model_copy(update={"sensitivity": "gradient" if chosen else "power"})
-    known = fingerprints(row for part in (dataset, samples) if part for row in task.read(part.path, "train"))
+    known = fingerprints(unit for part in (dataset, samples) if part for unit in task.units_of(part.path, "train"))
     parents = [part.id for part in (model, dataset, samples) if part]
     with ctx.writer(kind="report", task=task.name, parents=parents, step_name="calibrate", config=resolved) as writer:
         weights = _collect(network, blocks, chosen, ctx.work, writer.path)
@@ -72,9 +72,10 @@ def calibration_batches(
     task: Task, cfg: CalibrateOptions, datasets: list[Artifact], model: Artifact, ctx: Context
 ) -> list[Batch]:
     """`cfg.examples` examples as batches, dealt out evenly over the data sets, batch by batch."""
-    dials = {} if cfg.tokens is None else {"tokens": cfg.tokens}
+    options = task.chosen(cfg.family)
     streams = [
-        task.batches(dataset, "train", cfg.batch_size, ctx.seed, 0, folder=model.path, **dials) for dataset in datasets
+        task.batches(dataset, "train", cfg.batch_size, ctx.seed, 0, folder=model.path, options=options)
+        for dataset in datasets
     ]
     return [next(streams[index % len(streams)]) for index in range(-(-cfg.examples // cfg.batch_size))]
 

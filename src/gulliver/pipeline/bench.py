@@ -20,7 +20,7 @@ from gulliver.core.errors import ConfigError, GulliverError
 from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import Artifact
 from gulliver.nets.files import weight_files
-from gulliver.pipeline.generate import LANGUAGE, local_folder
+from gulliver.pipeline.ask import local_folder
 
 STREAMS = (1, 4, 16)
 COLD_STARTS = 5
@@ -71,13 +71,10 @@ def bench(
 def _resolved(
     model: str | Path | Artifact, home: Path | str | None, store: Callable[[], Any] | None, progress: Progress
 ) -> tuple[Path, str]:
-    """Folder and family of the model; a local folder of a language model is used where it lies."""
-    try:
-        folder = local_folder(model)
-    except ConfigError:  # another family, which can be measured too
-        folder = None
-    if folder is not None:
-        return folder, LANGUAGE
+    """Folder and family of the model; a local folder is used where it lies."""
+    found = local_folder(model)
+    if found is not None:
+        return found
     from gulliver.pipeline.call import open_store
     from gulliver.pipeline.resolve import resolve_model
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from gulliver.pipeline.resolve import ancestors, first_of_kind, resolve_data, re
 from gulliver.report.card import write_card
 from gulliver.report.gather import gather
 from gulliver.report.html import page
-from gulliver.tasks import get_task
+from gulliver.tasks import family, get_task
 
 MAX_ROUNDS = 3
 WRITING_COPIES, WRITING_BYTES = 3, 2_000_000_000
@@ -41,14 +41,14 @@ EFFORTS: Mapping[str, Mapping[str, Mapping[str, Any] | None]] = {
         "quality": {"share": 1 / 3},
     },
     "normal": {
-        "sample": {"count": 32, "tokens": 256},
+        "sample": {"count": 32},
         "calibrate": {"examples": 64, "gradient_examples": 16},
         "plan": {},
         "distill": None,
         "quality": {},
     },
     "high": {
-        "sample": {"count": 96, "tokens": 384},
+        "sample": {"count": 96},
         "calibrate": {"examples": 96, "gradient_examples": 16},
         "plan": {},
         "distill": {"steps": 110},
@@ -116,6 +116,7 @@ def fit(
     )
     store, progress, began = store or open_store(home), progress or Progress(), time.monotonic()
     parent = resolve_model(model, store, progress=progress)
+    budget = replace(budget, speed_metric=family(parent.task).speed_metric)
     dataset = _dataset(parent, data, eval_data, store, progress)
     shared = {"store": store, "seed": seed, "progress": progress, "command": command}
     work = Fit(parent, dataset, budget, effort, {**shared, "max_ram_bytes": budget.max_ram_bytes})
@@ -141,7 +142,7 @@ def _dataset(
 # ---- the loop -------------------------------------------------------------------------------------------------------
 def _loop(work: Fit) -> Artifact:
     """Rounds of plan, pack, distill, measure and judge, at most MAX_ROUNDS. BudgetError when the last one misses."""
-    samples = work.step("sample", model=work.parent) if _may_write(work) else None
+    samples = work.step("sample", _sampled(work), model=work.parent) if _may_write(work) else None
     calibration = work.step("calibrate", model=work.parent, dataset=work.dataset, samples=samples)
     size_bytes = work.budget.size_bytes
     for _ in range(MAX_ROUNDS):
@@ -170,10 +171,14 @@ def _loop(work: Fit) -> Artifact:
     return fitted
 
 
+def _sampled(work: Fit) -> dict[str, Any]:
+    """The options of the parent's family for what it writes at this effort."""
+    return {"family": dict(family(work.parent.task).sampled.get(work.effort, {}))}
+
+
 def _may_write(work: Fit) -> bool:
     """Whether the parent is to write calibration data: the effort says so, its family can, and memory allows it."""
-    writes = getattr(get_task(work.parent.task), "writes", None)
-    if EFFORTS[work.effort]["sample"] is None or writes is None or not writes(work.parent.path):
+    if EFFORTS[work.effort]["sample"] is None or not get_task(work.parent.task).generates:
         return False
     limit = work.budget.max_ram_bytes
     return limit is None or WRITING_COPIES * work.parent.weight_bytes + WRITING_BYTES <= limit

@@ -1,8 +1,4 @@
-"""A model that is opened and asked: what `gulliver.generate`, `gulliver generate` and `gulliver chat` share.
-
-A folder on this machine is used where it lies: it is neither copied nor hashed, and on the native path nothing here
-imports torch, so that the first word comes a fraction of a second after the command.
-"""
+"""A model that writes text, token by token: what `gulliver.generate`, `gulliver generate` and `gulliver chat` share."""
 
 from __future__ import annotations
 
@@ -14,26 +10,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gulliver.core.errors import ArtifactError, ConfigError, GulliverError
+from gulliver.core.errors import ConfigError
 from gulliver.core.evidence.budget import parse_size
 from gulliver.core.progress import Progress
-from gulliver.core.store.artifact import MANIFEST, Artifact, open_artifact
-from gulliver.runtime.batching.engine import Engine
-from gulliver.runtime.batching.open import load_engine
-from gulliver.runtime.batching.records import Piece, Request
-from gulliver.runtime.packing import is_packed
+from gulliver.core.store.artifact import Artifact
+from gulliver.pipeline.ask import open_answerer
+from gulliver.runtime.batching.records import Piece, Request, check_finish
 from gulliver.runtime.sampling import Sampling
-from gulliver.tasks import detect_task
+from gulliver.tasks.answerer import MAX_TOKENS, TEMPERATURE, Generating, OpenOptions, Prompt
 
-LANGUAGE = "language"
-TEMPERATURE = 0.7
-MAX_TOKENS = 512
-"""What is asked for when nobody says."""
 SLOTS = 16
 """Most prompts that are answered at once."""
-
-Prompt = str | Sequence[Mapping[str, Any]]
-"""Text, or messages with a role and content each."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +67,10 @@ class Answer:
 class OpenModel:
     """A model that answers, until it is closed; use it in a `with` block."""
 
-    def __init__(self, engine: Engine, folder: Path, load_seconds: float) -> None:
-        self.engine, self.folder, self.load_seconds = engine, folder, load_seconds
+    def __init__(self, answerer: Generating, load_seconds: float) -> None:
+        self.answerer, self.load_seconds = answerer, load_seconds
+        self.engine, self.folder = answerer.engine, answerer.folder
+        self.tokens, self.request = answerer.tokens, answerer.request
 
     def __enter__(self) -> OpenModel:
         return self
@@ -92,45 +81,6 @@ class OpenModel:
     @property
     def has_chat_template(self) -> bool:
         return self.engine.text.has_chat_template
-
-    def tokens(self, prompt: Prompt, *, raw: bool = False, system: str | None = None) -> tuple[int, ...]:
-        """The tokens of a prompt: through the model's chat template when it has one, as they stand when `raw`.
-
-        ConfigError for messages or a system text without a template, and for an empty prompt.
-        """
-        text = self.engine.text
-        if isinstance(prompt, str) and (raw or not text.has_chat_template):
-            if system is not None:
-                why = "the prompt is to be taken raw" if raw else f"{self.folder} has no chat template"
-                raise ConfigError(f"a system text needs a chat template, and {why}; put it into the prompt")
-            found = text.encode(prompt)
-        else:
-            if raw:
-                raise ConfigError("messages are written by the chat template, so they cannot be taken raw; give text")
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-            if system is not None:
-                messages = [{"role": "system", "content": system}, *messages]
-            found = text.encode_chat(messages)
-        if not found:
-            raise ConfigError("the prompt is empty; give at least one word")
-        return tuple(found)
-
-    def request(
-        self,
-        tokens: tuple[int, ...],
-        *,
-        sampling: Sampling,
-        max_tokens: int | None = MAX_TOKENS,
-        stop: Sequence[str] = (),
-        json_schema: Mapping[str, Any] | None = None,
-    ) -> Request:
-        """A request for an answer of at most `max_tokens`, or what the context leaves when that is less."""
-        room = max(1, self.engine.context - len(tokens))
-        if max_tokens is not None and max_tokens < 1:
-            raise ConfigError(f"max_tokens is {max_tokens}; it must be at least 1")
-        wanted = room if max_tokens is None else min(max_tokens, room)
-        grammar = None if json_schema is None else self.engine.grammars.json_schema(dict(json_schema))
-        return Request(tokens, wanted, sampling, stop=tuple(stop), grammar=grammar)
 
     def answer(self, request: Request, write: Callable[[str], object]) -> Answer:
         """The answer to one request, its text written as it comes. GulliverError when it ends by an error."""
@@ -179,53 +129,20 @@ def open_model(
 
     ConfigError when it is no language model, BudgetError when `ram` is too little.
     """
-    opening = opening or Opening()
-    began, folder = time.perf_counter(), local_folder(spec)
-    options: dict[str, Any] = {
-        "threads": opening.threads,
-        "slots": opening.slots,
-        "backend": opening.path,
-        "isa": opening.isa,
-        "max_ram_bytes": None if opening.ram is None else parse_size(opening.ram, "--ram"),
-    }
-    if folder is not None:
-        try:
-            return OpenModel(load_engine(folder, **options), folder, time.perf_counter() - began)
-        except ArtifactError:
-            if (folder / MANIFEST).is_file() or is_packed(folder):
-                raise
-            # An older checkpoint, whose names `pull` translates, or a damaged one, of which it says what is wrong.
-    from gulliver.pipeline.resolve import resolve_model
-
-    artifact = resolve_model(spec, store(), progress=progress)
-    _check_family(artifact, spec)
-    began = time.perf_counter()
-    return OpenModel(load_engine(artifact.path, **options), artifact.path, time.perf_counter() - began)
-
-
-def local_folder(spec: str | Path | Artifact) -> Path | None:
-    """The folder of a model that needs no looking up and no conversion; None for every other name.
-
-    ConfigError when it is an artifact of another kind or family.
-    """
-    if isinstance(spec, Artifact):
-        _check_family(spec, spec.id[:12])
-        return spec.path
-    path = Path(spec).expanduser()
-    if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
-        return None
-    if (path / MANIFEST).is_file():
-        _check_family(open_artifact(path), spec)
-    elif (task := detect_task(path)) != LANGUAGE:
-        raise ConfigError(f"{spec} is of the family {task}; only language models write text")
-    return path
-
-
-def _check_family(artifact: Artifact, spec: object) -> None:
-    if artifact.kind != "model":
-        raise ConfigError(f"{spec} is a {artifact.kind}; a model is needed here")
-    if artifact.task != LANGUAGE:
-        raise ConfigError(f"{spec} is of the family {artifact.task}; only language models write text")
+    opening, began = opening or Opening(), time.perf_counter()
+    options = OpenOptions(
+        threads=opening.threads,
+        slots=opening.slots,
+        backend=opening.path,
+        isa=opening.isa,
+        max_ram_bytes=None if opening.ram is None else parse_size(opening.ram, "--ram"),
+    )
+    answerer = open_answerer(spec, options, store=store, progress=progress)
+    if "generate" not in answerer.can:
+        answerer.close()
+        raise ConfigError(f"{spec} writes no text; it can {' and '.join(sorted(answerer.can))}: use `gulliver ask`")
+    assert isinstance(answerer, Generating)
+    return OpenModel(answerer, time.perf_counter() - began)
 
 
 def generate(
@@ -260,7 +177,7 @@ def generate(
             tokens = opened.tokens(prompt, raw=raw, system=system)
             request = opened.request(tokens, sampling=chosen, max_tokens=max_tokens, stop=stop, json_schema=json_schema)
             for piece in opened.engine.stream(request):
-                _check_finish(piece.finish)
+                check_finish(piece.finish)
                 if piece.text:
                     yield piece.text
         finally:
@@ -282,7 +199,7 @@ def _answer(
     pieces: Sequence[Piece], prompt_seconds: float | None = None, decode_seconds: float | None = None
 ) -> Answer:
     last = pieces[-1]
-    _check_finish(last.finish)
+    check_finish(last.finish)
     assert last.finish is not None
     return Answer(
         text="".join(piece.text for piece in pieces),
@@ -294,11 +211,6 @@ def _answer(
         prompt_seconds=prompt_seconds,
         decode_seconds=decode_seconds,
     )
-
-
-def _check_finish(finish: str | None) -> None:
-    if finish is not None and finish.startswith("error: "):
-        raise GulliverError(finish.removeprefix("error: "))
 
 
 def _rate(count: int, seconds: float | None) -> float | None:

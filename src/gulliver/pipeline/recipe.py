@@ -14,7 +14,16 @@ from typing import Any
 
 from gulliver.core.errors import ConfigError
 from gulliver.core.evidence.gate import Gate
-from gulliver.pipeline.steps import INPUT_KINDS, Step, WrongKey, checked_config, did_you_mean, find, options_class
+from gulliver.pipeline.steps import (
+    INPUT_KINDS,
+    Step,
+    WrongKey,
+    checked_config,
+    did_you_mean,
+    family_options,
+    find,
+    options_class,
+)
 
 MAX_RECIPE_BYTES = 1_000_000
 TOP_KEYS = ("name", "home", "seed", "step", "gate")
@@ -123,7 +132,7 @@ class _Checker:
         except WrongKey as failure:
             message = str(failure)
             if failure.kind == "unknown":
-                known = (*CALL_KEYS, *options_class(row).model_fields)
+                known = (*CALL_KEYS, *options_class(row).model_fields, *family_options())
                 message = f"step {name!r} has no key {failure.key!r}{did_you_mean(failure.key, known)}"
             raise self.error((*at, failure.key), message) from None
         except ConfigError as failure:

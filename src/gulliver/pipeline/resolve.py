@@ -13,6 +13,7 @@ from gulliver.core.store.artifact import Artifact, copy_artifact, open_artifact,
 from gulliver.core.store.store import Store
 from gulliver.pipeline.call import call
 from gulliver.pipeline.steps import INPUT_KINDS, Step
+from gulliver.tasks import DEFAULT
 
 _ID = re.compile(r"[0-9a-f]{6,64}")
 
@@ -25,7 +26,7 @@ def resolve_inputs(
     A dataset is read for the task of the model beside it. ConfigError for several where one is wanted.
     """
     found: dict[str, Any] = {}
-    task = str(config.get("task") or "language")
+    task = str(config.get("task") or DEFAULT)
     roles = sorted((role for role in given if given[role] is not None), key=lambda role: INPUT_KINDS[role] == "dataset")
     for role in roles:
         if role not in row.several and isinstance(given[role], (list, tuple)):
@@ -61,7 +62,7 @@ def resolve_data(
     store: Store,
     *,
     eval_data: str | None = None,
-    task: str = "language",
+    task: str = DEFAULT,
     progress: Progress | None = None,
 ) -> Artifact:
     """A dataset from an artifact, its id or prefix, its folder; or made by the step `read` from files or catalog:…

@@ -205,10 +205,33 @@ def checked_config(step: Step, values: Mapping[str, Any]) -> Any:
     from pydantic import ValidationError  # here, because `gulliver --help` has no use for it
 
     config = options_class(step)
+    values = _folded(config, values)
     try:
         return config(**{key: _with_units(key, value) for key, value in values.items()})
     except ValidationError as failure:
         raise _explained(step, config, failure) from None
+
+
+def _folded(config: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a model's family may stand beside the step's own: they go into its field `family`."""
+    if "family" not in config.model_fields:
+        return dict(values)
+    known = family_options()
+    own = {key: value for key, value in values.items() if key in config.model_fields or key not in known}
+    given = {key: value for key, value in values.items() if key not in own}
+    return {**own, "family": {**own.get("family", {}), **given}} if given else own
+
+
+def family_options() -> dict[str, tuple[Any, tuple[str, ...]]]:
+    """Name -> (field, families that have it) of every option of every family. Imports pydantic, no torch."""
+    from gulliver.tasks import TASKS, options_of
+
+    found: dict[str, tuple[Any, tuple[str, ...]]] = {}
+    for task in TASKS:
+        for name, field in options_of(task).model_fields.items():
+            _, others = found.get(name, (field, ()))
+            found[name] = (field, (*others, task))
+    return found
 
 
 def _with_units(key: str, value: Any) -> Any:
@@ -231,7 +254,7 @@ def _explained(step: Step, config: type[Any], failure: Any) -> WrongKey:
     key = str(problem["loc"][0]) if problem["loc"] else ""
     fields = config.model_fields
     if problem["type"] == "extra_forbidden":
-        return WrongKey(f"step {step.name!r} has no key {key!r}{did_you_mean(key, fields)}", key, "unknown")
+        return WrongKey(f"step {step.name!r} has no key {key!r}{did_you_mean(key, _known(fields))}", key, "unknown")
     if problem["type"] == "missing":
         return WrongKey(f"step {step.name!r} needs the key {key!r}{_described(fields.get(key))}", key, "missing")
     message = problem["msg"].removeprefix("Value error, ")
@@ -240,6 +263,10 @@ def _explained(step: Step, config: type[Any], failure: Any) -> WrongKey:
         return WrongKey(f"step {step.name!r}: {message}", key)
     told = f"step {step.name!r}: {key} = {problem['input']!r} is not valid: {message}"
     return WrongKey(told + _described(fields.get(key)), key)
+
+
+def _known(fields: Mapping[str, Any]) -> list[str]:
+    return [*fields, *(family_options() if "family" in fields else ())]
 
 
 def _described(field: Any) -> str:

@@ -11,9 +11,9 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gulliver.core.errors import ArtifactError
+from gulliver.nets.architecture import is_encoder
 from gulliver.nets.weights import assign, canonical_names, empty_parameters, stored_names, unfilled
 from gulliver.runtime.packing import is_packed
 from gulliver.runtime.reference import read_tensors
@@ -35,21 +35,10 @@ def read_config(folder: Path) -> transformers.PretrainedConfig:
         raise ArtifactError(f"{path} is not a usable model config: {str(error).splitlines()[0]}") from error
 
 
-def is_encoder(folder: Path, config: transformers.PretrainedConfig) -> bool:
-    """True for a sentence encoder, False for a causal language model."""
-    if (folder / "modules.json").is_file():
-        return True
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
-    known = {causal} if isinstance(causal, str) else set(causal)
-    names = config.architectures or list(known)
-    return not any(name.endswith(("ForCausalLM", "LMHeadModel")) or name in known for name in names)
-
-
 def empty_network(folder: Path) -> nn.Module:
     """The network `config.json` describes, parameters on meta, buffers real, `source_folder` set."""
     config = read_config(folder)
-    encoder = is_encoder(folder, config)
-    auto = transformers.AutoModel if encoder else transformers.AutoModelForCausalLM
+    auto = _class_of(folder, config)
     try:
         with empty_parameters(), no_init_weights():
             model = auto.from_config(config, dtype=torch.float32)
@@ -57,8 +46,13 @@ def empty_network(folder: Path) -> nn.Module:
     except (ValueError, TypeError, RuntimeError, ArithmeticError, KeyError, AttributeError) as error:
         raise ArtifactError(f"{folder / 'config.json'} describes no network: {str(error).splitlines()[0]}") from error
     model.source_folder = str(folder)
-    model.is_sentence_encoder = encoder
     return model.eval()
+
+
+def _class_of(folder: Path, config: Any) -> Any:
+    """The bare network for an encoder, the one with a language model's head otherwise."""
+    encoder = is_encoder(folder, config.to_dict())
+    return transformers.AutoModel if encoder else transformers.AutoModelForCausalLM
 
 
 def load_network(folder: Path, empty: bool) -> nn.Module:
@@ -82,7 +76,7 @@ def _translated(model: nn.Module, folder: Path) -> nn.Module:
 
     Weights that are missing are an error; a pooler, which mean pooling never reads, is filled with zeros.
     """
-    auto: Any = transformers.AutoModel if model.is_sentence_encoder else transformers.AutoModelForCausalLM
+    auto = _class_of(folder, model.config)
     try:
         loaded, report = auto.from_pretrained(
             str(folder), dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
@@ -90,11 +84,11 @@ def _translated(model: nn.Module, folder: Path) -> nn.Module:
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise ArtifactError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
     missing = sorted(report["missing_keys"])
-    spare = [name for name in missing if model.is_sentence_encoder and name.startswith("pooler.")]
+    spare = [name for name in missing if auto is transformers.AutoModel and name.startswith("pooler.")]
     wrong = [name for name in missing if name not in spare] + [str(key) for key in report["mismatched_keys"]]
     if wrong:
         raise ArtifactError(f"{folder} holds no usable weights for {wrong[0]} ({len(wrong)} in all)")
     for name in spare:
         torch.nn.init.zeros_(loaded.get_parameter(name))
-    loaded.source_folder, loaded.is_sentence_encoder = model.source_folder, model.is_sentence_encoder
+    loaded.source_folder = model.source_folder
     return loaded.eval()

@@ -56,8 +56,8 @@ class ReferenceDecoder:
         if threads is not None:
             torch.set_num_threads(threads)
         model: Any = load_network(folder, empty=False)
-        if model.is_sentence_encoder:
-            raise ConfigError(f"{folder} is a sentence encoder, which writes no text; ask it for embeddings")
+        if model.get_output_embeddings() is None:
+            raise ConfigError(f"{folder} has no language model head, so it writes no text; ask it for embeddings")
         config = model.config.get_text_config(decoder=True)
         self._model: Any = model
         self._keeps = not model._is_stateful

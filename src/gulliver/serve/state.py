@@ -38,11 +38,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model under the name that clients use. `engine` is an Engine for chat, an Encoder for embeddings."""
+    """A model under the name that clients use. `answerer` is open and answers."""
 
     name: str
     kind: str  # "chat" or "embeddings"
-    engine: Any
+    answerer: Any
     folder: Path
     artifact_id: str | None
     size_bytes: int
@@ -50,6 +50,11 @@ class ServedModel:
     why: str
     context: int  # tokens
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def engine(self) -> Any:
+        """What runs its requests: an Engine or a BatchQueue."""
+        return self.answerer.engine
 
     @property
     def fingerprint(self) -> str:

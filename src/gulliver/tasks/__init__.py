@@ -1,9 +1,13 @@
-"""The one place where families of models plug in: a table from a task's name to its class."""
+"""The one place where families of models plug in: a table from a family's name to what is known of it.
+
+Reading the table imports neither torch nor a family: rows name classes and functions as strings.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -15,19 +19,76 @@ from gulliver.core.names import unknown
 if TYPE_CHECKING:
     from gulliver.core.context import Context
     from gulliver.core.store.artifact import Artifact
+    from gulliver.tasks.answerer import Answerer, OpenOptions
     from gulliver.tasks.base import Task
+    from gulliver.tasks.options import FamilyOptions
 
-TASKS = {
-    "language": "gulliver.tasks.language.task:LanguageTask",
-    "vision": "gulliver.tasks.vision.task:VisionTask",
+
+@dataclass(frozen=True)
+class Family:
+    """One row. `task`, `options`, `answerer` and `claims` are "module:attribute", imported when asked for.
+
+    `answerer` opens a model: (folder, name, OpenOptions) -> Answerer; `options` is a FamilyOptions; `claims` says
+    whether a folder with this config.json is a model of the family. `examples` names what examples are: datasets of
+    families that read the same kind are interchangeable. `speed_metric` is what `--speed` limits. `can` lists what its
+    answerers do. `sampled` are its options for data that a model writes itself, by the effort of `fit`.
+    """
+
+    task: str
+    options: str
+    answerer: str
+    claims: str
+    examples: str
+    speed_metric: str
+    can: tuple[str, ...]
+    sampled: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+TASKS: Mapping[str, Family] = {
+    "language": Family(
+        task="gulliver.tasks.language.task:LanguageTask",
+        options="gulliver.tasks.language.options:LanguageOptions",
+        answerer="gulliver.tasks.language.answerer:open_answerer",
+        claims="gulliver.nets.architecture:is_causal",
+        examples="text",
+        speed_metric="decode_tokens_per_s",
+        can=("generate", "predict"),
+        sampled={"normal": {"tokens": 256}, "high": {"tokens": 384}},
+    ),
+    "encoder": Family(
+        task="gulliver.tasks.encoder.task:EncoderTask",
+        options="gulliver.tasks.encoder.options:EncoderOptions",
+        answerer="gulliver.tasks.encoder.answerer:open_answerer",
+        claims="gulliver.nets.architecture:is_encoder",
+        examples="text",
+        speed_metric="examples_per_s",
+        can=("embed", "predict"),
+    ),
+    "vision": Family(
+        task="gulliver.tasks.vision.task:VisionTask",
+        options="gulliver.tasks.options:FamilyOptions",
+        answerer="gulliver.tasks.vision.answerer:open_answerer",
+        claims="gulliver.tasks.vision.config:claims",
+        examples="images",
+        speed_metric="examples_per_s",
+        can=("predict",),
+    ),
 }
-"""Task name -> "module:Class"; imported only when asked for."""
+"""At most one row claims a folder."""
 
-OWN_MODEL_TYPES = {"gulliver_inception": "vision"}
-"""`model_type` in config.json of the networks in `nets/` -> task; every other model is one of transformers'."""
+DEFAULT = "language"
+"""The family of data that is read when neither a model nor an option says which."""
 
 FOREIGN = {".gguf": ("language", "gulliver.tasks.language.gguf.read:convert_gguf")}
-"""Suffix of a single-file model -> (task, function that writes it as a Hugging Face layout folder; see `converter`)."""
+"""Suffix of a single-file model -> (family, function that writes it as a folder; see `converter`)."""
+
+
+def family(name: str) -> Family:
+    """The row called `name`. ConfigError names the nearest when there is none."""
+    if name not in TASKS:
+        raise ConfigError(unknown("task", name, TASKS))
+    return TASKS[name]
+
 
 EXPORTS = {"gguf": ("language", "gulliver.tasks.language.gguf.write:write_gguf")}
 """Format of one family's models -> (task, function(model, folder, type, context) that writes it and returns facts)."""
@@ -35,17 +96,30 @@ EXPORTS = {"gguf": ("language", "gulliver.tasks.language.gguf.write:write_gguf")
 
 @cache
 def get_task(name: str) -> Task:
-    """The task called `name`. ConfigError names the nearest when there is none."""
-    if name not in TASKS:
-        raise ConfigError(unknown("task", name, TASKS))
-    return _named(TASKS[name])()
+    """The task of the family called `name`. ConfigError names the nearest when there is none."""
+    return _named(family(name).task)()
+
+
+def options_of(name: str) -> type[FamilyOptions]:
+    """The options class of the family called `name`; imports pydantic, no torch."""
+    return _named(family(name).options)
+
+
+def open_model(folder: Path, task: str, name: str, options: OpenOptions) -> Answerer:
+    """A model that answers, opened from its folder. ArtifactError for a damaged one, ConfigError for wrong options."""
+    return _named(family(task).answerer)(folder, name, options)
+
+
+def same_examples(one: str, other: str) -> bool:
+    """Whether data for the family `one` is data for the family `other`."""
+    return family(one).examples == family(other).examples
 
 
 def converter(path: Path) -> tuple[str, Callable[[Path, Path], str]]:
-    """(task, function(file, folder) -> format) for a model in one file. ConfigError for a file of another kind."""
+    """(family, function(file, folder) -> format) for a model in one file. ConfigError for a file of another kind."""
     if path.suffix not in FOREIGN:
         known = ", ".join(sorted(FOREIGN))
-        raise ConfigError(f"{path.name} is no {known} file and no folder; give the folder that holds config.json")
+        raise ConfigError(f"{path.name} is not a {known} file or a folder; give the folder that holds config.json")
     task, function = FOREIGN[path.suffix]
     return task, _named(function)
 
@@ -58,18 +132,24 @@ def exporter(name: str, task: str) -> Callable[[Artifact, Path, str, Context], d
     return _named(function)
 
 
+def detect_task(folder: Path) -> str:
+    """The family of the model in a folder, from its config.json. ArtifactError when there is none that reads it."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds a {type(config).__name__}")
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{folder} has no config.json; give a Hugging Face layout folder") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} is not a JSON object: {error}") from error
+    for name, row in TASKS.items():
+        if _named(row.claims)(folder, config):
+            return name
+    names = config.get("architectures") or config.get("model_type")
+    raise ArtifactError(f"{path} describes {names}, which no family of models here reads: {', '.join(TASKS)}")
+
+
 def _named(target: str) -> Any:
     module, _, attribute = target.partition(":")
     return getattr(import_module(module), attribute)
-
-
-def detect_task(folder: Path) -> str:
-    """The task of the model in a folder, from its config.json. ArtifactError when there is none."""
-    path = folder / "config.json"
-    try:
-        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{folder} has no config.json; give a Hugging Face layout folder") from error
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not a JSON object: {error}") from error
-    return OWN_MODEL_TYPES.get(model_type, "language") if isinstance(model_type, str) else "language"

@@ -8,17 +8,29 @@ torch before a model that needs it is opened, because a packed language model an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+from gulliver.core.errors import ConfigError
+
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from gulliver.runtime.batching.counters import Histogram
+    from gulliver.runtime.batching.engine import Engine
+    from gulliver.runtime.batching.records import Request
+    from gulliver.runtime.sampling import Sampling
+
+TEMPERATURE = 0.7
+MAX_TOKENS = 512
+"""The defaults of answers that are text."""
+
+Prompt = str | Sequence[Mapping[str, Any]]
+"""Text, or messages with a role and content each."""
 
 Can = Literal["generate", "embed", "predict"]
 """What a model can do. "generate": continue text, token by token (an Engine as `engine`, `text` its tokenizer);
@@ -109,3 +121,70 @@ class Answerer(ABC):
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.close()
+
+
+class Generating(Answerer):
+    """An answerer that continues text token by token: "generate" is among what it can."""
+
+    engine: Engine
+
+    @abstractmethod
+    def tokens(self, prompt: Prompt, *, raw: bool = False, system: str | None = None) -> tuple[int, ...]:
+        """The tokens of a prompt: through the model's chat template when it has one, as they are when `raw`.
+
+        ConfigError for messages or a system text without a template, and for an empty prompt.
+        """
+
+    @abstractmethod
+    def request(
+        self,
+        tokens: tuple[int, ...],
+        *,
+        sampling: Sampling,
+        max_tokens: int | None = MAX_TOKENS,
+        stop: Sequence[str] = (),
+        json_schema: Mapping[str, Any] | None = None,
+    ) -> Request:
+        """A request to the engine for an answer of at most `max_tokens`, or what the context leaves when it is less."""
+
+
+class Embedding(Answerer):
+    """An answerer that turns texts into vectors: "embed" is among what it can. `width` numbers a vector."""
+
+    width: int
+
+    @abstractmethod
+    def tokens(self, row: str | Sequence[int], *, truncate: bool) -> tuple[int, ...]:
+        """A text, or tokens, as the model reads it. ConfigError when it is empty, too long, or names no token."""
+
+    @abstractmethod
+    def embed(self, rows: Sequence[tuple[int, ...]], stop: Event | None = None) -> Future[list[Any]]:
+        """The vectors, float32 [width] each, of tokenized texts. QueueFull when too many wait, EngineClosed at the end.
+
+        When `stop` is set the work ends before the next pass.
+        """
+
+
+def torch_only(family: str, options: OpenOptions) -> tuple[str, str]:
+    """(backend, why) of a family that torch alone runs. ConfigError when another backend or kernel is asked for."""
+    if options.backend == "native" or options.isa != "auto":
+        raise ConfigError(f"{family} models run on the reference backend (torch); leave out --backend and --isa")
+    if options.backend not in ("auto", "reference"):
+        raise ConfigError(f"backend is {options.backend!r}; choose one of auto, native, reference")
+    return "reference", f"{family} models run on the reference backend (torch)"
+
+
+def then(future: Future[Any], change: Callable[[Any], Any]) -> Future[Any]:
+    """A future of what `change` makes of another's result; its exceptions are passed on, a cancel is passed back."""
+    made: Future[Any] = Future()
+
+    def done(first: Future[Any]) -> None:
+        if not made.set_running_or_notify_cancel():
+            return
+        try:
+            made.set_result(change(first.result()))
+        except BaseException as error:  # a cancelled future's too: whoever waits must be told
+            made.set_exception(error)
+
+    future.add_done_callback(done)
+    return made

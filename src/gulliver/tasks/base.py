@@ -1,25 +1,32 @@
 """The task contract: all that a stage may know about a family of models.
 
 Public methods are final and check what the family returns; a family fills in the underscored ones. Nothing outside
-`tasks/` asks which family it is.
+`tasks/` asks which family it is. What is known of a family without torch (its options, what its models can do, how one
+is opened) is its row of the table in `tasks/__init__.py`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, ClassVar, final
 
+import pyarrow
+import torch
 from torch import Tensor, nn
 
 from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.store.artifact import Artifact
+from gulliver.tasks import family, open_model, options_of
+from gulliver.tasks.answerer import Answerer, OpenOptions
+from gulliver.tasks.options import FamilyOptions, checked_options
 
 Batch = dict[str, Tensor]
 """Named tensors whose first dimension is the example (for language: `tokens` int64 [batch, tokens])."""
+SPLITS = ("train", "eval", "all")
 
 
 @dataclass(frozen=True)
@@ -49,43 +56,147 @@ class Block:
     forward: Callable[[Any, int], Tensor]
 
 
-class Task(ABC):
-    """One family of models: how to read examples, build a network, compute a loss, score, and answer a request."""
+@dataclass(frozen=True)
+class Coupling:
+    """Units that can only be removed together (attention heads, neurons, channels): unit k is, in every member,
+
+    the `size` consecutive rows (dim 0) or columns (dim 1) from k * size on. Removing a unit from all members gives a
+    smaller network whose other units compute what they did.
+    """
 
     name: str
+    units: int
+    members: tuple[tuple[str, int, int], ...]  # (parameter name, dim, size)
+
+
+class DataContract(ABC):
+    """The half of the contract that is about data: what a family reads, and what its models write."""
+
+    name: ClassVar[str]
+    generates: ClassVar[bool] = False
+    """Whether its models write data of their own: text, self-played games."""
+
+    # ---- what its row in the table says ---------------------------------------------------------------------------
+    @property
+    def options(self) -> type[FamilyOptions]:
+        """What its data and windows need; a step carries the values as its field `family`."""
+        return options_of(self.name)
+
+    @final
+    def chosen(self, values: Mapping[str, Any] | None = None) -> Any:
+        """The family's options from a step's `family` field. ConfigError for an unknown or a wrong one."""
+        return checked_options(self.name, self.options, values or {})
+
+    @property
+    def speed_metric(self) -> str:
+        """The metric that `--speed` limits."""
+        return family(self.name).speed_metric
+
+    @final
+    def open(self, folder: Path, name: str | None = None, options: OpenOptions | None = None) -> Answerer:
+        """A model that answers requests, from its folder."""
+        return open_model(folder, self.name, name or folder.name, options or OpenOptions())
 
     # ---- data -------------------------------------------------------------------------------------------------
     @final
-    def read(self, source: str | Path, split: str) -> list[dict[str, Any]]:
-        """Examples of `split` ("train" or "eval") from files, the catalog or a dataset artifact. DataError if empty."""
-        examples = self._read(source, split)
-        if not examples:
+    def examples(self, source: str | Path, split: str, options: FamilyOptions | None = None) -> Iterator[Any]:
+        """Arrow record batches of `split` ("train", "eval"; "all" holds nothing out) from files or a dataset artifact.
+
+        Never a whole split in memory. DataError when it is empty.
+        """
+        if split not in SPLITS:
+            raise ConfigError(f"split is {split!r}; it must be 'train', 'eval' or 'all'")
+        found = False
+        for batch in self._examples(Path(source), split, options or self.chosen()):
+            assert isinstance(batch, pyarrow.RecordBatch), f"{self.name}: examples are Arrow record batches"
+            found = found or batch.num_rows > 0
+            yield batch
+        if not found:
             raise DataError(f"no examples in {source} for split {split!r}; check the path and the split")
-        return examples
 
     @abstractmethod
-    def _read(self, source: str | Path, split: str) -> list[dict[str, Any]]: ...
+    def _examples(self, source: Path, split: str, options: Any) -> Iterator[pyarrow.RecordBatch]: ...
+
+    @final
+    def rows(self, source: str | Path, split: str, options: FamilyOptions | None = None) -> Iterator[dict[str, Any]]:
+        """The same examples one by one, as Python values by column."""
+        for batch in self.examples(source, split, options):
+            yield from batch.to_pylist()
+
+    @abstractmethod
+    def units(self, example: Mapping[str, Any]) -> Iterator[str]:
+        """What of an example may not be in two splits: paragraphs, a picture, a user's history."""
+
+    @final
+    def units_of(self, source: str | Path, split: str, options: FamilyOptions | None = None) -> Iterator[str]:
+        """The units of all examples of a split, in order."""
+        for example in self.rows(source, split, options):
+            yield from self.units(example)
 
     @final
     def batches(
-        self, dataset: Artifact, split: str, batch_size: int, seed: int, step: int, *, folder: Path, **dials: Any
+        self,
+        dataset: Artifact,
+        split: str,
+        batch_size: int,
+        seed: int,
+        step: int,
+        *,
+        folder: Path,
+        options: FamilyOptions | None = None,
     ) -> Iterator[Batch]:
         """Endless batches from `step` on; batch k is a pure function of (dataset, split, batch_size, seed, k).
 
-        `folder` is the model's folder (its tokenizer turns text into tokens). Language takes `tokens=` (window
-        length, default 512).
+        `folder` is the model's folder (its tokenizer turns text into tokens).
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
-        for batch in self._batches(dataset, split, batch_size, seed, step, folder, **dials):
+        for batch in self._batches(dataset, split, batch_size, seed, step, folder, options or self.chosen()):
             sizes = {tensor.shape[0] for tensor in batch.values()}
             assert len(sizes) == 1, f"{self.name}: a batch's tensors disagree on the number of examples: {sizes}"
             yield batch
 
     @abstractmethod
     def _batches(
-        self, dataset: Artifact, split: str, batch_size: int, seed: int, step: int, folder: Path, **dials: Any
+        self, dataset: Artifact, split: str, batch_size: int, seed: int, step: int, folder: Path, options: Any
     ) -> Iterator[Batch]: ...
+
+    @final
+    def generate(
+        self,
+        model: nn.Module,
+        count: int,
+        *,
+        folder: Path,
+        options: FamilyOptions | None = None,
+        generator: torch.Generator,
+        advance: Callable[[float], None] = lambda share: None,
+    ) -> list[dict[str, Any]]:
+        """At most `count` examples that the model writes itself, as rows; empty ones are left out.
+
+        `advance` is called with the share of the work that is done. Parameters may be left in
+        bfloat16. ConfigError for a family whose models write nothing.
+        """
+        if not self.generates:
+            raise ConfigError(f"{self.name} models write no data of their own; calibrate on a dataset")
+        rows = self._generate(model, count, folder, options or self.chosen(), generator, advance)
+        assert len(rows) <= count, f"{self.name}: {len(rows)} examples were written, {count} were asked for"
+        return rows
+
+    def _generate(
+        self,
+        model: nn.Module,
+        count: int,
+        folder: Path,
+        options: Any,
+        generator: torch.Generator,
+        advance: Callable[[float], None],
+    ) -> list[dict[str, Any]]:
+        raise AssertionError(f"{self.name} says that it generates, and has no _generate")
+
+
+class Task(DataContract):
+    """One family of models: how to read examples, build a network, compute a loss, score, and answer a request."""
 
     # ---- networks ---------------------------------------------------------------------------------------------
     @final
@@ -144,7 +255,7 @@ class Task(ABC):
         """
         blocks = self._blocks(model, batches)
         seen = [weight.name for block in blocks for weight in block.weights]
-        assert len(seen) == len(set(seen)), f"{self.name}: a weight stands in two blocks"
+        assert len(seen) == len(set(seen)), f"{self.name}: a weight is in two blocks"
         if not seen:
             raise ConfigError(f"{self.name}: no weight of this model can be packed; nothing to compress")
         return blocks
@@ -152,24 +263,52 @@ class Task(ABC):
     @abstractmethod
     def _blocks(self, model: nn.Module, batches: Sequence[Batch]) -> list[Block]: ...
 
+    @final
+    def couplings(self, model: nn.Module) -> list[Coupling]:
+        """What can only be removed together, for pruning; empty where nothing can be."""
+        couplings = self._couplings(model)
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        for coupling in couplings:
+            for name, dim, size in coupling.members:
+                fits = shapes[name][dim] == coupling.units * size
+                assert fits, f"{self.name}: {coupling.name} does not divide {name} {tuple(shapes[name])}"
+        return couplings
+
+    @abstractmethod
+    def _couplings(self, model: nn.Module) -> list[Coupling]: ...
+
     # ---- judgement --------------------------------------------------------------------------------------------
     @final
     def score(
-        self, model: nn.Module, dataset: Artifact, parent: nn.Module | None = None, *, folder: Path, **dials: Any
+        self,
+        model: nn.Module,
+        dataset: Artifact,
+        parent: nn.Module | None = None,
+        *,
+        folder: Path,
+        options: FamilyOptions | None = None,
+        share: float = 1.0,
     ) -> list[Evidence]:
-        """Metrics with 95 % intervals on the dataset's eval split, paired against `parent` when given, beside the
+        """Metrics with 95 % intervals on `share` of the usual part of the eval split, paired against `parent` when
 
-        simplest baseline. `artifact_id`, `parent_id`, `machine` and `command` are filled in by the caller.
+        given, beside the simplest baseline. `artifact_id`, `parent_id`, `machine` and `command` are filled in by the
+        caller.
         """
-        evidence = self._score(model, dataset, parent, folder, **dials)
+        evidence = self._score(model, dataset, parent, folder, options or self.chosen(), share)
         assert evidence, f"{self.name}: score returned no evidence"
         return evidence
 
     @abstractmethod
     def _score(
-        self, model: nn.Module, dataset: Artifact, parent: nn.Module | None, folder: Path, **dials: Any
+        self, model: nn.Module, dataset: Artifact, parent: nn.Module | None, folder: Path, options: Any, share: float
     ) -> list[Evidence]: ...
 
+    @final
+    def workloads(self, model: nn.Module, folder: Path) -> dict[str, Callable[[], int]]:
+        """Metric -> a standard piece of work that returns how many units it did; what the step `speed` times."""
+        work = self._workloads(model, folder)
+        assert self.speed_metric in work, f"{self.name}: no workload measures its {self.speed_metric}"
+        return work
+
     @abstractmethod
-    def answer(self, model: nn.Module, request: dict[str, Any], *, folder: Path) -> dict[str, Any]:
-        """What the server returns for one request."""
+    def _workloads(self, model: nn.Module, folder: Path) -> dict[str, Callable[[], int]]: ...

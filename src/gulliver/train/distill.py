@@ -29,7 +29,7 @@ from gulliver.runtime.packed import PackedTensor
 from gulliver.runtime.packing import is_packed
 from gulliver.runtime.reference import packing_entry, read_stored, stored_form
 from gulliver.runtime.shards import PACKED_SHARD_BYTES, ShardWriter
-from gulliver.tasks import get_task
+from gulliver.tasks import get_task, same_examples
 from gulliver.tasks.base import Batch, Task
 from gulliver.train.options import DistillOptions
 
@@ -45,7 +45,7 @@ def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
     model, parent, datasets = inputs["model"], inputs["parent"], [inputs["dataset"]]
     if not is_packed(model.path):
         raise ConfigError(f"model {model.id[:12]} has no packed weights; `gulliver quantize` it first")
-    if {parent.task, datasets[0].task} != {model.task}:
+    if parent.task != model.task or not same_examples(datasets[0].task, model.task):
         raise ConfigError(f"model, parent and dataset must all be for {model.task}")
     datasets += [inputs["samples"]] if "samples" in inputs else []
     task = get_task(model.task)
@@ -87,7 +87,7 @@ def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
                     shards.add({name: vectors[name].detach().to(tensor.dtype) if name in vectors else tensor})
         Packing(tensors=entries).write(writer.path)
         Distillation(losses=tuple(result.losses)).write(writer.path)
-        known = fingerprints(row for part in datasets for row in task.read(part.path, "train"))
+        known = fingerprints(unit for part in datasets for unit in task.units_of(part.path, "train"))
         Calibration(dataset=datasets[0].id, fingerprints=tuple(known)).write(writer.path)
         copy_companions(model.paths(), writer.path, NOT_COPIED)
         if LossIncrease.name_in(model.files):
@@ -145,7 +145,7 @@ def _batches(
     task: Task, cfg: DistillOptions, datasets: list[Artifact], model: Artifact, ctx: Context
 ) -> Callable[[int], Batch]:
     """Batch k, from the data sets in the order of `TURNS`; free as long as batches are asked for in order."""
-    dials = {} if cfg.tokens is None else {"tokens": cfg.tokens}
+    options = task.chosen(cfg.family)
     streams: dict[int, tuple[int, Iterator[Batch]]] = {}
     order = [turn for turn in TURNS if turn < len(datasets)]
 
@@ -156,7 +156,7 @@ def _batches(
         coming, stream = streams.get(turn, (-1, iter(())))
         if coming != place:
             stream = task.batches(
-                datasets[turn], "train", cfg.batch_size, ctx.seed + 1, place, folder=model.path, **dials
+                datasets[turn], "train", cfg.batch_size, ctx.seed + 1, place, folder=model.path, options=options
             )
         streams[turn] = (place + 1, stream)
         return next(stream)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -16,7 +16,7 @@ class TrainOptions(Options):
     size: int = Field(1, ge=1, description="the one dial: larger means more parameters")
     steps: int = Field(300, ge=1, description="updates of the weights")
     batch_size: int = Field(64, ge=1, description="examples per update")
-    tokens: int | None = Field(None, ge=2, description="length of a window, for families that read sequences")
+    family: dict[str, Any] = Field(default_factory=dict, description="options of the model's family")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd with momentum 0.9")
     learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False, description="peak learning rate")
     weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False, description="decay of matrices and convolutions")
@@ -30,7 +30,7 @@ class DistillOptions(Options):
 
     steps: int = Field(100, ge=1, description="updates")
     batch_size: int = Field(2, ge=1, description="examples per update")
-    tokens: int | None = Field(None, ge=2, description="length of a window, for families that read sequences")
+    family: dict[str, Any] = Field(default_factory=dict, description="options of the model's family")
     learning_rate: float = Field(
         7e-3, gt=0, allow_inf_nan=False, description="peak rate of the latent weights, in distances between grid values"
     )

@@ -13,7 +13,7 @@ from gulliver.core.store.artifact import Artifact
 from gulliver.learning.loop import run_loop
 from gulliver.learning.optim import OptimizerConfig, parameter_groups
 from gulliver.learning.schedule import Schedule
-from gulliver.tasks import get_task
+from gulliver.tasks import get_task, same_examples
 from gulliver.tasks.base import Batch
 from gulliver.train.options import TrainOptions
 
@@ -25,14 +25,14 @@ def run(cfg: TrainOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifac
     """
     dataset = inputs["dataset"]
     task = get_task(cfg.task or dataset.task)
-    if dataset.task != task.name:
+    if not same_examples(task.name, dataset.task):
         raise ConfigError(f"task is {task.name!r}, but the dataset is for {dataset.task!r}; leave task out")
+    options = task.chosen(cfg.family)
     model = task.build(cfg.size, ctx.seed).train()
     folder = ctx.work / "fresh"
     task.save(model, folder)
-    dials = {} if cfg.tokens is None else {"tokens": cfg.tokens}
     batch_at = _in_order(
-        lambda step: task.batches(dataset, "train", cfg.batch_size, ctx.seed, step, folder=folder, **dials)
+        lambda step: task.batches(dataset, "train", cfg.batch_size, ctx.seed, step, folder=folder, options=options)
     )
     result = run_loop(
         parameters=parameter_groups(model, cfg.weight_decay),

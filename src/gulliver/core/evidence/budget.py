@@ -58,6 +58,7 @@ class Budget:
     max_ram_bytes: int | None = None
     min_tokens_per_s: float | None = None
     max_drop: float | None = None
+    speed_metric: str = ""  # what the family's speed is measured in; needed where min_tokens_per_s is
 
     def __post_init__(self) -> None:
         for name in ("size_bytes", "max_ram_bytes", "min_tokens_per_s"):
@@ -73,11 +74,11 @@ class Budget:
         if self.max_ram_bytes is not None:
             gates.append(Gate("compress_peak_ram_bytes", at_most=self.max_ram_bytes))
         if self.min_tokens_per_s is not None:
-            gates.append(Gate("decode_tokens_per_s", at_least=self.min_tokens_per_s))
+            gates.append(Gate(self.speed_metric, at_least=self.min_tokens_per_s))
         if self.max_drop is not None:
             gates.append(Gate("quality_loss", at_most=self.max_drop))
         return gates
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object of the four limits; null where there is none."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "speed_metric"}

@@ -75,3 +75,9 @@ class Piece:
     cached_tokens: int = 0  # of the prompt, found in the cache
     completion_tokens: int = 0
     prompt: tuple[TokenChoice, ...] = ()  # with echo_logprobs, in one piece before any text
+
+
+def check_finish(finish: str | None) -> None:
+    """GulliverError for an answer that ended by an error of the engine."""
+    if finish is not None and finish.startswith("error: "):
+        raise GulliverError(finish.removeprefix("error: "))

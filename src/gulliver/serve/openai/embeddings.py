@@ -17,7 +17,6 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from gulliver.core.errors import ConfigError, GulliverError
-from gulliver.runtime.batching.encoder import tokens_of
 from gulliver.runtime.batching.records import Piece
 from gulliver.serve.errors import ApiError, bad_request
 from gulliver.serve.json_route import JsonRoute, answers_with
@@ -43,8 +42,8 @@ def router(state: State) -> APIRouter:
         model = state.model(body.model, "embeddings")
         call = record_of(request)
         call.model = model.name
-        if body.dimensions not in (None, model.engine.width):
-            width = model.engine.width
+        if body.dimensions not in (None, model.answerer.width):
+            width = model.answerer.width
             raise bad_request(f"this model's vectors have {width} dimensions, no other number", "dimensions")
         texts = await state.in_thread(_tokens, body, model)
         call.choices = len(texts)
@@ -52,7 +51,7 @@ def router(state: State) -> APIRouter:
         watch = asyncio.ensure_future(_watch(request.receive, stop))
         try:
             async with asyncio.timeout(state.settings.timeout_seconds):
-                vectors = await asyncio.wrap_future(model.engine.submit(texts, stop))
+                vectors = await asyncio.wrap_future(model.answerer.embed(texts, stop))
         except GulliverError as error:
             if not stop.is_set():
                 raise refused(error) from None
@@ -85,12 +84,12 @@ def _tokens(body: EmbeddingRequest, model: ServedModel) -> list[tuple[int, ...]]
     if not rows:
         raise bad_request("input is an empty list; give at least one text", "input")
     try:
-        return [tokens_of(model.engine, row, truncate=bool(body.truncate)) for row in rows]
+        return [model.answerer.tokens(row, truncate=bool(body.truncate)) for row in rows]
     except ConfigError as error:
         raise bad_request(str(error), "input") from None
 
 
-def _body(vectors: NDArray[np.float32], body: EmbeddingRequest, model: ServedModel, tokens: int) -> bytes:
+def _body(vectors: Sequence[NDArray[np.float32]], body: EmbeddingRequest, model: ServedModel, tokens: int) -> bytes:
     def shown(vector: NDArray[np.float32]) -> Any:
         if body.encoding_format == "base64":
             return base64.b64encode(vector.astype("<f4").tobytes()).decode()

@@ -1,4 +1,4 @@
-"""Scores of language models: perplexity and its paired comparison with the parent; cosine for sentence encoders.
+"""Scores of language models: perplexity, and its paired comparison with the parent.
 
 With L_w the mean negative log-likelihood per token of window w, perplexity is exp(mean_w L_w) (all windows are
 equally long). Against a parent with L'_w the ratio is exp(mean_w (L_w - L'_w)) and its interval the exponential of
@@ -22,8 +22,8 @@ from gulliver.core.evidence.evidence import Evidence, measured, paired_interval
 from gulliver.core.records import EXAMPLES
 from gulliver.core.store.artifact import Artifact
 from gulliver.nets.linear_kl import chunk_rows
-from gulliver.tasks.language.network import encode, final_hidden, has_plain_head, head_weight, logits_of
-from gulliver.tasks.language.text import encode_texts, passages, token_stream
+from gulliver.tasks.language.network import final_hidden, has_plain_head, head_weight, logits_of
+from gulliver.tasks.language.text import token_stream
 
 CACHE_BYTES = 128 * 2**20
 """A parent's final hidden states are kept for the next score when they are smaller than this."""
@@ -164,38 +164,3 @@ def _log_probabilities(
     for start in range(0, len(hidden) - 1, step):
         part = hidden[start : min(start + step, len(hidden) - 1)]
         yield start, torch.log_softmax(torch.nn.functional.linear(part, weight), -1, dtype=torch.float32)
-
-
-# ---- sentence encoders --------------------------------------------------------------------------------------------
-def score_encoder(
-    model: nn.Module, dataset: Artifact, parent: nn.Module | None, folder: Path, texts: int
-) -> list[Evidence]:
-    """Cosine of each text's embedding to the parent's; without a parent, only the spread of its own embeddings."""
-    found = passages(dataset, "eval")[:texts]
-    if len(found) < 2:
-        raise DataError(f"the eval split has {len(found)} lines of text to embed; at least two are needed")
-    ours = _embeddings(model, found, folder)
-    theirs = ours if parent is None else _embeddings(parent, found, folder)
-    unrelated = (theirs * theirs.roll(len(found) // 2 or 1, 0)).sum(1).tolist()
-    common: dict[str, Any] = {"n": len(found), "data_hash": dataset.files[EXAMPLES].sha256}
-    common["detail"] = {"texts": len(found), "precision": "float32"}
-    mean, low, high = paired_interval(unrelated)
-    evidence = [measured("baseline_cosine_similarity", mean, low=low, high=high, **common)]
-    if parent is None:
-        return evidence
-    cosine = (ours * theirs).sum(1).clamp(-1, 1).tolist()
-    mean, low, high = paired_interval(cosine)
-    evidence.append(measured("cosine_similarity", mean, low=low, high=high, **common))
-    evidence.append(measured("quality_loss", 1 - mean, low=1 - high, high=1 - low, **common))
-    above = [ours - base for ours, base in zip(cosine, unrelated, strict=True)]
-    mean, low, high = paired_interval(above)
-    evidence.append(measured("cosine_similarity_vs_baseline", mean, low=low, high=high, **common))
-    return evidence
-
-
-def _embeddings(model: nn.Module, texts: list[str], folder: Path) -> Tensor:
-    parts = []
-    with torch.no_grad():
-        for start in range(0, len(texts), 16):
-            parts.append(encode(model, encode_texts(texts[start : start + 16], folder, 512)))
-    return torch.cat(parts)

@@ -1,4 +1,4 @@
-"""Standard pieces of work for measuring speed: reading a prompt, writing on, embedding texts. By the reference path."""
+"""Standard pieces of work for measuring speed: reading a prompt and continuing it. By the reference path."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import nn
 
 PROMPT_TOKENS = 512
 NEW_TOKENS = 24
-TEXTS, TEXT_TOKENS = 16, 64
 
 
 def causal_workloads(model: nn.Module) -> dict[str, Callable[[], int]]:
@@ -40,18 +39,3 @@ def causal_workloads(model: nn.Module) -> dict[str, Callable[[], int]]:
         return NEW_TOKENS
 
     return {"prefill_tokens_per_s": prefill, "decode_tokens_per_s": decode}
-
-
-def encoder_workloads(model: nn.Module) -> dict[str, Callable[[], int]]:
-    """Embedding texts of one length, a batch at a time."""
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-    tokens = torch.randint(vocabulary, (TEXTS, TEXT_TOKENS), generator=generator)
-    mask = torch.ones_like(tokens)
-
-    def embed() -> int:
-        with torch.no_grad():
-            model(input_ids=tokens, attention_mask=mask)
-        return TEXTS
-
-    return {"examples_per_s": embed}

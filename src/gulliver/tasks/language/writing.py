@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gulliver.core.errors import ConfigError
-from gulliver.tasks.language.network import require_causal
-from gulliver.tasks.language.text import load_tokenizer
+from gulliver.tasks.text.tokenizer import load_tokenizer
 
 
 def write_texts(
@@ -29,14 +28,13 @@ def write_texts(
     count: int,
     tokens: int,
     generator: torch.Generator,
-    advance: Callable[[], None] | None = None,
+    advance: Callable[[float], None] = lambda share: None,
 ) -> list[str]:
     """`count` texts of `tokens` tokens each, or of as many as the model has positions for.
 
-    `advance` is called after each token of the batch. Leaves the parameters in bfloat16. ConfigError for a sentence
-    encoder or a model with fewer than two positions.
+    `advance` is called with the share of the tokens that are written. Leaves the parameters in bfloat16. ConfigError
+    for a model with fewer than two positions.
     """
-    require_causal(model, "writing text")
     tokenizer = load_tokenizer(folder)
     config: Any = model.config
     start = start_token(config, tokenizer)
@@ -71,18 +69,16 @@ def continue_texts(
     first: Tensor,
     tokens: int,
     generator: torch.Generator,
-    advance: Callable[[], None] | None = None,
+    advance: Callable[[float], None] = lambda share: None,
 ) -> Tensor:
     """int64 [batch, tokens]: `first` [batch, 1] and what the model draws after `prefix` [batch, 0 or 1] and it."""
     written, past, fed = [first], None, torch.cat([prefix, first], 1)
     with torch.no_grad():
-        for _ in range(tokens - 1):
+        for number in range(1, tokens):
             output = model(input_ids=fed, past_key_values=past, use_cache=True, logits_to_keep=1)
             past = output.past_key_values
             fed = torch.multinomial(torch.softmax(output.logits[:, -1].float(), -1), 1, generator=generator)
             written.append(fed)
-            if advance is not None:
-                advance()
-    if advance is not None:
-        advance()
+            advance(number / tokens)
+    advance(1.0)
     return torch.cat(written, 1)

@@ -6,12 +6,13 @@ A batch holds `image` float32 [batch, channels, height, width] in [0, 1] and `la
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,12 +24,13 @@ from gulliver.core.store.files import write_atomic
 from gulliver.nets.inception import Inception, InceptionConfig
 from gulliver.nets.weights import assign, empty_parameters, unfilled
 from gulliver.runtime.reference import read_tensors
-from gulliver.tasks.base import Batch, Block, Task, Weight
-from gulliver.tasks.vision.examples import Examples, read_split
+from gulliver.tasks.base import Batch, Block, Coupling, Task, Weight
+from gulliver.tasks.vision.config import ARCHITECTURE, MODEL_TYPE
+from gulliver.tasks.vision.examples import SPLITS, Examples, read_split
 from gulliver.tasks.vision.scores import divergences, evidence
 
-ARCHITECTURE = "GulliverInception"
-WORKLOAD_IMAGES = 256
+WORKLOAD_IMAGES = SCORE_IMAGES = 256
+BATCH_ROWS = 1024
 MIN_COLUMNS = 32
 """Weights with fewer inputs than the smallest group stay as they are: packing them would add bytes."""
 
@@ -36,19 +38,25 @@ MIN_COLUMNS = 32
 class VisionTask(Task):
     """Image classification, trained with cross entropy, judged by accuracy."""
 
-    name = "vision"
+    name: ClassVar[str] = "vision"
 
     # ---- data -------------------------------------------------------------------------------------------------
-    def _read(self, source: str | Path, split: str) -> list[dict[str, Any]]:
-        examples = read_split(source, split)
-        rows = zip(examples.images.tolist(), examples.labels.tolist(), strict=True)
-        return [{"image": image, "label": label} for image, label in rows]
+    def _examples(self, source: Path, split: str, options: Any) -> Iterator[pyarrow.RecordBatch]:
+        del options
+        for part in SPLITS if split == "all" else (split,):
+            examples = read_split(source, part)
+            for start in range(0, len(examples), BATCH_ROWS):
+                yield _record_batch(examples.take(np.arange(start, min(start + BATCH_ROWS, len(examples)))))
+
+    def units(self, example: Mapping[str, Any]) -> Iterator[str]:
+        """The picture with its label."""
+        yield json.dumps({"image": list(example["image"]), "label": example["label"]}, sort_keys=True)
 
     def _batches(
-        self, dataset: Artifact, split: str, batch_size: int, seed: int, step: int, folder: Path, **dials: Any
+        self, dataset: Artifact, split: str, batch_size: int, seed: int, step: int, folder: Path, options: Any
     ) -> Iterator[Batch]:
         """Epoch after epoch, each in its own order; a batch may reach over the end of one into the next."""
-        _no_dials(dials)
+        del options
         config = read_config(folder)
         examples = _fitting(read_split(dataset.path, split), config, dataset)
         count = len(examples)
@@ -85,7 +93,7 @@ class VisionTask(Task):
     def _save(self, model: nn.Module, folder: Path) -> None:
         inception = _inception(model)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"architectures": [ARCHITECTURE], "model_type": "gulliver_inception", **asdict(inception.config)}
+        config = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, **asdict(inception.config)}
         write_atomic(folder / "config.json", json.dumps(config, sort_keys=True, indent=2) + "\n")
         tensors = {name: tensor.detach().contiguous() for name, tensor in inception.state_dict().items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -107,13 +115,17 @@ class VisionTask(Task):
             for index, (name, stage) in enumerate(stages)
         ]
 
+    def _couplings(self, model: nn.Module) -> list[Coupling]:
+        """None yet: a stage's branches are joined, so a channel is removed in one branch and all that read the join."""
+        del model
+        return []
+
     # ---- judgement --------------------------------------------------------------------------------------------
     def _score(
-        self, model: nn.Module, dataset: Artifact, parent: nn.Module | None, folder: Path, **dials: Any
+        self, model: nn.Module, dataset: Artifact, parent: nn.Module | None, folder: Path, options: Any, share: float
     ) -> list[Evidence]:
-        """Dials: `share` of the images (1.0); `batch_size` (256), of no effect on the numbers beyond rounding."""
-        batch_size, share = int(dials.pop("batch_size", 256)), float(dials.pop("share", 1.0))
-        _no_dials(dials)
+        """`share` of the images is scored; at least two."""
+        del options
         config = read_config(folder)
         examples = _fitting(read_split(dataset.path, "eval"), config, dataset)
         if not len(examples):
@@ -124,11 +136,12 @@ class VisionTask(Task):
         images, labels = _batch(examples, config).values()
         networks = [network for network in (model, parent) if network is not None]
         with torch.inference_mode():
-            outputs = [torch.cat([network(part).float() for part in images.split(batch_size)]) for network in networks]
+            outputs = [
+                torch.cat([network(part).float() for part in images.split(SCORE_IMAGES)]) for network in networks
+            ]
         return evidence(outputs[0], labels, majority, outputs[1] if parent is not None else None, examples.data_hash)
 
-    def workloads(self, model: nn.Module, folder: Path) -> dict[str, Callable[[], int]]:
-        """Metric -> one piece of work that returns how many units it did; timed by the step `speed`."""
+    def _workloads(self, model: nn.Module, folder: Path) -> dict[str, Callable[[], int]]:
         images = torch.rand(WORKLOAD_IMAGES, *read_config(folder).shape, generator=torch.Generator().manual_seed(0))
 
         def classify() -> int:
@@ -136,17 +149,6 @@ class VisionTask(Task):
                 return len(model(images))
 
         return {"examples_per_s": classify}
-
-    def answer(self, model: nn.Module, request: dict[str, Any], *, folder: Path) -> dict[str, Any]:
-        """{"image": pixels in [0, 1], flat or nested} -> {"label": int, "probabilities": [classes]}.
-
-        DataError for a request of another form.
-        """
-        config = read_config(folder)
-        image = _request_image(request, config)
-        with torch.inference_mode():
-            probabilities = model(image).float().softmax(-1)[0]
-        return {"label": int(probabilities.argmax()), "probabilities": probabilities.tolist()}
 
 
 def read_config(folder: Path) -> InceptionConfig:
@@ -159,17 +161,14 @@ def read_config(folder: Path) -> InceptionConfig:
         raw.pop("model_type", None)
         return InceptionConfig(**raw)
     except (OSError, ValueError, TypeError, RecursionError, ConfigError) as error:
-        raise ArtifactError(f"{path} describes no vision network: {error}") from error
-
-
-def _no_dials(dials: dict[str, Any]) -> None:
-    if dials:
-        raise ConfigError(f"the vision task has no option {sorted(dials)[0]!r}; leave it out")
+        raise ArtifactError(f"{path} does not describe a vision network: {error}") from error
 
 
 def _inception(model: nn.Module) -> Inception:
     if not isinstance(model, Inception):
-        raise ConfigError(f"the vision task has no place for a {type(model).__name__}; build or load one with it")
+        raise ConfigError(
+            f"vision does not know the network {type(model).__name__}; build or load one with this family"
+        )
     return model
 
 
@@ -184,6 +183,11 @@ def _fitting(examples: Examples, config: InceptionConfig, dataset: Artifact) -> 
     if len(examples) and examples.labels.max() >= config.classes:
         raise DataError(f"{dataset.path} has label {examples.labels.max()}; the network knows {config.classes} classes")
     return examples
+
+
+def _record_batch(examples: Examples) -> pyarrow.RecordBatch:
+    images = pyarrow.array(list(examples.images), pyarrow.list_(pyarrow.float32()))
+    return pyarrow.RecordBatch.from_arrays([images, pyarrow.array(examples.labels)], names=["image", "label"])
 
 
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
@@ -207,18 +211,3 @@ def _packable(prefix: str, stage: nn.Module) -> tuple[Weight, ...]:
 
 def _forward(stage: nn.Module, first: bool) -> Callable[[Any, int], Tensor]:
     return lambda x, index: stage(x["image"] if first else x)
-
-
-def _request_image(request: dict[str, Any], config: InceptionConfig) -> Tensor:
-    """float32 [1, channels, height, width] from an untrusted request."""
-    if set(request) != {"image"}:
-        raise DataError(f"a request holds 'image' and nothing else; this one holds {sorted(request) or 'nothing'}")
-    try:
-        pixels = np.asarray(request["image"], dtype=np.float32)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise DataError(f"'image' must be numbers from 0 to 1: {error}") from None
-    if pixels.size != int(np.prod(config.shape)):
-        raise DataError(f"'image' has {pixels.size} numbers; the network takes {' x '.join(map(str, config.shape))}")
-    if not np.isfinite(pixels).all() or pixels.min() < 0.0 or pixels.max() > 1.0:
-        raise DataError("'image' must be numbers from 0 to 1; scale the pixels")
-    return torch.from_numpy(pixels.reshape(1, *config.shape))

@@ -24,7 +24,7 @@ import torch
 
 from gulliver.core.errors import ConfigError
 from gulliver.tasks.language.gguf.architectures import ARCHITECTURES, Architecture, no_place
-from gulliver.tasks.language.text import load_tokenizer
+from gulliver.tasks.text.tokenizer import load_tokenizer
 
 GEMMA3_PATTERN = 6
 """llama.cpp takes every sixth layer of a Gemma 3 as global unless told otherwise."""

@@ -24,7 +24,7 @@ from gulliver.core.errors import ArtifactError
 from gulliver.core.names import unknown
 from gulliver.runtime.shards import write_tensors
 from gulliver.tasks.language.gguf.architectures import ARCHITECTURES, ROPE_FACTORS, unpermute
-from gulliver.tasks.language.network import write_config
+from gulliver.tasks.text.network import write_config
 
 READ = {row.read_as: name for name, row in ARCHITECTURES.items() if row.read_as}
 """GGUF architecture, which is also transformers' model type -> transformers' class."""

@@ -9,6 +9,7 @@ masks), which is the same for all batches of one shape unless they are padded.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -40,6 +41,7 @@ class Stream:
             for name, module in model.named_modules()
             if module not in inside and next(module.parameters(recurse=False), None) is not None
         }
+        self.caches = "use_cache" in inspect.signature(model.forward).parameters
         self.tuples = False
         self.calls: dict[Any, list[LayerCall]] = {}
         self.before, self.after = self._dry_run()
@@ -111,8 +113,7 @@ class Stream:
         return (x,) if self.tuples else x
 
     def _run(self, batch: Batch) -> Any:
-        causal = not getattr(self.model, "is_sentence_encoder", False)
-        extra: dict[str, Any] = {"use_cache": False} if causal else {}
+        extra: dict[str, Any] = {"use_cache": False} if self.caches else {}
         if "mask" in batch:
             extra["attention_mask"] = batch["mask"]
         try:
@@ -240,7 +241,7 @@ def _stand_in(name: str, module: nn.Module) -> Callable[[tuple[Any, ...], dict[s
     def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
         if not isinstance(weight, Tensor):
-            raise ConfigError(f"{name} ({type(module).__name__}) stands outside the layers and is of an unknown kind")
+            raise ConfigError(f"{name} ({type(module).__name__}) lies outside the layers and is of an unknown kind")
         if isinstance(module, nn.Embedding) or not x.is_floating_point():
             shape = (*x.shape, weight.shape[1])
         elif isinstance(module, nn.Linear):

@@ -1,0 +1,112 @@
+"""Any model answers: `gulliver ask` and `gulliver.ask`. And the one way in which a model that users name is opened.
+
+A folder on this machine is used where it lies: it is neither copied nor hashed, and for what the native backend runs
+nothing here imports torch, so that the first word comes a fraction of a second after the command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gulliver.core.errors import ArtifactError, ConfigError, DataError
+from gulliver.core.progress import Progress
+from gulliver.core.store.artifact import MANIFEST, Artifact, open_artifact
+from gulliver.runtime.packing import is_packed
+from gulliver.tasks import detect_task, open_model
+from gulliver.tasks.answerer import Answerer, OpenOptions
+
+Spec = str | Path | Artifact
+"""What users name a model by: an artifact, its id, a folder, a .gguf file, catalog:… or hf:…"""
+
+
+def open_answerer(
+    spec: Spec,
+    options: OpenOptions | None = None,
+    *,
+    store: Callable[[], Any],
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> Answerer:
+    """The model that `spec` names, ready to answer; `store` is called only where an artifact must be looked up or made.
+
+    `name` is what it is called (default: its folder's name). ConfigError for an option its family has no use for,
+    BudgetError when the memory limit is too little, ArtifactError for a damaged model.
+    """
+    options = options or OpenOptions()
+    found = local_folder(spec)
+    if found is not None:
+        folder, task = found
+        try:
+            return open_model(folder, task, name or folder.name, options)
+        except ArtifactError:
+            if (folder / MANIFEST).is_file() or is_packed(folder):
+                raise
+            # An older checkpoint, whose names `pull` translates, or a damaged one, of which it says what is wrong.
+    from gulliver.pipeline.resolve import resolve_model  # after the lines that need no store: its database takes 30 MB
+
+    artifact = resolve_model(spec, store(), progress=progress)
+    return open_model(artifact.path, artifact.task, name or artifact.path.name, options)
+
+
+def local_folder(spec: Spec) -> tuple[Path, str] | None:
+    """(folder, family) of a model that needs no looking up and no conversion; None for every other name.
+
+    ConfigError when it is an artifact of another kind.
+    """
+    if isinstance(spec, Artifact):
+        return _of_artifact(spec, spec.id[:12])
+    path = Path(spec).expanduser()
+    if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
+        return None
+    if (path / MANIFEST).is_file():
+        return _of_artifact(open_artifact(path), spec)
+    return path, detect_task(path)
+
+
+def _of_artifact(artifact: Artifact, spec: object) -> tuple[Path, str]:
+    if artifact.kind != "model":
+        raise ConfigError(f"{spec} is a {artifact.kind}; a model is needed here")
+    return artifact.path, artifact.task
+
+
+def ask(
+    model: Spec | Answerer,
+    input: str | Sequence[str] | Mapping[str, Any],
+    *,
+    options: OpenOptions | None = None,
+    home: Path | str | None = None,
+) -> dict[str, Any]:
+    """One answer of a model of any family, as a JSON object.
+
+    `input` is a request of the model's family as a mapping, or what a person would write: a prompt, texts, the path of
+    a picture. DataError for a request that the family does not understand, naming the field.
+    """
+
+    def store() -> Any:
+        from gulliver.pipeline.call import open_store
+
+        return open_store(home)
+
+    if isinstance(model, Answerer):
+        return answered(model, input).model_dump()
+    with open_answerer(model, options, store=store) as answerer:
+        return answered(answerer, input).model_dump()
+
+
+def answered(answerer: Answerer, input: str | Sequence[str] | Mapping[str, Any]) -> Any:
+    """The response of an open model; see `ask`."""
+    from pydantic import ValidationError
+
+    try:
+        if isinstance(input, Mapping):
+            request = answerer.request_model.model_validate(input)
+        else:
+            request = answerer.read([input] if isinstance(input, str) else list(input))
+    except ValidationError as failure:
+        problem = failure.errors(include_url=False)[0]
+        field = ".".join(map(str, problem["loc"])) or "the request"
+        known = ", ".join(answerer.request_model.model_fields)
+        raise DataError(f"{field}: {problem['msg'][:1].lower()}{problem['msg'][1:]}; a request has {known}") from None
+    return answerer.answer(request)

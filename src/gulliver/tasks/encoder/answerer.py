@@ -1,0 +1,109 @@
+"""An open encoder: texts -> vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from gulliver.core.errors import ConfigError
+from gulliver.runtime.batching.queue import BatchQueue
+from gulliver.runtime.text.tokenizer import Text
+from gulliver.tasks.answerer import Can, Embedding, OpenOptions, then, torch_only
+from gulliver.tasks.encoder.pooling import cut, read_pooling
+
+if TYPE_CHECKING:
+    from gulliver.tasks.encoder.requests import TextsRequest
+
+
+BATCH_TOKENS = 4096
+"""Most tokens, padding included, of one pass."""
+
+
+class EncoderAnswerer(Embedding):
+    """Texts that wait together are read together, those of like lengths side by side."""
+
+    can: ClassVar[frozenset[Can]] = frozenset({"embed", "predict"})
+    engine: BatchQueue[tuple[int, ...], Any]
+    context: int
+
+    def __init__(self, folder: Path, name: str, options: OpenOptions) -> None:
+        import torch
+
+        from gulliver.tasks import get_task
+        from gulliver.tasks.encoder.pooling import encode
+        from gulliver.tasks.encoder.text import padded
+
+        self.backend, self.why = torch_only("encoder", options)
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        self.folder, self.name, self.text = folder, name, Text(folder)
+        model: Any = get_task("encoder").load(folder)
+        self.context = read_pooling(folder).longest
+        self.vocabulary, self.width = int(model.config.vocab_size), int(model.config.hidden_size)
+
+        def read(rows: list[tuple[int, ...]]) -> Any:
+            with torch.inference_mode():
+                return encode(model, padded(rows)).numpy()
+
+        self.engine = BatchQueue(name, read, queue=options.queue, batch=BATCH_TOKENS, cost=len, unit="prompt_tokens")
+
+    @property
+    def request_model(self) -> type[Any]:
+        from gulliver.tasks.encoder.requests import TextsRequest
+
+        return TextsRequest
+
+    @property
+    def response_model(self) -> type[Any]:
+        from gulliver.tasks.encoder.requests import VectorsResponse
+
+        return VectorsResponse
+
+    def read(self, words: Sequence[str]) -> TextsRequest:
+        """Every word is a text."""
+        return self.request_model(texts=list(words))
+
+    def submit(self, request: TextsRequest, stop: Event | None = None) -> Future[Any]:
+        rows = [self.tokens(text, truncate=request.truncate) for text in request.texts]
+        made = self.response_model
+        return then(self.embed(rows, stop), lambda vectors: made(vectors=[vector.tolist() for vector in vectors]))
+
+    def tokens(self, row: str | Sequence[int], *, truncate: bool) -> tuple[int, ...]:
+        tokens = self.text.encode(row) if isinstance(row, str) else list(row)
+        if not tokens:
+            raise ConfigError("a text is empty; give at least one token")
+        if max(tokens) >= self.vocabulary:
+            raise ConfigError(f"the token {max(tokens)} does not exist; ids go from 0 to {self.vocabulary - 1}")
+        if len(tokens) > self.context:
+            if not truncate:
+                told = f"a text has {len(tokens)} tokens; this model reads {self.context}"
+                raise ConfigError(f"{told}. Cut it, or set truncate to true")
+            tokens = cut(tokens, self.context)
+        return tuple(tokens)
+
+    def embed(self, rows: Sequence[tuple[int, ...]], stop: Event | None = None) -> Future[list[Any]]:
+        return self.engine.submit_all(rows, stop)
+
+    def show(self, response: Any) -> list[str]:
+        """The first numbers of each vector, and how near each text is to the first."""
+        import numpy as np
+
+        vectors = np.array(response.vectors, np.float32)
+        lengths = np.linalg.norm(vectors, axis=1)
+        near = vectors @ vectors[0] / np.maximum(lengths * lengths[0], 1e-12)
+        rows = [f"[{', '.join(f'{value:.4f}' for value in vector[:6])}, … {len(vector)} in all]" for vector in vectors]
+        return (
+            rows
+            if len(rows) == 1
+            else [f"{row}  cosine to the first {c:.4f}" for row, c in zip(rows, near, strict=True)]
+        )
+
+
+def open_answerer(folder: Path, name: str, options: OpenOptions) -> EncoderAnswerer:
+    """The encoder in `folder`. ArtifactError when it cannot be read, ConfigError for an option it has no use for."""
+    if options.max_ram_bytes is not None:
+        raise ConfigError("an encoder is held in memory whole; leave out --ram")
+    return EncoderAnswerer(folder, name, options)

@@ -1,0 +1,68 @@
+"""Writing networks that transformers knows: config.json, weights by their first names, and what travels with them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from gulliver.nets.weights import aliases
+from gulliver.tasks.text.tokenizer import write_byte_tokenizer
+
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
+)
+"""Files that travel with the weights: the tokenizer's and a sentence encoder's."""
+
+
+def save_network(model: nn.Module, folder: Path) -> None:
+    """Write config.json, model.safetensors (canonical names, the parameters' dtype) and the tokenizer's files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: model.get_parameter(name).detach().contiguous() for name in aliases(model)}
+    persistent = set(model.state_dict(keep_vars=True))
+    tensors |= {name: buffer.contiguous() for name, buffer in model.named_buffers() if name in persistent}
+    empty = [name for name, tensor in tensors.items() if tensor.is_meta]
+    assert not empty, f"cannot save a network without weights: {empty[0]} holds no data"
+    write_config(model.config, folder, next(tensors[name].dtype for name in tensors))
+    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    source = getattr(model, "source_folder", "")
+    if source:
+        copy_companions(Path(source), folder)
+    else:
+        write_byte_tokenizer(folder)
+
+
+def write_config(config: Any, folder: Path, dtype: torch.dtype) -> None:
+    """config.json with `dtype` and without machine-dependent entries, so that equal models have equal files."""
+    raw = json.loads(config.to_json_string(use_diff=True))
+    for key in ("_name_or_path", "_model_name_or_path", "_commit_hash", "transformers_version", "torch_dtype"):
+        raw.pop(key, None)
+    raw["dtype"] = str(dtype).removeprefix("torch.")
+    text = json.dumps(raw, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy the tokenizer's and the encoder's files that `source` has."""
+    for name in COMPANIONS:
+        if (source / name).is_file() and source.resolve() != folder.resolve():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, folder / name)

@@ -1,0 +1,108 @@
+"""An open image classifier: a picture -> classes with probabilities."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from gulliver.core.errors import ConfigError, DataError
+from gulliver.runtime.batching.queue import BatchQueue
+from gulliver.tasks.answerer import Answerer, Can, OpenOptions, then, torch_only
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from gulliver.tasks.vision.requests import ImageRequest
+
+MAX_BATCH = 32
+SHOWN = 5
+"""Classes shown on a terminal."""
+
+
+class VisionAnswerer(Answerer):
+    """Pictures that wait together are classified together."""
+
+    can: ClassVar[frozenset[Can]] = frozenset({"predict"})
+    engine: BatchQueue[Any, list[float]]
+    context: None = None
+
+    def __init__(self, folder: Path, name: str, options: OpenOptions) -> None:
+        import torch
+
+        from gulliver.tasks import get_task
+        from gulliver.tasks.vision.task import read_config
+
+        self.backend, self.why = torch_only("vision", options)
+        self.folder, self.name = folder, name
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        self._shape = read_config(folder).shape
+        model = get_task("vision").load(folder)
+
+        def classify(images: Sequence[np.ndarray]) -> list[list[float]]:
+            with torch.inference_mode():
+                return model(torch.tensor(np.stack(images))).float().softmax(-1).tolist()
+
+        import numpy as np
+
+        self.engine = BatchQueue(name, classify, queue=options.queue, batch=MAX_BATCH)
+
+    @property
+    def request_model(self) -> type[Any]:
+        from gulliver.tasks.vision.requests import ImageRequest
+
+        return ImageRequest
+
+    @property
+    def response_model(self) -> type[Any]:
+        from gulliver.tasks.vision.requests import ClassesResponse
+
+        return ClassesResponse
+
+    def read(self, words: Sequence[str]) -> ImageRequest:
+        """The path of a picture, or its pixels as JSON."""
+        if len(words) != 1:
+            raise DataError(f"one picture is classified at a time; {len(words)} were given")
+        path = Path(words[0]).expanduser()
+        if path.is_file():
+            return self.request_model(image=base64.b64encode(path.read_bytes()).decode())
+        try:
+            return self.request_model(image=json.loads(words[0]))
+        except ValueError:
+            told = f"{words[0][:80]!r} is neither the path of a picture nor a JSON list of pixels"
+            raise DataError(f"{told}; give a PNG, JPEG, WebP, GIF or BMP file") from None
+
+    def submit(self, request: ImageRequest, stop: Event | None = None) -> Future[Any]:
+        from gulliver.tasks.vision.pictures import decoded, from_numbers
+
+        image = request.image
+        if isinstance(image, str):
+            try:
+                pixels = decoded(base64.b64decode(image, validate=True), self._shape)
+            except binascii.Error as error:
+                raise DataError(f"'image' is not base64: {error}; send the bytes of a picture's file") from None
+        else:
+            pixels = from_numbers(image, self._shape)
+        return then(self.engine.submit(pixels, stop), self._response)
+
+    def _response(self, probabilities: list[float]) -> Any:
+        best = max(range(len(probabilities)), key=probabilities.__getitem__)
+        return self.response_model(label=best, probabilities=probabilities)
+
+    def show(self, response: Any) -> list[str]:
+        """The likeliest classes, best first."""
+        order = sorted(range(len(response.probabilities)), key=lambda label: -response.probabilities[label])
+        return [f"class {label}: {response.probabilities[label]:.1%}" for label in order[:SHOWN]]
+
+
+def open_answerer(folder: Path, name: str, options: OpenOptions) -> VisionAnswerer:
+    """The classifier in `folder`. ArtifactError when it cannot be read, ConfigError for an option it has no use for."""
+    if options.max_ram_bytes is not None:
+        raise ConfigError("an image classifier is held in memory whole; leave out --ram")
+    return VisionAnswerer(folder, name, options)
