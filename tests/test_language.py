@@ -362,7 +362,7 @@ def test_missing_weights_are_refused(tmp_path):
     [
         (None, "no config.json"),
         ("[]", "not a JSON object"),
-        ('{"model_type": "no-such-model"}', "no usable model config"),
+        ('{"model_type": "no-such-model"}', "not a usable model config"),
         ('{"model_type": "llama", "auto_map": {"AutoModel": "x.Y"}}', "never"),
         ('{"model_type": "llama", "num_attention_heads": 0}', "config.json"),
     ],
