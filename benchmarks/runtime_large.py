@@ -12,8 +12,8 @@ import numpy as np
 from compress_common import write_atomic
 from compress_llama import STANDARD_DEVIATION, TOKENIZER_FILES, Shape, _config, _tensors
 
+from gulliver.core.records import PackedPart, PackedWeight, Packing
 from gulliver.runtime.formats import TILE_ROWS, Format
-from gulliver.runtime.packing import FORMAT, PACKING
 
 CODEBOOK = np.array([-127, -90, -68, -51, -38, -27, -17, -8, 1, 10, 19, 29, 40, 53, 70, 96], np.int8)
 """Sixteen levels of a normal distribution, as `quantize` would learn them for such weights."""
@@ -27,7 +27,7 @@ def write_packed_llama(folder: Path, parent: Path, shape: Shape, seed: int = 0) 
         return
     folder.mkdir(parents=True, exist_ok=True)
     known = json.loads((parent / "config.json").read_text(encoding="utf-8"))
-    packing: dict[str, dict] = {}
+    packing: dict[str, PackedWeight] = {}
     pieces: list[tuple[str, str, tuple[int, ...]]] = []
     for name, size in _tensors(shape, known["vocab_size"]):
         if len(size) == 1:
@@ -36,16 +36,18 @@ def write_packed_llama(folder: Path, parent: Path, shape: Shape, seed: int = 0) 
         form = Format(4, 64, "codebook")
         tiles = (-(-size[0] // TILE_ROWS), form.tile_bytes(size[1]))
         pieces += [(f"{name}.tiles.0", "U8", tiles), (f"{name}.codebook.0", "I8", (form.levels,))]
-        packing[name] = {"shape": list(size), "parts": [{"format": form.name, "rows": size[0]}]}
+        packing[name] = PackedWeight(shape=size, parts=(PackedPart(format=form.name, rows=size[0]),))
     _write(folder / "model.safetensors", pieces, packing, np.random.default_rng(seed))
-    write_atomic(folder / PACKING, json.dumps({"format": FORMAT, "tensors": packing}))
+    Packing(tensors=packing).write(folder)
     for name in TOKENIZER_FILES:
         if (parent / name).exists():
             shutil.copyfile(parent / name, folder / name)
     write_atomic(folder / "config.json", json.dumps(_config(shape, known), indent=1))
 
 
-def _write(path: Path, pieces: list[tuple[str, str, tuple[int, ...]]], packing: dict, random) -> None:
+def _write(
+    path: Path, pieces: list[tuple[str, str, tuple[int, ...]]], packing: dict[str, PackedWeight], random
+) -> None:
     """One safetensors file: length of the header, header, then the bytes of each piece."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -63,7 +65,7 @@ def _write(path: Path, pieces: list[tuple[str, str, tuple[int, ...]]], packing: 
             elif kind == "I8":
                 file.write(CODEBOOK.tobytes())
             else:
-                columns = packing[name.removesuffix(".tiles.0")]["shape"][1]
+                columns = packing[name.removesuffix(".tiles.0")].shape[1]
                 file.writelines(chunk.tobytes() for chunk in _tiles(size, columns, random))
 
 
