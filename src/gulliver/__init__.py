@@ -17,6 +17,7 @@ from gulliver.pipeline.steps import STEPS
 __version__ = "0.1.0"
 
 FUNCTIONS = {
+    "ask": "gulliver.pipeline.ask:ask",
     "audit": "gulliver.pipeline.api:audit",
     "bench": "gulliver.pipeline.bench:bench",
     "fit": "gulliver.pipeline.fit:fit",

@@ -10,13 +10,14 @@ from gulliver.pipeline.api import audit as audit
 from gulliver.pipeline.api import list_artifacts as list_artifacts
 from gulliver.pipeline.api import show as show
 from gulliver.pipeline.api import verify as verify
+from gulliver.pipeline.ask import ask as ask
 from gulliver.pipeline.bench import bench as bench
 from gulliver.pipeline.fit import fit as fit
 from gulliver.pipeline.generate import generate as generate
 from gulliver.pipeline.run import run_recipe as run
 
 __version__: str
-__all__ = ["audit", "bench", "calibrate", "distill", "export", "fit", "generate", "list_artifacts", "plan", "pull", "quality", "quantize", "read", "run", "sample", "show", "speed", "train", "verify"]
+__all__ = ["ask", "audit", "bench", "calibrate", "distill", "export", "fit", "generate", "list_artifacts", "plan", "pull", "quality", "quantize", "read", "run", "sample", "show", "speed", "train", "verify"]
 
 _Source = str | Path | Artifact
 """An artifact, its id, its folder, or what `pull` and `read` take."""
@@ -36,8 +37,7 @@ def read(
     data: str,
     eval_data: str | None = None,
     task: str = 'language',
-    holdout: float = 0.1,
-    text_column: str = 'text',
+    family: dict[str, typing.Any] = {},
     *,
     home: Path | str | None = None,
     database_url: str | None = None,
@@ -50,7 +50,7 @@ def sample(
     model: _Source,
     *,
     count: int = 96,
-    tokens: int = 512,
+    family: dict[str, typing.Any] = {},
     batch_size: int = 48,
     home: Path | str | None = None,
     database_url: str | None = None,
@@ -66,7 +66,7 @@ def train(
     size: int = 1,
     steps: int = 300,
     batch_size: int = 64,
-    tokens: int | None = None,
+    family: dict[str, typing.Any] = {},
     optimizer: Literal['adamw', 'sgd'] = 'adamw',
     learning_rate: float = 0.001,
     weight_decay: float = 0.01,
@@ -87,7 +87,7 @@ def calibrate(
     *,
     examples: int = 64,
     batch_size: int = 4,
-    tokens: int | None = None,
+    family: dict[str, typing.Any] = {},
     moments: Literal['full', 'diagonal'] = 'full',
     sensitivity: Literal['auto', 'gradient', 'power'] = 'auto',
     gradient_examples: int = 16,
@@ -140,7 +140,7 @@ def distill(
     *,
     steps: int = 100,
     batch_size: int = 2,
-    tokens: int | None = None,
+    family: dict[str, typing.Any] = {},
     learning_rate: float = 0.007,
     scale_rate: float = 0.0005,
     vector_rate: float = 0.0003,
@@ -159,9 +159,8 @@ def quality(
     dataset: _Source,
     parent: _Source | None = None,
     *,
-    share: float | None = None,
-    windows: int | None = None,
-    context: int | None = None,
+    share: float = 1.0,
+    family: dict[str, typing.Any] = {},
     home: Path | str | None = None,
     database_url: str | None = None,
     seed: int = 0,

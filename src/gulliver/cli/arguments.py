@@ -98,7 +98,7 @@ def _argument(name: str, info: Any, *, first: bool) -> Argument:
     shown: dict[str, Any] = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
     kind, many = _kind(info.annotation)
     default = None if info.is_required() else info.get_default(call_default_factory=True)
-    positional = first and info.is_required()
+    positional = (first and info.is_required()) or bool(shown.get("positional"))
     values = "|".join(map(str, get_args(info.annotation))) if get_origin(info.annotation) is Literal else ""
     word = name.upper() if positional else name.upper().rpartition("_")[2]
     return Argument(

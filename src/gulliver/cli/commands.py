@@ -57,6 +57,7 @@ COMMANDS = (
         "NoOptions",
         "cores, memory, instruction set, measured bandwidth and peaks, which kernels run and why",
     ),
+    Command("ask", "ask:ask", "AskOptions", "answer one request with a model of any family"),
     Command(
         "generate",
         "generate:generate",

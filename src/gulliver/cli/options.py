@@ -16,9 +16,15 @@ from gulliver.core.options import Options
 ANSWERS, RUNS = "how it answers", "how it runs"
 
 
-def option(default: Any, about: str, *, metavar: str = "", group: str = "", **bounds: Any) -> Any:
-    """A field: `...` for one that is required; `metavar` and `group` are how the help shows it."""
-    return Field(default, description=about, json_schema_extra={"metavar": metavar, "group": group}, **bounds)
+def option(
+    default: Any, about: str, *, metavar: str = "", group: str = "", positional: bool = False, **bounds: Any
+) -> Any:
+    """A field: `...` for one that is required; `metavar` and `group` are how the help shows it.
+
+    `positional`: it has no flag, as a first required field has none.
+    """
+    extra: dict[str, Any] = {"metavar": metavar, "group": group, "positional": positional}
+    return Field(default, description=about, json_schema_extra=extra, **bounds)
 
 
 # ---- what several take -------------------------------------------------------------------------------------------
@@ -87,7 +93,20 @@ class AuditOptions(Options):
     seed: int = option(0, "seed of everything random")
 
 
-# ---- generate, chat, bench ---------------------------------------------------------------------------------------
+# ---- ask, generate, chat, bench ----------------------------------------------------------------------------------
+
+
+class AskOptions(Options):
+    """Options of `ask`."""
+
+    model: str = option(..., MODEL_HELP)
+    input: tuple[str, ...] = option(
+        ..., "a prompt, texts, a picture's path, or one request as a JSON object; - reads it", positional=True
+    )
+    threads: int | None = option(None, "threads (default: one per core)", metavar="N", group=RUNS, ge=1)
+    isa: str = option("auto", "instruction set of the native backend, as doctor names it", group=RUNS)
+    backend: str = option("auto", "what runs the model: auto, native or reference", group=RUNS)
+    ram: str | None = option(None, "most memory of this whole process, e.g. 1GB", group=RUNS)
 
 
 class BenchOptions(Options):

@@ -28,11 +28,11 @@ def decoded(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
             warnings.simplefilter("ignore")
             picture = Image.open(io.BytesIO(data), formats=FORMATS)
             if picture.width * picture.height > MAX_PIXELS:
-                raise DataError(f"the picture has {picture.width} x {picture.height} pixels; at most {MAX_PIXELS:,}")
+                raise Image.DecompressionBombError
             picture = ImageOps.exif_transpose(picture)
             picture = picture.convert("L" if channels == 1 else "RGB")
-    except DataError:
-        raise
+    except Image.DecompressionBombError:
+        raise DataError(f"the picture has more than {MAX_PIXELS:,} pixels; make it smaller") from None
     except Exception as error:  # decoders of many formats raise what they like
         known = ", ".join(FORMATS)
         raise DataError(f"the picture cannot be read ({type(error).__name__}); give a {known} file") from None
