@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 
 from gulliver.core import catalog
-from gulliver.core.catalog import fetch, fetch_entry, lookup, pip_download
-from gulliver.core.catalog_entries import CATALOG, Entry
+from gulliver.core.catalog import Entry, entries, fetch, fetch_entry, lookup, pip_download
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
 from gulliver.core.store.manifest import check_file_name
 
@@ -204,10 +203,10 @@ def test_pip_is_asked_for_the_pinned_hash_and_nothing_else(tmp_path: Path, monke
 def test_digits_come_from_the_installed_library(tmp_path: Path) -> None:
     path = fetch("catalog:digits", tmp_path)
     assert path.name == "digits.csv.gz" and path.is_relative_to(tmp_path)
-    absent = replace(CATALOG["digits"], folder="no_such_library_here/data/")
+    absent = replace(entries()["digits"], folder="no_such_library_here/data/")
     with pytest.raises(DataError, match="pip install scikit-learn"):
         fetch_entry(absent, tmp_path / "b", Source(b""))
-    moved = replace(CATALOG["digits"], folder="sklearn/nowhere/")
+    moved = replace(entries()["digits"], folder="sklearn/nowhere/")
     with pytest.raises(DataError, match="the installed scikit-learn has no"):
         fetch_entry(moved, tmp_path / "b", Source(b""))
 
@@ -218,9 +217,9 @@ def test_names_are_looked_up_with_and_without_the_prefix() -> None:
         lookup("catalog:shakespear")
 
 
-@pytest.mark.parametrize("name", CATALOG)
+@pytest.mark.parametrize("name", entries())
 def test_every_entry_is_pinned_and_says_its_licence(name: str) -> None:
-    row = CATALOG[name]
+    row = entries()[name]
     assert row.name == name and row.kind in ("model", "dataset") and row.license and row.url.startswith("https://")
     assert row.folder.endswith("/") and row.files and "\n" not in row.help
     hashes = [*row.files.values(), *([row.archive_sha256, sha256(b"")] if row.archive else [])]

