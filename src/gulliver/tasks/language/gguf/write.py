@@ -84,7 +84,7 @@ class Rounding:
     worst_name: str = ""
 
     def add(self, name: str, exact: np.ndarray, kept: np.ndarray) -> None:
-        """Count a tensor's values, float32, and what the file gives for them."""
+        """Count a tensor's values, float32 [rows, …], and what the file gives for them, of the same shape."""
         errors = weights = 0.0
         for start in range(0, len(exact), ROWS):
             before, after = (values[start : start + ROWS].astype(np.float64) for values in (exact, kept))
