@@ -131,7 +131,6 @@ def circle(sources: Mapping[str, str]) -> list[str]:
     return []
 
 
-@pytest.mark.xfail(reason="tasks/language/network.py and text.py are being taken apart")
 def test_no_modules_import_each_other() -> None:
     assert circle({name: path.read_text(encoding="utf-8") for name, path in MODULES.items()}) == []
 

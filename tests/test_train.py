@@ -19,7 +19,7 @@ from gulliver.core.store.store import Store
 from gulliver.learning import loop as loop_module
 from gulliver.tasks import get_task
 from gulliver.train.options import TrainOptions
-from gulliver.train.train import _in_order, _state, run
+from gulliver.train.train import _state, run
 
 TASK = get_task("vision")
 TOY = TrainOptions(steps=8, batch_size=8, checkpoint_every=3, warmup_steps=2)
@@ -147,20 +147,6 @@ def test_a_rate_that_explodes_stops_and_makes_nothing(home):
 def test_wrong_options_are_refused(dials):
     with pytest.raises(pydantic.ValidationError):
         TrainOptions(**dials)
-
-
-def test_batches_in_order_open_one_stream():
-    opened = []
-
-    def batches(step):
-        opened.append(step)
-        while True:
-            yield step
-            step += 1
-
-    at = _in_order(batches)
-    assert [at(index) for index in (3, 4, 5, 2, 3)] == [3, 4, 5, 2, 3]
-    assert opened == [3, 2]
 
 
 def test_running_statistics_are_state_and_parameters_are_not():

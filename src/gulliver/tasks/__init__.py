@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.names import unknown
+from gulliver.tasks.family import Family, named
 
 if TYPE_CHECKING:
     from gulliver.core.context import Context
@@ -22,26 +21,6 @@ if TYPE_CHECKING:
     from gulliver.tasks.answerer import Answerer, OpenOptions
     from gulliver.tasks.base import Task
     from gulliver.tasks.options import FamilyOptions
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row. `task`, `options`, `answerer` and `claims` are "module:attribute", imported when asked for.
-
-    `answerer` opens a model: (folder, name, OpenOptions) -> Answerer; `options` is a FamilyOptions; `claims` says
-    whether a folder with this config.json is a model of the family. `examples` names what examples are: datasets of
-    families that read the same kind are interchangeable. `speed_metric` is what `--speed` limits. `can` lists what its
-    answerers do. `sampled` are its options for data that a model writes itself, by the effort of `fit`.
-    """
-
-    task: str
-    options: str
-    answerer: str
-    claims: str
-    examples: str
-    speed_metric: str
-    can: tuple[str, ...]
-    sampled: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 TASKS: Mapping[str, Family] = {
@@ -97,17 +76,18 @@ EXPORTS = {"gguf": ("language", "gulliver.tasks.language.gguf.write:write_gguf")
 @cache
 def get_task(name: str) -> Task:
     """The task of the family called `name`. ConfigError names the nearest when there is none."""
-    return _named(family(name).task)()
+    row = family(name)
+    return named(row.task)(row)
 
 
 def options_of(name: str) -> type[FamilyOptions]:
     """The options class of the family called `name`; imports pydantic, no torch."""
-    return _named(family(name).options)
+    return named(family(name).options)
 
 
 def open_model(folder: Path, task: str, name: str, options: OpenOptions) -> Answerer:
     """A model that answers, opened from its folder. ArtifactError for a damaged one, ConfigError for wrong options."""
-    return _named(family(task).answerer)(folder, name, options)
+    return named(family(task).answerer)(folder, name, options)
 
 
 def same_examples(one: str, other: str) -> bool:
@@ -121,7 +101,7 @@ def converter(path: Path) -> tuple[str, Callable[[Path, Path], str]]:
         known = ", ".join(sorted(FOREIGN))
         raise ConfigError(f"{path.name} is not a {known} file or a folder; give the folder that holds config.json")
     task, function = FOREIGN[path.suffix]
-    return task, _named(function)
+    return task, named(function)
 
 
 def exporter(name: str, task: str) -> Callable[[Artifact, Path, str, Context], dict[str, Any]]:
@@ -129,7 +109,7 @@ def exporter(name: str, task: str) -> Callable[[Artifact, Path, str, Context], d
     owner, function = EXPORTS[name]
     if task != owner:
         raise ConfigError(f"format {name} is for {owner} models; this is a {task} model: use --format safetensors")
-    return _named(function)
+    return named(function)
 
 
 def detect_task(folder: Path) -> str:
@@ -144,12 +124,7 @@ def detect_task(folder: Path) -> str:
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not a JSON object: {error}") from error
     for name, row in TASKS.items():
-        if _named(row.claims)(folder, config):
+        if named(row.claims)(folder, config):
             return name
     names = config.get("architectures") or config.get("model_type")
     raise ArtifactError(f"{path} describes {names}, which no family of models here reads: {', '.join(TASKS)}")
-
-
-def _named(target: str) -> Any:
-    module, _, attribute = target.partition(":")
-    return getattr(import_module(module), attribute)

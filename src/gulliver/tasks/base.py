@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.store.artifact import Artifact
-from gulliver.tasks import family, open_model, options_of
 from gulliver.tasks.answerer import Answerer, OpenOptions
+from gulliver.tasks.family import Family, named
 from gulliver.tasks.options import FamilyOptions, checked_options
 
 Batch = dict[str, Tensor]
@@ -46,8 +46,8 @@ class Weight:
 class Block:
     """One stage of the sequence through which calibration streams.
 
-    `forward(x, index)` maps the activations of calibration batch `index` before the block to those after it; for the
-    first block `x` is the batch itself. Only parameters under `prefixes` must hold data while it runs.
+    `forward(x, index)` maps the activations [examples, …] of calibration batch `index` before the block to those after
+    it; for the first block `x` is the batch itself. Only parameters under `prefixes` must hold data while it runs.
     """
 
     name: str
@@ -76,11 +76,14 @@ class DataContract(ABC):
     generates: ClassVar[bool] = False
     """Whether its models write data of their own: text, self-played games."""
 
+    def __init__(self, row: Family) -> None:
+        self.row = row
+
     # ---- what its row in the table says ---------------------------------------------------------------------------
     @property
     def options(self) -> type[FamilyOptions]:
         """What its data and windows need; a step carries the values as its field `family`."""
-        return options_of(self.name)
+        return named(self.row.options)
 
     @final
     def chosen(self, values: Mapping[str, Any] | None = None) -> Any:
@@ -90,12 +93,12 @@ class DataContract(ABC):
     @property
     def speed_metric(self) -> str:
         """The metric that `--speed` limits."""
-        return family(self.name).speed_metric
+        return self.row.speed_metric
 
     @final
     def open(self, folder: Path, name: str | None = None, options: OpenOptions | None = None) -> Answerer:
         """A model that answers requests, from its folder."""
-        return open_model(folder, self.name, name or folder.name, options or OpenOptions())
+        return named(self.row.answerer)(folder, name or folder.name, options or OpenOptions())
 
     # ---- data -------------------------------------------------------------------------------------------------
     @final

@@ -8,14 +8,16 @@ from functools import lru_cache
 import numpy as np
 
 
-def shuffled(count: int, batch_size: int, seed: int, step: int) -> Iterator[list[tuple[int, int]]]:
-    """Endless batches of (epoch, item) from `step` on; every item once per epoch, order from (seed, epoch)."""
+def shuffled(
+    count: int, batch_size: int, seed: int, step: int, key: tuple[int, ...] = (1,)
+) -> Iterator[list[tuple[int, int]]]:
+    """Endless batches of (epoch, item) from `step` on; every item once per epoch, order from (seed, epoch, *key)."""
     while True:
         places = [divmod(place, count) for place in range(step * batch_size, (step + 1) * batch_size)]
-        yield [(epoch, int(_permutation(seed, epoch, count)[place])) for epoch, place in places]
+        yield [(epoch, int(_permutation((seed, epoch, *key), count)[place])) for epoch, place in places]
         step += 1
 
 
 @lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch, 1]).permutation(count)
+def _permutation(entropy: tuple[int, ...], count: int) -> np.ndarray:
+    return np.random.default_rng(entropy).permutation(count)

@@ -9,6 +9,7 @@ as teacher (LLM-QAT, 2023, arXiv 2305.17888); codes move only where the latent c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from gulliver.core.errors import BudgetError, ConfigError
 from gulliver.core.overlap import fingerprints
 from gulliver.core.records import NOT_COPIED, Calibration, Distillation, LossIncrease, Packing
 from gulliver.core.store.artifact import Artifact
+from gulliver.learning.batches import in_turns
 from gulliver.learning.latent import LatentTensor, Rounded
 from gulliver.learning.loop import run_loop
 from gulliver.learning.optim import OptimizerConfig
@@ -144,21 +146,12 @@ def _use(student: nn.Module, latents: dict[str, LatentTensor]) -> nn.Module:
 def _batches(
     task: Task, cfg: DistillOptions, datasets: list[Artifact], model: Artifact, ctx: Context
 ) -> Callable[[int], Batch]:
-    """Batch k, from the data sets in the order of `TURNS`; free as long as batches are asked for in order."""
+    """Batch k, from the data sets in the order of `TURNS`."""
     options = task.chosen(cfg.family)
-    streams: dict[int, tuple[int, Iterator[Batch]]] = {}
-    order = [turn for turn in TURNS if turn < len(datasets)]
 
-    def at(index: int) -> Batch:
-        rounds, now = divmod(index, len(order))
-        turn = order[now]
-        place = rounds * order.count(turn) + order[:now].count(turn)
-        coming, stream = streams.get(turn, (-1, iter(())))
-        if coming != place:
-            stream = task.batches(
-                datasets[turn], "train", cfg.batch_size, ctx.seed + 1, place, folder=model.path, options=options
-            )
-        streams[turn] = (place + 1, stream)
-        return next(stream)
+    def stream(dataset: Artifact, step: int) -> Iterator[Batch]:
+        return task.batches(dataset, "train", cfg.batch_size, ctx.seed + 1, step, folder=model.path, options=options)
 
-    return at
+    return in_turns(
+        [partial(stream, dataset) for dataset in datasets], [turn for turn in TURNS if turn < len(datasets)]
+    )

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 from torch import Tensor, nn
 
 from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError
 from gulliver.core.records import Training
 from gulliver.core.store.artifact import Artifact
+from gulliver.learning.batches import in_turns
 from gulliver.learning.loop import run_loop
 from gulliver.learning.optim import OptimizerConfig, parameter_groups
 from gulliver.learning.schedule import Schedule
 from gulliver.tasks import get_task, same_examples
-from gulliver.tasks.base import Batch
 from gulliver.train.options import TrainOptions
 
 
@@ -31,8 +29,8 @@ def run(cfg: TrainOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifac
     model = task.build(cfg.size, ctx.seed).train()
     folder = ctx.work / "fresh"
     task.save(model, folder)
-    batch_at = _in_order(
-        lambda step: task.batches(dataset, "train", cfg.batch_size, ctx.seed, step, folder=folder, options=options)
+    batch_at = in_turns(
+        [lambda step: task.batches(dataset, "train", cfg.batch_size, ctx.seed, step, folder=folder, options=options)]
     )
     result = run_loop(
         parameters=parameter_groups(model, cfg.weight_decay),
@@ -58,18 +56,3 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     """Buffers that belong to the model's weights, for example running statistics."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in parameters}
-
-
-def _in_order(batches: Callable[[int], Iterator[Batch]]) -> Callable[[int], Batch]:
-    """Random access to batches that is free as long as they are asked for in order."""
-    stream: Iterator[Batch] = iter(())
-    coming = -1
-
-    def at(index: int) -> Batch:
-        nonlocal stream, coming
-        if index != coming:
-            stream = batches(index)
-        coming = index + 1
-        return next(stream)
-
-    return at

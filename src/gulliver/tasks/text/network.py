@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from gulliver.core.records import NOT_COPIED
+from gulliver.nets.files import copy_companions, plain_files
 from gulliver.nets.weights import aliases
 from gulliver.tasks.text.tokenizer import write_byte_tokenizer
-
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-    "modules.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-    "1_Pooling/config.json",
-)
-"""Files that travel with the weights: the tokenizer's and a sentence encoder's."""
 
 
 def save_network(model: nn.Module, folder: Path) -> None:
@@ -45,7 +28,8 @@ def save_network(model: nn.Module, folder: Path) -> None:
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
     source = getattr(model, "source_folder", "")
     if source:
-        copy_companions(Path(source), folder)
+        if Path(source).resolve() != folder.resolve():
+            copy_companions(plain_files(Path(source)), folder, ("config.json", *NOT_COPIED))
     else:
         write_byte_tokenizer(folder)
 
@@ -58,11 +42,3 @@ def write_config(config: Any, folder: Path, dtype: torch.dtype) -> None:
     raw["dtype"] = str(dtype).removeprefix("torch.")
     text = json.dumps(raw, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-
-
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's and the encoder's files that `source` has."""
-    for name in COMPANIONS:
-        if (source / name).is_file() and source.resolve() != folder.resolve():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, folder / name)

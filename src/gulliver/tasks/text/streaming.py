@@ -60,6 +60,8 @@ class Stream:
         return found[0]
 
     def layer(self, number: int) -> Callable[[Any, int], Tensor]:
+        """A function from (what enters layer `number` [batch, tokens, width], batch index) to what leaves it."""
+
         def forward(x: Tensor, index: int) -> Tensor:
             args, kwargs = self._calls_of(index)[number]
             out = self.layers[number](x, *args, **kwargs)
@@ -68,7 +70,7 @@ class Stream:
         return forward
 
     def head(self, x: Tensor, index: int) -> Tensor:
-        """Logits (or last hidden states, where there is no head) from the last layer's output."""
+        """Logits [batch, tokens, vocab] (or last hidden states, without a head) from the last layer's output."""
         last = len(self.layers) - 1
 
         def give(number: int) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:

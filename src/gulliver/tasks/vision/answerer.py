@@ -35,15 +35,14 @@ class VisionAnswerer(Answerer):
     def __init__(self, folder: Path, name: str, options: OpenOptions) -> None:
         import torch
 
-        from gulliver.tasks import get_task
-        from gulliver.tasks.vision.task import read_config
+        from gulliver.tasks.vision.task import load_inception, read_config
 
         self.backend, self.why = torch_only("vision", options)
         self.folder, self.name = folder, name
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self._shape = read_config(folder).shape
-        model = get_task("vision").load(folder)
+        model = load_inception(folder).eval()
 
         def classify(images: Sequence[np.ndarray]) -> list[list[float]]:
             with torch.inference_mode():

@@ -48,7 +48,7 @@ class Examples:
         return digest.hexdigest()
 
     def take(self, rows: np.ndarray) -> Examples:
-        """The examples at `rows` (indices or a mask), in that order."""
+        """The examples at `rows` (indices, or a mask [examples]), in that order."""
         return Examples(self.images[rows], self.labels[rows])
 
 

@@ -34,7 +34,7 @@ def wilson_interval(hits: int, n: int) -> tuple[float, float, float]:
 def matched_interval(
     first: Sequence[bool] | np.ndarray, second: Sequence[bool] | np.ndarray
 ) -> tuple[float, float, float]:
-    """(difference, low, high) of the shares of True in `first` minus `second`, paired by position, n >= 1."""
+    """(difference, low, high) of the shares of True in `first` minus `second`, each [n], paired by position, n >= 1."""
     one, two = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
     assert one.shape == two.shape and one.ndim == 1 and len(one), (one.shape, two.shape)
     n, only_one, only_two = len(one), int((one & ~two).sum()), int((two & ~one).sum())

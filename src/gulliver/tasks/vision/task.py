@@ -25,6 +25,7 @@ from gulliver.nets.inception import Inception, InceptionConfig
 from gulliver.nets.weights import assign, empty_parameters, unfilled
 from gulliver.runtime.reference import read_tensors
 from gulliver.tasks.base import Batch, Block, Coupling, Task, Weight
+from gulliver.tasks.order import shuffled
 from gulliver.tasks.vision.config import ARCHITECTURE, MODEL_TYPE
 from gulliver.tasks.vision.examples import SPLITS, Examples, read_split
 from gulliver.tasks.vision.scores import divergences, evidence
@@ -59,17 +60,10 @@ class VisionTask(Task):
         del options
         config = read_config(folder)
         examples = _fitting(read_split(dataset.path, split), config, dataset)
-        count = len(examples)
-        if not count:
+        if not len(examples):
             raise DataError(f"{dataset.path} has no {split} examples")
-        orders: dict[int, np.ndarray] = {}
-        while True:
-            places = np.arange(step * batch_size, (step + 1) * batch_size)
-            epochs = range(places[0] // count, places[-1] // count + 1)
-            orders = {epoch: orders.get(epoch, _order(seed, epoch, count)) for epoch in epochs}
-            rows = np.array([orders[place // count][place % count] for place in places.tolist()])
-            yield _batch(examples.take(rows), config)
-            step += 1
+        for places in shuffled(len(examples), batch_size, seed, step, key=()):
+            yield _batch(examples.take(np.array([item for _, item in places])), config)
 
     # ---- networks ---------------------------------------------------------------------------------------------
     def _build(self, size: int, seed: int) -> nn.Module:
@@ -79,16 +73,7 @@ class VisionTask(Task):
             return Inception(config)
 
     def _load(self, folder: Path, empty: bool) -> nn.Module:
-        config = read_config(folder)
-        with empty_parameters():
-            model = Inception(config)
-        if empty:
-            return model
-        assign(model, read_tensors(folder))
-        missing = unfilled(model)
-        if missing:
-            raise ArtifactError(f"{folder} holds no weights for {missing[0]} ({len(missing)} tensors missing)")
-        return model
+        return load_inception(folder, empty)
 
     def _save(self, model: nn.Module, folder: Path) -> None:
         inception = _inception(model)
@@ -190,10 +175,6 @@ def _record_batch(examples: Examples) -> pyarrow.RecordBatch:
     return pyarrow.RecordBatch.from_arrays([images, pyarrow.array(examples.labels)], names=["image", "label"])
 
 
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
-
-
 def _batch(examples: Examples, config: InceptionConfig) -> Batch:
     image = torch.from_numpy(examples.images).reshape(-1, *config.shape)
     return {"image": image, "label": torch.from_numpy(examples.labels)}
@@ -211,3 +192,17 @@ def _packable(prefix: str, stage: nn.Module) -> tuple[Weight, ...]:
 
 def _forward(stage: nn.Module, first: bool) -> Callable[[Any, int], Tensor]:
     return lambda x, index: stage(x["image"] if first else x)
+
+
+def load_inception(folder: Path, empty: bool = False) -> Inception:
+    """The network of a folder; without weights when `empty`. ArtifactError for a folder that lacks some."""
+    config = read_config(folder)
+    with empty_parameters():
+        model = Inception(config)
+    if empty:
+        return model
+    assign(model, read_tensors(folder))
+    missing = unfilled(model)
+    if missing:
+        raise ArtifactError(f"{folder} holds no weights for {missing[0]} ({len(missing)} tensors missing)")
+    return model

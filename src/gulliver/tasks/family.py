@@ -1,0 +1,34 @@
+"""What is known of a family of models before any of it is imported: its row in the table of tasks/__init__.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row. `task`, `options`, `answerer` and `claims` are "module:attribute", imported when asked for.
+
+    `answerer` opens a model: (folder, name, OpenOptions) -> Answerer; `options` is a FamilyOptions; `claims` says
+    whether a folder with this config.json is a model of the family. `examples` names what examples are: datasets of
+    families that read the same kind are interchangeable. `speed_metric` is what `--speed` limits. `can` lists what its
+    answerers do. `sampled` are its options for data that a model writes itself, by the effort of `fit`.
+    """
+
+    task: str
+    options: str
+    answerer: str
+    claims: str
+    examples: str
+    speed_metric: str
+    can: tuple[str, ...]
+    sampled: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def named(target: str) -> Any:
+    """What "module:attribute" names, imported now."""
+    module, _, attribute = target.partition(":")
+    return getattr(import_module(module), attribute)
