@@ -81,7 +81,7 @@ def test_the_config_is_frozen_and_strict(row: Step) -> None:
 
 @each_step
 def test_fields_carry_units_and_no_name_that_recipes_use(row: Step) -> None:
-    fields = steps.options_class(row).model_fields
+    fields = steps.fields_of(steps.options_class(row))
     reserved = {*CALL_KEYS, *row.needs, *row.optional, "home", "database", "json", "quiet", "out", "progress"}
     assert not set(fields) & reserved
     for name in fields:
@@ -93,7 +93,7 @@ def test_fields_carry_units_and_no_name_that_recipes_use(row: Step) -> None:
 
 @each_step
 def test_every_field_can_be_written_in_json_and_on_the_command_line(row: Step) -> None:
-    for name, field in steps.options_class(row).model_fields.items():
+    for name, field in steps.fields_of(steps.options_class(row)).items():
         assert field.annotation is not None
         assert not _callable_or_class(field.annotation), f"{row.name}.{name}: no class paths, no callables"
         if not field.is_required():

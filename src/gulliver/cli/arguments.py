@@ -15,7 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from gulliver.pipeline.steps import type_name
+from gulliver.pipeline.steps import fields_of, type_name
 
 PARSERS = Path(__file__).parent / "parsers.json"
 """{"module:class of options": [the fields of each Argument that are not its defaults]}"""
@@ -69,7 +69,7 @@ def arguments(options: str) -> list[Argument]:
 
 def made(options: str) -> list[Argument]:
     """The same, always from the model itself."""
-    found = model(options).model_fields
+    found = fields_of(model(options))
     return [_argument(name, info, first=name == next(iter(found))) for name, info in found.items()]
 
 

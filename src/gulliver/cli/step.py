@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gulliver.cli.session import Session, described
-from gulliver.pipeline.steps import Step, options_class
+from gulliver.pipeline.steps import Step, fields_of, options_class
 
 
 def run_step(row: Step, given: Mapping[str, Any], session: Session) -> tuple[Any, list[str]]:
@@ -16,7 +16,7 @@ def run_step(row: Step, given: Mapping[str, Any], session: Session) -> tuple[Any
     from gulliver.pipeline.call import Call, call
     from gulliver.pipeline.resolve import resolve_inputs
 
-    fields = options_class(row).model_fields
+    fields = fields_of(options_class(row))
     config = {name: _value(given[name], info.annotation) for name, info in fields.items() if name in given}
     roles = {role: given[role] for role in (*row.needs, *row.optional) if role in given}
     inputs = resolve_inputs(row, roles, config, session.store, session.progress)

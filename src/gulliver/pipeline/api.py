@@ -15,7 +15,7 @@ from gulliver.core.store.store import Store
 from gulliver.pipeline import steps
 from gulliver.pipeline.call import Call, call, open_store
 from gulliver.pipeline.resolve import ancestors, first_of_kind, resolve_any, resolve_data, resolve_inputs, resolve_model
-from gulliver.pipeline.steps import find, options_class
+from gulliver.pipeline.steps import fields_of, find, options_class
 
 
 def step_function(name: str) -> Callable[..., Artifact]:
@@ -33,7 +33,7 @@ def step_function(name: str) -> Callable[..., Artifact]:
         progress: Progress | None = None,
         **options: Any,
     ) -> Artifact:
-        positions = (*row.needs, *row.optional) or tuple(options_class(row).model_fields)
+        positions = (*row.needs, *row.optional) or tuple(fields_of(options_class(row)))
         if len(inputs) > len(positions):
             raise ConfigError(f"{name} takes at most {len(positions)} inputs by position: {', '.join(positions)}")
         options = {**dict(zip(positions, inputs, strict=False)), **options}

@@ -20,7 +20,7 @@ from gulliver.pipeline.steps import (
     WrongKey,
     checked_config,
     did_you_mean,
-    family_options,
+    fields_of,
     find,
     options_class,
 )
@@ -132,7 +132,7 @@ class _Checker:
         except WrongKey as failure:
             message = str(failure)
             if failure.kind == "unknown":
-                known = (*CALL_KEYS, *options_class(row).model_fields, *family_options())
+                known = (*CALL_KEYS, *fields_of(options_class(row)))
                 message = f"step {name!r} has no key {failure.key!r}{did_you_mean(failure.key, known)}"
             raise self.error((*at, failure.key), message) from None
         except ConfigError as failure:

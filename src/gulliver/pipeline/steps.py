@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -26,6 +27,8 @@ INPUT_KINDS = {
     "plan": "report",
 }
 """The kind of artifact that an input of a step must be, by its role."""
+FAMILY = "options of the model's family"
+"""What help calls them."""
 
 
 @dataclass(frozen=True)
@@ -197,41 +200,52 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(known)}" if known else ""
 
 
+def fields_of(config: type[Any]) -> dict[str, Any]:
+    """Name -> pydantic field of all that users may write: in place of the field `family` the options of every family.
+
+    The description of a family's option names the families that have it. Imports pydantic, no torch.
+    """
+    from gulliver.tasks import TASKS, options_of
+
+    own = dict(config.model_fields)
+    if own.pop("family", None) is None:
+        return own
+    rows = [(name, field, task) for task in TASKS for name, field in options_of(task).model_fields.items()]
+    for name, field, _ in reversed(rows):
+        families = ", ".join(task for other, _, task in rows if other == name)
+        own[name] = copy(field)
+        own[name].description, own[name].json_schema_extra = f"{families}: {field.description}", {"group": FAMILY}
+    return own
+
+
 def checked_config(step: Step, values: Mapping[str, Any]) -> Any:
-    """The step's frozen Config made from `values`; text is read as sizes where the field is in bytes.
+    """The step's frozen options made from `values`; text is read as sizes where the field is in bytes.
 
     WrongKey (a ConfigError) names the key or value that is wrong, the nearest key, and the remedy.
     """
     from pydantic import ValidationError  # here, because `gulliver --help` has no use for it
 
     config = options_class(step)
-    values = _folded(config, values)
     try:
-        return config(**{key: _with_units(key, value) for key, value in values.items()})
+        values = _folded(config, {key: _with_units(key, value) for key, value in values.items()})
+        return config(**values)
     except ValidationError as failure:
         raise _explained(step, config, failure) from None
 
 
 def _folded(config: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a model's family may stand beside the step's own: they go into its field `family`."""
-    if "family" not in config.model_fields:
-        return dict(values)
-    known = family_options()
-    own = {key: value for key, value in values.items() if key in config.model_fields or key not in known}
-    given = {key: value for key, value in values.items() if key not in own}
-    return {**own, "family": {**own.get("family", {}), **given}} if given else own
+    """Options of a model's family, which stand beside the step's own, checked and put into its field `family`."""
+    from pydantic import create_model
 
-
-def family_options() -> dict[str, tuple[Any, tuple[str, ...]]]:
-    """Name -> (field, families that have it) of every option of every family. Imports pydantic, no torch."""
-    from gulliver.tasks import TASKS, options_of
-
-    found: dict[str, tuple[Any, tuple[str, ...]]] = {}
-    for task in TASKS:
-        for name, field in options_of(task).model_fields.items():
-            _, others = found.get(name, (field, ()))
-            found[name] = (field, (*others, task))
-    return found
+    family = {name: info for name, info in fields_of(config).items() if name not in config.model_fields}
+    own = {key: value for key, value in values.items() if key not in family}
+    given = {key: value for key, value in values.items() if key in family}
+    if not isinstance(own.get("family", {}), Mapping):
+        return own
+    given = {**own.get("family", {}), **given}
+    fields: Any = {name: (info.annotation, info) for name, info in family.items() if name in given}
+    checked = create_model("Family", **fields)(**given).model_dump()
+    return {**own, "family": {**given, **checked}} if given else own
 
 
 def _with_units(key: str, value: Any) -> Any:
@@ -252,9 +266,9 @@ def _explained(step: Step, config: type[Any], failure: Any) -> WrongKey:
     """The first problem that pydantic found, as one sentence with its remedy."""
     problem = failure.errors(include_url=False)[0]
     key = str(problem["loc"][0]) if problem["loc"] else ""
-    fields = config.model_fields
+    fields = fields_of(config)
     if problem["type"] == "extra_forbidden":
-        return WrongKey(f"step {step.name!r} has no key {key!r}{did_you_mean(key, _known(fields))}", key, "unknown")
+        return WrongKey(f"step {step.name!r} has no key {key!r}{did_you_mean(key, fields)}", key, "unknown")
     if problem["type"] == "missing":
         return WrongKey(f"step {step.name!r} needs the key {key!r}{_described(fields.get(key))}", key, "missing")
     message = problem["msg"].removeprefix("Value error, ")
@@ -263,10 +277,6 @@ def _explained(step: Step, config: type[Any], failure: Any) -> WrongKey:
         return WrongKey(f"step {step.name!r}: {message}", key)
     told = f"step {step.name!r}: {key} = {problem['input']!r} is not valid: {message}"
     return WrongKey(told + _described(fields.get(key)), key)
-
-
-def _known(fields: Mapping[str, Any]) -> list[str]:
-    return [*fields, *(family_options() if "family" in fields else ())]
 
 
 def _described(field: Any) -> str:
