@@ -20,12 +20,18 @@ from gulliver.core.store.store import Store
 from gulliver.data.options import SampleOptions
 from gulliver.pipeline.call import call
 from gulliver.tasks import get_task
-from gulliver.tasks.language import writing
+from gulliver.tasks.language import task, writing
 from gulliver.tasks.language.task import LanguageTask
 from gulliver.tasks.text.tokenizer import load_tokenizer
 
 TASK = get_task("language")
-SMALL = {"count": 5, "tokens": 40, "batch_size": 2}
+SMALL = {"count": 5, "family": {"tokens": 40}, "batch_size": 2}
+
+
+def generate(model: Any, folder: Path, count: int, tokens: int, seed: int = 0, **more: Any) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+    options = TASK.chosen({"tokens": tokens})
+    return TASK.generate(model, count, folder=folder, options=options, generator=generator, **more)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +59,7 @@ def test_a_model_writes_a_dataset(store: Store, quiet: Progress, folder: Path) -
     assert {(row["split"], row["source"]) for row in found} == {("train", "own")}
     sources = json.loads(made.file(Sources.file).read_text())
     assert sources == {"train": {"examples": 5, "files": {}}, "eval": {"examples": 0, "files": {}}}
-    assert TASK.read(made.path, "train") == found
+    assert list(TASK.rows(made.path, "train")) == found
 
 
 def test_the_texts_are_in_the_models_own_words(folder: Path) -> None:
@@ -76,7 +82,7 @@ def test_first_tokens_are_spread_over_the_vocabulary(folder: Path, monkeypatch: 
         return first
 
     monkeypatch.setattr(writing, "continue_texts", only_begin)
-    TASK.write(TASK.load(folder), folder, 2000, 8, torch.Generator().manual_seed(0))
+    generate(TASK.load(folder), folder, 2000, 8)
     counts = torch.bincount(seen[0][:, 0], minlength=320)
     assert len(counts) == 320 and (counts > 0).float().mean() > 0.98 and counts.max() < 25
 
@@ -90,7 +96,7 @@ def test_the_same_seed_writes_the_same_and_another_does_not(tmp_path: Path, quie
 
 def test_it_can_be_calibrated_on(store: Store, quiet: Progress, folder: Path) -> None:
     made = write(store, folder, quiet)
-    batch = next(TASK.batches(made, "train", 2, 0, 0, folder=folder, tokens=32))
+    batch = next(TASK.batches(made, "train", 2, 0, 0, folder=folder, options=TASK.chosen({"tokens": 32})))
     assert batch["tokens"].shape == (2, 32)
     assert torch.isfinite(TASK.loss(TASK.load(folder), batch)).all()
 
@@ -100,15 +106,15 @@ def test_a_killed_run_goes_on_with_the_next_batch(
 ) -> None:
     whole = write(Store(tmp_path / "uninterrupted"), folder, quiet)
     asked: list[int] = []
-    real = LanguageTask.write
+    real = LanguageTask._generate
 
-    def killed_at_the_third(self: Any, model: Any, folder: Path, count: int, *rest: Any) -> list[str]:
+    def killed_at_the_third(self: Any, model: Any, count: int, *rest: Any) -> list[dict[str, Any]]:
         asked.append(count)
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return real(self, model, folder, count, *rest)
+        return real(self, model, count, *rest)
 
-    monkeypatch.setattr(LanguageTask, "write", killed_at_the_third)
+    monkeypatch.setattr(LanguageTask, "_generate", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         write(store, folder, quiet)
     assert len(list((store.home / "work").glob("*/batch-*.json"))) == 2
@@ -117,23 +123,23 @@ def test_a_killed_run_goes_on_with_the_next_batch(
     assert not list((store.home / "work").glob("*/batch-*.json"))
 
 
-def test_progress_counts_every_token(store: Store, quiet: Progress, folder: Path) -> None:
+def test_progress_counts_every_example(store: Store, quiet: Progress, folder: Path) -> None:
     bars = []
     begin = quiet._begin
     quiet._begin = lambda bar: (bars.append(bar), begin(bar))[1]  # type: ignore[method-assign]
     write(store, folder, quiet)
-    assert [(bar.name, bar.done, bar.total) for bar in bars if bar.name == "sample"] == [("sample", 120, 120)]
+    assert [(bar.name, bar.done, bar.total) for bar in bars if bar.name == "sample"] == [("sample", 5, 5)]
 
 
 def test_a_text_never_exceeds_the_models_positions(folder: Path) -> None:
     """The toy model has 256 positions, one of them for the start token."""
-    counted: list[int] = []
+    shares: list[float] = []
     model = TASK.load(folder)
-    TASK.write(model, folder, 1, 10_000, torch.Generator().manual_seed(0), lambda: counted.append(1))
-    assert len(counted) == 255
+    generate(model, folder, 1, 10_000, advance=shares.append)
+    assert len(shares) == 255 and shares == sorted(set(shares)) and shares[-1] == 1
     model.config.max_position_embeddings = 1
     with pytest.raises(ConfigError, match="1 positions"):
-        TASK.write(model, folder, 1, 8, torch.Generator())
+        generate(model, folder, 1, 8)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -150,7 +156,7 @@ def test_writing_with_a_cache_equals_writing_without(name: str, tmp_path: Path) 
             last = model(input_ids=slow, use_cache=False).logits[:, -1]
             slow = torch.cat([slow, torch.multinomial(last.softmax(-1), 1, generator=generator)], 1)
     assert torch.equal(found, slow[:, 1:])
-    assert len(TASK.write(model, folder, 2, 8, torch.Generator().manual_seed(0))) == 2
+    assert len(generate(model, folder, 2, 8)) == 2
     assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     assert not any(buffer.dtype == torch.bfloat16 for buffer in model.buffers())
 
@@ -168,36 +174,44 @@ def test_a_start_token_that_the_vocabulary_lacks_is_not_used() -> None:
 
 def test_a_model_without_a_start_token_begins_with_the_drawn_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "start_token", lambda config, tokenizer: None)
-    counted: list[int] = []
-    TASK.write(TASK.load(folder), folder, 2, 10_000, torch.Generator().manual_seed(0), lambda: counted.append(1))
-    assert len(counted) == 256
+    shares: list[float] = []
+    generate(TASK.load(folder), folder, 2, 10_000, advance=shares.append)
+    assert len(shares) == 256
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------
 def test_other_families_and_encoders_are_refused(store: Store, quiet: Progress, tmp_path: Path) -> None:
     vision = get_task("vision")
     vision.save(vision.build(1), tmp_path / "vision")
-    with pytest.raises(ConfigError, match="the vision task writes no data of its own"):
+    with pytest.raises(ConfigError, match="vision models write no data of their own"):
         write(store, tmp_path / "vision", quiet)
-    with pytest.raises(ConfigError, match="sentence encoder"):
+    with pytest.raises(ConfigError, match="encoder models write no data of their own"):
         write(store, write_encoder(tmp_path / "encoder"), quiet)
 
 
 def test_empty_texts_are_dropped_and_nothing_but_them_is_refused(
     store: Store, quiet: Progress, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LanguageTask, "write", lambda self, model, folder, count, *rest: ["", "a word", " \n"][:count])
+    """The empty ones of what the network writes: the family drops them, the step needs one that is left."""
+    monkeypatch.setattr(task, "write_texts", lambda model, folder, count, *rest: ["", "a word", " \n"][:count])
     assert [row["text"] for row in rows(write(store, folder, quiet))] == ["a word", "a word"]
-    monkeypatch.setattr(LanguageTask, "write", lambda self, model, folder, count, *rest: [""] * count)
-    with pytest.raises(DataError, match="all 5 texts"):
+    monkeypatch.setattr(task, "write_texts", lambda model, folder, count, *rest: [""] * count)
+    with pytest.raises(DataError, match="all 5 examples"):
         write(store, folder, quiet, seed=1)
 
 
-@pytest.mark.parametrize("options", [{"count": 0}, {"tokens": 1}, {"batch_size": 0}, {"temperature": 1}])
+@pytest.mark.parametrize("options", [{"count": 0}, {"batch_size": 0}, {"temperature": 1}])
 def test_wrong_options_are_refused(store: Store, quiet: Progress, options: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         call("sample", options, {}, store=store, progress=quiet)
 
 
+def test_wrong_options_of_the_family_are_refused(store: Store, quiet: Progress, folder: Path) -> None:
+    for options in ({"tokens": 1}, {"temperature": 1}):
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            write(store, folder, quiet, family=options)
+
+
 def test_the_default_is_what_calibration_was_tried_with() -> None:
-    assert SampleOptions().model_dump() == {"count": 96, "tokens": 512, "batch_size": 48}
+    assert SampleOptions().model_dump() == {"count": 96, "family": {}, "batch_size": 48}
+    assert TASK.chosen().tokens == 512

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import base64
 import importlib.util
+import io
 import json
 from dataclasses import replace
 from itertools import islice
@@ -13,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest
 from sklearn.datasets import load_digits
@@ -21,6 +24,7 @@ from gulliver.core.errors import ArtifactError, ConfigError, DataError
 from gulliver.core.store.artifact import create
 from gulliver.nets.inception import Inception, InceptionConfig
 from gulliver.nets.weights import assign, release, unfilled
+from gulliver.pipeline.ask import ask
 from gulliver.tasks import get_task
 from gulliver.tasks.vision.examples import Examples, read_split, split_by_content
 from gulliver.tasks.vision.scores import divergences, matched_interval, wilson_interval
@@ -37,7 +41,7 @@ def write_rows(path, rows):
 def make_dataset(folder, rows=None, task="vision"):
     """A dataset artifact of `rows`, by default every ninth digit."""
     if rows is None:
-        rows = [{**row, "split": split} for split in ("train", "eval") for row in TASK.read(DIGITS, split)[::9]]
+        rows = [{**row, "split": split} for split in ("train", "eval") for row in list(TASK.rows(DIGITS, split))[::9]]
     with create(folder, kind="dataset", task=task, step={"name": "read", "version": 1}, config={}) as writer:
         write_rows(writer.path / "examples.parquet", rows)
         return writer.commit()
@@ -83,13 +87,13 @@ def test_equal_images_never_stand_in_both_splits_and_order_does_not_matter(pairs
 
 
 def test_read_understands_artifact_and_parquet(tmp_path, dataset):
-    from_artifact = TASK.read(dataset.path, "eval")
-    from_file = TASK.read(str(dataset.file("examples.parquet")), "eval")
+    from_artifact = list(TASK.rows(dataset.path, "eval"))
+    from_file = list(TASK.rows(str(dataset.file("examples.parquet")), "eval"))
     assert from_artifact == from_file
     assert set(from_artifact[0]) == {"image", "label"} and len(from_artifact[0]["image"]) == 64
-    rows = TASK.read(DIGITS, "train")[:40]
+    rows = list(islice(TASK.rows(DIGITS, "train"), 40))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "plain.parquet")
-    both = [TASK.read(tmp_path / "plain.parquet", split) for split in ("train", "eval")]
+    both = [list(TASK.rows(tmp_path / "plain.parquet", split)) for split in ("train", "eval")]
     assert sorted(map(str, both[0] + both[1])) == sorted(map(str, rows)) and 5 < len(both[1]) < 20
 
 
@@ -110,7 +114,7 @@ def test_what_cannot_be_used_is_refused(tmp_path):
     for name, (rows, message) in cases.items():
         write_rows(tmp_path / f"{name}.parquet", rows)
         with pytest.raises(DataError, match=message):
-            TASK.read(tmp_path / f"{name}.parquet", "eval")
+            list(TASK.rows(tmp_path / f"{name}.parquet", "eval"))
 
 
 def test_foreign_files_are_refused(tmp_path):
@@ -126,11 +130,11 @@ def test_foreign_files_are_refused(tmp_path):
     names = sorted(path.name for path in tmp_path.iterdir())
     for name in [*names, "missing.parquet", "."]:
         with pytest.raises(DataError):
-            TASK.read(tmp_path / name, "train")
+            list(TASK.rows(tmp_path / name, "train"))
     with pytest.raises(DataError, match="give a vision dataset"):
-        TASK.read(make_dataset(tmp_path / "made", task="language").path, "train")
-    with pytest.raises(DataError, match="split is 'test'"):
-        TASK.read(DIGITS, "test")
+        list(TASK.rows(make_dataset(tmp_path / "made", task="language").path, "train"))
+    with pytest.raises(ConfigError, match="split is 'test'"):
+        list(TASK.rows(DIGITS, "test"))
 
 
 def test_batches_are_a_pure_function_of_seed_and_step(dataset, folder):
@@ -144,7 +148,7 @@ def test_batches_are_a_pure_function_of_seed_and_step(dataset, folder):
     for one, other in zip(first[7:], take(7, 5), strict=True):
         assert all(torch.equal(one[key], other[key]) for key in one)
     assert not torch.equal(first[0]["image"], take(0, 1, seed=4)[0]["image"])
-    count = len(TASK.read(dataset.path, "train"))
+    count = len(list(TASK.rows(dataset.path, "train")))
     epoch = take(0, count, batch_size=1)
     assert len({batch["image"].numpy().tobytes() for batch in epoch}) == count
     huge = take(1, 1, batch_size=2 * count)[0]
@@ -282,7 +286,7 @@ def test_blocks_name_every_parameter_once_and_pack_convolutions_and_linears(fold
 
 
 def test_another_family_s_network_is_refused():
-    with pytest.raises(ConfigError, match="no place for a Linear"):
+    with pytest.raises(ConfigError, match="does not know the network Linear"):
         TASK.blocks(torch.nn.Linear(2, 2), [])
 
 
@@ -336,10 +340,12 @@ def test_score_is_right_and_paired(dataset, folder):
     assert rows["baseline_accuracy"].value == pytest.approx((held_out.labels == majority).mean())
     assert {row.n for row in rows.values()} == {len(held_out)}
     assert len({row.data_hash for row in rows.values()}) == 1 and len(rows["accuracy"].data_hash) == 64
-    alone = {row.metric for row in TASK.score(model, dataset, folder=folder, batch_size=7)}
+    alone = {row.metric for row in TASK.score(model, dataset, folder=folder)}
     assert alone == {"accuracy", "cross_entropy", "baseline_accuracy", "accuracy_vs_baseline"}
-    with pytest.raises(ConfigError, match="no option 'batchsize'"):
-        TASK.score(model, dataset, folder=folder, batchsize=7)
+    half = TASK.score(model, dataset, folder=folder, share=0.5)
+    assert {row.n for row in half} == {round(len(held_out) / 2)}
+    with pytest.raises(ConfigError, match="unknown option 'batchsize'"):
+        TASK.chosen({"batchsize": 7})
 
 
 def test_a_model_against_itself_loses_nothing_but_is_not_certain(dataset, folder):
@@ -376,13 +382,43 @@ def test_the_workload_counts_its_images(folder):
     }
 
 
-def test_answer(folder):
-    model = TASK.load(folder)
-    image = TASK.read(DIGITS, "eval")[0]["image"]
-    flat = TASK.answer(model, {"image": image}, folder=folder)
-    nested = TASK.answer(model, {"image": np.reshape(image, (1, 8, 8)).tolist()}, folder=folder)
+@pytest.fixture(scope="module")
+def answerer(folder):
+    with TASK.open(folder) as answerer:
+        yield answerer
+
+
+def answer(answerer, request):
+    return answerer.answer(answerer.request_model.model_validate(request)).model_dump()
+
+
+def png(pixels):
+    """The bytes of a picture file in base64; `pixels` uint8 [height, width] or [height, width, 3]."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def test_answer(folder, answerer):
+    image = next(TASK.rows(DIGITS, "eval"))["image"]
+    flat = answer(answerer, {"image": image})
+    nested = answer(answerer, {"image": np.reshape(image, (1, 8, 8)).tolist()})
     assert flat == nested and json.loads(json.dumps(flat)) == flat
     assert flat["label"] == int(np.argmax(flat["probabilities"])) and sum(flat["probabilities"]) == pytest.approx(1.0)
+    with torch.inference_mode():
+        expected = TASK.load(folder)(torch.tensor(image).reshape(1, 1, 8, 8)).softmax(-1)[0]
+    assert flat["probabilities"] == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_a_picture_file_is_the_pixels_it_holds(answerer):
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    numbers = answer(answerer, {"image": (pixels / 255).tolist()})
+    grey = answer(answerer, {"image": png(pixels)})
+    colour = answer(answerer, {"image": png(np.stack([pixels] * 3, -1))})
+    large = answer(answerer, {"image": png(np.kron(pixels, np.ones((4, 4), np.uint8)))})
+    for found in (grey, colour):
+        assert found["probabilities"] == pytest.approx(numbers["probabilities"], abs=1e-5)
+    assert large["probabilities"] == pytest.approx(numbers["probabilities"], abs=0.02)
 
 
 @pytest.mark.parametrize(
@@ -392,6 +428,8 @@ def test_answer(folder):
         {"image": [0.5] * 64, "prompt": "x"},
         {"image": [0.5] * 63},
         {"image": "picture"},
+        {"image": "aGVsbG8="},
+        {"image": png(np.zeros((8, 8), np.uint8))[:40]},
         {"image": [[0.5] * 32, [0.5] * 31]},
         {"image": [2.0] * 64},
         {"image": [float("nan")] * 64},
@@ -399,9 +437,9 @@ def test_answer(folder):
         {"image": {"a": 1}},
     ],
 )
-def test_wrong_requests_are_refused(folder, request_):
+def test_wrong_requests_are_refused(answerer, request_):
     with pytest.raises(DataError):
-        TASK.answer(TASK.load(folder), request_, folder=folder)
+        ask(answerer, request_)
 
 
 def test_a_dataset_whose_file_was_swapped_is_refused(dataset, folder):
