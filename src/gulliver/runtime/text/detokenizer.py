@@ -2,7 +2,7 @@
 
 The decoders of most tokenizers map every token to fixed bytes: byte-level (GPT-2, Llama 3, Qwen), and SentencePiece's
 with its byte fallback (Llama 2, Mistral, Gemma). There the text is the bytes in a row, and a character that is not
-complete waits. For any other decoder (word pieces, …) the last tokens are decoded with and without the new one.
+complete waits. For any other decoder (word pieces, …) the tokenizers library decodes the last tokens with the new one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 
 import tokenizers
+from tokenizers.decoders import DecodeStream
 
 WINDOW = 8
 """Tokens before the new one that a decoder without fixed bytes is shown."""
@@ -88,29 +89,19 @@ class Detokenizer:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace").decode
         before = [token for token in prompt[-4 * WINDOW :] if token not in table.special]
         self._strip = table.exact and not before and _strips(tokenizer)
-        self._window = before[-WINDOW:]
-        self._shown = "" if table.exact else tokenizer.decode(self._window)
+        self._stream = None if table.exact else DecodeStream(before[-WINDOW:], skip_special_tokens=True)
 
     def add(self, token: int) -> str:
         """The text that is certain now and was not before: "" for a special token or a part of a character."""
         if token in self._special:
             return ""
-        if self._table.exact:
-            text = self._utf8(self._table[token])
-            if self._strip and text:
-                self._strip = False
-                return text.removeprefix(" ")
-            return text
-        self._window.append(token)
-        whole = self._tokenizer.decode(self._window)
-        if whole.endswith("\ufffd") and len(self._window) < 4 * WINDOW:
-            return ""
-        new = whole[len(self._shown) :]
-        if len(self._window) > 2 * WINDOW:
-            self._window = self._window[-WINDOW:]
-            whole = self._tokenizer.decode(self._window)
-        self._shown = whole
-        return new
+        if self._stream is not None:
+            return self._stream.step(self._tokenizer, token) or ""
+        text = self._utf8(self._table[token])
+        if self._strip and text:
+            self._strip = False
+            return text.removeprefix(" ")
+        return text
 
 
 def _strips(tokenizer: tokenizers.Tokenizer) -> bool:
