@@ -170,7 +170,7 @@ def test_a_model_that_cannot_be_used_is_refused_and_nothing_is_left(name, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("source", "told"), [("absent", "does not exist"), ("catalog:smollm", "smollm2"), ("text.txt", "no .gguf")]
+    ("source", "told"), [("absent", "does not exist"), ("catalog:smollm", "smollm2"), ("text.txt", "not a .gguf")]
 )
 def test_an_unknown_source_is_named(tmp_path, ctx, source, told, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -141,7 +141,7 @@ class Sequence:
         return self.sampler.draw(logits, self.matcher.allowed() if self.matcher is not None else None)
 
     def push(self, token: int, logits: NDArray[np.float32]) -> None:
-        """Take the token that was drawn; sets `finish` when it is the last."""
+        """Take the token that was drawn from `logits` [vocabulary]; sets `finish` when it is the last."""
         self.tokens.append(token)
         if token in self.ends:
             self.answer.end()
@@ -164,7 +164,7 @@ class Sequence:
             self.finish = "length"
 
     def echo_rows(self, first: int, logits: NDArray[np.float32]) -> None:
-        """Take the logits of the prompt's rows from position `first` on: each tells of the token after it."""
+        """Take the logits [rows, vocabulary] of the prompt from position `first` on: a row tells of the next token."""
         if not self.echoed:
             self.echoed.append(TokenChoice(self.tokens[0], self._text.token_bytes(self.tokens[0])))
         top = self.request.top_logprobs or 0
