@@ -1,7 +1,7 @@
 """An engine without a model, and a server around it, for the tests of the HTTP side.
 
 Its tokens are bytes. It answers with a text that a test chooses, one token a piece, from a thread of its own, and keeps
-the promises of serve/requests.py: one last piece, a bounded queue, cancelling at any time.
+the promises of runtime/batching/records.py: one last piece, a bounded queue, cancelling at any time.
 """
 
 from __future__ import annotations
@@ -11,20 +11,23 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
+from pydantic import BaseModel, ConfigDict, Field
 
-from gulliver.core.errors import ConfigError
+from gulliver.core.errors import ConfigError, DataError
 from gulliver.runtime.batching.counters import Counters
 from gulliver.runtime.batching.records import EngineClosed, Piece, QueueFull, Request, TokenChoice
 from gulliver.serve import process
 from gulliver.serve.app import make_state
 from gulliver.serve.keys import KeyRing
 from gulliver.serve.state import ServedModel, Settings, State
+from gulliver.tasks.answerer import Answerer
 
 END = 256
 VOCABULARY = 257
@@ -107,7 +110,7 @@ class FakeEngine:
     closed: bool = False
 
     def __post_init__(self) -> None:
-        self.decoder = SimpleNamespace(vocabulary=VOCABULARY, backend="fake", why="tests need no model")
+        self.decoder = SimpleNamespace(vocabulary=VOCABULARY)
         self._jobs: list[Job] = []
         self._lock = threading.Condition()
         self._stop = False
@@ -208,19 +211,54 @@ class FakeEngine:
         return TokenChoice(token, bytes([token]), -0.5, top)
 
 
-def served(engine: Any, name: str = "fake", folder: Path = Path("nowhere"), kind: str = "chat") -> ServedModel:
+class Numbers(BaseModel):
+    """What the fake model's /v1/predict takes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    numbers: list[int] = Field(min_length=1)
+
+
+class Total(BaseModel):
+    """What it answers."""
+
+    total: float
+    prompt_tokens: int
+
+
+class FakeAnswerer(Answerer):
+    """An engine as an open model; /v1/predict adds numbers up, in the engine's own thread when it is a BatchQueue."""
+
+    def __init__(self, engine: Any, name: str, folder: Path, can: Sequence[str]) -> None:
+        self.can = frozenset(can)  # type: ignore[misc]
+        self.engine, self.name, self.folder = engine, name, folder
+        self.backend, self.why, self.context = "fake", "tests need no model", getattr(engine, "context", None)
+
+    @property
+    def request_model(self) -> type[Numbers]:
+        return Numbers
+
+    @property
+    def response_model(self) -> type[Total]:
+        return Total
+
+    def read(self, words: Sequence[str]) -> Numbers:
+        return Numbers(numbers=[int(word) for word in words])
+
+    def submit(self, request: Numbers, stop: threading.Event | None = None) -> Future[Any]:
+        if 13 in request.numbers:
+            raise DataError("13 cannot be added")
+        return self.engine.submit(request.numbers, stop)
+
+    def show(self, response: Total) -> list[str]:
+        return [f"{response.total}"]
+
+
+def served(
+    engine: Any, name: str = "fake", folder: Path = Path("nowhere"), can: Sequence[str] = ("generate", "predict")
+) -> ServedModel:
     """An engine as a model of a server."""
-    return ServedModel(
-        name=name,
-        kind=kind,
-        engine=engine,
-        folder=folder,
-        artifact_id="0" * 64,
-        size_bytes=1234,
-        backend="fake",
-        why="tests need no model",
-        context=engine.context,
-    )
+    return ServedModel(name, FakeAnswerer(engine, name, folder, can), artifact_id="0" * 64, size_bytes=1234)
 
 
 @dataclass
@@ -265,5 +303,5 @@ def serving(
         thread.join(15)
         state.threads.shutdown()
         for model in state.models.values():
-            model.engine.close()
+            model.answerer.close()
         assert not thread.is_alive(), "the server did not end"

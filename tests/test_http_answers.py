@@ -12,6 +12,7 @@ import pytest
 from http_samples import FakeEngine, Running, serving
 
 from gulliver.runtime.batching.records import Request
+from gulliver.serve.errors import ErrorAnswer
 from gulliver.serve.openai import chat as chat_api
 from gulliver.serve.openai import events as stream
 from gulliver.serve.openai import response_schemas as answers
@@ -240,12 +241,12 @@ def test_an_engine_that_fails_is_a_500_or_an_event(path: str, client: httpx.Clie
 @pytest.mark.parametrize(
     ("fields", "status", "param", "says"),
     [
-        ({"model": "other"}, 404, "model", "there are: fake"),
+        ({"model": "other"}, 404, "model", "choose one of: fake"),
         ({"messages": []}, 400, "messages", "at least 1"),
         ({"messages": [{"role": "user"}]}, 400, "messages.0.content", "no content"),
         ({"messages": [{"role": "user", "content": "refuse me"}]}, 400, "messages", "template refuses"),
         ({"messages": [{"role": "king", "content": "x"}]}, 400, "messages.0.role", "Input should be"),
-        ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "messages", "within 512"),
+        ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "messages", "context of 512"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, None, "messages.0.content"),
         ({"temperature": 3}, 400, "temperature", "less than or equal to 2"),
         ({"temperature": "1"}, 400, "temperature", "valid number"),
@@ -268,7 +269,7 @@ def test_what_a_chat_refuses(
     fields: dict[str, Any], status: int, param: str | None, says: str, client: httpx.Client
 ) -> None:
     response = chat(client, **fields)
-    error = answers.ErrorAnswer.model_validate_json(response.content, strict=True).error
+    error = ErrorAnswer.model_validate_json(response.content, strict=True).error
     assert (response.status_code, error.type) == (status, "invalid_request_error")
     assert says in error.message
     assert param is None or error.param == param
@@ -303,7 +304,7 @@ def test_errors_of_the_framework_have_the_same_shape(client: httpx.Client) -> No
     ):
         response = client.request(method, path)
         assert response.status_code == status
-        answers.ErrorAnswer.model_validate_json(response.content, strict=True)
+        ErrorAnswer.model_validate_json(response.content, strict=True)
     assert client.post("/v1/completions", content=b"x=1").json()["error"]["code"] == "invalid_content_type"
     broken = client.post("/v1/completions", content=b'{"a', headers={"content-type": "application/json"})
     assert broken.status_code == 400 and "not valid JSON" in broken.json()["error"]["message"]
@@ -316,7 +317,7 @@ def test_a_bug_is_a_500_in_the_same_shape(client: httpx.Client, engine: FakeEngi
     engine.answer = bug
     response = chat(client)
     assert response.status_code == 500 and "secret" not in response.text
-    answers.ErrorAnswer.model_validate_json(response.content, strict=True)
+    ErrorAnswer.model_validate_json(response.content, strict=True)
 
 
 def test_a_long_answer_is_written_beside_the_loop(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from language_samples import write_encoder
 from gulliver.core.errors import ArtifactError
 from gulliver.runtime.batching import encoder as embeddings
 from gulliver.runtime.batching.records import EngineClosed, QueueFull
+from gulliver.serve.errors import ErrorAnswer
 from gulliver.serve.openai import response_schemas as answers
 from gulliver.serve.state import Settings
 
@@ -36,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[httpx.Client]:
     encoder = Encoder(folder, "encoder", queue=4)
-    models = [served(encoder, "encoder", folder, "embeddings")]
+    models = [served(encoder, "encoder", folder, ("embed", "predict"))]
     with serving(FakeEngine(), models=models) as server, server.client() as client:
         yield client
 
@@ -101,7 +102,7 @@ def test_every_form_of_input_and_of_output(client: httpx.Client, folder: Path) -
 )
 def test_what_is_refused(fields: dict[str, Any], param: str, says: str, client: httpx.Client) -> None:
     response = ask(client, **fields)
-    error = answers.ErrorAnswer.model_validate_json(response.content, strict=True).error
+    error = ErrorAnswer.model_validate_json(response.content, strict=True).error
     assert response.status_code == 400 and error.param == param and says in error.message
 
 
@@ -129,7 +130,7 @@ def test_work_that_nobody_waits_for_ends(end: str, folder: Path, monkeypatch: py
 
     monkeypatch.setattr(encoder, "_pass", one_pass)
     monkeypatch.setattr(embeddings, "BATCH_TOKENS", 1)
-    models = [served(encoder, "encoder", folder, "embeddings")]
+    models = [served(encoder, "encoder", folder, ("embed", "predict"))]
     body = {"model": "encoder", "input": ["a"] * 500}
     settings = Settings(timeout_seconds=0.2 if end == "timeout" else 60)
     with serving(FakeEngine(), models=models, settings=settings) as server, server.client() as client:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 
 from gulliver.serve.app import make_app, make_state
-from gulliver.serve.openai import response_schemas as answers
+from gulliver.serve.errors import ErrorAnswer
 
 STATE = make_state([served(FakeEngine(answer=lambda request: "ok"))])
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", make_app(STATE))
@@ -30,7 +30,7 @@ def test_requests_from_the_document(case: schemathesis.Case) -> None:
     response = case.call()
     case.validate_response(response, checks=[not_a_server_error])
     if response.status_code >= 400:
-        answers.ErrorAnswer.model_validate_json(response.content, strict=True)
+        ErrorAnswer.model_validate_json(response.content, strict=True)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_hostile_bodies(place: int, server: Running) -> None:
             assert response.status_code in (200, 400, 404), response.text[:300]
             assert len(response.content) < 2000
             if response.status_code != 200:
-                answers.ErrorAnswer.model_validate_json(response.content, strict=True)
+                ErrorAnswer.model_validate_json(response.content, strict=True)
 
 
 @pytest.mark.parametrize(

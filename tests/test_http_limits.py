@@ -23,7 +23,7 @@ from http_samples import FakeEngine, Running, serving
 from gulliver.runtime.batching.records import EngineClosed, Piece, Request
 from gulliver.serve import logs, process
 from gulliver.serve.keys import KeyRing, add_key, remove_key
-from gulliver.serve.openai.generation import IN_FLIGHT, Generation, Mailbox
+from gulliver.serve.openai.generation import IN_FLIGHT, Bridge, Generation
 from gulliver.serve.state import Settings
 
 BODY = {"model": "fake", "prompt": "ab", "max_tokens": 1000}
@@ -227,8 +227,8 @@ def test_what_is_given_up_comes_after_what_the_engine_writes() -> None:
             delivered.append(deliver)
             return SimpleNamespace(cancel=lambda: None)
 
-        engine, loop = SimpleNamespace(submit=submit), asyncio.get_running_loop()
-        run = Generation(engine, [Request((1,), max_tokens=1)] * (IN_FLIGHT + 2), Mailbox(loop), streamed=True)
+        engine = SimpleNamespace(submit=submit)
+        run = Generation(engine, [Request((1,), max_tokens=1)] * (IN_FLIGHT + 2), Bridge(), streamed=True)
         run.start()
         for deliver in delivered:
             deliver(Piece("", finish="stop"))

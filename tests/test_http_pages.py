@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from gulliver.core.errors import ConfigError
 from gulliver.serve.app import make_state
 from gulliver.serve.openai import response_schemas as answers
-from gulliver.serve.pages import PageFiles
+from gulliver.serve.pages import Health, ModelCard, PageFiles
 
 EVIDENCE = [{"metric": "perplexity", "value": 12.5}]
 
@@ -55,9 +55,11 @@ def test_models_are_listed(client: httpx.Client) -> None:
 
 
 def test_a_card_shows_what_lies_beside_the_model(client: httpx.Client) -> None:
-    card = answers.ModelCard.model_validate_json(client.get("/api/models/org/name").content, strict=True)
+    card = ModelCard.model_validate_json(client.get("/api/models/org/name").content, strict=True)
     assert card.card == "# A model\n\nsmall — and good" and card.evidence == EVIDENCE
     assert (card.size_bytes, card.backend, card.why, card.context) == (1234, "fake", "tests need no model", 512)
+    assert card.can == ["generate", "predict"] and "numbers" in card.request["properties"]
+    assert "total" in card.response["properties"]
 
 
 def test_a_hostile_folder_shows_nothing(client: httpx.Client) -> None:
@@ -115,7 +117,7 @@ def test_health_and_readiness(client: httpx.Client) -> None:
     for path in ("/healthz", "/readyz"):
         response = client.get(path)
         assert response.status_code == 200
-        assert answers.Health.model_validate_json(response.content, strict=True).status == "ok"
+        assert Health.model_validate_json(response.content, strict=True).status == "ok"
 
 
 def test_measures_are_prometheus(client: httpx.Client) -> None:

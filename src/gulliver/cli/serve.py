@@ -84,12 +84,7 @@ def opened(name: str, spec: str, options: ServeOptions, session: Session) -> Any
     artifact = open_artifact(folder) if (folder / MANIFEST).is_file() else None
     return ServedModel(
         name=name,
-        kind="chat" if "generate" in answerer.can else "embeddings",
         answerer=answerer,
-        folder=folder,
         artifact_id=artifact.id if artifact is not None else None,
         size_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
-        backend=answerer.backend,
-        why=answerer.why,
-        context=answerer.context or 0,
     )

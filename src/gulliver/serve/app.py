@@ -1,8 +1,9 @@
-"""The application: routes, the gate before them, and errors in one shape."""
+"""The application: the table of routes, the middleware before them, and errors in one shape."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -15,39 +16,51 @@ from starlette.responses import Response
 from gulliver.core.errors import ConfigError
 from gulliver.serve import pages
 from gulliver.serve.errors import ApiError, from_validation
+from gulliver.serve.inference import predict
 from gulliver.serve.keys import KeyRing
 from gulliver.serve.metrics import Metrics
 from gulliver.serve.middleware import Middleware
 from gulliver.serve.openai import chat, completions, embeddings
 from gulliver.serve.openai.request_schemas import ChatRequest, CompletionRequest, EmbeddingRequest
-from gulliver.serve.state import ServedModel, Settings, State
+from gulliver.serve.state import Route, ServedModel, Settings, State
 
-BODIES = {
-    "/v1/chat/completions": ChatRequest,
-    "/v1/completions": CompletionRequest,
-    "/v1/embeddings": EmbeddingRequest,
-}
+ROUTES = (
+    Route("/v1/chat/completions", chat.router, can="generate", body=ChatRequest, costs=True),
+    Route("/v1/completions", completions.router, can="generate", body=CompletionRequest, costs=True),
+    Route("/v1/embeddings", embeddings.router, can="embed", body=EmbeddingRequest, costs=True),
+    Route("/v1/predict", predict.router, can="predict", body=predict.PredictRequest, costs=True),
+    Route("/v1/models", pages.router),
+    Route("/v1/models/{id:path}", pages.router),
+    Route("/api/models/{id:path}", pages.router),
+    Route("/healthz", pages.router, quiet=True),
+    Route("/readyz", pages.router, quiet=True),
+    Route("/metrics", pages.router, quiet=True),
+    Route("/openapi.json", pages.router),
+    Route("/", pages.page_router),
+)
+"""Everything there is. A new route is a row and its file."""
 MESSAGES = {
-    HTTPStatus.NOT_FOUND: "there is nothing at this path; /openapi.json lists what there is",
-    HTTPStatus.METHOD_NOT_ALLOWED: "this path does not take this method",
+    HTTPStatus.NOT_FOUND: "unknown path; /openapi.json lists all paths",
+    HTTPStatus.METHOD_NOT_ALLOWED: "this path does not support this method",
 }
 
 
 def make_state(models: Sequence[ServedModel], settings: Settings | None = None, keys: KeyRing | None = None) -> State:
     """A server of `models`. ConfigError when there is none, or two have the same name."""
     if not models:
-        raise ConfigError("there is no model to serve; name at least one")
+        raise ConfigError("no model to serve; name at least one")
     named = {model.name: model for model in models}
     if len(named) < len(models):
-        raise ConfigError("two models have the same name; give them others: NAME=MODEL")
-    return State(named, settings or Settings(), keys, Metrics({name: model.engine for name, model in named.items()}))
+        raise ConfigError("two models have the same name; rename one: NAME=MODEL")
+    metrics = Metrics({name: model.answerer.engine for name, model in named.items()})
+    return State(named, ROUTES, settings or Settings(), keys, metrics)
 
 
 def make_app(state: State) -> FastAPI:
     """The ASGI application."""
     app = FastAPI(
         title="Gulliver",
-        description="Models of Gulliver behind OpenAI's API",
+        description="Models of Gulliver behind OpenAI's API and /v1/predict",
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # the address would be made of the host that the client names
@@ -55,15 +68,9 @@ def make_app(state: State) -> FastAPI:
     app.add_middleware(Middleware, state=state)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    for routes in (
-        chat.router(state),
-        completions.router(state),
-        embeddings.router(state),
-        pages.router(state),
-        pages.page_router(),
-    ):
-        app.include_router(routes)
+    for router in dict.fromkeys(route.router for route in state.routes):
+        app.include_router(router(state))
+    app.add_exception_handler(RequestValidationError, partial(_invalid, state))
     return app
 
 
@@ -82,11 +89,12 @@ async def _http_error(request: HttpRequest, error: Exception) -> Response:
     return ApiError(error.status_code, message, code=code).response(error.headers)
 
 
-async def _invalid(request: HttpRequest, error: Exception) -> Response:
+async def _invalid(state: State, request: HttpRequest, error: Exception) -> Response:
     """A body that the schema refuses."""
     assert isinstance(error, RequestValidationError)
     problems: Any = error.errors()
-    body = BODIES.get(request.url.path)
+    route = state.route(request.url.path)
+    body = route.body if route is not None else None
     if problems and problems[0]["type"] in ("model_attributes_type", "model_type", "dict_type"):
         kind = request.headers.get("content-type", "")
         if "json" not in kind:

@@ -7,7 +7,30 @@ from http import HTTPStatus
 from typing import Any
 
 import orjson
+from pydantic import BaseModel
 from starlette.responses import Response
+
+from gulliver.core.errors import ConfigError, DataError, GulliverError
+from gulliver.core.names import nearest
+from gulliver.runtime.batching.records import EngineClosed, QueueFull
+
+CLIENT_CLOSED = 499
+"""The status that is logged when a client went away before its answer."""
+
+
+class Problem(BaseModel):
+    """What went wrong; `param` is the field at fault."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """Every answer that is not a success."""
+
+    error: Problem
 
 
 class ApiError(Exception):
@@ -74,8 +97,6 @@ def _path(location: Sequence[Any]) -> list[str]:
 
 def from_validation(problems: Any, fields: Mapping[str, Any] | None = None) -> ApiError:
     """A 400 from the first of pydantic's problems. Values that were sent are not repeated: they may be prompt text."""
-    from gulliver.core.names import nearest
-
     first = problems[0]
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "")
@@ -92,3 +113,31 @@ def from_validation(problems: Any, fields: Mapping[str, Any] | None = None) -> A
     if first["type"] == "missing":
         return bad_request(f"the field {param or 'body'!r} is missing", param, "missing_field")
     return bad_request(f"{param or 'the body'}: {first['msg']}"[:400], param[:128] if param else None, "invalid_value")
+
+
+def refused(error: GulliverError, param: str | None = None) -> ApiError:
+    """The answer for what a model raises when it does not take a request, or cannot answer it."""
+    if isinstance(error, QueueFull):
+        wait = error.retry_after_seconds
+        return ApiError(HTTPStatus.TOO_MANY_REQUESTS, str(error), code="queue_full", retry_after=wait)
+    if isinstance(error, EngineClosed):
+        return draining()
+    if isinstance(error, ConfigError | DataError):
+        return bad_request(str(error), param)
+    return engine_failed("")
+
+
+def draining() -> ApiError:
+    """The answer while the server shuts down."""
+    return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", code="shutting_down", retry_after=5)
+
+
+def timed_out() -> ApiError:
+    """The answer to a request that took longer than the server allows."""
+    return ApiError(HTTPStatus.GATEWAY_TIMEOUT, "the request timed out", kind="timeout_error", code="timeout")
+
+
+def engine_failed(reason: str) -> ApiError:
+    """The answer for a request that failed in the engine, through no fault of its body."""
+    message = f"the engine failed on this request: {reason[:300]}" if reason else "the engine failed on this request"
+    return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, message, code="engine_failed")

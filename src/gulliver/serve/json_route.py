@@ -11,19 +11,19 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gulliver.serve.openai.response_schemas import ErrorAnswer
+from gulliver.serve.errors import ErrorAnswer
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorAnswer, "description": "The request is wrong; `param` names the field"},
+    400: {"model": ErrorAnswer, "description": "Invalid request; `param` names the field"},
     401: {"model": ErrorAnswer, "description": "The key is missing or wrong"},
-    404: {"model": ErrorAnswer, "description": "There is no such model"},
-    408: {"model": ErrorAnswer, "description": "The body did not come in time"},
+    404: {"model": ErrorAnswer, "description": "Model not found"},
+    408: {"model": ErrorAnswer, "description": "The body did not arrive in time"},
     413: {"model": ErrorAnswer, "description": "The body is too long"},
-    429: {"model": ErrorAnswer, "description": "Too much is asked; `retry-after` says when to come again"},
+    429: {"model": ErrorAnswer, "description": "Rate limit or queue length reached; `retry-after` says when to retry"},
     500: {"model": ErrorAnswer, "description": "The server failed"},
     503: {"model": ErrorAnswer, "description": "The server is shutting down"},
-    504: {"model": ErrorAnswer, "description": "The request ran out of time"},
-    "default": {"model": ErrorAnswer, "description": "Any other refusal"},
+    504: {"model": ErrorAnswer, "description": "The request timed out"},
+    "default": {"model": ErrorAnswer, "description": "Any other error"},
 }
 
 

@@ -10,19 +10,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gulliver.serve import logs
-from gulliver.serve.errors import ApiError
-from gulliver.serve.openai.events import CLIENT_CLOSED
-from gulliver.serve.openai.generation import draining
-from gulliver.serve.state import CALL, RequestRecord, State
+from gulliver.serve.errors import CLIENT_CLOSED, ApiError, draining
+from gulliver.serve.state import CALL, RequestRecord, Route, State
 
 GUARDED = ("/v1/", "/api/")
 """Paths that need a key where there are keys; the page, /healthz, /readyz, /metrics and /openapi.json do not."""
-WORK = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
-"""Paths that cost something: limited by rate, refused while the server goes down, waited for then."""
-QUIET = ("/healthz", "/readyz", "/metrics")
-"""Paths that are asked every few seconds; logged only when they fail."""
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-SHOWN = (*WORK, *QUIET, "/v1/models", "/openapi.json", "/")
 
 
 class Middleware:
@@ -38,8 +31,8 @@ class Middleware:
             return
         call = RequestRecord()
         scope[CALL] = call
-        path = scope["path"]
-        works = path in WORK
+        route = self._state.route(scope["path"])
+        works = route is not None and route.costs
         self._state.active += works
 
         async def sent(message: Message) -> None:
@@ -49,31 +42,30 @@ class Middleware:
             await send(message)
 
         try:
-            problem = self._problem(scope, call)
+            problem = self._problem(scope, call, works)
             if problem is not None:
                 await problem.response()(scope, receive, sent)
             else:
                 await self._app(scope, self._limited(scope, receive), sent)
         except Exception as error:
-            logs.event("failure", level=logs.ERROR, error=error, request=call.id, path=_shown(path))
+            logs.event("failure", level=logs.ERROR, error=error, request=call.id, path=_shown(route))
             if call.status:
                 raise  # an answer was begun; only closing the connection tells the client
             await _failed().response()(scope, receive, sent)
         finally:
             self._state.active -= works
-            self._note(scope, call)
+            self._note(scope, call, route)
 
-    def _problem(self, scope: Scope, call: RequestRecord) -> ApiError | None:
+    def _problem(self, scope: Scope, call: RequestRecord, works: bool) -> ApiError | None:
         """Why the request is refused before its body is read, if it is."""
-        path = scope["path"]
         headers = {name: value for name, value in scope["headers"] if name in (b"authorization", b"content-length")}
         keys = self._state.keys
-        if keys is not None and path.startswith(GUARDED):
+        if keys is not None and scope["path"].startswith(GUARDED):
             call.caller = keys.find(_presented(headers.get(b"authorization", b"")))
             if call.caller is None:
                 message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
                 return ApiError(HTTPStatus.UNAUTHORIZED, message, code="invalid_api_key")
-        if path not in WORK or scope["method"] != "POST":
+        if not works or scope["method"] != "POST":
             return None
         if self._state.draining:
             return draining()
@@ -82,7 +74,7 @@ class Middleware:
             return self._too_long()
         short = call.caller.limiter.admit() if call.caller is not None else None
         if short is not None:
-            message = f"this key's {short[0]} per minute are used up; come again in {short[1]:.0f} s"
+            message = f"rate limit reached for this key ({short[0]} per minute); retry in {short[1]:.0f} s"
             code = "rate_limit_exceeded"
             return ApiError(HTTPStatus.TOO_MANY_REQUESTS, message, code=code, retry_after=short[1])
         return None
@@ -108,7 +100,7 @@ class Middleware:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(HTTPStatus.REQUEST_TIMEOUT, "the body did not come in time") from None
+                raise HTTPException(HTTPStatus.REQUEST_TIMEOUT, "the body did not arrive in time") from None
             received += len(message.get("body", b""))
             if received > settings.max_body_bytes:
                 raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, self._too_long().message)
@@ -117,9 +109,9 @@ class Middleware:
 
         return limited
 
-    def _note(self, scope: Scope, call: RequestRecord) -> None:
+    def _note(self, scope: Scope, call: RequestRecord, route: Route | None) -> None:
         """Count, charge and log."""
-        path = _shown(scope["path"])
+        path = _shown(route)
         status = call.status or CLIENT_CLOSED
         seconds = time.monotonic() - call.arrived
         metrics = self._state.metrics
@@ -128,7 +120,7 @@ class Middleware:
         tokens = call.prompt_tokens + call.completion_tokens
         if call.caller is not None and tokens:
             call.caller.limiter.charge(tokens)
-        if path in QUIET and status < HTTPStatus.BAD_REQUEST:
+        if route is not None and route.quiet and status < HTTPStatus.BAD_REQUEST:
             return
         fields = {
             "request": call.id,
@@ -160,11 +152,8 @@ def _headers(call: RequestRecord) -> list[tuple[bytes, bytes]]:
     return headers + call.caller.limiter.headers() if call.caller is not None else headers
 
 
-def _shown(path: str) -> str:
-    """A path as it is counted and logged: what clients make up is not kept."""
-    if path in SHOWN:
-        return path
-    return next((f"{start}…" for start in ("/v1/models/", "/api/models/") if path.startswith(start)), "other")
+def _shown(route: Route | None) -> str:
+    return route.shown if route is not None else "other"
 
 
 def _method(scope: Scope) -> str:
@@ -172,4 +161,4 @@ def _method(scope: Scope) -> str:
 
 
 def _failed() -> ApiError:
-    return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed on this request; its log says where")
+    return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed on this request; see its log")

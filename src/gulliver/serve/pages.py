@@ -1,4 +1,4 @@
-"""What is not OpenAI's: the chat page, a model's card, health and measures."""
+"""Outside the inference API: the chat page, models and their cards, health and metrics."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import hashlib
 from http import HTTPStatus
 from os import PathLike, stat_result
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 from fastapi import APIRouter
+from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, Response
@@ -39,6 +40,28 @@ PAGE_HEADERS = {
 MAX_ANNOTATION_BYTES = 4 * 2**20
 
 
+class ModelCard(BaseModel):
+    """The answer of /api/models/{id}: what a model is, runs on, and can; JSON schemas of its /v1/predict."""
+
+    id: str
+    artifact_id: str | None
+    can: list[str]
+    size_bytes: int
+    backend: str
+    why: str
+    context: int | None
+    card: str | None
+    evidence: list[dict[str, Any]]
+    request: dict[str, Any]
+    response: dict[str, Any]
+
+
+class Health(BaseModel):
+    """The answer of /healthz and /readyz."""
+
+    status: Literal["ok", "draining"]
+
+
 class PageFiles(StaticFiles):
     """The files of the chat page, a folder of the package.
 
@@ -57,8 +80,9 @@ class PageFiles(StaticFiles):
         return response
 
 
-def page_router() -> APIRouter:
+def page_router(state: State) -> APIRouter:
     """`/` and the files beside it."""
+    del state
     routes = APIRouter(include_in_schema=False)
     files = PageFiles(directory=Path(__file__).parent / "console")
 
@@ -71,7 +95,7 @@ def page_router() -> APIRouter:
 
 
 def router(state: State) -> APIRouter:
-    """Models, cards, health and measures."""
+    """Models, cards, health and metrics."""
     routes = APIRouter()
 
     @routes.get(
@@ -89,25 +113,25 @@ def router(state: State) -> APIRouter:
     )
     async def get_model(id: str) -> Response:
         """One model."""
-        return _json(_entry(_found(state, id)))
+        return _json(_entry(state.named(id)))
 
     @routes.get(
         "/api/models/{id:path}",
         operation_id="get_card",
         tags=["models"],
-        responses=answers_with(response_schemas.ModelCard),
+        responses=answers_with(ModelCard),
     )
     async def get_card(id: str) -> Response:
         """A model's size, what runs it and why, its card and its evidence."""
-        model = _found(state, id)
+        model = state.named(id)
         return _json(await state.in_thread(_card, model))
 
-    @routes.get("/healthz", operation_id="health", tags=["server"], responses={200: {"model": response_schemas.Health}})
+    @routes.get("/healthz", operation_id="health", tags=["server"], responses={200: {"model": Health}})
     async def health() -> Response:
-        """The process lives."""
+        """The process is alive."""
         return _json({"status": "ok"})
 
-    @routes.get("/readyz", operation_id="ready", tags=["server"], responses={503: {"model": response_schemas.Health}})
+    @routes.get("/readyz", operation_id="ready", tags=["server"], responses={503: {"model": Health}})
     async def ready() -> Response:
         """The server takes requests; 503 from the moment it is asked to stop."""
         status = HTTPStatus.SERVICE_UNAVAILABLE if state.draining else HTTPStatus.OK
@@ -115,7 +139,7 @@ def router(state: State) -> APIRouter:
 
     @routes.get("/metrics", operation_id="metrics", tags=["server"], responses={200: {"content": {"text/plain": {}}}})
     async def measures() -> Response:
-        """Measures for Prometheus."""
+        """Metrics for Prometheus."""
         state.metrics.active.set(state.active)
         return Response(state.metrics.text(), headers={"content-type": metrics.CONTENT_TYPE})
 
@@ -126,26 +150,24 @@ def _json(body: Any, status: int = HTTPStatus.OK) -> Response:
     return Response(orjson.dumps(body), status, media_type="application/json")
 
 
-def _found(state: State, name: str) -> ServedModel:
-    model = state.models.get(name)
-    return model if model is not None else state.model(name, "chat")
-
-
 def _entry(model: ServedModel) -> dict[str, Any]:
     return {"id": model.name, "object": "model", "created": model.created, "owned_by": "gulliver"}
 
 
 def _card(model: ServedModel) -> dict[str, Any]:
+    answerer = model.answerer
     return {
         "id": model.name,
         "artifact_id": model.artifact_id,
-        "kind": model.kind,
+        "can": sorted(answerer.can),
         "size_bytes": model.size_bytes,
-        "backend": model.backend,
-        "why": model.why,
-        "context": model.context,
-        "card": _annotation(model.folder / "README.md"),
-        "evidence": _evidence(model.folder / "evidence.json"),
+        "backend": answerer.backend,
+        "why": answerer.why,
+        "context": answerer.context,
+        "card": _annotation(answerer.folder / "README.md"),
+        "evidence": _evidence(answerer.folder / "evidence.json"),
+        "request": answerer.request_model.model_json_schema(),
+        "response": answerer.response_model.model_json_schema(),
     }
 
 

@@ -1,4 +1,4 @@
-"""What one server holds: its models, limits, keys and measures, and the record of each HTTP request."""
+"""What the parts of a server share: settings, models, routes, and the record of each request."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
 from gulliver.serve.errors import ApiError
 from gulliver.serve.keys import Caller, KeyRing
 from gulliver.serve.metrics import Metrics
-from gulliver.serve.openai.generation import Generation, Mailbox
+
+if TYPE_CHECKING:
+    from fastapi import APIRouter
+    from pydantic import BaseModel
+
+    from gulliver.tasks.answerer import Answerer, Can
 
 CALL = "gulliver.call"
 INLINE_CHARACTERS = 4096
-"""Prompts longer than this are read in a thread, so that others' answers go on meanwhile."""
+"""Prompts longer than this are read in a thread, so that others' answers are not delayed."""
 
 Result = TypeVar("Result")
 
@@ -38,28 +42,47 @@ class Settings:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model under the name that clients use. `answerer` is open and answers."""
+    """A model under the name that clients use."""
 
     name: str
-    kind: str  # "chat" or "embeddings"
-    answerer: Any
-    folder: Path
+    answerer: Answerer
     artifact_id: str | None
     size_bytes: int
-    backend: str  # what runs it
-    why: str
-    context: int  # tokens
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def engine(self) -> Any:
-        """What runs its requests: an Engine or a BatchQueue."""
+        """What runs its requests: an Engine where the model can generate, else its family's queue."""
         return self.answerer.engine
 
     @property
     def fingerprint(self) -> str:
         """What `system_fingerprint` says: equal for equal weights on an equal backend."""
-        return f"{(self.artifact_id or 'unnamed')[:12]}-{self.backend}"
+        return f"{(self.artifact_id or 'unnamed')[:12]}-{self.answerer.backend}"
+
+
+@dataclass(frozen=True)
+class Route:
+    """A row of the table of routes (ROUTES in app.py).
+
+    `path`: as FastAPI writes it; "{" begins what clients choose. `router`: makes the routes of the row's file, once for
+    all its rows. `can`: what a model must be able to do to be asked here. `body`: what is sent. `costs`: limited by
+    rate, refused while the server shuts down, and waited for then. `quiet`: asked every few seconds; logged only when
+    it fails.
+    """
+
+    path: str
+    router: Callable[[State], APIRouter]
+    can: Can | None = None
+    body: type[BaseModel] | None = None
+    costs: bool = False
+    quiet: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The path as it is counted and logged: what clients choose is not kept."""
+        start, brace, _ = self.path.partition("{")
+        return start + "…" if brace else start
 
 
 @dataclass
@@ -81,40 +104,48 @@ class RequestRecord:
 
 @dataclass
 class State:
-    """One server. `mailbox` and `loop` are there while it runs."""
+    """One server."""
 
     models: Mapping[str, ServedModel]
+    routes: Sequence[Route]
     settings: Settings
     keys: KeyRing | None
     metrics: Metrics
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "gulliver-prepare"))
     draining: bool = False
     active: int = 0
-    _mailbox: Mailbox | None = None
-    _loop: asyncio.AbstractEventLoop | None = None
 
-    def mailbox(self) -> Mailbox:
-        """The mailbox of the running event loop."""
-        loop = asyncio.get_running_loop()
-        if self._mailbox is None or self._loop is not loop:
-            self._mailbox, self._loop = Mailbox(loop), loop
-        return self._mailbox
+    def __post_init__(self) -> None:
+        self._routes = {route.path: route for route in self.routes}
+        self._beginnings = [(route.path.partition("{")[0], route) for route in self.routes if "{" in route.path]
 
-    def model(self, name: str, kind: str) -> ServedModel:
-        """The model of that name. ApiError 404 when there is none, 400 when it does something else."""
+    def route(self, path: str) -> Route | None:
+        """The row of the table for a request's path."""
+        found = self._routes.get(path)
+        if found is None and "{" not in path:
+            found = next((route for start, route in self._beginnings if path.startswith(start)), None)
+        return found
+
+    def named(self, name: str) -> ServedModel:
+        """The model of that name. ApiError 404 when there is none."""
         found = self.models.get(name)
         if found is None:
-            known = ", ".join(self.models)
-            message = f"there is no model {name[:128]!r} here; there are: {known}"
+            message = f"model {name[:128]!r} is not served here; choose one of: {', '.join(self.models)}"
             raise ApiError(HTTPStatus.NOT_FOUND, message, param="model", code="model_not_found")
-        if found.kind != kind:
-            use = {"chat": "/v1/chat/completions or /v1/completions", "embeddings": "/v1/embeddings"}[found.kind]
-            message = f"the model {name!r} does not do this; ask it at {use}"
+        return found
+
+    def model(self, name: str, can: Can) -> ServedModel:
+        """The model of that name. ApiError 404 when there is none, 400 when it cannot do that, with what it can."""
+        found = self.named(name)
+        does = found.answerer.can
+        if can not in does:
+            paths = " or ".join(route.path for route in self.routes if route.can in does)
+            message = f"model {name!r} cannot {can}; it can {' and '.join(sorted(does))}: send requests to {paths}"
             raise ApiError(HTTPStatus.BAD_REQUEST, message, param="model", code="wrong_model")
         return found
 
     async def in_thread(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """Run slow work beside the event loop."""
+        """Run slow work in a thread, past the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.threads, work, *arguments)
 
     async def prepared(self, size: int, work: Callable[..., Result], *arguments: Any) -> Result:
@@ -123,28 +154,5 @@ class State:
 
 
 def record_of(request: HttpRequest) -> RequestRecord:
-    """The record of an HTTP request, put there by the gate (gate.py)."""
+    """The record of an HTTP request, put there by middleware.py."""
     return request.scope[CALL]
-
-
-def count(call: RequestRecord, run: Generation, prompts: Sequence[int]) -> None:
-    """Write what a run used into its call. `prompts` holds the first choice of each prompt: a prompt counts once."""
-    pieces = [piece for piece in run.last if piece is not None]
-    firsts = [piece for index in prompts if (piece := run.last[index]) is not None]
-    call.choices = len(run.requests)
-    call.prompt_tokens = sum(piece.prompt_tokens for piece in firsts)
-    call.cached_tokens = sum(piece.cached_tokens for piece in firsts)
-    call.completion_tokens = sum(piece.completion_tokens for piece in pieces)
-    call.first_token = run.first_token
-    reasons = {(piece.finish or "").split(":")[0] for piece in pieces}
-    call.finish = "gone" if run.gone else ",".join(sorted(reasons))
-
-
-def usage(call: RequestRecord) -> dict[str, Any]:
-    """OpenAI's `usage`."""
-    return {
-        "prompt_tokens": call.prompt_tokens,
-        "completion_tokens": call.completion_tokens,
-        "total_tokens": call.prompt_tokens + call.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": call.cached_tokens},
-    }

@@ -90,7 +90,7 @@ async function loadModels() {
 // The names without those of models that only make embeddings.
 async function thatChat(names) {
   const known = await Promise.allSettled(names.map((name) => readAbout(name, apiKey.get())));
-  return names.filter((_, index) => known[index].value?.kind !== "embeddings");
+  return names.filter((_, index) => known[index].value?.can?.includes("generate") ?? true);
 }
 
 // What the chosen model is, on the page that has no question yet.

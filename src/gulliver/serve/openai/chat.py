@@ -16,7 +16,7 @@ from gulliver.serve.json_route import JsonRoute, answers_with
 from gulliver.serve.openai import response_schemas, tools
 from gulliver.serve.openai.chat_json import ChatAnswer
 from gulliver.serve.openai.events import answered
-from gulliver.serve.openai.generation import Generation
+from gulliver.serve.openai.generation import Bridge, Generation
 from gulliver.serve.openai.request_schemas import MAX_CHOICES, ChatRequest, JsonObjectFormat, JsonSchemaFormat, Message
 from gulliver.serve.openai.to_engine import fitted, refuse_size, repeated, sampling_of, stops_of
 from gulliver.serve.state import ServedModel, State, record_of
@@ -35,7 +35,7 @@ class ChatPrompt:
 
 def router(state: State) -> APIRouter:
     """The route, for one server."""
-    routes = APIRouter(route_class=JsonRoute)
+    routes, bridge = APIRouter(route_class=JsonRoute), Bridge()
 
     @routes.post(
         "/v1/chat/completions",
@@ -45,7 +45,7 @@ def router(state: State) -> APIRouter:
     )
     async def create(body: ChatRequest, request: HttpRequest) -> Response:
         """Answer a conversation, whole or streamed."""
-        model = state.model(body.model, "chat")
+        model = state.model(body.model, "generate")
         call = record_of(request)
         call.model = model.name
         _check(body)
@@ -55,7 +55,7 @@ def router(state: State) -> APIRouter:
         run = Generation(
             model.engine,
             repeated([_request(body, prompt, model, state.settings.timeout_seconds)], body.n or 1),
-            state.mailbox(),
+            bridge,
             streamed=bool(body.stream),
         )
         names = [tool.function.name for tool in tools.usable(body)]

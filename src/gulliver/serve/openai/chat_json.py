@@ -1,103 +1,47 @@
-"""Answers of /v1/chat/completions as bytes: whole, and in chunks. A chunk is glued from parts that are made once."""
+"""Answers of /v1/chat/completions as bytes: whole, and in events."""
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
-import orjson
-
 from gulliver.runtime.batching.records import Piece, TokenChoice
 from gulliver.serve.openai.generation import Generation, failure_of
 from gulliver.serve.openai.tools import Called, ToolReader
-from gulliver.serve.state import RequestRecord, ServedModel, count, usage
-
-DONE = b"data: [DONE]\n\n"
-LOWEST = -9999.0
-"""What a probability of zero is written as: JSON has no infinity."""
+from gulliver.serve.openai.writer import AnswerWriter, finite
+from gulliver.serve.state import RequestRecord, ServedModel
 
 
-class ChatAnswer:
-    """What the answers to one request share. `tools` are the names of functions that may be called."""
+class ChatAnswer(AnswerWriter):
+    """`tools` are the names of functions that may be called."""
+
+    prefix = "chatcmpl"
+    kinds = ("chat.completion", "chat.completion.chunk")
 
     def __init__(
-        self, model: ServedModel, call: RequestRecord, *, logprobs: bool, tools: Sequence[str], include_usage: bool
+        self, model: ServedModel, call: RequestRecord, *, logprobs: bool, include_usage: bool, tools: Sequence[str]
     ) -> None:
-        self.call = call
-        self._text = model.engine.text
-        self._logprobs = logprobs
+        super().__init__(model, call, logprobs=logprobs, include_usage=include_usage)
         self._tools = tools
-        self._include_usage = include_usage
         self._readers: dict[int, ToolReader] = {}
-        self._about = {
-            "id": f"chatcmpl-{call.id}",
-            "created": int(time.time()),
-            "model": model.name,
-            "system_fingerprint": model.fingerprint,
-        }
-        shared = orjson.dumps({"object": "chat.completion.chunk", **self._about})[:-1]
-        self._head = b"data: " + shared + b',"choices":[{"index":'
-        self._content = b',"delta":{"content":'
-        self._end = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
-        self._plain_end = b'},"logprobs":null,"finish_reason":null' + self._end
-
-    def count(self, run: Generation) -> None:
-        """Write what the run used into the call."""
-        count(self.call, run, [0])
-
-    # ---- in chunks ---------------------------------------------------------------------------------------------------
 
     def opening(self, choices: int) -> bytes:
-        """The first chunk of every choice."""
-        return b"".join(self._delta(index, b'"role":"assistant","content":""') for index in range(choices))
+        """The first event of every choice."""
+        begun = {"role": "assistant", "content": ""}
+        return b"".join(self.event(self._delta(index, begun)) for index in range(choices))
 
     def chunk(self, index: int, piece: Piece) -> bytes:
         """What a piece adds to the stream."""
-        if piece.finish is None and not self._tools and not self._logprobs:  # the path of nearly every token
-            if not piece.text:
-                return b""
-            return b"%b%d%b%b%b" % (self._head, index, self._content, orjson.dumps(piece.text), self._plain_end)
-        return self._careful(index, piece)
-
-    def _careful(self, index: int, piece: Piece) -> bytes:
-        text = self._reader(index).feed(piece.text) if self._tools else piece.text
-        calls: list[Called] = []
-        if piece.finish is not None and self._tools:
-            rest, calls = self._reader(index).finish()
-            text += rest
-        parts = []
-        if text or (self._logprobs and piece.tokens):
-            logprobs = self._logprobs_json(piece.tokens)
-            parts.append(self._delta(index, b'"content":' + orjson.dumps(text), logprobs))
+        text, calls = self._read(index, piece.text, last=piece.finish is not None)
+        found = []
+        if text or (self.logprobs and piece.tokens):
+            found.append(self._delta(index, {"content": text}, self._logprobs_json(piece.tokens)))
         if calls:
-            parts.append(self._delta(index, b'"tool_calls":' + orjson.dumps(_calls_json(calls, numbered=True))))
+            found.append(self._delta(index, {"tool_calls": _calls_json(calls, numbered=True)}))
         if piece.finish is not None:
-            failure = failure_of(piece)
-            if failure is not None:
-                return b"".join([*parts, b"data: ", failure.body(), b"\n\n"])
-            reason = b'"tool_calls"' if calls else orjson.dumps(piece.finish)
-            parts.append(self._delta(index, b"", reason=reason))
-        return b"".join(parts)
-
-    def closing(self) -> bytes:
-        """The last chunks: usage where it was asked for, and the end mark."""
-        if not self._include_usage:
-            return DONE
-        last = {"object": "chat.completion.chunk", **self._about, "choices": [], "usage": usage(self.call)}
-        return b"data: " + orjson.dumps(last) + b"\n\n" + DONE
-
-    def _delta(self, index: int, delta: bytes, logprobs: bytes = b"null", reason: bytes = b"null") -> bytes:
-        parts = (self._head, b"%d" % index, b',"delta":{', delta, b'},"logprobs":', logprobs)
-        return b"".join((*parts, b',"finish_reason":', reason, self._end))
-
-    def _reader(self, index: int) -> ToolReader:
-        if index not in self._readers:
-            self._readers[index] = ToolReader(self._tools)
-        return self._readers[index]
-
-    # ---- whole -------------------------------------------------------------------------------------------------------
+            found.append(self._delta(index, {}, reason="tool_calls" if calls else piece.finish))
+        return self.events(found, piece) if found else b""
 
     def whole(self, run: Generation, pieces: Sequence[tuple[int, Piece]]) -> bytes:
         """The answer in one. ApiError when a completion failed."""
@@ -108,17 +52,22 @@ class ChatAnswer:
                 raise failure
             texts[index] += piece.text
             tokens[index] += piece.tokens
-        choices = [self._choice(index, text, tokens[index], run) for index, text in enumerate(texts)]
-        body = {"object": "chat.completion", **self._about, "choices": choices, "usage": usage(self.call)}
-        return orjson.dumps(body)
+        return self.document([self._choice(index, text, tokens[index], run) for index, text in enumerate(texts)])
+
+    def _read(self, index: int, text: str, *, last: bool) -> tuple[str, list[Called]]:
+        """(text that is certain to be no call, at the end the calls)."""
+        if not self._tools:
+            return text, []
+        reader = self._readers.setdefault(index, ToolReader(self._tools))
+        text = reader.feed(text)
+        rest, calls = reader.finish() if last else ("", [])
+        return text + rest, calls
+
+    def _delta(self, index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> Any:
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
     def _choice(self, index: int, text: str, tokens: Sequence[TokenChoice], run: Generation) -> dict[str, Any]:
-        calls: list[Called] = []
-        if self._tools:
-            reader = ToolReader(self._tools)
-            content = reader.feed(text)
-            rest, calls = reader.finish()
-            text = content + rest
+        text, calls = self._read(index, text, last=True)
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if calls:
             message |= {"content": text or None, "tool_calls": _calls_json(calls, numbered=False)}
@@ -127,23 +76,22 @@ class ChatAnswer:
         return {
             "index": index,
             "message": message,
-            "logprobs": orjson.Fragment(self._logprobs_json(tokens)),
+            "logprobs": self._logprobs_json(tokens),
             "finish_reason": "tool_calls" if calls else last.finish,
         }
 
-    def _logprobs_json(self, tokens: Sequence[TokenChoice]) -> bytes:
-        if not self._logprobs:
-            return b"null"
+    def _logprobs_json(self, tokens: Sequence[TokenChoice]) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
         rows = []
         for choice in tokens:
-            rivals = [_token_json(self._text.token_bytes(token), logprob) for token, logprob in choice.top]
+            rivals = [_token_json(self.text.token_bytes(token), logprob) for token, logprob in choice.top]
             rows.append({**_token_json(choice.text, choice.logprob), "top_logprobs": rivals})
-        return orjson.dumps({"content": rows})
+        return {"content": rows}
 
 
 def _token_json(text: bytes, logprob: float | None) -> dict[str, Any]:
-    value = LOWEST if logprob is None else max(float(logprob), LOWEST)
-    return {"token": text.decode("utf-8", "replace"), "logprob": value, "bytes": list(text)}
+    return {"token": text.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(text)}
 
 
 def _calls_json(calls: Sequence[Called], *, numbered: bool) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from gulliver.serve.json_route import JsonRoute, answers_with
 from gulliver.serve.openai import response_schemas
 from gulliver.serve.openai.completion_json import CompletionAnswer
 from gulliver.serve.openai.events import answered
-from gulliver.serve.openai.generation import Generation
+from gulliver.serve.openai.generation import Bridge, Generation
 from gulliver.serve.openai.request_schemas import MAX_PROMPTS, CompletionRequest
 from gulliver.serve.openai.to_engine import checked_tokens, fitted, refuse_size, repeated, sampling_of, stops_of
 from gulliver.serve.state import ServedModel, State, record_of
@@ -34,7 +34,7 @@ class CompletionPrompt:
 
 def router(state: State) -> APIRouter:
     """The route, for one server."""
-    routes = APIRouter(route_class=JsonRoute)
+    routes, bridge = APIRouter(route_class=JsonRoute), Bridge()
 
     @routes.post(
         "/v1/completions",
@@ -44,7 +44,7 @@ def router(state: State) -> APIRouter:
     )
     async def create(body: CompletionRequest, request: HttpRequest) -> Response:
         """Go on from a text, or from several, whole or streamed."""
-        model = state.model(body.model, "chat")
+        model = state.model(body.model, "generate")
         call = record_of(request)
         call.model = model.name
         _check(body)
@@ -52,7 +52,7 @@ def router(state: State) -> APIRouter:
         times = body.n or 1
         refuse_size(len(prompts) * times, MAX_PROMPTS, "n")
         requests = [_request(body, prompt, model, state.settings.timeout_seconds) for prompt in prompts]
-        run = Generation(model.engine, repeated(requests, times), state.mailbox(), streamed=bool(body.stream))
+        run = Generation(model.engine, repeated(requests, times), bridge, streamed=bool(body.stream))
         echoes = [prompt.text for prompt in prompts for _ in range(times)] if body.echo else []
         writer = CompletionAnswer(
             model,

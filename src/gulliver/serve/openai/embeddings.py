@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import threading
 from collections.abc import Sequence
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, cast
 
 import numpy as np
 import orjson
@@ -14,17 +14,15 @@ from fastapi import APIRouter
 from numpy.typing import NDArray
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
-from starlette.types import Receive
 
-from gulliver.core.errors import ConfigError, GulliverError
-from gulliver.runtime.batching.records import Piece
-from gulliver.serve.errors import ApiError, bad_request
+from gulliver.core.errors import ConfigError
+from gulliver.serve.errors import CLIENT_CLOSED, bad_request
+from gulliver.serve.inference.future import result_of
 from gulliver.serve.json_route import JsonRoute, answers_with
 from gulliver.serve.openai import response_schemas
-from gulliver.serve.openai.events import CLIENT_CLOSED
-from gulliver.serve.openai.generation import failure_of, refused
 from gulliver.serve.openai.request_schemas import EmbeddingRequest
 from gulliver.serve.state import ServedModel, State, record_of
+from gulliver.tasks.answerer import Embedding
 
 
 def router(state: State) -> APIRouter:
@@ -39,52 +37,36 @@ def router(state: State) -> APIRouter:
     )
     async def create(body: EmbeddingRequest, request: HttpRequest) -> Response:
         """A vector for every text."""
-        model = state.model(body.model, "embeddings")
+        model = state.model(body.model, "embed")
         call = record_of(request)
         call.model = model.name
-        if body.dimensions not in (None, model.answerer.width):
-            width = model.answerer.width
-            raise bad_request(f"this model's vectors have {width} dimensions, no other number", "dimensions")
-        texts = await state.in_thread(_tokens, body, model)
+        answerer = cast(Embedding, model.answerer)
+        if body.dimensions not in (None, answerer.width):
+            width = answerer.width
+            raise bad_request(f"this model's vectors have {width} dimensions; leave out dimensions", "dimensions")
+        texts = await state.in_thread(_tokens, body, answerer)
         call.choices = len(texts)
-        stop = threading.Event()
-        watch = asyncio.ensure_future(_watch(request.receive, stop))
-        try:
-            async with asyncio.timeout(state.settings.timeout_seconds):
-                vectors = await asyncio.wrap_future(model.answerer.embed(texts, stop))
-        except GulliverError as error:
-            if not stop.is_set():
-                raise refused(error) from None
-            call.finish = "gone"
+
+        async def submit(stop: threading.Event) -> Future[list[NDArray[np.float32]]]:
+            return answerer.embed(texts, stop)
+
+        vectors = await result_of(submit, request, state, call)
+        if vectors is None:
             return Response(status_code=CLIENT_CLOSED)
-        except TimeoutError:
-            problem = failure_of(Piece("", finish="timeout"))
-            raise problem or ApiError(504, "") from None
-        finally:
-            stop.set()
-            watch.cancel()
         call.prompt_tokens = sum(map(len, texts))
-        call.finish = "stop"
         return Response(_body(vectors, body, model, call.prompt_tokens), media_type="application/json")
 
     return routes
 
 
-async def _watch(receive: Receive, stop: threading.Event) -> None:
-    """Say when the client has gone away."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    stop.set()
-
-
-def _tokens(body: EmbeddingRequest, model: ServedModel) -> list[tuple[int, ...]]:
+def _tokens(body: EmbeddingRequest, answerer: Embedding) -> list[tuple[int, ...]]:
     given: Any = body.input
     one = isinstance(given, str) or (len(given) > 0 and isinstance(given[0], int))
     rows: Sequence[Any] = [given] if one else given
     if not rows:
         raise bad_request("input is an empty list; give at least one text", "input")
     try:
-        return [model.answerer.tokens(row, truncate=bool(body.truncate)) for row in rows]
+        return [answerer.tokens(row, truncate=bool(body.truncate)) for row in rows]
     except ConfigError as error:
         raise bad_request(str(error), "input") from None
 

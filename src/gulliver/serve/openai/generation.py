@@ -13,14 +13,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from http import HTTPStatus
 from typing import Any
 
 from starlette.types import Receive
 
-from gulliver.core.errors import ConfigError, GulliverError
+from gulliver.core.errors import GulliverError
 from gulliver.runtime.batching.records import EngineClosed, Piece, QueueFull, Request
-from gulliver.serve.errors import ApiError, bad_request
+from gulliver.serve.errors import ApiError, bad_request, draining, engine_failed, refused, timed_out
 
 IN_FLIGHT = 16
 """Completions of one HTTP request that are with the engine at one time: a long list must not fill everybody's queue."""
@@ -29,19 +28,24 @@ STUCK = "error: the grammar cannot go on"
 """How an answer ends whose schema leads nowhere: the fault of the request."""
 
 
-class Mailbox:
+class Bridge:
     """Carries pieces from engines' threads to one event loop: one wake-up, however many pieces a step brings."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: deque[tuple[Generation, int, Piece | bytes]] = deque()
         self._woken = False
+
+    def bind(self) -> None:
+        """Deliver to the running event loop."""
+        self._loop = asyncio.get_running_loop()
 
     def post(self, run: Generation, index: int, item: Piece | bytes) -> None:
         """Called in any thread. The flag is set after the piece lies there, so a piece is never left behind."""
         self._waiting.append((run, index, item))
         if not self._woken:
             self._woken = True
+            assert self._loop is not None, "no request was started"
             self._loop.call_soon_threadsafe(self._hand_out)
 
     def _hand_out(self) -> None:
@@ -56,7 +60,7 @@ class Mailbox:
 class Generation:
     """Some requests to one engine, answered together. Everything but `_deliver` happens in the event loop."""
 
-    def __init__(self, engine: Any, requests: Sequence[Request], mailbox: Mailbox, *, streamed: bool) -> None:
+    def __init__(self, engine: Any, requests: Sequence[Request], bridge: Bridge, *, streamed: bool) -> None:
         self.requests = requests
         self.last: list[Piece | None] = [None] * len(requests)
         """The piece that ended each."""
@@ -65,13 +69,13 @@ class Generation:
         self.gone = False
         """Whether the client went away."""
         self._engine = engine
-        self._mailbox = mailbox
+        self._bridge = bridge
         self._streamed = streamed
         self._pending = deque(range(len(requests)))
         self._tickets: dict[int, Any] = {}
         self._arrived: list[tuple[int, Any]] = []
-        self.came = 0  # what came through the mailbox; the loop's, as `_flushed`
-        self._posted = 0  # what was given to the mailbox; the engine's thread's, as the calls of `_short`
+        self.came = 0  # what came over the bridge; the loop's, as `_flushed`
+        self._posted = 0  # what was given to the bridge; the engine's thread's, as the calls of `_short`
         self._flushed = -1  # of what came, what the kernel has
         self._short: Callable[[int, Piece], bytes] | None = None
         self._left = len(requests)
@@ -86,6 +90,7 @@ class Generation:
 
     def start(self) -> None:
         """Submit the first. ApiError (429, 503, 400) when one is refused; none is then left with the engine."""
+        self._bridge.bind()
         try:
             self._submit()
         except GulliverError as error:
@@ -156,7 +161,7 @@ class Generation:
             if not item:
                 return
         self._posted += 1
-        self._mailbox.post(self, index, item)
+        self._bridge.post(self, index, item)
 
     def arrive(self, index: int, item: Piece | bytes) -> None:
         """A piece has come over to the event loop."""
@@ -221,38 +226,15 @@ class Generation:
             self.arrive(index, piece)
 
 
-def refused(error: GulliverError) -> ApiError:
-    """The answer for what an engine raises when it does not take a request."""
-    if isinstance(error, QueueFull):
-        wait = error.retry_after_seconds
-        return ApiError(HTTPStatus.TOO_MANY_REQUESTS, str(error), code="queue_full", retry_after=wait)
-    if isinstance(error, EngineClosed):
-        return draining()
-    if isinstance(error, ConfigError):
-        return bad_request(str(error))
-    return engine_failed("")
-
-
-def draining() -> ApiError:
-    """The answer while the server goes down."""
-    return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", code="shutting_down", retry_after=5)
-
-
 def failure_of(piece: Piece) -> ApiError | None:
     """The error that a last piece stands for; None for an answer that ended as it should."""
     reason = piece.finish or ""
     if reason in ("stop", "length"):
         return None
     if reason == "timeout":
-        return ApiError(HTTPStatus.GATEWAY_TIMEOUT, "the request ran out of time", kind="timeout_error", code="timeout")
+        return timed_out()
     if reason == "cancelled":
         return draining()
     if reason.startswith(STUCK):
         return bad_request(reason.removeprefix("error: "), code="grammar_failed")
     return engine_failed(reason.partition(": ")[2])
-
-
-def engine_failed(reason: str) -> ApiError:
-    """The answer for a request that failed in the engine, through no fault of its body."""
-    message = f"the engine failed on this request: {reason[:300]}" if reason else "the engine failed on this request"
-    return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, message, code="engine_failed")

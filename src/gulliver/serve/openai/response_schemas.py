@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel
 
 FinishReason = Literal["stop", "length", "tool_calls"]
-
-
-class Problem(BaseModel):
-    """What went wrong; `param` is the field at fault."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorAnswer(BaseModel):
-    """Every answer that is not a success."""
-
-    error: Problem
 
 
 class PromptDetails(BaseModel):
@@ -172,23 +157,3 @@ class ModelList(BaseModel):
 
     object: Literal["list"]
     data: list[ModelEntry]
-
-
-class ModelCard(BaseModel):
-    """The answer of /api/models/{id}: what the chat page shows about a model."""
-
-    id: str
-    artifact_id: str | None
-    kind: Literal["chat", "embeddings"]
-    size_bytes: int
-    backend: str
-    why: str
-    context: int
-    card: str | None
-    evidence: list[dict[str, Any]]
-
-
-class Health(BaseModel):
-    """The answer of /healthz and /readyz."""
-
-    status: Literal["ok", "draining"]

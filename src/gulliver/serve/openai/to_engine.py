@@ -56,10 +56,11 @@ def stops_of(body: GenerationFields) -> tuple[str, ...]:
 
 def fitted(prompt: Sequence[int], max_tokens: int | None, model: ServedModel, param: str) -> int | None:
     """`max_tokens`, at most what the context leaves. ApiError when the prompt leaves room for no token at all."""
-    room = model.context - len(prompt)
+    context = model.engine.context
+    room = context - len(prompt)
     if room < (0 if max_tokens == 0 else 1):
         raise bad_request(
-            f"the prompt has {len(prompt)} tokens; with the answer it must stay within {model.context}. Shorten it",
+            f"the prompt has {len(prompt)} tokens; with its answer it must fit the context of {context}; shorten it",
             param,
             "context_length_exceeded",
         )

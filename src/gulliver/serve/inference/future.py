@@ -1,0 +1,56 @@
+"""One request, one response: wait for a model's future, and end its work when the client or the time has gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from threading import Event
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.types import Receive
+
+from gulliver.core.errors import GulliverError
+from gulliver.serve.errors import refused, timed_out
+from gulliver.serve.state import RequestRecord, State
+
+
+async def result_of(
+    submit: Callable[[Event], Awaitable[Future[Any]]], request: HttpRequest, state: State, call: RequestRecord
+) -> Any:
+    """What the future of `submit` gives; None when the client went away before (the answer is then CLIENT_CLOSED).
+
+    The event given to `submit` is set when the result is no longer wanted. ApiError when the model refuses the request
+    or fails on it, and at the server's time limit.
+    """
+    stop = Event()
+    gone = asyncio.ensure_future(_gone(request.receive))
+    future: asyncio.Future[Any] | None = None
+    try:
+        async with asyncio.timeout(state.settings.timeout_seconds):
+            future = asyncio.wrap_future(await submit(stop))
+            await asyncio.wait((future, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not future.done():
+            call.finish = "gone"
+            return None
+        result = future.result()
+        call.finish = "stop"
+        return result
+    except GulliverError as error:
+        call.finish = "error"
+        raise refused(error, "input") from None
+    except TimeoutError:
+        call.finish = "timeout"
+        raise timed_out() from None
+    finally:
+        stop.set()
+        gone.cancel()
+        if future is not None:
+            future.cancel()
+
+
+async def _gone(receive: Receive) -> None:
+    """Return when the client goes away."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,72 @@
+"""POST /v1/predict: one request and one response of any model, in the form that its family states."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from functools import partial
+from threading import Event
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from gulliver.serve.errors import CLIENT_CLOSED, from_validation
+from gulliver.serve.inference.future import result_of
+from gulliver.serve.json_route import JsonRoute, answers_with
+from gulliver.serve.state import RequestRecord, State, record_of
+from gulliver.tasks.answerer import Answerer
+
+
+class PredictRequest(BaseModel):
+    """The body of POST /v1/predict."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: str = Field(max_length=512, description="a name that /v1/models lists")
+    input: dict[str, Any] = Field(description="what the model takes: `request` of /api/models/{id} is its JSON schema")
+
+
+class Prediction(BaseModel):
+    """What the model answers: `response` of /api/models/{id} is its JSON schema."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+def router(state: State) -> APIRouter:
+    """The route, for one server."""
+    routes = APIRouter(route_class=JsonRoute)
+
+    @routes.post("/v1/predict", operation_id="predict", tags=["models"], responses=answers_with(Prediction))
+    async def predict(body: PredictRequest, request: HttpRequest) -> Response:
+        """Ask any model: a picture gives classes with probabilities, texts give vectors, a prompt gives text."""
+        model = state.model(body.model, "predict")
+        call = record_of(request)
+        call.model, call.choices = model.name, 1
+        submit = partial(state.in_thread, _submitted, model.answerer, body.input)
+        response = await result_of(submit, request, state, call)
+        if response is None:
+            return Response(status_code=CLIENT_CLOSED)
+        return Response(await state.in_thread(_written, response, call), media_type="application/json")
+
+    return routes
+
+
+def _submitted(answerer: Answerer, given: dict[str, Any], stop: Event) -> Future[Any]:
+    """Check a request and hand it over. In a thread: a picture is decoded here, a long text tokenized."""
+    try:
+        asked = answerer.request_model.model_validate(given)
+    except ValidationError as error:
+        problems: list[Any] = error.errors(include_url=False, include_input=False)
+        problems = [{**problem, "loc": ("input", *problem["loc"])} for problem in problems]
+        raise from_validation(problems, answerer.request_model.model_fields) from None
+    return answerer.submit(asked, stop)
+
+
+def _written(response: BaseModel, call: RequestRecord) -> bytes:
+    """The response as JSON. Tokens that it counts are charged to the caller and logged."""
+    counted = {name: value for name, value in response if name in ("prompt_tokens", "completion_tokens")}
+    call.prompt_tokens = counted.get("prompt_tokens", 0)
+    call.completion_tokens = counted.get("completion_tokens", 0)
+    return response.model_dump_json().encode()
