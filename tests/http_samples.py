@@ -257,8 +257,9 @@ class FakeAnswerer(Answerer):
 def served(
     engine: Any, name: str = "fake", folder: Path = Path("nowhere"), can: Sequence[str] = ("generate", "predict")
 ) -> ServedModel:
-    """An engine as a model of a server."""
-    return ServedModel(name, FakeAnswerer(engine, name, folder, can), artifact_id="0" * 64, size_bytes=1234)
+    """An engine, or an open model, as a model of a server."""
+    answerer = engine if isinstance(engine, Answerer) else FakeAnswerer(engine, name, folder, can)
+    return ServedModel(name, answerer, artifact_id="0" * 64, size_bytes=1234)
 
 
 @dataclass

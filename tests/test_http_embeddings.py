@@ -15,16 +15,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from gulliver.runtime.batching.encoder import Encoder, is_encoder, read_pooling
 from http_samples import FakeEngine, served, serving
 from language_samples import write_encoder
 
 from gulliver.core.errors import ArtifactError
-from gulliver.runtime.batching import encoder as embeddings
-from gulliver.runtime.batching.records import EngineClosed, QueueFull
+from gulliver.runtime.batching.queue import BatchQueue
 from gulliver.serve.errors import ErrorAnswer
 from gulliver.serve.openai import response_schemas as answers
 from gulliver.serve.state import Settings
+from gulliver.tasks.answerer import OpenOptions
+from gulliver.tasks.encoder.answerer import EncoderAnswerer
+from gulliver.tasks.encoder.pooling import read_pooling
 
 TEXTS = ["a giant", "home", "a giant made at home among small machines"]
 
@@ -36,8 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[httpx.Client]:
-    encoder = Encoder(folder, "encoder", queue=4)
-    models = [served(encoder, "encoder", folder, ("embed", "predict"))]
+    models = [served(EncoderAnswerer(folder, "encoder", OpenOptions(queue=4)), "encoder")]
     with serving(FakeEngine(), models=models) as server, server.client() as client:
         yield client
 
@@ -118,8 +118,9 @@ def test_an_encoder_does_not_chat(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("end", ["gone", "timeout", "drain"])
-def test_work_that_nobody_waits_for_ends(end: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = Encoder(folder, "encoder")
+def test_work_that_nobody_waits_for_ends(end: str, folder: Path) -> None:
+    encoder = EncoderAnswerer(folder, "encoder", OpenOptions())
+    encoder.close()
     passes = 0
 
     def one_pass(texts: Any) -> np.ndarray:
@@ -128,9 +129,8 @@ def test_work_that_nobody_waits_for_ends(end: str, folder: Path, monkeypatch: py
         time.sleep(0.02)
         return np.zeros((len(texts), encoder.width), np.float32)
 
-    monkeypatch.setattr(encoder, "_pass", one_pass)
-    monkeypatch.setattr(embeddings, "BATCH_TOKENS", 1)
-    models = [served(encoder, "encoder", folder, ("embed", "predict"))]
+    encoder.engine = BatchQueue("encoder", one_pass, batch=1, cost=len)
+    models = [served(encoder, "encoder")]
     body = {"model": "encoder", "input": ["a"] * 500}
     settings = Settings(timeout_seconds=0.2 if end == "timeout" else 60)
     with serving(FakeEngine(), models=models, settings=settings) as server, server.client() as client:
@@ -138,14 +138,13 @@ def test_work_that_nobody_waits_for_ends(end: str, folder: Path, monkeypatch: py
             with pytest.raises(httpx.ReadTimeout):
                 client.post("/v1/embeddings", json=body, timeout=0.2)
         else:
-            timer = threading.Timer(0.2, encoder.drain, [0.0])
+            timer = threading.Timer(0.2, encoder.engine.drain, [0.0])
             if end == "drain":
                 timer.start()
             assert client.post("/v1/embeddings", json=body).status_code == (503 if end == "drain" else 504)
         deadline = time.monotonic() + 10
-        while encoder.stats()["requests_waiting"] and time.monotonic() < deadline:
+        while server.state.active and time.monotonic() < deadline:
             time.sleep(0.01)
-    encoder.close()
     assert 0 < passes < 250
 
 
@@ -170,10 +169,9 @@ def test_the_folders_pooling_is_done(kind: str, normalize: bool, tmp_path: Path)
     rows = [{"idx": place, "type": f"sentence_transformers.models.{name}"} for place, name in enumerate(modules)]
     (folder / "modules.json").write_text(json.dumps(rows))
     (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 20}')
-    encoder = Encoder(folder, "encoder")
-    assert encoder.context == 20
-    found = encoder.submit([encoder.text.encode(text)[:64] for text in TEXTS]).result(10)
-    encoder.close()
+    with EncoderAnswerer(folder, "encoder", OpenOptions()) as encoder:
+        assert encoder.context == 20
+        found = encoder.embed([tuple(encoder.text.encode(text)[:64]) for text in TEXTS]).result(10)
     np.testing.assert_allclose(found, oracle(folder, kind, normalize), atol=1e-5)
 
 
@@ -181,27 +179,7 @@ def test_pooling_that_is_not_known_is_refused(tmp_path: Path) -> None:
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_weightedmean_tokens": true}')
     with pytest.raises(ArtifactError, match="weightedmean"):
-        read_pooling(tmp_path, 512)
+        read_pooling(tmp_path)
     (tmp_path / "1_Pooling" / "config.json").write_text("{")
     with pytest.raises(ArtifactError, match="damaged"):
-        read_pooling(tmp_path, 512)
-
-
-def test_encoders_are_told_from_others(folder: Path, tmp_path: Path) -> None:
-    assert is_encoder(folder)
-    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-    assert not is_encoder(tmp_path)
-    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
-    assert is_encoder(tmp_path)
-
-
-def test_its_queue_is_bounded_and_it_ends(folder: Path) -> None:
-    encoder = Encoder(folder, "encoder", queue=1)
-    texts = [encoder.text.encode("a giant")] * 400
-    first = encoder.submit(texts)
-    with pytest.raises(QueueFull):
-        encoder.submit(texts)
-    assert encoder.drain(10) and first.done() and encoder.stats()["rejected"] == 1
-    with pytest.raises(EngineClosed):
-        encoder.submit(texts)
-    encoder.close()
+        read_pooling(tmp_path)

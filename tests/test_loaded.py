@@ -25,7 +25,7 @@ def test_a_folder_is_opened_and_answers(backend: str, tmp_path: Path) -> None:
 
 
 def test_folders_that_cannot_be_served(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="sentence encoder"):
+    with pytest.raises(ConfigError, match="no language model head"):
         load_engine(write_encoder(tmp_path / "encoder"), backend="reference")
     with pytest.raises(ArtifactError):
         load_engine(tmp_path / "nothing")

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import openai
 import pydantic
 import pytest
-from gulliver.runtime.batching.encoder import Encoder
 from http_samples import Running, served, serving
 from language_samples import write_causal, write_encoder
 
-from gulliver.runtime.batching.open import load_engine
+from gulliver.tasks import open_model
+from gulliver.tasks.answerer import OpenOptions
 
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}\n{% endif %}"
@@ -38,10 +38,10 @@ TOOLS: Any = [
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = write_causal(tmp_path_factory.mktemp("model"), max_position_embeddings=2048)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    engine = load_engine(folder, name="tiny", threads=1, cache_tokens=8192)
+    tiny = open_model(folder, "language", "tiny", OpenOptions(threads=1, cache_tokens=8192))
     encoder_folder = write_encoder(tmp_path_factory.mktemp("encoder"))
-    encoder = Encoder(encoder_folder, "encoder")
-    models = [served(engine, "tiny", folder), served(encoder, "encoder", encoder_folder, "embeddings")]
+    encoder = open_model(encoder_folder, "encoder", "encoder", OpenOptions())
+    models = [served(tiny, "tiny"), served(encoder, "encoder")]
     with serving(models=models) as running:
         yield running
 

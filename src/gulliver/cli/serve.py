@@ -38,7 +38,7 @@ def serve(options: ServeOptions, session: Session) -> tuple[Any, list[str]]:
     finally:
         sock.close()
         for model in models:
-            model.engine.close()
+            model.answerer.close()
     return {"served": [model.name for model in models]}, ["stopped"]
 
 

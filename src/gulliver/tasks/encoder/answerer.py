@@ -68,8 +68,12 @@ class EncoderAnswerer(Embedding):
 
     def submit(self, request: TextsRequest, stop: Event | None = None) -> Future[Any]:
         rows = [self.tokens(text, truncate=request.truncate) for text in request.texts]
-        made = self.response_model
-        return then(self.embed(rows, stop), lambda vectors: made(vectors=[vector.tolist() for vector in vectors]))
+        made, count = self.response_model, sum(map(len, rows))
+
+        def response(vectors: list[Any]) -> Any:
+            return made(vectors=[vector.tolist() for vector in vectors], prompt_tokens=count)
+
+        return then(self.embed(rows, stop), response)
 
     def tokens(self, row: str | Sequence[int], *, truncate: bool) -> tuple[int, ...]:
         tokens = self.text.encode(row) if isinstance(row, str) else list(row)

@@ -15,6 +15,7 @@ class TextsRequest(BaseModel):
 
 
 class VectorsResponse(BaseModel):
-    """One vector per text, in order."""
+    """One vector per text, in order; how many tokens were read."""
 
     vectors: list[list[float]]
+    prompt_tokens: int
