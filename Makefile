@@ -1,15 +1,15 @@
 # make quickstart | test | check | docs | bench | fuzz. PIP_ARGS goes to pip, for instance to take torch's small CPU build:
 #   make quickstart PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
-# make bench measures what has no row in benchmarks/results yet, and draws the tables; hours, on a machine that does nothing
-# else. Its halves: make bench-compress (compress.json) and make bench-runtime (runtime.json), which needs make bench-peers once.
-#   PARENT   the parent, a Hugging Face folder: the one that the peers in benchmarks/results/peers.json were made from
+# make bench measures what has no row in benchmarks/results yet, and draws the tables. It takes hours on an otherwise idle
+# machine. Its halves: make bench-compress (compress.json) and make bench-runtime (runtime.json), which needs make bench-peers once.
+#   PARENT   the parent, a Hugging Face folder: the one from which the peers in benchmarks/results/peers.json were made
 #   DATA     a folder with wikitext-2.valid.txt, wikitext-2.test.txt and tinyshakespeare.txt
-#   MODEL    the fitted model whose speed is measured (default: what bench-compress leaves of 72MB at effort normal)
+#   MODEL    the fitted model whose speed is measured (default: the one that bench-compress made, 72MB at effort normal)
 #   PEERS    what bench-peers makes: llama.cpp and OpenVINO GenAI with their files (default SCRATCH/peers)
-#   SCRATCH  where the work is kept until it is whole (default out/bench; 25 GB)
+#   SCRATCH  where unfinished work is kept (default out/bench; 25 GB)
 #   PART     one part instead of all:  make bench-compress PARENT=… DATA=… PART="fit --effort high --size 84MB"
 #                                      make bench-runtime PARENT=… DATA=… PART="decode --rounds 9"
-# make fuzz tries random packed tensors on the native kernels under the sanitizers; COUNT of them (default 1000000, minutes).
+# make fuzz runs the native kernels on COUNT random packed tensors under the sanitizers (default 1000000; minutes).
 PYTHON ?= python3
 PIP_ARGS ?=
 WORKERS ?= 2
@@ -20,7 +20,7 @@ MODEL ?= $(SCRATCH)/fit-normal-72MB/fitted
 PEERS ?= $(SCRATCH)/peers
 PART ?= all
 COUNT ?= 1000000
-# What an installation is made from: it is made again when the native sources change.
+# The sources of an installation: a change to the native sources reinstalls it.
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/gulliver/runtime/native/*)
 RUNTIME = $(BIN)/python benchmarks/runtime.py --model "$(MODEL)" --parent "$(PARENT)" --data-folder "$(DATA)" \
   --home "$(SCRATCH)" --peers "$(PEERS)"
