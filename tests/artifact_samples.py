@@ -17,7 +17,7 @@ def make(folder: Path, content: dict[str, bytes] = CONTENT, **changes: Any) -> A
     options: dict[str, Any] = {
         "kind": "model",
         "task": "language",
-        "parents": ["a" * 64],
+        "inputs": {"model": ["a" * 64]},
         "step": {"name": "quantize", "version": 2},
         "config": {"bits": 4, "damping": 0.01},
         "seed": 7,

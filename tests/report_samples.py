@@ -42,7 +42,7 @@ def artifact(
     """A committed artifact; a file given as a number is that many zero bytes, a record writes itself."""
     step_body = {"name": step, "version": 1}
     with store.writer(
-        kind=kind, task="language", parents=parents, step=step_body, config=config or {}, seed=0
+        kind=kind, task="language", inputs={"model": parents} if parents else {}, step=step_body, config=config or {}
     ) as writer:
         for name, content in files.items():
             if isinstance(content, Record):

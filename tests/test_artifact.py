@@ -35,7 +35,7 @@ def test_a_committed_artifact_reads_back(tmp_path: Path) -> None:
     artifact = make(tmp_path)
     assert artifact.path == tmp_path / artifact.id
     assert (artifact.kind, artifact.task, artifact.seed) == ("model", "language", 7)
-    assert artifact.parents == ("a" * 64,)
+    assert (artifact.inputs, artifact.parents) == ({"model": ("a" * 64,)}, ("a" * 64,))
     assert artifact.step == {"name": "quantize", "version": 2}
     assert artifact.config == {"bits": 4, "damping": 0.01}
     assert sorted(artifact.files) == sorted(CONTENT)
@@ -55,7 +55,9 @@ def test_the_id_depends_on_content_and_origin_only(tmp_path: Path) -> None:
         {"seed": 8},
         {"config": {"bits": 3, "damping": 0.01}},
         {"step": {"name": "quantize", "version": 3}},
-        {"parents": ["b" * 64]},
+        {"inputs": {"model": ["b" * 64]}},
+        {"inputs": {"parent": ["a" * 64]}},
+        {"inputs": {}},
         {"task": "vision"},
         {"kind": "report"},
     ]
@@ -111,7 +113,9 @@ def test_a_killed_writer_is_swept_and_a_living_one_is_not(tmp_path: Path) -> Non
     [
         ({"kind": "modle"}, "did you mean 'model'"),
         ({"task": "Language Models"}, "lower-case"),
-        ({"parents": ["abc"]}, "64 hex digits"),
+        ({"inputs": {"model": ["abc"]}}, "64 hex digits"),
+        ({"inputs": {"the model": ["a" * 64]}}, "plain lower-case name"),
+        ({"inputs": {"model": ["a" * 64] * 2}}, "duplicate id"),
         ({"step": {"name": "s"}}, "name and version"),
         ({"seed": -1}, "seed is -1"),
     ],
@@ -121,8 +125,27 @@ def test_a_writer_refuses_a_wrong_manifest_at_once(tmp_path: Path, change: dict[
         make(tmp_path, **change)
 
 
-def test_a_parent_named_twice_counts_once(tmp_path: Path) -> None:
-    assert make(tmp_path, parents=["a" * 64, "b" * 64, "a" * 64]).parents == ("a" * 64, "b" * 64)
+def test_an_input_in_two_roles_is_one_parent_and_several_keep_their_order(tmp_path: Path) -> None:
+    made = make(tmp_path, inputs={"parent": ["a" * 64], "models": ["c" * 64, "a" * 64, "b" * 64]})
+    assert made.inputs["models"] == ("c" * 64, "a" * 64, "b" * 64)
+    assert made.parents == ("c" * 64, "a" * 64, "b" * 64)
+    other = make(tmp_path, inputs={"parent": ["a" * 64], "models": ["b" * 64, "a" * 64, "c" * 64]})
+    assert other.id != made.id
+
+
+def test_an_artifact_of_format_1_opens_verifies_and_is_copied_as_it_is(tmp_path: Path) -> None:
+    made = make(tmp_path)
+
+    def before_roles(body: dict[str, Any]) -> None:
+        del body["inputs"]
+        body.update(format=1, parents=["b" * 64, "a" * 64])
+
+    rewrite(made, before_roles)
+    old = open_artifact(made.path)
+    assert old.inputs == {"": ("b" * 64, "a" * 64)} and old.parents == ("b" * 64, "a" * 64)
+    assert old.id != made.id and old.manifest == json.loads((made.path / "gulliver.json").read_bytes())
+    verify(old)
+    assert copy_artifact(old, tmp_path / "copy").id == old.id
 
 
 def test_a_writer_refuses_links_and_its_own_manifest(tmp_path: Path) -> None:

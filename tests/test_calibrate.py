@@ -306,7 +306,7 @@ def test_samples_and_dataset_are_dealt_out_in_turn(language: Lab, monkeypatch: p
     own = write_dataset(language.store.artifacts_folder, ["a child counts. " * 200], [])
     inputs: dict[str, Artifact] = {"model": language.model, "dataset": language.dataset}
     alone, both = language.step("calibrate", FEW, **inputs), language.step("calibrate", FEW, **inputs, samples=own)
-    assert both.parents == (language.model.id, language.dataset.id, own.id)
+    assert both.inputs == {"model": (language.model.id,), "dataset": (language.dataset.id,), "samples": (own.id,)}
     tokens = get_task("language")
     first = next(tokens.batches(language.dataset, "train", 4, 0, 0, folder=language.model.path, tokens=32))["tokens"]
     second = next(tokens.batches(own, "train", 4, 0, 0, folder=language.model.path, tokens=32))["tokens"]

@@ -158,7 +158,7 @@ def test_what_cannot_be_healed(language: Lab, digits: Lab, packed: Artifact) -> 
         language.step("distill", QUICK, **inputs)
     inputs = {"model": packed, "parent": language.model, "dataset": language.dataset}
     with pytest.raises(BudgetError, match="--effort normal"):
-        call("distill", QUICK, inputs, store=language.store, progress=Progress(quiet=True), max_ram_bytes=10**9)
+        call("distill", QUICK | {"max_ram_bytes": 10**9}, inputs, store=language.store, progress=Progress(quiet=True))
 
 
 def test_another_family_heals(digits: Lab) -> None:

@@ -20,6 +20,12 @@ def entry(name: str) -> Callable[[dict[str, Any]], object]:
     return lambda m: m["files"].__setitem__(name, m["files"]["config.json"])
 
 
+def old(body: dict[str, Any], parents: Any) -> None:
+    """The manifest as format 1 had it."""
+    del body["inputs"]
+    body.update(format=1, parents=parents)
+
+
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "traversal": (entry("../outside"), "leaves the folder"),
     "deep traversal": (entry("head/../../outside"), "leaves the folder"),
@@ -37,16 +43,26 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "lists itself": (entry("gulliver.json"), "may not be listed"),
     "lists an annotation": (entry("README.md"), "may not be listed"),
     "no format": (lambda m: m.pop("format"), "the key 'format' is missing"),
-    "newer format": (lambda m: m.update(format=2), "upgrade"),
+    "newer format": (lambda m: m.update(format=3), "upgrade"),
     "format true": (lambda m: m.update(format=True), "format is True"),
-    "unknown key": (lambda m: m.update(parnts=[]), "did you mean 'parents'"),
+    "unknown key": (lambda m: m.update(inptus=[]), "did you mean 'inputs'"),
     "missing key": (lambda m: m.pop("files"), "the key 'files' is missing"),
     "unknown kind": (lambda m: m.update(kind="weights"), "unknown kind 'weights'"),
     "kind a list": (lambda m: m.update(kind=[]), "unknown kind"),
     "task a number": (lambda m: m.update(task=3), "task is 3"),
-    "parents text": (lambda m: m.update(parents="a" * 64), "parents must be a list"),
-    "parent a path": (lambda m: m.update(parents=["../" * 21 + "x"]), "not 64 hex digits"),
-    "parent twice": (lambda m: m.update(parents=["a" * 64] * 2), "stands there twice"),
+    "format 0": (lambda m: m.update(format=0), "format is 0"),
+    "parents in format 2": (lambda m: m.update(parents=["a" * 64]), "unknown key 'parents'"),
+    "inputs a list": (lambda m: m.update(inputs=["a" * 64]), "inputs must be a JSON object"),
+    "role a path": (lambda m: m.update(inputs={"../x": ["a" * 64]}), "not a plain lower-case name"),
+    "role empty": (lambda m: m.update(inputs={"": ["a" * 64]}), "not a plain lower-case name"),
+    "input text": (lambda m: m.update(inputs={"model": "a" * 64}), "input model must be a list"),
+    "input empty": (lambda m: m.update(inputs={"model": []}), "input model is an empty list"),
+    "input a path": (lambda m: m.update(inputs={"model": ["../" * 21 + "x"]}), "not 64 hex digits"),
+    "input twice": (lambda m: m.update(inputs={"model": ["a" * 64] * 2}), "duplicate id"),
+    "inputs in format 1": (lambda m: m.update(format=1), "unknown key 'inputs'"),
+    "format 1 parents text": (lambda m: old(m, "a" * 64), "parents must be a list"),
+    "format 1 parent a path": (lambda m: old(m, ["../" * 21 + "x"]), "not 64 hex digits"),
+    "format 1 parent twice": (lambda m: old(m, ["a" * 64] * 2), "duplicate id"),
     "step extra": (lambda m: m["step"].update(code="x"), "name and version"),
     "version text": (lambda m: m["step"].update(version="2"), "step version must be a whole number"),
     "config a list": (lambda m: m.update(config=[]), "config must be a JSON object"),
@@ -74,8 +90,8 @@ RAW: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "truncated": (lambda data: data[: len(data) // 2], "not valid JSON"),
     "not UTF-8": (lambda data: b"\xff\xfe" + data, "not UTF-8"),
     "a list": (lambda data: b"[]", "must be a JSON object"),
-    "key twice": (lambda data: data.replace(b'"seed":7', b'"seed":7,"seed":8'), "'seed' stands there twice"),
-    "file twice": (lambda data: data.replace(b'"config.json":{', b'"config.json":1,"config.json":{'), "there twice"),
+    "key twice": (lambda data: data.replace(b'"seed":7', b'"seed":7,"seed":8'), "duplicate key 'seed'"),
+    "file twice": (lambda data: data.replace(b'"config.json":{', b'"config.json":1,"config.json":{'), "duplicate key"),
     "huge number": (lambda data: data.replace(b'"seed":7', b'"seed":' + b"9" * 5000), "does not fit in 64 bits"),
     "huge float": (lambda data: data.replace(b"0.01", b"1e999"), "not finite"),
     "NaN": (lambda data: data.replace(b"0.01", b"NaN"), "not finite"),
@@ -96,10 +112,10 @@ def test_hostile_bytes_have_an_error_of_their_own(tmp_path: Path, name: str) -> 
 
 
 BODY: dict[str, Any] = {
-    "format": 1,
+    "format": 2,
     "kind": "model",
     "task": "language",
-    "parents": ["a" * 64],
+    "inputs": {"model": ["a" * 64]},
     "step": {"name": "quantize", "version": 2},
     "config": {"bits": 4, "damping": 0.01},
     "seed": 7,

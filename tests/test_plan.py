@@ -233,7 +233,7 @@ def test_another_family_is_planned_by_the_same_step(digits: Lab) -> None:
 def replaced(lab: Lab, made: Artifact, text: str) -> Artifact:
     """A plan with this text in place of its own."""
     with lab.store.writer(
-        kind="report", task=made.task, parents=made.parents, step={"name": "plan", "version": 1}, config={}
+        kind="report", task=made.task, inputs=made.inputs, step={"name": "plan", "version": 1}, config={}
     ) as writer:
         (writer.path / Plan.file).write_text(text, encoding="utf-8")
         return writer.commit()

@@ -22,7 +22,7 @@ from gulliver.tasks import get_task
 
 @pytest.fixture
 def ctx(store, quiet):
-    return Context(store=store, progress=quiet, work=store.work("0" * 64))
+    return Context(store=store, progress=quiet, work=store.work("0" * 64), step="pull")
 
 
 def fetch(ctx, source, **options):

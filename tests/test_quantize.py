@@ -193,7 +193,7 @@ def test_one_format_for_all_and_the_rest_in_16_bits(language: Lab, options: dict
     verify(packed)
     assert contents(packed, Calibration.file) == contents(language.calibration, Calibration.file)
     assert {"config.json", "tokenizer.json"} <= set(packed.files)
-    assert packed.parents == (language.model.id, language.calibration.id)
+    assert packed.inputs == {"model": (language.model.id,), "calibration": (language.calibration.id,)}
     assert packed.weight_bytes < language.model.weight_bytes * (options["bits"] + 1.5) / 32
 
 

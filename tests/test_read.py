@@ -22,7 +22,7 @@ PASSAGE = "the giant measures every island and the queen counts the lanterns. " 
 
 @pytest.fixture
 def ctx(store, quiet):
-    return Context(store=store, progress=quiet, work=store.work("0" * 64))
+    return Context(store=store, progress=quiet, work=store.work("0" * 64), step="read")
 
 
 def rows(artifact):

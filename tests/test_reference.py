@@ -204,7 +204,7 @@ def test_a_wrong_packing_is_refused(name: str, folder: Path) -> None:
         (b"\xff\xfe", "not UTF-8"),
         (b"[]", "format and tensors, nothing else"),
         (b"[" * 100_000, "nested too deep"),
-        (b'{"format": 1, "format": 1, "tensors": {}}', "stands there twice"),
+        (b'{"format": 1, "format": 1, "tensors": {}}', "duplicate key 'format'"),
         (b'{"format": 1, "tensors": {"w": NaN}}', "not finite"),
         (b'{"format": 1, "tensors": {"w": {"shape": [40, 1' + b"0" * 30 + b'], "parts": []}}}', "64 bits"),
     ],

@@ -38,7 +38,7 @@ def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> Opener:
 
 
 def write(store: Store, data: bytes = b"w", **changes: Any) -> Artifact:
-    return make(store.artifacts_folder, {"model.safetensors": data}, **{"parents": [], **changes})
+    return make(store.artifacts_folder, {"model.safetensors": data}, **{"inputs": {}, **changes})
 
 
 # ---- artifacts ----------------------------------------------------------------------------------------------------
@@ -82,12 +82,18 @@ def test_artifacts_are_listed_oldest_first_and_unfinished_ones_not(store: Store)
 
 def test_lineage_goes_back_to_the_roots_once_each(store: Store) -> None:
     gone = "c" * 64
-    root = write(store, b"root", parents=[gone])
-    left, right = write(store, b"left", parents=[root.id]), write(store, b"right", parents=[root.id])
-    top = write(store, b"top", parents=[left.id, right.id])
+    root = write(store, b"root", inputs={"model": [gone]})
+    left, right = (
+        write(store, b"left", inputs={"model": [root.id]}),
+        write(store, b"right", inputs={"parent": [root.id]}),
+    )
+    top = write(store, b"top", inputs={"models": [left.id, right.id]})
     lineage = store.lineage(top.id[:8])
     assert [row["id"] for row in lineage] == [top.id, left.id, right.id, root.id, gone]
-    assert lineage[0] == top.manifest and lineage[-1] == {"id": gone, "missing": True}
+    assert lineage[0] == {**top.manifest, "parents": [left.id, right.id]} and lineage[-1] == {
+        "id": gone,
+        "missing": True,
+    }
 
 
 def test_a_new_store_sweeps_what_a_killed_process_left(tmp_path: Path) -> None:
@@ -142,11 +148,16 @@ def test_what_was_recorded_cannot_be_changed(reopen: Opener) -> None:
 def test_runs_are_found_by_key_and_the_newest_counts(reopen: Opener) -> None:
     store = reopen()
     assert store.find_run("key") is None
-    store.finish_run("key", "quantize", {"bits": 4}, {"model": "b" * 64}, "a" * 64, 1.25, 2**40)
-    store.finish_run("key", "quantize", {"bits": 4}, {"model": "b" * 64}, "c" * 64, 2, 5)
-    assert reopen().find_run("key") == "c" * 64 and store.find_run("other") is None
-    first, second = reopen().runs()
-    assert (first.step, first.config, first.inputs) == ("quantize", {"bits": 4}, {"model": "b" * 64})
+    inputs = {"model": ["b" * 64], "models": ["c" * 64, "a" * 64]}
+    store.finish_run("key", "quantize", {"bits": 4}, inputs, "a" * 64, 1.25, 2**40)
+    store.finish_run("key", "quantize", {"bits": 4}, inputs, "c" * 64, 2, 5)
+    store.finish_run("key", "quantize", {"bits": 4}, inputs, "d" * 64, 2, 2**40)
+    newest, small = reopen().find_run("key"), reopen().find_run("key", 2**40 - 1)
+    assert newest is not None and newest.artifact_id == "d" * 64 and newest.inputs == inputs
+    assert small is not None and (small.artifact_id, small.peak_rss_bytes) == ("c" * 64, 5)
+    assert store.find_run("key", 4) is None and store.find_run("other") is None
+    first, second, _ = reopen().runs()
+    assert (first.step, first.config, first.inputs) == ("quantize", {"bits": 4}, inputs)
     assert (first.artifact_id, first.seconds, first.peak_rss_bytes) == ("a" * 64, 1.25, 2**40)
     assert first.finished_at.endswith("+00:00") and second.key == "key"
     with pytest.raises(ArtifactError, match="that quantize made"):
@@ -155,14 +166,26 @@ def test_runs_are_found_by_key_and_the_newest_counts(reopen: Opener) -> None:
 
 def test_a_context_fills_in_what_a_step_need_not_know(store: Store) -> None:
     progress = Progress(quiet=True)
-    ctx = Context(store, progress, store.work("k"), seed=3, command="gulliver x", machine_name="m", step_version=4)
-    with ctx.writer(kind="report", task="vision", parents=(), step_name="calibrate", config={"n": 1}) as writer:
+    ctx = Context(
+        store,
+        progress,
+        store.work("k"),
+        "calibrate",
+        4,
+        {"model": ["a" * 64]},
+        seed=3,
+        command="gulliver x",
+        machine_name="m",
+    )
+    with ctx.writer(kind="report", task="vision", config={"n": 1, "max_ram_bytes": 10**9}) as writer:
         (writer.path / "report.json").write_text("{}")
         artifact = writer.commit()
     assert (artifact.seed, artifact.step) == (3, {"name": "calibrate", "version": 4})
+    assert artifact.inputs == {"model": ("a" * 64,)}
+    assert artifact.config == {"n": 1}  # what a run may take is no part of what it makes
     ctx.record([replace(measured("accuracy", 0.5), artifact_id=artifact.id)])
     (item,) = store.evidence(artifact.id)
-    assert (item.machine, item.command) == ("m", "gulliver x")
+    assert (item.machine, item.command) == ("m", "gulliver x") and ctx.recorded == {artifact.id}
 
 
 # ---- schema -------------------------------------------------------------------------------------------------------
@@ -282,7 +305,7 @@ def test_homes_that_share_a_new_database_migrate_it_once(
     with ThreadPoolExecutor(4) as pool:
         stores = list(pool.map(lambda number: Store(tmp_path / f"home-{number}", shared), range(4)))
     stores[0].finish_run("k", "pull", {}, {}, "a" * 64, 1.0, 1)
-    assert [store.find_run("k") for store in stores] == ["a" * 64] * 4
+    assert [store.runs()[0].artifact_id for store in stores] == ["a" * 64] * 4
 
 
 def test_a_lock_excludes_and_dies_with_its_process(store: Store) -> None:

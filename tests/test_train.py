@@ -28,7 +28,7 @@ TOY = TrainOptions(steps=8, batch_size=8, checkpoint_every=3, warmup_steps=2)
 def make_context(home, work="work", seed=0):
     folder = home / work
     folder.mkdir(parents=True, exist_ok=True)
-    return Context(store=Store(home), progress=Progress(quiet=True), work=folder, seed=seed)
+    return Context(store=Store(home), progress=Progress(quiet=True), work=folder, step="train", seed=seed)
 
 
 @pytest.fixture

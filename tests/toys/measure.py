@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
-
 from gulliver.core.context import Context
 from gulliver.core.evidence.evidence import Evidence
+from gulliver.core.options import Options
 from gulliver.core.store.artifact import Artifact
 
 
-class Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class Config(Options):
     windows: int = 8
 
 
@@ -40,7 +37,6 @@ def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
             for metric, value, half, unit in rows
         ]
     )
-    parents = [artifact.id for artifact in inputs.values()]
-    with ctx.writer(kind="report", task="toy", parents=parents, step_name="measure", config=cfg) as writer:
+    with ctx.writer(kind="report", task="toy", config=cfg) as writer:
         (writer.path / "measure.json").write_text(f'{{"windows": {cfg.windows}}}')
         return writer.commit()

@@ -7,20 +7,17 @@ import time
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 from safetensors.numpy import load_file, save_file
 
 from gulliver.core.context import Context
+from gulliver.core.options import Limited
 from gulliver.core.store.artifact import Artifact
 
 
-class Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class Config(Limited):
     bits: Literal[2, 4, 8] = 4
     blocks: int = 4
     block_seconds: float = 0.0
-    max_ram_bytes: int | None = None
     group_sizes: tuple[int, ...] = (32,)
     exact: bool = False
 
@@ -41,6 +38,6 @@ def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
                 os.rename(ctx.work / "unfinished", done)
             bar.advance()
     parts = [np.load(ctx.work / f"block-{block}.npy") for block in range(cfg.blocks)]
-    with ctx.writer(kind="model", task="toy", parents=(model.id,), step_name="shrink", config=cfg) as writer:
+    with ctx.writer(kind="model", task="toy", config=cfg) as writer:
         save_file({"w": np.concatenate(parts)}, writer.path / "model.safetensors")
         return writer.commit()

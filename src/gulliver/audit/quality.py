@@ -40,7 +40,7 @@ def run(cfg: QualityOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
     evidence = [*evidence, *size(model, parent, weights)]
     owner = None if parent is None else parent.id
     evidence = [item.filled(artifact_id=model.id, parent_id=owner) for item in evidence]
-    report = write_report(QualityReport, evidence, inputs, cfg, ctx, "quality")
+    report = write_report(QualityReport, evidence, inputs, cfg, ctx)
     ctx.record(evidence)
     return report
 
@@ -80,14 +80,11 @@ def write_report(
     inputs: dict[str, Artifact],
     cfg: Options,
     ctx: Context,
-    step_name: str,
 ) -> Artifact:
     """A report artifact whose one file, a `record`, holds the evidence and the ids of what was measured."""
     filled = tuple(item.filled(machine=ctx.machine_name, command=ctx.command) for item in evidence)
     measured_on = {role: artifact.id for role, artifact in inputs.items()}
-    parents = [artifact.id for artifact in inputs.values()]
-    task = inputs["model"].task
-    with ctx.writer(kind="report", task=task, parents=parents, step_name=step_name, config=cfg) as writer:
+    with ctx.writer(kind="report", task=inputs["model"].task, config=cfg) as writer:
         record(evidence=filled, **measured_on).write(writer.path)
         return writer.commit()
 

@@ -25,7 +25,7 @@ def run(cfg: SpeedOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifac
     with ctx.progress.stage("speed", unit="model"):
         found = in_fresh_process({"folder": str(model.path), "task": model.task, "repeats": cfg.repeats})
     evidence = [item.filled(artifact_id=model.id) for item in evidence_of(found, cfg.repeats)]
-    report = write_report(SpeedReport, evidence, inputs, cfg, ctx, "speed")
+    report = write_report(SpeedReport, evidence, inputs, cfg, ctx)
     ctx.record(evidence)
     return report
 

@@ -29,15 +29,16 @@ def show(options: OneArtifact, session: Session) -> tuple[Any, list[str]]:
         f"task {document['task']}, made by {document['step']['name']} version {document['step']['version']}",
         f"folder {document['path']}, {megabytes(document['weight_bytes'])} of weights",
         "",
-        *table(("lineage", "kind", "step"), [_ancestor(manifest) for manifest in document["lineage"]]),
+        *table(("lineage", "kind", "step", "from"), [_ancestor(manifest) for manifest in document["lineage"]]),
     ]
     return document, [*lines, "", *evidence_table(document["evidence"])]
 
 
-def _ancestor(manifest: dict[str, Any]) -> tuple[str, str, str]:
+def _ancestor(manifest: dict[str, Any]) -> tuple[str, ...]:
     if manifest.get("missing"):
-        return manifest["id"][:12], "not here", ""
-    return manifest["id"][:12], manifest["kind"], manifest["step"]["name"]
+        return manifest["id"][:12], "not here", "", ""
+    made_from = [f"{role} {one[:12]}".strip() for role, ids in manifest["inputs"].items() for one in ids]
+    return manifest["id"][:12], manifest["kind"], manifest["step"]["name"], ", ".join(made_from)
 
 
 def verify(options: OneArtifact, session: Session) -> tuple[Any, list[str]]:

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from gulliver.compress.observe import Moments, output_gradients
 from gulliver.compress.options import CalibrateOptions
 from gulliver.compress.statistics import ROWS
-from gulliver.core import memory
 from gulliver.core.context import Context
-from gulliver.core.errors import BudgetError, ConfigError, DataError
+from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.overlap import fingerprints
 from gulliver.core.records import Calibration, StatisticsTable, WeightRow
 from gulliver.core.store.artifact import Artifact
@@ -33,8 +32,6 @@ from gulliver.tasks import get_task, same_examples
 from gulliver.tasks.base import Batch, Block, Task, Weight
 
 SENSITIVITY = "sensitivity.safetensors"
-BACKWARD_BYTES = 2_000_000_000
-"""Room for activations and gradients of one batch in the backward pass, beside the model itself."""
 
 
 def run(cfg: CalibrateOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
@@ -44,24 +41,22 @@ def run(cfg: CalibrateOptions, inputs: dict[str, Artifact], ctx: Context) -> Art
         raise ConfigError(f"the model is for {model.task}, but the dataset is for {dataset.task}")
     if is_packed(model.path):
         raise ConfigError(f"model {model.id[:12]} is packed already; calibrate the plain model that it came from")
-    check_ram(ctx, "the start")
+    ctx.check_ram("the start")
     task = get_task(model.task)
     batches = calibration_batches(task, cfg, [dataset, *([samples] if samples else [])], model, ctx)
     network = task.load(model.path, empty=True)
     blocks = task.blocks(network, batches)
-    chosen = _sensitivity(cfg, task, model, network, blocks, batches, ctx)
+    chosen = _sensitivity(cfg, task, model, blocks, batches, ctx)
     with torch.no_grad():
         _stream(network, model, blocks, batches, cfg, ctx)
-    resolved = cfg.model_copy(update={"sensitivity": "gradient" if chosen else "power"})
     known = fingerprints(unit for part in (dataset, samples) if part for unit in task.units_of(part.path, "train"))
-    parents = [part.id for part in (model, dataset, samples) if part]
-    with ctx.writer(kind="report", task=task.name, parents=parents, step_name="calibrate", config=resolved) as writer:
+    with ctx.writer(kind="report", task=task.name, config=cfg) as writer:
         weights = _collect(network, blocks, chosen, ctx.work, writer.path)
         StatisticsTable(
             model=model.id,
             weights=weights,
             blocks=tuple(block.name for block in blocks),
-            sensitivity=resolved.sensitivity,
+            sensitivity=cfg.sensitivity,
             examples=sum(next(iter(batch.values())).shape[0] for batch in batches),
         ).write(writer.path)
         Calibration(dataset=dataset.id, fingerprints=tuple(known)).write(writer.path)
@@ -82,42 +77,29 @@ def calibration_batches(
 
 # ---- how much outputs matter ----------------------------------------------------------------------------------------
 def _sensitivity(
-    cfg: CalibrateOptions,
-    task: Task,
-    model: Artifact,
-    network: nn.Module,
-    blocks: list[Block],
-    batches: list[Batch],
-    ctx: Context,
+    cfg: CalibrateOptions, task: Task, model: Artifact, blocks: list[Block], batches: list[Batch], ctx: Context
 ) -> dict[str, Tensor] | None:
     """Squared output gradients by the name of each module's weight; None when outputs count by their power."""
+    if cfg.sensitivity == "power":
+        return None
     path = ctx.work / SENSITIVITY
     if path.is_file():
-        return load_file(path) or None
-    needed = 4 * sum(parameter.numel() for parameter in network.parameters()) + BACKWARD_BYTES
-    fits = ctx.max_ram_bytes is None or memory.current_rss_bytes() + needed <= ctx.max_ram_bytes
-    if cfg.sensitivity == "power" or (cfg.sensitivity == "auto" and not fits):
-        return None
-    found: dict[str, Tensor] = {}
-    try:
-        whole = task.load(model.path)
-        watched = [pair for block in blocks for weight in block.weights for pair in owners(whole, weight.name)]
-        some = batches[: -(-cfg.gradient_examples // cfg.batch_size)]
-        with ctx.progress.stage("sensitivity", total=len(some), unit="batch") as bar:
-            with output_gradients(whole, watched) as sums:
-                for batch in some:
-                    with torch.autocast("cpu", dtype=torch.bfloat16):
-                        losses = task.loss(whole, batch)
-                    losses.sum().backward()
-                    bar.advance()
-            examples = sum(next(iter(batch.values())).shape[0] for batch in some)
-            found = {name: total / examples for name, total in sums.items()}
-    except ConfigError:
-        if cfg.sensitivity == "gradient":
-            raise
-        found = {}  # a family without a loss of its own
+        return load_file(path)
+    whole = task.load(model.path)
+    watched = [pair for block in blocks for weight in block.weights for pair in owners(whole, weight.name)]
+    some = batches[: -(-cfg.gradient_examples // cfg.batch_size)]
+    with ctx.progress.stage("sensitivity", total=len(some), unit="batch") as bar:
+        with output_gradients(whole, watched) as sums:
+            for batch in some:
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    losses = task.loss(whole, batch)
+                losses.sum().backward()
+                bar.advance()
+        examples = sum(next(iter(batch.values())).shape[0] for batch in some)
+        found = {name: total / examples for name, total in sums.items()}
+    ctx.check_ram('the backward pass (sensitivity = "power" does without it)')
     _save(found, path)
-    return found or None
+    return found
 
 
 # ---- streaming ------------------------------------------------------------------------------------------------------
@@ -139,10 +121,10 @@ def _stream(
                 passed = _pass(block, batches, _after(ctx.work, number - 1) if number else None, moments, ctx.work)
             moments.close()
             release(network, block.prefixes)
+            ctx.check_ram(block.name)
             _save(_tensors_of(moments), ctx.work / f"block-{number:04}.safetensors")
             passed.rename(_after(ctx.work, number))
             shutil.rmtree(_after(ctx.work, number - 1), ignore_errors=True)
-            check_ram(ctx, block.name)
             bar.advance(note=block.name)
 
 
@@ -176,19 +158,6 @@ def _tensors_of(moments: Moments) -> dict[str, Tensor]:
     tensors |= {f"leader:{key}:{name}": torch.zeros(1) for name, key in moments.shared.items()}
     tensors |= {f"count:{name}": counts for name, counts in moments.tables.items()}
     return tensors | {f"power:{name}": torch.tensor([power]) for name, power in moments.output_power.items()}
-
-
-def check_ram(ctx: Context, where: str) -> None:
-    """BudgetError when the process has ever held more than the limit; gives back what was freed."""
-    if ctx.max_ram_bytes is None:
-        return
-    memory.give_back_freed_memory()
-    peak = memory.peak_rss_bytes()
-    if peak > ctx.max_ram_bytes:
-        raise BudgetError(
-            f"memory reached {peak / 1e6:.0f} MB at {where}; the limit is {ctx.max_ram_bytes / 1e6:.0f} MB. "
-            "Raise max_ram_bytes, or lower batch_size or tokens"
-        )
 
 
 def _after(work: Path, number: int) -> Path:

@@ -51,13 +51,7 @@ def run(cfg: ExportOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifa
         facts = exporter(cfg.format, model.task)(model, staging, cfg.type, ctx)
     else:
         facts = _compressed(model, raw, staging, ctx, cfg.widen)
-    with ctx.writer(
-        kind="model",
-        task=model.task,
-        parents=[model.id],
-        step_name="export",
-        config={**cfg.model_dump(mode="json"), **facts},
-    ) as writer:
+    with ctx.writer(kind="model", task=model.task, config={**cfg.model_dump(mode="json"), **facts}) as writer:
         if cfg.format not in EXPORTS:  # one file that holds all of it
             copy_companions(model.paths(), writer.path, REPLACED)
         for path in sorted(staging.iterdir()):

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from gulliver.core.options import Options
+from gulliver.core.options import Limited, Options
+from gulliver.nets.files import stored_tensors
+from gulliver.tasks import family
+
+BACKWARD_BYTES = 2_500_000_000
+"""Room for the process, and activations and gradients of one batch in the backward pass, beside the model itself."""
 
 
-class CalibrateOptions(Options):
+class CalibrateOptions(Limited):
     """Options of `calibrate`."""
 
     examples: int = Field(64, ge=1, description="calibration examples (windows of text, images)")
@@ -20,10 +27,20 @@ class CalibrateOptions(Options):
         "auto", description="what outputs count by: the loss's gradient, or their own power; auto: by memory"
     )
     gradient_examples: int = Field(16, ge=1, description="examples of the backward pass")
-    max_ram_bytes: int | None = Field(None, ge=1, description="most resident memory of the process")
+
+    def resolved(self, inputs: Mapping[str, Any]) -> Self:
+        """Outputs count by the loss's gradient where the family has one and the memory limit allows a backward pass."""
+        if self.sensitivity != "auto":
+            return self
+        model = inputs["model"]
+        gradient = family(model.task).own_loss
+        if gradient and self.max_ram_bytes is not None:
+            weights = sum(math.prod(tensor.shape) for tensor in stored_tensors(model.path).values())
+            gradient = 4 * weights + BACKWARD_BYTES <= self.max_ram_bytes
+        return self.model_copy(update={"sensitivity": "gradient" if gradient else "power"})
 
 
-class PlanOptions(Options):
+class PlanOptions(Limited):
     """Options of `plan`."""
 
     size_bytes: int = Field(ge=1, description="most bytes of all weight files together")
@@ -33,7 +50,7 @@ class PlanOptions(Options):
     gptq: bool = Field(True, description="predict for GPTQ, as quantize does by default; else for rounding to nearest")
 
 
-class QuantizeOptions(Options):
+class QuantizeOptions(Limited):
     """Options of `quantize`. `bits`, `group_size` and `kind` are for a run without a plan."""
 
     bits: int = Field(4, ge=2, le=8, description="bits of a code: 2, 3, 4, 5, 6 or 8; not used with a plan")
@@ -44,7 +61,6 @@ class QuantizeOptions(Options):
     method: Literal["gptq", "rtn"] = Field(
         "gptq", description="gptq passes rounding errors on to later weights; rtn rounds each to nearest, the baseline"
     )
-    max_ram_bytes: int | None = Field(None, ge=1, description="most resident memory of the process")
 
 
 class ExportOptions(Options):

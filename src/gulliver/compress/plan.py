@@ -88,6 +88,7 @@ def run(cfg: PlanOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact
     job, measured = measurer(model, statistics, formats, cfg), []
     with ctx.progress.stage("plan", total=len(statistics.weights), unit="weight") as bar:
         for rows in each(job, sorted(statistics.weights), workers(ctx)):
+            ctx.check_ram(rows[0].name)
             measured.extend(rows)
             bar.advance(note=rows[0].name)
     items = items_of(measured, formats)
@@ -100,8 +101,7 @@ def run(cfg: PlanOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact
             {"size_bytes": smallest},
         )
     plan = plan_of(items, formats, chosen, statistics, cfg, fixed)
-    parents = [model.id, calibration.id]
-    with ctx.writer(kind="report", task=model.task, parents=parents, step_name="plan", config=cfg) as writer:
+    with ctx.writer(kind="report", task=model.task, config=cfg) as writer:
         plan.write(writer.path)
         return writer.commit()
 

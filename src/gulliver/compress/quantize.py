@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gulliver.compress.calibrate import check_ram
 from gulliver.compress.gptq import quantize_matrix
 from gulliver.compress.options import QuantizeOptions
 from gulliver.compress.plan import Choice, planned, read_weight, rows_of_classes
@@ -44,7 +43,7 @@ def run(cfg: QuantizeOptions, inputs: dict[str, Artifact], ctx: Context) -> Arti
     model, calibration, plan = inputs["model"], inputs["calibration"], inputs.get("plan")
     if is_packed(model.path):
         raise ConfigError(f"model {model.id[:12]} is packed already; quantize the model that it came from")
-    check_ram(ctx, "the start")
+    ctx.check_ram("the start")
     statistics = open_statistics(calibration, model)
     names = sorted(statistics.weights)
     if plan is not None:
@@ -58,10 +57,9 @@ def run(cfg: QuantizeOptions, inputs: dict[str, Artifact], ctx: Context) -> Arti
     job = _Job(model.path, canonical, statistics, choices, cfg.method == "gptq", files)
     with ctx.progress.stage("quantize", total=len(names), unit="weight") as bar:
         for name in each(partial(_pack, job), names, workers(ctx)):
-            check_ram(ctx, name)
+            ctx.check_ram(name)
             bar.advance(note=name)
-    parents = [part.id for part in (model, calibration, plan) if part is not None]
-    with ctx.writer(kind="model", task=model.task, parents=parents, step_name="quantize", config=cfg) as writer:
+    with ctx.writer(kind="model", task=model.task, config=cfg) as writer:
         entries = assemble(writer.path, model, canonical, files)
         Packing(tensors={name: entry for name, (entry, _) in entries.items()}).write(writer.path)
         LossIncrease(weights={name: increase for name, (_, increase) in entries.items()}).write(writer.path)

@@ -1,53 +1,57 @@
-"""What a step is given beside its config and inputs: where to write, what to record, what to show."""
+"""What a step is given beside its config and inputs: where to write, what to record, what to show, what it may hold."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
+from gulliver.core import memory
+from gulliver.core.errors import BudgetError
 from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import ArtifactWriter
 from gulliver.core.store.store import Store
 
+LIMIT = "max_ram_bytes"
+"""The field of a step's options that caps the resident memory of the process: of a run, not of its result."""
+PEAK = "peak_rss_bytes"
+"""File in scratch: the most memory that the work lying there has taken."""
+
 
 @dataclass(frozen=True)
 class Context:
-    """Filled in by `run.call` for one step.
+    """Filled in by `pipeline.call` for one call of `step`.
 
-    `work` is scratch keyed by the reuse key: it outlives a kill, so a step resumes from what it finds there, and is
-    deleted after success. `max_ram_bytes` caps the peak memory of the step's process; `command` repeats the step.
+    `inputs` are ids by role. `work` is scratch keyed by the reuse key: it outlives a kill, so a step resumes from what
+    it finds there, and is deleted after success. `max_ram_bytes` is the limit in the step's options, `command` repeats
+    the call; `recorded` collects the ids of artifacts about which evidence was recorded.
     """
 
     store: Store
     progress: Progress
     work: Path
+    step: str
+    version: int = 1
+    inputs: Mapping[str, Sequence[str]] = field(default_factory=dict)
     seed: int = 0
     command: str = ""
     max_ram_bytes: int | None = None
     machine_name: str = ""
-    step_version: int = 1
+    recorded: set[str] = field(default_factory=set)
 
-    def writer(
-        self,
-        *,
-        kind: str,
-        task: str,
-        parents: Sequence[str],
-        step_name: str,
-        config: BaseModel | Mapping[str, Any],
-    ) -> ArtifactWriter:
+    def writer(self, *, kind: str, task: str, config: BaseModel | Mapping[str, Any]) -> ArtifactWriter:
         """A writer in the store for what this step makes; use it in a `with` block and commit."""
         resolved = config.model_dump(mode="json") if isinstance(config, BaseModel) else dict(config)
+        resolved.pop(LIMIT, None)
         return self.store.writer(
             kind=kind,
             task=task,
-            parents=parents,
-            step={"name": step_name, "version": self.step_version},
+            inputs=self.inputs,
+            step={"name": self.step, "version": self.version},
             config=resolved,
             seed=self.seed,
         )
@@ -55,3 +59,30 @@ class Context:
     def record(self, evidence: list[Evidence]) -> None:
         """Record evidence for good. Fields `machine` and `command` that are empty are filled in from this context."""
         self.store.record([item.filled(machine=self.machine_name, command=self.command) for item in evidence])
+        self.recorded.update(item.artifact_id for item in evidence)
+
+    def check_ram(self, where: str) -> None:
+        """After each unit of work: note the peak beside the scratch; BudgetError when it is beyond the limit."""
+        if self.max_ram_bytes is not None:
+            memory.give_back_freed_memory()
+        peak = self.peak_rss_bytes()
+        if self.max_ram_bytes is not None and memory.peak_rss_bytes() > self.max_ram_bytes:
+            raise BudgetError(
+                f"memory reached {peak / 1e6:.0f} MB at {where}; the limit is {self.max_ram_bytes / 1e6:.0f} MB. "
+                "Raise max_ram_bytes, or take smaller batches"
+            )
+
+    def peak_rss_bytes(self) -> int:
+        """The most memory that this call has held, in bytes, what it did before it was killed included."""
+        before, peak = noted_peak(self.work), memory.peak_rss_bytes()
+        if peak > before:
+            unfinished = self.work / f"{PEAK}.new"
+            unfinished.write_text(str(peak))
+            unfinished.replace(self.work / PEAK)
+        return max(peak, before)
+
+
+def noted_peak(work: Path) -> int:
+    """The most memory that what lies in a scratch folder has taken, in bytes; 0 where nothing was noted."""
+    noted = work / PEAK
+    return int(noted.read_text()) if noted.is_file() else 0

@@ -5,10 +5,26 @@ A file of options imports pydantic and this alone, so that help and recipes are 
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Options(BaseModel):
     """Options of one step or command; names of fields carry units, `description` is the help."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def resolved(self, inputs: Mapping[str, Any]) -> Self:
+        """These options with "auto", and all that a limit decides, replaced by what it comes to for these inputs.
+
+        The reuse key is made of the result, so it may depend on nothing but the options and the inputs' contents.
+        """
+        return self
+
+
+class Limited(Options):
+    """Options of a step that keeps to a limit on memory; `resolved` says all that the limit decides."""
+
+    max_ram_bytes: int | None = Field(None, ge=1, description="most resident memory of the process")

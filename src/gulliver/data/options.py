@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from gulliver.core.options import Options
+from gulliver.core.options import Limited, Options
 from gulliver.tasks import DEFAULT
 
 
@@ -26,7 +26,7 @@ class ReadOptions(Options):
     family: dict[str, Any] = Field(default_factory=dict, description="options of that family")
 
 
-class SampleOptions(Options):
+class SampleOptions(Limited):
     """Options of `sample`."""
 
     count: int = Field(96, ge=1, description="examples to write; empty ones are dropped")

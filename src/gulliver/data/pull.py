@@ -40,7 +40,7 @@ def run(cfg: PullOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact
     if cfg.source.startswith(catalog.PREFIX):
         entry = catalog.lookup(cfg.source)
         if entry.kind == "dataset":
-            return read.make_dataset(ReadOptions.model_validate({"data": cfg.source, "task": entry.task}), ctx, "pull")
+            return read.make_dataset(ReadOptions.model_validate({"data": cfg.source, "task": entry.task}), ctx)
         origin = Origin(source=cfg.source, license=entry.license)
         with ctx.progress.stage("download"):
             path = catalog.fetch(cfg.source, ctx.store.cache)
@@ -60,7 +60,7 @@ def _model(path: Path, cfg: PullOptions, origin: Origin, ctx: Context) -> Artifa
     task, convert = converter(path) if path.is_file() else (detect_task(path), None)
     name = cfg.task or task
     config = {"source": origin.source, "task": name}
-    with ctx.writer(kind="model", task=name, parents=(), step_name="pull", config=config) as writer:
+    with ctx.writer(kind="model", task=name, config=config) as writer:
         with ctx.progress.stage("check" if convert is None else "convert"):
             original = None
             if convert is None:

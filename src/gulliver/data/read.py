@@ -28,11 +28,11 @@ from gulliver.tasks.base import Task
 def run(cfg: ReadOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     """Write `examples.parquet` with the column `split`. DataError when a part is empty or the parts overlap."""
     del inputs
-    return make_dataset(cfg, ctx, "read")
+    return make_dataset(cfg, ctx)
 
 
-def make_dataset(cfg: ReadOptions, ctx: Context, step_name: str) -> Artifact:
-    """The dataset artifact of `cfg`, made by the step called `step_name`."""
+def make_dataset(cfg: ReadOptions, ctx: Context) -> Artifact:
+    """The dataset artifact of `cfg`."""
     task = get_task(cfg.task)
     options = task.chosen(cfg.family)
     with ctx.progress.stage("read", unit="part"):
@@ -41,7 +41,7 @@ def make_dataset(cfg: ReadOptions, ctx: Context, step_name: str) -> Artifact:
         names = {"train": "train", "eval": "eval"} if cfg.eval_data is None else {"train": "all", "eval": "all"}
         parts = {"train": (data, names["train"]), "eval": (held_out, names["eval"])}
         refuse_overlap(*(task.units_of(path, name, options) for path, name in parts.values()))
-    with ctx.writer(kind="dataset", task=task.name, parents=(), step_name=step_name, config=portable(cfg)) as writer:
+    with ctx.writer(kind="dataset", task=task.name, config=portable(cfg)) as writer:
         counts = _write(writer.path / EXAMPLES, task, parts, options)
         sources = {split: SplitSource(examples=counts[split], files=_files(parts[split][0])) for split in parts}
         Sources(**sources).write(writer.path)

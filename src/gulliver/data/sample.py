@@ -50,7 +50,7 @@ def run(cfg: SampleOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifa
         raise DataError(f"all {cfg.count} examples of model {model.id[:12]} are empty; calibrate on a dataset instead")
     rows = [{"source": SOURCE, **row, "split": "train"} for row in rows]
     sources = Sources(train=SplitSource(examples=len(rows), files={}), eval=SplitSource(examples=0, files={}))
-    with ctx.writer(kind="dataset", task=task.name, parents=[model.id], step_name="sample", config=cfg) as writer:
+    with ctx.writer(kind="dataset", task=task.name, config=cfg) as writer:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), writer.path / EXAMPLES)
         sources.write(writer.path)
         return writer.commit()

@@ -12,10 +12,12 @@ from gulliver.core.progress import Progress
 from gulliver.core.store import artifact as artifacts
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.store import Store
-from gulliver.pipeline import steps
 from gulliver.pipeline.call import Call, call, open_store
-from gulliver.pipeline.resolve import ancestors, first_of_kind, resolve_any, resolve_data, resolve_inputs, resolve_model
+from gulliver.pipeline.resolve import data_of, original, resolve_any, resolve_data, resolve_inputs, resolve_model
 from gulliver.pipeline.steps import fields_of, find, options_class
+
+_LONG = ("format", "config", "seed", "files")
+"""What `show` leaves out of the artifacts of a lineage."""
 
 
 def step_function(name: str) -> Callable[..., Artifact]:
@@ -67,12 +69,11 @@ def audit(
     """
     store = store or open_store(home)
     target = resolve_model(model, store, progress=progress)
-    older_ones = ancestors(target, store)
-    older = resolve_model(parent, store, progress=progress) if parent is not None else _original(older_ones)
+    older = original(target, store) if parent is None else resolve_model(parent, store, progress=progress)
     if data is not None:
         dataset = resolve_data(data, store, eval_data=eval_data, task=target.task, progress=progress)
     else:
-        dataset = first_of_kind(older_ones, "dataset")
+        dataset = data_of(target, store)
     if dataset is None:
         told = "was made without data, so there is nothing to measure its quality on"
         raise DataError(f"{target.id[:12]} {told}; add --data, or run `gulliver speed` alone")
@@ -93,14 +94,12 @@ def show(spec: str | Path | Artifact, *, home: Path | str | None = None, store: 
     """Card, lineage and evidence of an artifact as a JSON object."""
     store = store or open_store(home)
     found = resolve_any(spec, store)
+    lineage = store.lineage(found.id)
     return {
-        **found.manifest,
+        **lineage[0],
         "path": str(found.path),
         "weight_bytes": found.weight_bytes,
-        "lineage": [
-            {key: manifest[key] for key in ("id", "kind", "task", "step", "parents", "missing") if key in manifest}
-            for manifest in store.lineage(found.id)
-        ],
+        "lineage": [{key: value for key, value in row.items() if key not in _LONG} for row in lineage],
         "evidence": [item.to_json() for item in newest(store.evidence(found.id))],
     }
 
@@ -120,9 +119,3 @@ def verify(spec: str | Path | Artifact, *, home: Path | str | None = None, store
 def list_artifacts(*, home: Path | str | None = None, store: Store | None = None) -> list[Artifact]:
     """All artifacts in the store."""
     return (store or open_store(home)).artifacts()
-
-
-def _original(older: list[Artifact]) -> Artifact | None:
-    """The nearest model that no compressing step made: what a packed model must be as good as."""
-    compressing = {row.name for row in steps.STEPS if row.compresses} | {"fit"}
-    return first_of_kind([one for one in older if one.step["name"] not in compressing], "model")

@@ -1,30 +1,38 @@
 """Run one step: reuse by hash, run, record.
 
-The reuse key of a call is the hash of step, version, config, ids of its inputs, contents of the local files it reads,
-and seed; never the mere existence of a file. Scratch work lives under the key, so a call that was killed resumes.
+The reuse key of a call is the hash of step, version, resolved config, ids of its inputs, contents of the local files it
+reads, and seed; never the mere existence of a file. A memory limit is not in the key: what it decides is resolved into
+the config before, and a run is found again only if the memory that it held is within the limit asked now. Scratch work
+lives under the key, so a call that was killed resumes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gulliver.core import machine, memory
-from gulliver.core.context import Context
-from gulliver.core.errors import ConfigError
+from gulliver.core.context import LIMIT, Context, noted_peak
+from gulliver.core.errors import BudgetError, ConfigError
 from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import Artifact, canonical_json, hash_file
-from gulliver.core.store.store import Store
+from gulliver.core.store.store import RunRecord, Store
 from gulliver.pipeline.steps import INPUT_KINDS, Step, checked_config, did_you_mean, find, function
+
+Inputs = Mapping[str, Artifact | tuple[Artifact, ...]]
+"""What a step is given: one artifact by role; several, in order, where the step's row says so."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """What one call did: the artifact it made or found, and what making it took."""
+    """What one call did: the artifact it made or found; the peak is that of the run which made it.
+
+    `seconds` are those of this call, near zero where it was found.
+    """
 
     id: str
     step: str
@@ -45,62 +53,97 @@ def open_store(home: Path | str | None = None, database_url: str | None = None) 
 def call(
     name: str,
     config: Mapping[str, Any],
-    inputs: Mapping[str, Artifact | str],
+    inputs: Mapping[str, Artifact | str | Sequence[Artifact | str]],
     *,
     home: Path | str | None = None,
     store: Store | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     command: str = "",
-    max_ram_bytes: int | None = None,
     log: list[Call] | None = None,
     call_id: str = "",
 ) -> Artifact:
     """The artifact of one step: found when the same call was made before, made now otherwise.
 
-    `inputs` are artifacts or their ids by input name. What was done is appended to `log`. Raises ConfigError for a
-    wrong config or input, and whatever the step raises.
+    `inputs` are artifacts or their ids by role, a sequence of them where the step's row allows several. What was done
+    is appended to `log`. Raises ConfigError for a wrong config or input, BudgetError for a memory limit that was not
+    held, and whatever the step raises.
     """
     row = find(name)
-    cfg = checked_config(row, config)
+    asked = checked_config(row, config)
     store = store or open_store(home)
     given = checked_inputs(row, inputs, store)
+    cfg = asked.resolved(given)
     key = reuse_key(row, cfg, given, seed)
-    progress = progress or Progress()
+    limit = asked.model_dump().get(LIMIT)
+    started = time.monotonic()
     with store.lock(key):
-        artifact, started, peak_rss_bytes = _found(store, key), time.monotonic(), 0
-        reused = artifact is not None
-        if artifact is None:
+        found = _found(store, key, limit)
+        run = found
+        if run is None:
             context = Context(
                 store=store,
-                progress=progress,
-                work=store.work(key),
+                progress=progress or Progress(),
+                work=_scratch(store, key, limit),
+                step=row.name,
+                version=row.version,
+                inputs=_ids(given),
                 seed=seed,
                 command=command or f"gulliver {name}",
-                max_ram_bytes=max_ram_bytes or getattr(cfg, "max_ram_bytes", None),
+                max_ram_bytes=limit,
                 machine_name=machine.describe(store.home, measure=False).name,
-                step_version=row.version,
             )
-            memory.reset_peak_rss()
-            artifact = function(row)(cfg, given, context)
-            peak_rss_bytes = memory.peak_rss_bytes()
-            assert artifact.kind in row.makes, f"step {name} made a {artifact.kind}; the table says {row.makes}"
-            _finish(store, key, row, cfg, given, artifact, time.monotonic() - started, peak_rss_bytes)
+            run = _run(row, key, asked, cfg, given, context)
+    artifact = store.get(run.artifact_id)
     if log is not None:
-        log.append(Call(call_id or name, name, artifact, reused, time.monotonic() - started, peak_rss_bytes))
+        seconds = time.monotonic() - started
+        log.append(Call(call_id or name, name, artifact, found is not None, seconds, run.peak_rss_bytes))
     return artifact
 
 
-def reuse_key(row: Step, cfg: Any, inputs: Mapping[str, Artifact], seed: int) -> str:
-    """SHA-256 over all that decides the result of a call."""
-    values = cfg.model_dump(mode="json")
+def _run(row: Step, key: str, asked: Any, cfg: Any, given: Inputs, context: Context) -> RunRecord:
+    """Run a step and record that it ran. BudgetError when it took more memory than its limit."""
+    store, limit, started = context.store, context.max_ram_bytes, time.monotonic()
+    memory.reset_peak_rss()
+    artifact = function(row)(cfg, given, context)
+    assert artifact.kind in row.makes, f"step {row.name} made a {artifact.kind}; the table says {row.makes}"
+    run = store.finish_run(
+        key,
+        step=row.name,
+        config=asked.model_dump(mode="json"),
+        inputs=context.inputs,
+        artifact_id=artifact.id,
+        seconds=time.monotonic() - started,
+        peak_rss_bytes=context.peak_rss_bytes(),
+    )
+    store.clear_work(key)  # after the run is recorded, so that a kill between the two loses nothing
+    renew_cards(context.recorded, store)
+    if limit is not None and run.peak_rss_bytes > limit:
+        told = f"memory reached {run.peak_rss_bytes / 1e6:.0f} MB in step {row.name}; the limit is {limit / 1e6:.0f} MB"
+        raise BudgetError(f"{told}. Raise max_ram_bytes")
+    return run
+
+
+def renew_cards(artifact_ids: Iterable[str], store: Store) -> None:
+    """Write the card and evidence.json beside each of these models that is in the store, from all evidence by now."""
+    from gulliver.report.card import write_card  # here, because most calls record no evidence
+
+    for one in sorted(artifact_ids):
+        if store.has(one) and store.get(one).kind == "model":
+            with store.lock(f"card-{one[:32]}"):
+                write_card(store.get(one), store.evidence(one), store)
+
+
+def reuse_key(row: Step, cfg: Any, inputs: Inputs, seed: int) -> str:
+    """SHA-256 over all that decides the result of a call; `cfg` is resolved."""
+    values = cfg.model_dump(mode="json", exclude={LIMIT})
     return hashlib.sha256(
         canonical_json(
             {
                 "step": row.name,
                 "version": row.version,
                 "config": values,
-                "inputs": {role: artifact.id for role, artifact in inputs.items()},
+                "inputs": _ids(inputs),
                 "seed": seed,
                 "files": {field: _contents(values.get(field)) for field in row.reads},
             }
@@ -108,22 +151,47 @@ def reuse_key(row: Step, cfg: Any, inputs: Mapping[str, Artifact], seed: int) ->
     ).hexdigest()
 
 
-def checked_inputs(row: Step, inputs: Mapping[str, Artifact | str], store: Store) -> dict[str, Artifact]:
-    """The artifacts of `inputs` by name. ConfigError if one is unknown, missing or of another kind."""
+def checked_inputs(
+    row: Step, inputs: Mapping[str, Artifact | str | Sequence[Artifact | str]], store: Store
+) -> dict[str, Any]:
+    """The artifacts of `inputs` by role: one, or a tuple of them where the row allows several.
+
+    ConfigError if one is unknown, missing, given twice or of another kind.
+    """
     known = (*row.needs, *row.optional)
-    given = {}
+    given: dict[str, Any] = {}
     for role, value in inputs.items():
         if role not in known:
             raise ConfigError(f"step {row.name!r} takes no input {role!r}{did_you_mean(role, known)}")
-        artifact = store.get(value) if isinstance(value, str) else value
-        if artifact.kind != INPUT_KINDS[role]:
-            told = f"input {role} of step {row.name!r} must be a {INPUT_KINDS[role]}"
-            raise ConfigError(f"{told}; {artifact.id[:12]} is a {artifact.kind}")
-        given[role] = artifact
+        if role not in row.several:
+            if not isinstance(value, (Artifact, str)):
+                raise ConfigError(f"input {role} of step {row.name!r} must be one {INPUT_KINDS[role]}, not several")
+            given[role] = _checked_input(row, role, value, store)
+            continue
+        values = [value] if isinstance(value, (Artifact, str)) else value
+        given[role] = tuple(_checked_input(row, role, one, store) for one in values)
+        if len({artifact.id for artifact in given[role]}) < len(given[role]):
+            raise ConfigError(f"input {role} of step {row.name!r} holds the same {INPUT_KINDS[role]} twice")
     for role in row.needs:
-        if role not in given:
+        if role not in given or given[role] == ():
             raise ConfigError(f"step {row.name!r} needs the input {role!r} (a {INPUT_KINDS[role]})")
-    return given
+    return {role: value for role, value in given.items() if value != ()}
+
+
+def _checked_input(row: Step, role: str, value: Artifact | str, store: Store) -> Artifact:
+    artifact = store.get(value) if isinstance(value, str) else value
+    if artifact.kind != INPUT_KINDS[role]:
+        told = f"input {role} of step {row.name!r} must be a {INPUT_KINDS[role]}"
+        raise ConfigError(f"{told}; {artifact.id[:12]} is a {artifact.kind}")
+    return artifact
+
+
+def _ids(inputs: Inputs) -> dict[str, list[str]]:
+    """Content ids by role, in the order in which several were given."""
+    return {
+        role: [artifact.id for artifact in (value if isinstance(value, tuple) else (value,))]
+        for role, value in inputs.items()
+    }
 
 
 def _contents(value: Any) -> Any:
@@ -141,30 +209,15 @@ def _contents(value: Any) -> Any:
     return None
 
 
-def _found(store: Store, key: str) -> Artifact | None:
-    """The artifact of an earlier run with this key, unless it is gone or damaged."""
-    identity = store.find_run(key)
-    return store.get(identity) if identity is not None and store.has(identity) else None
+def _found(store: Store, key: str, limit: int | None) -> RunRecord | None:
+    """The newest run with this key within the limit, unless its artifact is gone or damaged."""
+    run = store.find_run(key, limit)
+    return run if run is not None and store.has(run.artifact_id) else None
 
 
-def _finish(
-    store: Store,
-    key: str,
-    row: Step,
-    cfg: Any,
-    inputs: Mapping[str, Artifact],
-    artifact: Artifact,
-    seconds: float,
-    peak_rss_bytes: int,
-) -> None:
-    """Record the run, then delete its scratch: in this order, so that a kill between the two loses nothing."""
-    store.finish_run(
-        key,
-        step=row.name,
-        config=cfg.model_dump(mode="json"),
-        inputs={role: given.id for role, given in inputs.items()},
-        artifact_id=artifact.id,
-        seconds=seconds,
-        peak_rss_bytes=peak_rss_bytes,
-    )
-    store.clear_work(key)
+def _scratch(store: Store, key: str, limit: int | None) -> Path:
+    """The scratch of a killed call, or an empty folder where what lies there took more memory than allowed now."""
+    work = store.work(key)
+    if limit is not None and noted_peak(work) > limit:
+        store.clear_work(key)
+    return store.work(key)

@@ -22,7 +22,7 @@ from gulliver.core.records import Asked, FitResult, Plan, Point
 from gulliver.core.store.artifact import Artifact, copy_artifact, write_annotation
 from gulliver.core.store.store import Store
 from gulliver.pipeline.call import Call, call, open_store
-from gulliver.pipeline.resolve import ancestors, first_of_kind, resolve_data, resolve_model
+from gulliver.pipeline.resolve import data_of, resolve_data, resolve_model
 from gulliver.report.card import write_card
 from gulliver.report.gather import gather
 from gulliver.report.html import page
@@ -79,6 +79,8 @@ class Fit:
     def step(self, name: str, config: Mapping[str, Any] | None = None, **inputs: Artifact | None) -> Artifact:
         """One call of a step with this effort's options; `config` adds to them."""
         options = {**(EFFORTS[self.effort].get(name) or {}), **(config or {})}
+        if name in COMPRESSING:
+            options["max_ram_bytes"] = self.budget.max_ram_bytes
         given = {role: artifact for role, artifact in inputs.items() if artifact is not None}
         return call(name, options, given, **self.shared, log=self.calls)
 
@@ -119,7 +121,7 @@ def fit(
     budget = replace(budget, speed_metric=family(parent.task).speed_metric)
     dataset = _dataset(parent, data, eval_data, store, progress)
     shared = {"store": store, "seed": seed, "progress": progress, "command": command}
-    work = Fit(parent, dataset, budget, effort, {**shared, "max_ram_bytes": budget.max_ram_bytes})
+    work = Fit(parent, dataset, budget, effort, shared)
     try:
         fitted = _loop(work)
     except BudgetError as failure:
@@ -133,7 +135,7 @@ def _dataset(
     """The data to calibrate on and judge by; by default those that the model was trained on."""
     if data is not None:
         return resolve_data(data, store, eval_data=eval_data, task=parent.task, progress=progress)
-    found = first_of_kind(ancestors(parent, store), "dataset")
+    found = data_of(parent, store)
     if found is None:
         raise DataError(f"nothing tells what data {parent.id[:12]} is for; add --data (text files or catalog:NAME)")
     return found
@@ -189,10 +191,9 @@ def _measure(work: Fit, fitted: Artifact) -> list[Evidence]:
     work.step("quality", model=fitted, dataset=work.dataset, parent=work.parent)
     if work.budget.min_tokens_per_s is not None:
         work.step("speed", model=fitted)
-    known = work.store.evidence(fitted.id)
-    if not any(item.metric == "compress_peak_ram_bytes" for item in known):
-        taken = {run.artifact_id: run.peak_rss_bytes for run in work.store.runs()}
-        peak = max(taken[entry.artifact.id] for entry in work.calls if entry.step in COMPRESSING)
+    peak = max(entry.peak_rss_bytes for entry in work.calls if entry.step in COMPRESSING)
+    known = [item.value for item in work.store.evidence(fitted.id) if item.metric == "compress_peak_ram_bytes"]
+    if known[-1:] != [peak]:
         item = measured("compress_peak_ram_bytes", peak, detail={"steps": list(COMPRESSING)})
         here = describe(work.store.home, measure=False).name
         work.store.record([item.filled(artifact_id=fitted.id, machine=here, command=work.shared["command"])])
@@ -249,11 +250,11 @@ def _record(
         reason=reason,
     )
     subject = fitted or work.parent
-    parents = [subject.id, work.parent.id, work.dataset.id]
+    inputs = {"model": [subject.id], "parent": [work.parent.id], "dataset": [work.dataset.id]}
     with work.store.writer(
         kind="report",
         task=work.parent.task,
-        parents=parents,
+        inputs=inputs,
         step={"name": "fit", "version": 1},
         config={"effort": work.effort, **work.budget.to_json()},
         seed=work.shared["seed"],

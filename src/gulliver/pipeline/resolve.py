@@ -9,8 +9,9 @@ from typing import Any
 
 from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.progress import Progress
-from gulliver.core.store.artifact import Artifact, copy_artifact, open_artifact, verify
+from gulliver.core.store.artifact import UNNAMED, Artifact, copy_artifact, open_artifact, verify
 from gulliver.core.store.store import Store
+from gulliver.pipeline import steps
 from gulliver.pipeline.call import call
 from gulliver.pipeline.steps import INPUT_KINDS, Step
 from gulliver.tasks import DEFAULT
@@ -94,9 +95,29 @@ def ancestors(artifact: Artifact, store: Store) -> list[Artifact]:
     return [store.get(manifest["id"]) for manifest in store.lineage(artifact.id)[1:] if "missing" not in manifest]
 
 
-def first_of_kind(artifacts: list[Artifact], kind: str) -> Artifact | None:
-    """The first artifact of a kind, None where there is none."""
-    return next((artifact for artifact in artifacts if artifact.kind == kind), None)
+def data_of(artifact: Artifact, store: Store) -> Artifact | None:
+    """The dataset that an artifact, or else the nearest of what it was made from, was made with; None if not here."""
+    for one in (artifact, *ancestors(artifact, store)):
+        for dataset in _in_roles(one, ("dataset",), store):
+            if dataset.kind == "dataset":
+                return dataset
+    return None
+
+
+def original(model: Artifact, store: Store) -> Artifact | None:
+    """What a model must be as good as: its teacher, or what it was made from, back to one that no step compressed."""
+    compressing = {row.name for row in steps.STEPS if row.compresses}
+    for one in _in_roles(model, ("parent", "model"), store):
+        found = original(one, store) if one.step["name"] in compressing else one
+        if found is not None and found.kind == "model":
+            return found
+    return None
+
+
+def _in_roles(artifact: Artifact, roles: tuple[str, ...], store: Store) -> list[Artifact]:
+    """The inputs of an artifact in these roles that are in the store; any input where no roles were recorded."""
+    ids = [one for role in (*roles, UNNAMED) for one in artifact.inputs.get(role, ())]
+    return [store.get(one) for one in ids if store.has(one)]
 
 
 def _known_artifact(spec: str | Path | Artifact, store: Store) -> Artifact | None:

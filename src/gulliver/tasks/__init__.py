@@ -42,6 +42,7 @@ TASKS: Mapping[str, Family] = {
         examples="text",
         speed_metric="examples_per_s",
         can=("embed", "predict"),
+        own_loss=False,
     ),
     "vision": Family(
         task="gulliver.tasks.vision.task:VisionTask",

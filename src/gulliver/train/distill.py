@@ -51,7 +51,7 @@ def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
         raise ConfigError(f"model, parent and dataset must all be for {model.task}")
     datasets += [inputs["samples"]] if "samples" in inputs else []
     task = get_task(model.task)
-    _check_ram(parent, ctx)
+    _refuse_too_large(parent, ctx)
     teacher = task.load(parent.path).requires_grad_(False)
     student = task.load(model.path).requires_grad_(False)
     latents, vectors = _trainable(student, teacher, model)
@@ -76,8 +76,7 @@ def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
         progress=ctx.progress,
         stage="distill",
     )
-    parents = [part.id for part in (model, parent, *datasets)]
-    with ctx.writer(kind="model", task=model.task, parents=parents, step_name="distill", config=cfg) as writer:
+    with ctx.writer(kind="model", task=model.task, config=cfg) as writer:
         entries = {}
         with ShardWriter(writer.path, PACKED_SHARD_BYTES) as shards:
             for name, tensor in read_stored(model.path):
@@ -97,7 +96,7 @@ def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
         return writer.commit()
 
 
-def _check_ram(parent: Artifact, ctx: Context) -> None:
+def _refuse_too_large(parent: Artifact, ctx: Context) -> None:
     needed = memory.current_rss_bytes() + COPIES * 2 * parent.weight_bytes + BATCH_BYTES
     if ctx.max_ram_bytes is not None and needed > ctx.max_ram_bytes:
         raise BudgetError(

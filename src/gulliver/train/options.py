@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from gulliver.core.options import Options
+from gulliver.core.options import Limited, Options
 
 
 class TrainOptions(Options):
@@ -25,7 +25,7 @@ class TrainOptions(Options):
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints; no effect on the weights")
 
 
-class DistillOptions(Options):
+class DistillOptions(Limited):
     """Options of `distill`. Rates warm up linearly over `warmup_steps`, then fall as a cosine to zero."""
 
     steps: int = Field(100, ge=1, description="updates")

@@ -46,7 +46,7 @@ def run(cfg: TrainOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifac
         stage="train",
     )
     resolved = cfg.model_copy(update={"task": task.name})
-    with ctx.writer(kind="model", task=task.name, parents=[dataset.id], step_name="train", config=resolved) as writer:
+    with ctx.writer(kind="model", task=task.name, config=resolved) as writer:
         task.save(model.eval(), writer.path)
         Training(losses=tuple(result.losses)).write(writer.path)
         return writer.commit()

@@ -26,6 +26,7 @@ from gulliver.core.store.manifest import (
     KINDS,
     MANIFEST,
     MAX_MANIFEST_BYTES,
+    UNNAMED,
     FileEntry,
     Manifest,
     body_of,
@@ -39,6 +40,7 @@ __all__ = [
     "ANNOTATIONS",
     "KINDS",
     "MANIFEST",
+    "UNNAMED",
     "WEIGHT_SUFFIXES",
     "Artifact",
     "ArtifactWriter",
@@ -61,19 +63,24 @@ WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 class Artifact:
     """One immutable folder. Two artifacts are equal when path and content id are.
 
-    `id` is 64 hex digits; `parents` are the ids it was made from; `step` holds the name and version of what made it;
-    `config` the full resolved options; `files` all content files by relative POSIX name.
+    `id` is 64 hex digits; `inputs` the ids it was made from, by role; `step` holds the name and version of what made
+    it; `config` the full resolved options; `files` all content files by relative POSIX name.
     """
 
     path: Path
     id: str
     kind: str
     task: str
-    parents: tuple[str, ...] = field(compare=False)
+    inputs: Mapping[str, tuple[str, ...]] = field(compare=False)
     step: Mapping[str, Any] = field(compare=False)
     config: Mapping[str, Any] = field(compare=False)
     seed: int = field(compare=False)
     files: Mapping[str, FileEntry] = field(compare=False, repr=False)
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """The ids of all inputs, each once."""
+        return tuple(dict.fromkeys(one for role in sorted(self.inputs) for one in self.inputs[role]))
 
     @property
     def weight_bytes(self) -> int:
@@ -88,7 +95,7 @@ class Artifact:
                 id=self.id,
                 kind=self.kind,
                 task=self.task,
-                parents=self.parents,
+                inputs=self.inputs,
                 step=self.step,
                 config=self.config,
                 seed=self.seed,
@@ -176,17 +183,17 @@ def create(
     *,
     kind: str,
     task: str,
-    parents: Sequence[str] = (),
+    inputs: Mapping[str, Sequence[str]] | None = None,
     step: Mapping[str, Any],
     config: Mapping[str, Any],
     seed: int = 0,
 ) -> ArtifactWriter:
-    """A writer, for a `with` block, of the artifact `parent_folder/<id>`. A parent named twice counts once."""
+    """A writer, for a `with` block, of the artifact `parent_folder/<id>`; `inputs` are lists of ids by role."""
     body = {
         "format": FORMAT,
         "kind": kind,
         "task": task,
-        "parents": list(dict.fromkeys(parents)),
+        "inputs": {role: list(ids) for role, ids in (inputs or {}).items()},
         "step": dict(step),
         "config": dict(config),
         "seed": seed,
@@ -211,7 +218,7 @@ def open_artifact(folder: Path | str) -> Artifact:
         id=found.id,
         kind=found.kind,
         task=found.task,
-        parents=found.parents,
+        inputs=found.inputs,
         step=found.step,
         config=found.config,
         seed=found.seed,

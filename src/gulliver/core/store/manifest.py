@@ -19,7 +19,9 @@ from typing import Any
 from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.names import unknown
 
-FORMAT = 1
+FORMAT = 2
+UNNAMED = ""
+"""The role of all inputs of an artifact of format 1, which did not record roles."""
 MANIFEST = "gulliver.json"
 KINDS = ("model", "dataset", "report")
 ANNOTATIONS = ("README.md", "evidence.json", "report.html")
@@ -29,7 +31,7 @@ MAX_MANIFEST_BYTES = 16 * 2**20
 MAX_INTEGER = 2**63 - 1
 MAX_SEED = 2**63 - 1
 
-_KEYS = ("format", "id", "kind", "task", "parents", "step", "config", "seed", "files")
+_KEYS = ("format", "id", "kind", "task", "inputs", "step", "config", "seed", "files")
 _ID = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 
@@ -44,12 +46,15 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of `gulliver.json`. `id` is the SHA-256 of the canonical JSON of all the rest."""
+    """The content of `gulliver.json`. `id` is the SHA-256 of the canonical JSON of all the rest.
+
+    `inputs` maps the role that each input had in the step ("model", "dataset") to its ids, in the step's order.
+    """
 
     id: str
     kind: str
     task: str
-    parents: tuple[str, ...]
+    inputs: Mapping[str, tuple[str, ...]] = field(compare=False)
     step: Mapping[str, Any] = field(compare=False)
     config: Mapping[str, Any] = field(compare=False)
     seed: int
@@ -83,7 +88,7 @@ def read_json(data: bytes, what: str) -> Any:
         seen = dict(items)
         if len(seen) != len(items):
             twice = next(key for key, count in Counter(key for key, _ in items).items() if count > 1)
-            raise ArtifactError(f"{what}: the key {twice!r} stands there twice")
+            raise ArtifactError(f"{what}: duplicate key {twice!r}")
         return seen
 
     def integer(text: str) -> int:
@@ -135,17 +140,19 @@ def parse(data: bytes, what: str = MANIFEST) -> Manifest:
     version = body.get("format")
     if type(version) is int and version > FORMAT:
         raise ArtifactError(f"{what} has format {version}; this Gulliver reads up to {FORMAT}: upgrade it")
+    first = type(version) is int and version == 1
+    keys = tuple("parents" if first and key == "inputs" else key for key in _KEYS)
     for key in body:
-        if key not in _KEYS:
-            raise ArtifactError(f"{what}: {unknown('key', key, _KEYS)}")
-    for key in _KEYS:
+        if key not in keys:
+            raise ArtifactError(f"{what}: {unknown('key', key, keys)}")
+    for key in keys:
         _require(key in body, f"{what}: the key {key!r} is missing")
-    _require(type(version) is int and version == FORMAT, f"{what}: format is {version!r}; it must be {FORMAT}")
+    _require(first or (type(version) is int and version == FORMAT), f"{what}: format is {version!r}, not 1 or {FORMAT}")
     manifest = Manifest(
         id=check_id(body["id"], f"{what}: id"),
         kind=_kind(body["kind"], what),
         task=_name(body["task"], f"{what}: task"),
-        parents=_parents(body["parents"], what),
+        inputs={UNNAMED: _ids(body["parents"], f"{what}: parents")} if first else _inputs(body["inputs"], what),
         step=_step(body["step"], what),
         config=_object(body["config"], f"{what}: config"),
         seed=_integer(body["seed"], f"{what}: seed", 0, MAX_SEED),
@@ -159,12 +166,17 @@ def parse(data: bytes, what: str = MANIFEST) -> Manifest:
 
 def body_of(manifest: Manifest) -> dict[str, Any]:
     """The JSON object of a manifest, `id` included."""
+    first = UNNAMED in manifest.inputs
     return {
-        "format": FORMAT,
+        "format": 1 if first else FORMAT,
         "id": manifest.id,
         "kind": manifest.kind,
         "task": manifest.task,
-        "parents": list(manifest.parents),
+        **(
+            {"parents": list(manifest.inputs[UNNAMED])}
+            if first
+            else {"inputs": {role: list(ids) for role, ids in manifest.inputs.items()}}
+        ),
         "step": dict(manifest.step),
         "config": dict(manifest.config),
         "seed": manifest.seed,
@@ -212,12 +224,21 @@ def _name(value: object, what: str) -> str:
     return value
 
 
-def _parents(value: object, what: str) -> tuple[str, ...]:
-    _require(isinstance(value, list), f"{what}: parents must be a list, not {type(value).__name__}")
+def _inputs(value: object, what: str) -> dict[str, tuple[str, ...]]:
+    inputs: dict[str, tuple[str, ...]] = {}
+    for role, listed in _object(value, f"{what}: inputs").items():
+        _name(role, f"{what}: the role of an input")
+        inputs[role] = _ids(listed, f"{what}: input {role}")
+        _require(inputs[role] != (), f"{what}: input {role} is an empty list")
+    return inputs
+
+
+def _ids(value: object, what: str) -> tuple[str, ...]:
+    _require(isinstance(value, list), f"{what} must be a list, not {type(value).__name__}")
     assert isinstance(value, list)
-    parents = tuple(check_id(parent, f"{what}: a parent") for parent in value)
-    _require(len(set(parents)) == len(parents), f"{what}: a parent stands there twice")
-    return parents
+    ids = tuple(check_id(one, f"{what}: an id") for one in value)
+    _require(len(set(ids)) == len(ids), f"{what}: duplicate id")
+    return ids
 
 
 def _step(value: object, what: str) -> dict[str, Any]:

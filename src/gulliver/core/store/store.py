@@ -26,7 +26,7 @@ from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.store.artifact import Artifact, ArtifactWriter, canonical_json, create, open_artifact, sweep
 from gulliver.core.store.database import file_lock, open_database, write
-from gulliver.core.store.manifest import MANIFEST, check_id
+from gulliver.core.store.manifest import MANIFEST, MAX_INTEGER, check_id
 
 MIN_PREFIX = 6
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
@@ -39,12 +39,15 @@ _RUN_FIELDS = ("key", "step", "config", "inputs", "artifact_id", "seconds", "pea
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One finished step call. `inputs` maps input names to artifact ids; `finished_at` is UTC in ISO 8601."""
+    """One finished step call: what was asked, the ids of its inputs by role, and what this call, which need not be
+
+    the first that made the artifact, took. `finished_at` is UTC in ISO 8601.
+    """
 
     key: str
     step: str
     config: Mapping[str, Any]
-    inputs: Mapping[str, str]
+    inputs: Mapping[str, Sequence[str]]
     artifact_id: str
     seconds: float
     peak_rss_bytes: int
@@ -88,13 +91,13 @@ class Store:
         *,
         kind: str,
         task: str,
-        parents: Sequence[str] = (),
+        inputs: Mapping[str, Sequence[str]] | None = None,
         step: Mapping[str, Any],
         config: Mapping[str, Any],
         seed: int = 0,
     ) -> ArtifactWriter:
         """A writer of a new artifact in this store; use it in a `with` block and commit."""
-        return create(self.artifacts_folder, kind=kind, task=task, parents=parents, step=step, config=config, seed=seed)
+        return create(self.artifacts_folder, kind=kind, task=task, inputs=inputs, step=step, config=config, seed=seed)
 
     def resolve(self, id_or_prefix: str) -> str:
         """The full id of the one artifact here whose id begins so. ArtifactError if none or several do."""
@@ -135,9 +138,9 @@ class Store:
         return [error for artifact, error in self._scan() if error is not None]
 
     def lineage(self, artifact_id: str) -> list[dict[str, Any]]:
-        """Manifests of the artifact and all it was made from, nearest first, each once.
+        """Manifests of the artifact and all it was made from, nearest first, each once, "inputs" and "parents" in each.
 
-        An ancestor that is not in this store stands there as {"id": …, "missing": True}.
+        An ancestor that is not in this store is {"id": …, "missing": True}.
         """
         first = self.resolve(artifact_id)
         order, seen = [first], {first}
@@ -147,7 +150,8 @@ class Store:
                 manifests.append({"id": current, "missing": True})
                 continue
             artifact = self.get(current)
-            manifests.append(artifact.manifest)
+            inputs = {role: list(ids) for role, ids in artifact.inputs.items()}
+            manifests.append({**artifact.manifest, "inputs": inputs, "parents": list(artifact.parents)})
             for parent in artifact.parents:
                 if parent not in seen:
                     seen.add(parent)
@@ -176,23 +180,23 @@ class Store:
         return [_evidence(dict(row)) for row in rows]
 
     # ---- runs -------------------------------------------------------------------------------------------------
-    def find_run(self, key: str) -> str | None:
-        """The artifact id that the newest finished run with this reuse key made, or None (see `has`)."""
-        query = text("SELECT artifact_id FROM runs WHERE key = :key ORDER BY id DESC LIMIT 1")
-        with self._engine.connect() as connection:
-            return connection.execute(query, {"key": key}).scalar_one_or_none()
+    def find_run(self, key: str, max_rss_bytes: int | None = None) -> RunRecord | None:
+        """The newest finished run with this reuse key that held at most `max_rss_bytes`, or None (see `has`)."""
+        most = MAX_INTEGER if max_rss_bytes is None else max_rss_bytes
+        which = "WHERE key = :key AND peak_rss_bytes <= :most ORDER BY id DESC LIMIT 1"
+        return next(iter(self._runs(which, key=key, most=most)), None)
 
     def finish_run(
         self,
         key: str,
         step: str,
         config: Mapping[str, Any],
-        inputs: Mapping[str, str],
+        inputs: Mapping[str, Sequence[str]],
         artifact_id: str,
         seconds: float,
         peak_rss_bytes: int,
-    ) -> None:
-        """Write down that a step call finished and what it made."""
+    ) -> RunRecord:
+        """Write down that a step call finished and what it made; returns what was written."""
         check_id(artifact_id, f"the artifact that {step} made")
         row = {
             "key": key,
@@ -206,16 +210,16 @@ class Store:
         }
         with write(self._engine) as connection:
             connection.execute(_insert("runs", _RUN_FIELDS), row)
+        return _run(row)
 
     def runs(self) -> list[RunRecord]:
         """All finished runs, oldest first."""
-        query = text(f"SELECT {', '.join(_RUN_FIELDS)} FROM runs ORDER BY id")
+        return self._runs("ORDER BY id")
+
+    def _runs(self, which: str, **values: Any) -> list[RunRecord]:
+        query = text(f"SELECT {', '.join(_RUN_FIELDS)} FROM runs {which}")
         with self._engine.connect() as connection:
-            rows = connection.execute(query).mappings().all()
-        return [
-            RunRecord(**{**row, "config": json.loads(row["config"]), "inputs": json.loads(row["inputs"])})
-            for row in rows
-        ]
+            return [_run(row) for row in connection.execute(query, values).mappings().all()]
 
     # ---- work -------------------------------------------------------------------------------------------------
     def lock(self, key: str, timeout_s: float | None = None) -> AbstractContextManager[None]:
@@ -254,6 +258,12 @@ def _check_key(key: str) -> str:
 
 def _insert(table: str, names: Sequence[str]) -> Any:
     return text(f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join(f':{name}' for name in names)})")
+
+
+def _run(row: Any) -> RunRecord:
+    inputs = json.loads(row["inputs"])  # older versions wrote one id for each role
+    listed = {role: [ids] if isinstance(ids, str) else ids for role, ids in inputs.items()}
+    return RunRecord(**{**row, "config": json.loads(row["config"]), "inputs": listed})
 
 
 def _evidence(row: Mapping[str, Any]) -> Evidence:
