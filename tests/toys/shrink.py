@@ -35,6 +35,7 @@ def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
                     np.save(file, np.round(part * 2**cfg.bits).astype(np.int8))
                 with open(ctx.work / "log", "a") as log:
                     log.write(f"{block}\n")
+                ctx.check_ram(f"block {block}")
                 os.rename(ctx.work / "unfinished", done)
             bar.advance()
     parts = [np.load(ctx.work / f"block-{block}.npy") for block in range(cfg.blocks)]
