@@ -13,7 +13,7 @@ import toys.shrink
 from compress_samples import Lab, contents
 
 import gulliver
-from gulliver.compress import calibrate
+from gulliver.compress.options import BACKWARD_BYTES
 from gulliver.core import memory
 from gulliver.core.context import PEAK, Context
 from gulliver.core.errors import BudgetError
@@ -23,7 +23,7 @@ from gulliver.core.store.store import Store
 from gulliver.pipeline import fit as fits
 from gulliver.pipeline.call import Call, call
 
-FEW = {"examples": 8, "batch_size": 4, "tokens": 32, "gradient_examples": 4}
+FEW = {"examples": 8, "batch_size": 4, "family": {"tokens": 32}, "gradient_examples": 4}
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_a_resumed_call_has_held_what_it_held_before_it_was_killed(
 def test_calibrate_with_and_without_a_limit(language: Lab, limited_first: bool) -> None:
     config = {**FEW, "examples": 12 if limited_first else 16}
     limit = memory.current_rss_bytes() + 1_000_000_000
-    assert limit < calibrate.BACKWARD_BYTES, "this test needs a process smaller than the room for a backward pass"
+    assert limit < BACKWARD_BYTES, "this test needs a process smaller than the room for a backward pass"
     found: dict[int | None, Artifact] = {}
     for asked in (limit, None) if limited_first else (None, limit):
         options = config if asked is None else {**config, "max_ram_bytes": asked}
@@ -152,7 +152,7 @@ def asked(language: Lab, monkeypatch: pytest.MonkeyPatch) -> Any:
     quick: dict[str, Any] = {
         "sample": None,
         "calibrate": {"examples": 4, "gradient_examples": 4},
-        "plan": {"probe_rows": 4, "feedback": False},
+        "plan": {"probe_rows": 4, "gptq": False},
         "distill": None,
         "quality": {"share": 0.2},
     }

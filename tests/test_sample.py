@@ -214,5 +214,5 @@ def test_wrong_options_of_the_family_are_refused(store: Store, quiet: Progress, 
 
 
 def test_the_default_is_what_calibration_was_tried_with() -> None:
-    assert SampleOptions().model_dump() == {"count": 96, "family": {}, "batch_size": 48}
+    assert SampleOptions().model_dump() == {"count": 96, "family": {}, "batch_size": 48, "max_ram_bytes": None}
     assert TASK.chosen().tokens == 512

@@ -10,16 +10,17 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from gulliver.core.context import Context
-from gulliver.core.options import Limited
+from gulliver.core.options import MaxRam, Options
 from gulliver.core.store.artifact import Artifact
 
 
-class Config(Limited):
+class Config(Options):
     bits: Literal[2, 4, 8] = 4
     blocks: int = 4
     block_seconds: float = 0.0
     group_sizes: tuple[int, ...] = (32,)
     exact: bool = False
+    max_ram_bytes: MaxRam = None
 
 
 def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:

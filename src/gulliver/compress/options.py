@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from gulliver.core.options import Limited, Options
+from gulliver.core.options import MaxRam, Options
 from gulliver.nets.files import stored_tensors
 from gulliver.tasks import family
 
@@ -16,7 +16,7 @@ BACKWARD_BYTES = 2_500_000_000
 """Room for the process, and activations and gradients of one batch in the backward pass, beside the model itself."""
 
 
-class CalibrateOptions(Limited):
+class CalibrateOptions(Options):
     """Options of `calibrate`."""
 
     examples: int = Field(64, ge=1, description="calibration examples (windows of text, images)")
@@ -27,6 +27,7 @@ class CalibrateOptions(Limited):
         "auto", description="what outputs count by: the loss's gradient, or their own power; auto: by memory"
     )
     gradient_examples: int = Field(16, ge=1, description="examples of the backward pass")
+    max_ram_bytes: MaxRam = None
 
     def resolved(self, inputs: Mapping[str, Any]) -> Self:
         """Outputs count by the loss's gradient where the family has one and the memory limit allows a backward pass."""
@@ -40,7 +41,7 @@ class CalibrateOptions(Limited):
         return self.model_copy(update={"sensitivity": "gradient" if gradient else "power"})
 
 
-class PlanOptions(Limited):
+class PlanOptions(Options):
     """Options of `plan`."""
 
     size_bytes: int = Field(ge=1, description="most bytes of all weight files together")
@@ -48,9 +49,10 @@ class PlanOptions(Limited):
     min_bits: int = Field(2, ge=2, le=8, description="fewest bits of a code")
     probe_rows: int = Field(32, ge=1, description="rows of each weight on which the loss increase is predicted")
     gptq: bool = Field(True, description="predict for GPTQ, as quantize does by default; else for rounding to nearest")
+    max_ram_bytes: MaxRam = None
 
 
-class QuantizeOptions(Limited):
+class QuantizeOptions(Options):
     """Options of `quantize`. `bits`, `group_size` and `kind` are for a run without a plan."""
 
     bits: int = Field(4, ge=2, le=8, description="bits of a code: 2, 3, 4, 5, 6 or 8; not used with a plan")
@@ -61,6 +63,7 @@ class QuantizeOptions(Limited):
     method: Literal["gptq", "rtn"] = Field(
         "gptq", description="gptq passes rounding errors on to later weights; rtn rounds each to nearest, the baseline"
     )
+    max_ram_bytes: MaxRam = None
 
 
 class ExportOptions(Options):

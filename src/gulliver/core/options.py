@@ -6,9 +6,12 @@ A file of options imports pydantic and this alone, so that help and recipes are 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
+
+MaxRam = Annotated[int | None, Field(ge=1, description="most resident memory of the process")]
+"""The field `max_ram_bytes` of a step that keeps to it (`Context.check_ram`); `resolved` says all that it decides."""
 
 
 class Options(BaseModel):
@@ -22,9 +25,3 @@ class Options(BaseModel):
         The reuse key is made of the result, so it may depend on nothing but the options and the inputs' contents.
         """
         return self
-
-
-class Limited(Options):
-    """Options of a step that keeps to a limit on memory; `resolved` says all that the limit decides."""
-
-    max_ram_bytes: int | None = Field(None, ge=1, description="most resident memory of the process")

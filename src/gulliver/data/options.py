@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from gulliver.core.options import Limited, Options
+from gulliver.core.options import MaxRam, Options
 from gulliver.tasks import DEFAULT
 
 
@@ -26,9 +26,10 @@ class ReadOptions(Options):
     family: dict[str, Any] = Field(default_factory=dict, description="options of that family")
 
 
-class SampleOptions(Limited):
+class SampleOptions(Options):
     """Options of `sample`."""
 
     count: int = Field(96, ge=1, description="examples to write; empty ones are dropped")
     family: dict[str, Any] = Field(default_factory=dict, description="options of the model's family")
     batch_size: int = Field(48, ge=1, description="examples written at once")
+    max_ram_bytes: MaxRam = None

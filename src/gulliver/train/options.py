@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from gulliver.core.options import Limited, Options
+from gulliver.core.options import MaxRam, Options
 
 
 class TrainOptions(Options):
@@ -24,8 +25,12 @@ class TrainOptions(Options):
     max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False, description="gradients longer than this are clipped")
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints; no effect on the weights")
 
+    def resolved(self, inputs: Mapping[str, Any]) -> Self:
+        """The family is the dataset's own where none is named."""
+        return self.model_copy(update={"task": self.task or inputs["dataset"].task})
 
-class DistillOptions(Limited):
+
+class DistillOptions(Options):
     """Options of `distill`. Rates warm up linearly over `warmup_steps`, then fall as a cosine to zero."""
 
     steps: int = Field(100, ge=1, description="updates")
@@ -39,3 +44,4 @@ class DistillOptions(Limited):
     warmup_steps: int = Field(5, ge=0, description="steps of linear warmup")
     max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False, description="gradients longer than this are clipped")
     checkpoint_every: int = Field(25, ge=1, description="steps between checkpoints; no effect on the result")
+    max_ram_bytes: MaxRam = None
