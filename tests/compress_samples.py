@@ -77,7 +77,7 @@ def divergence(lab: Lab, packed: Artifact, batches: int = 4) -> float:
     """Mean KL(parent || packed) on held-out data."""
     task = get_task(lab.model.task)
     parent, model = task.load(lab.model.path), task.load(packed.path)
-    stream = task.batches(lab.dataset, "eval", 8, 0, 0, folder=lab.model.path, **lab.dials)
+    stream = task.batches(lab.dataset, "eval", 8, 0, 0, folder=lab.model.path, options=task.chosen(lab.dials))
     with torch.no_grad():
         losses = [task.loss(model, next(stream), parent).mean() for _ in range(batches)]
     return float(torch.stack(losses).mean())

@@ -80,7 +80,7 @@ def test_a_plain_number_of_one_or_more_is_ambiguous() -> None:
 
 def test_a_budget_makes_one_gate_for_each_limit() -> None:
     assert [gate.rule for gate in Budget(100).gates()] == ["size_bytes <= 100"]
-    full = Budget(100, max_ram_bytes=200, min_tokens_per_s=3.5, max_drop=0.0)
+    full = Budget(100, max_ram_bytes=200, min_tokens_per_s=3.5, max_drop=0.0, speed_metric="decode_tokens_per_s")
     assert [gate.rule for gate in full.gates()] == [
         "size_bytes <= 100",
         "compress_peak_ram_bytes <= 200",
@@ -97,6 +97,7 @@ def test_a_budget_makes_one_gate_for_each_limit() -> None:
         ({"size_bytes": 1, "max_ram_bytes": -1}, "max_ram_bytes is -1"),
         ({"size_bytes": 1, "min_tokens_per_s": 0.0}, "min_tokens_per_s is 0.0"),
         ({"size_bytes": 1, "min_tokens_per_s": math.nan}, "min_tokens_per_s is nan"),
+        ({"size_bytes": 1, "min_tokens_per_s": 3.5}, "speed_metric"),
         ({"size_bytes": 1, "max_drop": -0.1}, "max_drop is -0.1"),
         ({"size_bytes": 1, "max_drop": math.nan}, "max_drop is nan"),
     ],

@@ -41,7 +41,7 @@ def opened(lab: Lab, **config: Any) -> Statistics:
 def batches_of(lab: Lab, count: int = 2, size: int = 4, **dials: Any) -> list[dict[str, Tensor]]:
     """The batches that calibration with FEW sees."""
     task = get_task(lab.model.task)
-    stream = task.batches(lab.dataset, "train", size, 0, 0, folder=lab.model.path, **dials)
+    stream = task.batches(lab.dataset, "train", size, 0, 0, folder=lab.model.path, options=task.chosen(dials))
     return [next(stream) for _ in range(count)]
 
 
@@ -307,9 +307,11 @@ def test_samples_and_dataset_are_dealt_out_in_turn(language: Lab, monkeypatch: p
     inputs: dict[str, Artifact] = {"model": language.model, "dataset": language.dataset}
     alone, both = language.step("calibrate", FEW, **inputs), language.step("calibrate", FEW, **inputs, samples=own)
     assert both.inputs == {"model": (language.model.id,), "dataset": (language.dataset.id,), "samples": (own.id,)}
-    tokens = get_task("language")
-    first = next(tokens.batches(language.dataset, "train", 4, 0, 0, folder=language.model.path, tokens=32))["tokens"]
-    second = next(tokens.batches(own, "train", 4, 0, 0, folder=language.model.path, tokens=32))["tokens"]
+    task, options = get_task("language"), get_task("language").chosen({"tokens": 32})
+    first, second = (
+        next(task.batches(data, "train", 4, 0, 0, folder=language.model.path, options=options))["tokens"]
+        for data in (language.dataset, own)
+    )
     table = next(name for name in open_statistics(both, language.model).weights if "embed" in name)
     counts = torch.bincount(torch.cat([first, second]).flatten(), minlength=len(_rows(both, language, table))) + 0.5
     assert torch.allclose(_rows(both, language, table), counts / counts.sum())

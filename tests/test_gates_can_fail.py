@@ -117,7 +117,8 @@ def test_no_verdict_at_all_refuses() -> None:
 
 
 def test_every_gate_of_a_budget_can_fail() -> None:
-    budget = Budget(size_bytes=100, max_ram_bytes=1000, min_tokens_per_s=50.0, max_drop=0.05)
+    speed = {"min_tokens_per_s": 50.0, "speed_metric": "decode_tokens_per_s"}
+    budget = Budget(size_bytes=100, max_ram_bytes=1000, max_drop=0.05, **speed)
     meets = {"size_bytes": 100.0, "compress_peak_ram_bytes": 1000.0, "decode_tokens_per_s": 50.0, "quality_loss": 0.05}
     misses = {name: value * 0.99 if "per_s" in name else value * 1.01 for name, value in meets.items()}
     evidence = {name: replace(measured(name, value), artifact_id=ID) for name, value in meets.items()}

@@ -22,7 +22,7 @@ from gulliver.runtime.decode import native_reason
 from gulliver.tasks import get_task
 
 PASSAGE = "the giant measures every island and the queen counts the lanterns. " * 4
-SMALL = QualityOptions(windows=3, context=32)
+SMALL = QualityOptions(family={"windows": 3, "context": 32})
 
 
 @pytest.fixture
@@ -51,7 +51,8 @@ def add_model(store, *, calibration=None, parents=(), seed=0, note="a"):
 
 
 def listed(passages):
-    return canonical_json({"dataset": "d", "paragraph_sha256_16": fingerprints([{"text": passages}])})
+    units = get_task("language").units({"text": passages})
+    return canonical_json({"dataset": "d", "fingerprints": fingerprints(units)})
 
 
 @pytest.fixture
@@ -70,8 +71,7 @@ def test_evidence_is_recorded_about_the_model(store, ctx, dataset):
         dataset,
         get_task("language").load(parent.path),
         folder=model.path,
-        windows=3,
-        context=32,
+        options=get_task("language").chosen({"windows": 3, "context": 32}),
     )
     assert {item.metric: item.value for item in expected}.items() <= {k: v.value for k, v in recorded.items()}.items()
     assert recorded["size_bytes"].value == model.weight_bytes and recorded["size_ratio"].value == 1
@@ -98,7 +98,11 @@ def test_calibration_data_is_never_measured_on(store, ctx, dataset):
 
 
 @pytest.mark.parametrize(
-    "content", [b"{", b"[]", b"{}", b'{"paragraph_sha256_16": 3}', b'{"paragraph_sha256_16": [1]}']
+    "content",
+    [
+        *(b"{", b"[]", b"{}"),
+        *(b'{"dataset": "d"}', b'{"dataset": "d", "fingerprints": 3}', b'{"dataset": "d", "fingerprints": [1]}'),
+    ],
 )
 def test_damaged_fingerprints_refuse(store, ctx, dataset, content):
     model = add_model(store, calibration=content)
@@ -109,7 +113,7 @@ def test_damaged_fingerprints_refuse(store, ctx, dataset, content):
 @pytest.fixture
 def vision(store):
     task = get_task("vision")
-    rows = [{**row, "split": split} for split in ("train", "eval") for row in task.read(DIGITS, split)[::20]]
+    rows = [{**row, "split": split} for split in ("train", "eval") for row in list(task.rows(DIGITS, split))[::20]]
     with store.writer(kind="model", task="vision", step={"name": "train", "version": 1}, config={}) as writer:
         task.save(task.build(1), writer.path)
         model = writer.commit()
@@ -156,7 +160,7 @@ def test_speed_is_measured_in_a_process_of_its_own(store, ctx):
 def test_every_family_can_be_measured(vision):
     found = measure.measure(str(vision[0].path), "vision", 2)
     assert found["load_ram_bytes"] > 0 and found["streams"] == {}
-    assert found["backend"] == "reference" and "architecture" in found["why"]
+    assert found["backend"] == "reference" and "by torch alone" in found["why"]
     assert all(len(rates) == 2 for rates in found["rates"].values())
 
 

@@ -41,7 +41,7 @@ def test_one_text_is_cut_in_two_and_nothing_is_lost(tmp_path, ctx):
     sources = json.loads(made.file(Sources.file).read_text())
     assert sources["train"] == {"examples": 1, "files": {"text.txt": hash_file(path)}}
     assert (made.kind, made.task, made.step["name"]) == ("dataset", "language", "read")
-    assert get_task("language").read(made.path, "eval") == [held_out]
+    assert list(get_task("language").rows(made.path, "eval")) == [{name: held_out[name] for name in ("text", "source")}]
 
 
 def test_the_same_text_elsewhere_is_the_same_artifact(tmp_path, ctx):
@@ -57,7 +57,9 @@ def test_eval_data_is_held_out_whole(tmp_path, ctx):
     (tmp_path / "a.txt").write_text(text(50, 1))
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"body": line}) + "\n" for line in ("x y", "z")))
     made = run(
-        ReadOptions(data=str(tmp_path / "a.txt"), eval_data=str(tmp_path / "b.jsonl"), text_column="body"), {}, ctx
+        ReadOptions(data=str(tmp_path / "a.txt"), eval_data=str(tmp_path / "b.jsonl"), family={"text_column": "body"}),
+        {},
+        ctx,
     )
     assert [(row["split"], row["text"]) for row in rows(made)] == [
         ("train", text(50, 1)),
@@ -73,7 +75,7 @@ def test_a_folder_and_parquet_are_read(tmp_path, ctx):
     pyarrow.parquet.write_table(
         pyarrow.table({"text": [f"row {number}" for number in range(20)]}), folder / "b.parquet"
     )
-    found = rows(run(ReadOptions(data=str(folder), holdout=0.25), {}, ctx))
+    found = rows(run(ReadOptions(data=str(folder), family={"holdout": 0.25}), {}, ctx))
     assert {row["source"] for row in found} == {"a.txt", "b.parquet"}
     assert sum(row["source"] == "b.parquet" and row["split"] == "eval" for row in found) in (4, 5)
 
@@ -85,7 +87,7 @@ def test_overlapping_parts_are_refused(tmp_path, ctx):
         run(ReadOptions(data=str(tmp_path / "a.txt"), eval_data=str(tmp_path / "b.txt")), {}, ctx)
     (tmp_path / "c.txt").write_text(f"{PASSAGE}\n\n{text(20, 1)}\n\n{PASSAGE}\n")
     with pytest.raises(DataError, match="the giant measures every island"):
-        run(ReadOptions(data=str(tmp_path / "c.txt"), holdout=0.25), {}, ctx)
+        run(ReadOptions(data=str(tmp_path / "c.txt"), family={"holdout": 0.25}), {}, ctx)
     assert ctx.store.artifacts() == []
 
 
@@ -121,4 +123,4 @@ def test_another_family_reads_by_the_same_step(ctx):
 
 def test_an_option_of_another_family_is_refused(tmp_path, ctx):
     with pytest.raises(ConfigError, match="holdout"):
-        run(ReadOptions(data="catalog:digits", task="vision", holdout=0.2), {}, ctx)
+        run(ReadOptions(data="catalog:digits", task="vision", family={"holdout": 0.2}), {}, ctx)

@@ -37,7 +37,7 @@ def home(tmp_path):
 
 
 def dataset_in(home):
-    rows = [{**row, "split": split} for split in ("train", "eval") for row in TASK.read(DIGITS, split)[::9]]
+    rows = [{**row, "split": split} for split in ("train", "eval") for row in list(TASK.rows(DIGITS, split))[::9]]
     return make_dataset(Store(home).artifacts_folder, rows)
 
 
@@ -129,8 +129,8 @@ def test_a_dataset_of_another_task_is_refused(home):
 
 
 def test_an_option_of_another_family_is_refused(home):
-    with pytest.raises(ConfigError, match="the vision task has no option 'tokens'"):
-        run(TOY.model_copy(update={"tokens": 64}), {"dataset": dataset_in(home)}, make_context(home))
+    with pytest.raises(ConfigError, match="the vision family: unknown option 'tokens'"):
+        run(TOY.model_copy(update={"family": {"tokens": 64}}), {"dataset": dataset_in(home)}, make_context(home))
 
 
 def test_a_rate_that_explodes_stops_and_makes_nothing(home):

@@ -65,6 +65,8 @@ class Budget:
             limit = getattr(self, name)
             if limit is not None and not limit > 0:
                 raise ConfigError(f"the budget's {name} is {limit}; it must be above 0")
+        if self.min_tokens_per_s is not None and not self.speed_metric:
+            raise ConfigError("the budget's min_tokens_per_s needs speed_metric, for example decode_tokens_per_s")
         if self.max_drop is not None and not self.max_drop >= 0:
             raise ConfigError(f"the budget's max_drop is {self.max_drop}; it must be 0 or above, for example 0.05")
 
