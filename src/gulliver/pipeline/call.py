@@ -17,7 +17,7 @@ from typing import Any
 
 from gulliver.core import machine, memory
 from gulliver.core.context import LIMIT, Context, noted_peak
-from gulliver.core.errors import BudgetError, ConfigError
+from gulliver.core.errors import ArtifactError, BudgetError, ConfigError
 from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import Artifact, canonical_json, hash_file
 from gulliver.core.store.store import RunRecord, Store
@@ -117,21 +117,27 @@ def _run(row: Step, key: str, asked: Any, cfg: Any, given: Inputs, context: Cont
         peak_rss_bytes=context.peak_rss_bytes(),
     )
     store.clear_work(key)  # after the run is recorded, so that a kill between the two loses nothing
-    renew_cards(context.recorded, store)
+    renew_cards(context.recorded, store, context.progress)
     if limit is not None and run.peak_rss_bytes > limit:
         told = f"memory reached {run.peak_rss_bytes / 1e6:.0f} MB in step {row.name}; the limit is {limit / 1e6:.0f} MB"
         raise BudgetError(f"{told}. Raise max_ram_bytes")
     return run
 
 
-def renew_cards(artifact_ids: Iterable[str], store: Store) -> None:
-    """Write the card and evidence.json beside each of these models that is in the store, from all evidence by now."""
-    from gulliver.report.card import write_card  # here, because most calls record no evidence
+def renew_cards(artifact_ids: Iterable[str], store: Store, progress: Progress) -> None:
+    """Write the card and evidence.json beside each of these models that is in the store, from all evidence by now.
+
+    A card that cannot be written (something in the lineage is damaged) is told, and fails nothing.
+    """
+    from gulliver.report import card  # here, because most calls record no evidence
 
     for one in sorted(artifact_ids):
         if store.has(one) and store.get(one).kind == "model":
-            with store.lock(f"card-{one[:32]}"):
-                write_card(store.get(one), store.evidence(one), store)
+            try:
+                with store.lock(f"card-{one[:32]}"):
+                    card.write_card(store.get(one), store.evidence(one), store)
+            except ArtifactError as failure:
+                progress.print(f"the card of {one[:12]} was not renewed: {failure}")
 
 
 def reuse_key(row: Step, cfg: Any, inputs: Inputs, seed: int) -> str:
