@@ -93,7 +93,10 @@ def call(
                 max_ram_bytes=limit,
                 machine_name=machine.describe(store.home, measure=False).name,
             )
-            run = _run(row, key, asked, cfg, given, context)
+            memory.reset_peak_rss()
+            begun = time.monotonic()
+            made = function(row)(cfg, given, context)
+            run = _recorded(row, key, asked, made, context, time.monotonic() - begun)
     artifact = store.get(run.artifact_id)
     if log is not None:
         seconds = time.monotonic() - started
@@ -101,11 +104,9 @@ def call(
     return artifact
 
 
-def _run(row: Step, key: str, asked: Any, cfg: Any, given: Inputs, context: Context) -> RunRecord:
-    """Run a step and record that it ran. BudgetError when it took more memory than its limit."""
-    store, limit, started = context.store, context.max_ram_bytes, time.monotonic()
-    memory.reset_peak_rss()
-    artifact = function(row)(cfg, given, context)
+def _recorded(row: Step, key: str, asked: Any, artifact: Artifact, context: Context, seconds: float) -> RunRecord:
+    """The record that a step ran and what it made. BudgetError when it took more memory than its limit."""
+    store, limit = context.store, context.max_ram_bytes
     assert artifact.kind in row.makes, f"step {row.name} made a {artifact.kind}; the table says {row.makes}"
     run = store.finish_run(
         key,
@@ -113,7 +114,7 @@ def _run(row: Step, key: str, asked: Any, cfg: Any, given: Inputs, context: Cont
         config=asked.model_dump(mode="json"),
         inputs=context.inputs,
         artifact_id=artifact.id,
-        seconds=time.monotonic() - started,
+        seconds=seconds,
         peak_rss_bytes=context.peak_rss_bytes(),
     )
     store.clear_work(key)  # after the run is recorded, so that a kill between the two loses nothing
