@@ -12,11 +12,11 @@ from engine_samples import FakeDecoder, hashed
 from language_samples import write_causal, write_encoder
 
 import gulliver
-from gulliver.audit.decoding import bytes_per_token, workloads
 from gulliver.core.errors import ConfigError, GulliverError
 from gulliver.nets.files import stored_tensors, weight_files
 from gulliver.pipeline import bench
 from gulliver.runtime.decode import native_reason
+from gulliver.tasks.language.workloads import bytes_per_token, workloads
 
 Run = Callable[..., tuple[int, str, str]]
 native_only = pytest.mark.skipif(native_reason() is not None, reason=str(native_reason()))

@@ -47,15 +47,19 @@ class ReferenceDecoder:
         self,
         folder: Path,
         *,
+        model: Any = None,
         threads: int | None = None,
         cache_tokens: int | None = None,
         slots: int = 16,
         why: str = "because it was asked for",
     ) -> None:
-        """`threads` are set for the whole process. ConfigError for a model that writes no text."""
+        """`model`: the one in `folder` where it is loaded already. `threads` are set for the whole process.
+
+        ConfigError for a model that writes no text.
+        """
         if threads is not None:
             torch.set_num_threads(threads)
-        model: Any = load_network(folder, empty=False)
+        model = load_network(folder, empty=False) if model is None else model
         if model.get_output_embeddings() is None:
             raise ConfigError(f"{folder} has no language model head, so it writes no text; ask it for embeddings")
         config = model.config.get_text_config(decoder=True)

@@ -14,11 +14,12 @@ from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.store.artifact import Artifact
 from gulliver.nets.linear_kl import linear_kl
 from gulliver.runtime.network import load_network
+from gulliver.runtime.reference_decode import ReferenceDecoder
 from gulliver.tasks.base import Batch, Block, Coupling, Task
 from gulliver.tasks.language import network, text
 from gulliver.tasks.language.options import LanguageOptions
 from gulliver.tasks.language.score import score_causal
-from gulliver.tasks.language.workloads import causal_workloads
+from gulliver.tasks.language.workloads import workloads
 from gulliver.tasks.language.writing import write_texts
 from gulliver.tasks.text.couplings import transformer_couplings
 from gulliver.tasks.text.files import paragraphs, text_batches
@@ -101,8 +102,7 @@ class LanguageTask(Task):
         return score_causal(model, dataset, parent, folder, windows, options.context)
 
     def _workloads(self, model: nn.Module, folder: Path) -> dict[str, Callable[[], int]]:
-        del folder
-        return causal_workloads(model)
+        return workloads(ReferenceDecoder(folder, model=model))
 
 
 def _divergence(model: nn.Module, parent: nn.Module, tokens: Tensor) -> Tensor:
