@@ -89,7 +89,7 @@ def fetch_entry(entry: Entry, cache: Path, download: Download) -> Path:
     target = cache / f"{entry.name}-{pin}"
     cache.mkdir(parents=True, exist_ok=True)
     with file_lock(cache / f"{entry.name}.lock"):
-        if not _is_whole(entry, target):
+        if _difference(entry, target) is not None:
             shutil.rmtree(target, ignore_errors=True)
             _fill(entry, cache, target, download)
     return target / next(iter(entry.files)) if len(entry.files) == 1 else target
@@ -210,10 +210,6 @@ def _copy_installed(entry: Entry, folder: Path) -> None:
         if not source.is_file():
             raise DataError(f"catalog:{entry.name}: the installed {entry.package} has no {rest}{file}")
         shutil.copyfile(source, folder / file)
-
-
-def _is_whole(entry: Entry, folder: Path) -> bool:
-    return folder.is_dir() and _difference(entry, folder) is None
 
 
 def _difference(entry: Entry, folder: Path) -> str | None:

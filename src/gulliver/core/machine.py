@@ -13,16 +13,14 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from gulliver.core.memory import cgroup_ram_bytes, current_rss_bytes, peak_rss_bytes, reset_peak_rss, total_ram_bytes
+from gulliver.core.memory import cgroup_ram_bytes, total_ram_bytes
 from gulliver.core.store.artifact import canonical_json
 from gulliver.core.store.files import write_atomic
-
-__all__ = ["Machine", "current_rss_bytes", "describe", "peak_rss_bytes", "reset_peak_rss"]
 
 ISA = (
     "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16",
@@ -116,12 +114,13 @@ def identify() -> Machine:
 def measure_machine(machine: Machine, size_bytes: int = 2**27, rows: int = 1024) -> Machine:
     """`machine` with bandwidth (`size_bytes` read per core) and peaks (`rows` x `rows` products) measured now."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    figures = {
-        "bandwidth_gb_s": _round(bandwidth_gb_s(machine.cores, min(size_bytes, machine.usable_ram_bytes // 16))),
-        "load_average": None if load is None else round(load, 2),
+    bandwidth = bandwidth_gb_s(machine.cores, min(size_bytes, machine.usable_ram_bytes // 16))
+    return replace(
+        machine,
+        bandwidth_gb_s=round(bandwidth, 1),
+        load_average=None if load is None else round(load, 2),
         **{name: _round(value) for name, value in _gemm_peaks(machine.cores, rows).items()},
-    }
-    return Machine(**{**_values(machine), **figures})
+    )
 
 
 def usable_cores() -> int:
@@ -200,10 +199,6 @@ def _versions() -> dict[str, str]:
 
 def _identity(machine: Machine) -> tuple[object, ...]:
     return machine.cpu, machine.cores, machine.isa, machine.python, tuple(sorted(machine.versions.items()))
-
-
-def _values(machine: Machine) -> dict[str, Any]:
-    return {item.name: getattr(machine, item.name) for item in fields(Machine)}
 
 
 def _round(value: float | None) -> float | None:
