@@ -22,7 +22,6 @@ import uvicorn
 from gulliver.core.errors import ConfigError
 from gulliver.serve import logs
 from gulliver.serve.app import make_app
-from gulliver.serve.openai.socket_writer import KeepsSend
 from gulliver.serve.state import State
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -56,7 +55,7 @@ def listen(host: str, port: int) -> socket.socket:
 def make_server(state: State) -> Server:
     """A server that has not begun. Access is logged by the gate, so uvicorn logs warnings alone."""
     config = uvicorn.Config(
-        KeepsSend(make_app(state)),
+        make_app(state),
         http="httptools",
         loop="uvloop",
         ws="none",
@@ -76,7 +75,7 @@ def make_server(state: State) -> Server:
 def run(state: State, sock: socket.socket) -> None:
     """Serve on `sock` until a signal comes, then drain and return. Engines are closed by the caller."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a stream takes two descriptors; the usual limit is 1024
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each client takes a descriptor; the usual limit is 1024
     server = make_server(state)
     # A full collection comes when a quarter as many objects as it would look at are new; with the hundreds of thousands
     # of the models and libraries among them, requests that ended would stay for minutes. So those are not looked at.

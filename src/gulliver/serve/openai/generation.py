@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,16 +33,18 @@ class Bridge:
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._waiting: deque[tuple[Generation, int, Piece | bytes]] = deque()
+        self._waiting: deque[tuple[Generation, int, Piece]] = deque()
         self._woken = False
 
     def bind(self) -> None:
         """Deliver to the running event loop."""
-        self._loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._loop, self._woken = loop, False
 
-    def post(self, run: Generation, index: int, item: Piece | bytes) -> None:
-        """Called in any thread. The flag is set after the piece lies there, so a piece is never left behind."""
-        self._waiting.append((run, index, item))
+    def post(self, run: Generation, index: int, piece: Piece) -> None:
+        """Called in any thread. The flag is set after the piece is appended, so no piece is left behind."""
+        self._waiting.append((run, index, piece))
         if not self._woken:
             self._woken = True
             assert self._loop is not None, "no request was started"
@@ -52,9 +54,8 @@ class Bridge:
         self._woken = False
         waiting = self._waiting
         while waiting:
-            run, index, item = waiting.popleft()
-            run.came += 1
-            run.arrive(index, item)
+            run, index, piece = waiting.popleft()
+            run.arrive(index, piece)
 
 
 class Generation:
@@ -73,14 +74,9 @@ class Generation:
         self._streamed = streamed
         self._pending = deque(range(len(requests)))
         self._tickets: dict[int, Any] = {}
-        self._arrived: list[tuple[int, Any]] = []
-        self.came = 0  # what came over the bridge; the loop's, as `_flushed`
-        self._posted = 0  # what was given to the bridge; the engine's thread's, as the calls of `_short`
-        self._flushed = -1  # of what came, what the kernel has
-        self._short: Callable[[int, Piece], bytes] | None = None
+        self._arrived: list[tuple[int, Piece]] = []
         self._left = len(requests)
         self._began = time.monotonic()
-        self._given_up: list[tuple[int, Piece]] = []
         self._waiter: asyncio.Future[None] | None = None
 
     @property
@@ -97,40 +93,25 @@ class Generation:
             self.cancel()
             raise refused(error) from None
 
-    def shorten(self, short: Callable[[int, Piece], bytes]) -> None:
-        """From now on the engine's thread may write pieces by `short`, which returns what it could not write.
-
-        It does so only while all that went through the loop is known to be flushed, so the two never write at once.
-        """
-        self._short = short
-
-    def flushed(self, came: int) -> None:
-        """The kernel has what was written for the first `came` that came."""
-        self._flushed = came
-
-    async def take(self) -> list[tuple[int, Any]]:
-        """What has arrived since the last call, as (index, piece); waits for something. Empty only at the end.
-
-        Bytes in the place of a piece are the rest of what the short way could not write.
-        """
+    async def take(self) -> list[tuple[int, Piece]]:
+        """The (index, piece) that arrived since the last call; waits for something. Empty only at the end."""
         if not self._arrived and self._left:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            await self._wait()
         arrived, self._arrived = self._arrived, []
         return arrived
 
     async def finish(self) -> list[tuple[int, Piece]]:
         """Every piece of every completion, once all have ended."""
         while self._left:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            await self._wait()
         return self._arrived
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
 
     def cancel(self) -> None:
         """End what is under way; what waits is never submitted. The engine still delivers a last piece for each."""
@@ -155,23 +136,16 @@ class Generation:
         if not self._streamed and piece.finish is None:
             self._arrived.append((index, piece))
             return
-        item: Piece | bytes = piece
-        if self._short is not None and piece.finish is None and self._flushed == self._posted:
-            item = self._short(index, piece)
-            if not item:
-                return
-        self._posted += 1
-        self._bridge.post(self, index, item)
+        self._bridge.post(self, index, piece)
 
-    def arrive(self, index: int, item: Piece | bytes) -> None:
+    def arrive(self, index: int, piece: Piece) -> None:
         """A piece has come over to the event loop."""
-        self._arrived.append((index, item))
-        if isinstance(item, Piece) and item.finish is not None:
+        self._arrived.append((index, piece))
+        if piece.finish is not None:
             self._tickets.pop(index, None)
-            self.last[index] = item
+            self.last[index] = piece
             self._left -= 1
-            self._go_on()
-            self._end_given_up()
+            self._submit_more()
         waiter = self._waiter
         if waiter is not None and not waiter.done() and (self._streamed or not self._left):
             waiter.set_result(None)
@@ -198,14 +172,14 @@ class Generation:
         left = request.timeout_seconds - (time.monotonic() - self._began)
         return replace(request, timeout_seconds=left) if left > 0 else None
 
-    def _go_on(self) -> None:
-        """Submit more in the place of what ended; a full queue is tried again, a closed one ends the rest."""
+    def _submit_more(self) -> None:
+        """Submit more in place of what ended; a full queue is tried again, a closed one ends the rest."""
         if not self._pending:
             return
         try:
             self._submit()
         except QueueFull:
-            asyncio.get_running_loop().call_later(RETRY_SECONDS, self._go_on)
+            asyncio.get_running_loop().call_later(RETRY_SECONDS, self._submit_more)
         except EngineClosed:
             self._give_up("cancelled")
         except GulliverError as error:
@@ -213,17 +187,9 @@ class Generation:
 
     def _give_up(self, reason: str) -> None:
         """End what was never submitted."""
-        self._given_up += [(index, Piece("", finish=reason)) for index in self._pending]
-        self._pending.clear()
-        self._end_given_up()
-
-    def _end_given_up(self) -> None:
-        """Let arrive what was given up, once the engine's thread writes nothing more: two must not write at once."""
-        if self._tickets:
-            return
-        given_up, self._given_up = self._given_up, []
-        for index, piece in given_up:
-            self.arrive(index, piece)
+        pending, self._pending = self._pending, deque()
+        for index in pending:
+            self.arrive(index, Piece("", finish=reason))
 
 
 def failure_of(piece: Piece) -> ApiError | None:
