@@ -310,9 +310,10 @@ def test_errors_of_the_framework_have_the_same_shape(client: httpx.Client) -> No
     assert broken.status_code == 400 and "not valid JSON" in broken.json()["error"]["message"]
 
 
-def test_a_bug_is_a_500_in_the_same_shape(client: httpx.Client, engine: FakeEngine) -> None:
+@pytest.mark.parametrize("kind", [ZeroDivisionError, BaseException])
+def test_a_bug_is_a_500_in_the_same_shape(kind: type[BaseException], client: httpx.Client, engine: FakeEngine) -> None:
     def bug(request: Request) -> str:
-        raise ZeroDivisionError("secret")
+        raise kind("secret")
 
     engine.answer = bug
     response = chat(client)

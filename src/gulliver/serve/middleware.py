@@ -47,10 +47,12 @@ class Middleware:
                 await problem.response()(scope, receive, sent)
             else:
                 await self._app(scope, self._limited(scope, receive), sent)
-        except Exception as error:
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a library in another language may raise past Exception
             logs.event("failure", level=logs.ERROR, error=error, request=call.id, path=_shown(route))
             if call.status:
-                raise  # an answer was begun; only closing the connection tells the client
+                raise  # the answer has begun; only closing the connection tells the client
             await _failed().response()(scope, receive, sent)
         finally:
             self._state.active -= works

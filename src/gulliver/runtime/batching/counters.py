@@ -57,6 +57,12 @@ class Counters:
     rows_per_step: Histogram = field(default_factory=lambda: Histogram(ROWS))
     ends: deque[float] = field(default_factory=lambda: deque(maxlen=64))  # when the latest requests ended, seconds
 
+    def drawn(self, tokens: int) -> None:
+        """Count tokens that one request got in one step: a draft that came true comes all at once."""
+        self.completion_tokens += tokens
+        for _ in range(tokens - 1):
+            self.between_tokens_seconds.add(0.0)
+
     def finish(self, reason: str, now: float, began: float) -> None:
         """Count the end of a request that was submitted at `began`."""
         reason = "error" if reason.startswith("error") else reason

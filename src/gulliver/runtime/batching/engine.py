@@ -1,9 +1,8 @@
 """Continuous batching: one Engine owns one decoder and one thread; requests join and leave at every step.
 
 A step takes one token of every sequence that is being continued (and its draft), and a share of the prompts that wait
-(serve/schedule.py), asks the decoder once, draws a token for every sequence whose logits came, and delivers what has
-become certain text. What goes wrong with one request ends that request alone; what goes wrong in the decoder ends the
-requests that were in the step; the thread lives on.
+(scheduler.py), asks the decoder once, draws a token for every sequence whose logits came, and delivers what has
+become certain text (stepper.py). The thread outlives what goes wrong in a request or a step.
 """
 
 from __future__ import annotations
@@ -16,15 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from gulliver.core.errors import ConfigError, GulliverError
+from gulliver.core.errors import ConfigError
 from gulliver.runtime.batching.counters import Counters, Histogram, seconds_for
 from gulliver.runtime.batching.grammar import Grammars
 from gulliver.runtime.batching.records import EngineClosed, Piece, QueueFull, Request, TokenChoice
-from gulliver.runtime.batching.scheduler import Chunk, Scheduler
+from gulliver.runtime.batching.scheduler import Scheduler
 from gulliver.runtime.batching.sequence import Sequence as Running
+from gulliver.runtime.batching.stepper import Stepper
 from gulliver.runtime.decoder import Decoder
 from gulliver.runtime.sampling import Sampling
 from gulliver.runtime.text.tokenizer import Text
@@ -76,6 +73,7 @@ class Engine:
         self.context = self._scheduler.context  # longest prompt + completion, in tokens
         self._queue = queue
         self._waiting: deque[Running] = deque()
+        self._stepper = Stepper(decoder, self._scheduler, self._waiting, self.counters)
         self._changed = threading.Condition()  # guards _waiting's growth, _arrivals, _draining, _closing
         self._arrivals = 0
         self._draining = False
@@ -119,7 +117,7 @@ class Engine:
         prompt, vocabulary = request.prompt, self.decoder.vocabulary
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             wrong = next(token for token in prompt if not 0 <= token < vocabulary)
-            raise ConfigError(f"the prompt holds token {wrong}; the vocabulary has {vocabulary}")
+            raise ConfigError(f"the prompt has token {wrong}; ids go from 0 to {vocabulary - 1}")
         room = self.context - len(prompt)
         wanted = room if request.max_tokens is None else request.max_tokens
         if wanted > room or (request.max_tokens is None and room < 1):
@@ -204,151 +202,18 @@ class Engine:
                 if self._closing:
                     break
             waiting = len(self._waiting)
-            self._sweep()
+            self._stepper.sweep()
             try:
                 scheduler.admit(self._waiting)
                 parts = scheduler.plan(self._waiting)
                 if parts:
-                    self._step(parts)
-            except Exception as error:
-                self._fail_all(error)
+                    self._stepper.run(parts)
+            except BaseException as error:  # the thread outlives whatever a decoder's library raises
+                self._stepper.fail_all(error)
             if len(self._waiting) < waiting:
                 self._wake()  # for complete
         for running in [*scheduler.running, *self._waiting]:
-            self._end(running, "cancelled")
-
-    def _sweep(self) -> None:
-        """End what was cancelled or took too long."""
-        now = time.monotonic()
-        for running in [*self._scheduler.running, *self._waiting]:
-            if running.cancelled or now >= running.deadline:
-                self._end(running, "cancelled" if running.cancelled else "timeout")
-
-    def _step(self, parts: list[Chunk]) -> None:
-        counters, now = self.counters, time.monotonic()
-        for part in parts:
-            if not part.sequence.begun:
-                self._begin(part.sequence, now)
-        batch = self._scheduler.batch(parts)
-        logits = self.decoder.step(batch)
-        best = logits.argmax(axis=1)
-        finite = np.isfinite(logits[np.arange(len(best)), best])  # argmax finds NaN and infinity first
-        all_finite, choices = bool(finite.all()), best.tolist()
-        now, row = time.monotonic(), 0
-        for part in parts:
-            stop = row + part.wanted
-            try:
-                if not all_finite and not finite[row:stop].all():
-                    raise _Damaged(
-                        "the model's logits are not finite numbers; its file is damaged: check it with gulliver verify"
-                    )
-                self._advance(part, logits[row:stop], choices[row:stop], now)
-            except Exception as error:
-                self._fail(part.sequence, error)
-            row = stop
-        rows = len(batch.tokens)
-        counters.steps += 1
-        counters.rows += rows
-        counters.rows_per_step.add(rows)
-
-    def _begin(self, running: Running, now: float) -> None:
-        running.begun = True
-        self.counters.queue_seconds.add(now - running.submitted)
-        self.counters.prompt_tokens += running.prompt_length
-
-    def _advance(self, part: Chunk, logits: NDArray[np.float32], choices: list[int], now: float) -> None:
-        """Take the logits of a part's wanted rows: draw tokens as far as the draft agrees, then deliver."""
-        running, drawn = part.sequence, 0
-        before = len(running.tokens)
-        if running.echo and part.first < running.prompt_length:
-            running.echo_rows(part.first, logits)
-        running.computed = part.first + part.count - len(part.draft)
-        if running.computed == before:
-            if before < running.limit:
-                drawn = self._draw(part, logits, choices)
-            else:
-                running.finish = "length"  # an echo that asked for no token
-        if drawn:
-            self._count_tokens(running, drawn, before == running.prompt_length, now)
-            running.computed += drawn - 1
-        self._scheduler.publish(running)
-        piece = running.piece()
-        if running.finish is not None:
-            self._leave(running, now)
-        if piece is not None:
-            self._deliver(running, piece)
-
-    def _draw(self, part: Chunk, logits: NDArray[np.float32], choices: list[int]) -> int:
-        """Draw the next tokens of a sequence; returns how many."""
-        running, draft = part.sequence, part.draft
-        first = len(choices) - 1 - len(draft)  # the row of the last token that is no draft
-        for place in range(len(draft) + 1):
-            row = logits[first + place]
-            token = running.choose(row, choices[first + place])
-            running.push(token, row)
-            if running.finish is not None or place == len(draft) or draft[place] != token:
-                break
-        if draft:
-            accepted = place + (running.finish is not None and place < len(draft) and draft[place] == token)
-            running.lookup.result(len(draft), accepted, len(running.tokens))
-            self.counters.draft_offered += len(draft)
-            self.counters.draft_accepted += accepted
-        return place + 1
-
-    def _count_tokens(self, running: Running, drawn: int, first: bool, now: float) -> None:
-        counters = self.counters
-        counters.completion_tokens += drawn
-        if first:
-            counters.cached_tokens += running.cached
-            counters.first_token_seconds.add(now - running.submitted)
-        else:
-            counters.between_tokens_seconds.add(now - running.last_time)
-        for _ in range(drawn - 1):  # a draft that came true comes all at once
-            counters.between_tokens_seconds.add(0.0)
-        running.last_time = now
-
-    # ---- ends ----
-    def _leave(self, running: Running, now: float) -> None:
-        if running.slot >= 0:
-            self._scheduler.leave(running)
-        else:
-            self._waiting.remove(running)
-        assert running.finish is not None
-        self.counters.finish(running.finish, now, running.submitted)
-
-    def _end(self, running: Running, reason: str) -> None:
-        """End a request from outside; what was held back is delivered."""
-        running.answer.end()
-        running.finish = reason
-        self._leave(running, time.monotonic())
-        piece = running.piece()
-        assert piece is not None
-        self._deliver(running, piece)
-
-    def _deliver(self, running: Running, piece: Piece) -> None:
-        try:
-            running.deliver(piece)
-        except Exception:
-            log.exception("a request was cancelled, since its pieces could not be delivered")
-            running.cancelled = True
-
-    def _fail(self, running: Running, error: Exception) -> None:
-        """End one request by an error; its own fault or a damaged file, nobody else's."""
-        if not isinstance(error, GulliverError):
-            log.error("a request failed", exc_info=error)
-        if running.finish is None or running.slot >= 0:
-            self._end(running, f"error: {error}" if str(error) else f"error: {type(error).__name__}")
-
-    def _fail_all(self, error: Exception) -> None:
-        """End every running request, after a failure that may concern any of them; the cache is in doubt."""
-        log.error("a step failed", exc_info=error)
-        for running in list(self._scheduler.running):
-            self._fail(running, error)
-        self._scheduler.pool.forget()
-
-
-class _Damaged(GulliverError):
-    """The model's own numbers are wrong."""
+            self._stepper.end(running, "cancelled")
 
 
 def _pieces(pieces: SimpleQueue[Piece]) -> Iterator[Piece]:

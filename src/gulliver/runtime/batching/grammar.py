@@ -1,4 +1,4 @@
-"""Answers that keep to a form: any JSON object, a JSON schema, a regular expression (by llguidance).
+"""Answers of a given form: any JSON object, or JSON that meets a schema (by llguidance).
 
 A `Grammar` is compiled once, outside the engine's thread; every request that uses it gets its own `Matcher`, which
 says before each token which ones may come and is told which one came.
@@ -16,10 +16,11 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from gulliver.core.errors import ConfigError, MissingExtra
+from gulliver.core.errors import ConfigError
 
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON on one line, as most of it is written: where blanks are free, small models lose themselves in them."""
+"""JSON on one line, as most of it is written: small models tend to emit endless whitespace where it is allowed."""
+STUCK = "the grammar allows no next token"
 KEPT = 64
 """Compiled grammars kept for the next request with the same form."""
 
@@ -37,7 +38,7 @@ class _Core(Protocol):
 
 
 class Matcher:
-    """Where one answer stands in its grammar."""
+    """The state of one answer in its grammar."""
 
     def __init__(self, core: _Core, vocabulary: int) -> None:
         self._core = core
@@ -51,11 +52,11 @@ class Matcher:
         bits = np.unpackbits(self._bits.view(np.uint8), count=self._vocabulary, bitorder="little")
         allowed = bits.view(np.bool_)
         if not allowed.any():
-            raise ConfigError("the grammar cannot go on: no token of the vocabulary fits")
+            raise ConfigError(f"{STUCK}: none of the vocabulary fits")
         return allowed
 
     def accept(self, token: int) -> None:
-        """Go on by `token`, which must be allowed."""
+        """Continue with `token`, which must be allowed."""
         self._core.consume_token(token)
         self._check()
 
@@ -66,7 +67,7 @@ class Matcher:
 
     def _check(self) -> None:
         if self._core.is_error():
-            raise ConfigError(f"the grammar cannot go on: {_first_line(self._core.get_error())}")
+            raise ConfigError(f"{STUCK}: {_first_line(self._core.get_error())}")
 
 
 class Grammar:
@@ -91,7 +92,7 @@ class Grammars:
         self._end_tokens = sorted(end_tokens)
         self._lock = Lock()
         self._core: Any = None
-        self._kept: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
+        self._kept: OrderedDict[str, Grammar] = OrderedDict()
 
     def json_object(self) -> Grammar:
         """Any JSON object."""
@@ -102,46 +103,34 @@ class Grammars:
         try:
             text = json.dumps(schema, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
-            raise ConfigError(f"the JSON schema is no JSON: {_first_line(str(error))}") from error
-        return self._compiled("the JSON schema", text)
-
-    def regex(self, pattern: str) -> Grammar:
-        """Texts that match `pattern` as a whole (Rust's regular expressions). ConfigError when it is wrong."""
-        return self._compiled("the regular expression", pattern)
-
-    def _compiled(self, what: str, source: str) -> Grammar:
+            raise ConfigError(f"the JSON schema is not JSON: {_first_line(str(error))}") from error
         with self._lock:
-            found = self._kept.get((what, source))
+            found = self._kept.get(text)
             if found is None:
-                found = self._kept[what, source] = self._compile(what, source)
+                found = self._kept[text] = self._compile(text)
                 if len(self._kept) > KEPT:
                     self._kept.popitem(last=False)
-            self._kept.move_to_end((what, source))
+            self._kept.move_to_end(text)
             return found
 
-    def _compile(self, what: str, source: str) -> Grammar:
-        try:
-            import llguidance  # a native library of 20 MB, for those requests alone that ask for a form
-        except ImportError as error:
-            raise MissingExtra("constrained output", "serve") from error
+    def _compile(self, schema: str) -> Grammar:
+        import llguidance  # a native library of 20 MB, for those requests alone that ask for a form
+
         if self._core is None:
             ends: Any = self._end_tokens or None
             self._core = llguidance.LLTokenizer(self._tokenizer.to_str(), n_vocab=self._vocabulary, eos_token=ends)
+        layout: Any = LAYOUT
         try:
-            if what == "the JSON schema":
-                layout: Any = LAYOUT
-                grammar = llguidance.LLMatcher.grammar_from_json_schema(source, overrides=layout)
-            else:
-                grammar = llguidance.LLMatcher.grammar_from_regex(source)
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=layout)
         except ValueError as error:
-            raise ConfigError(f"{what} cannot be used: {_first_line(str(error))}") from error
+            raise ConfigError(f"the JSON schema is not supported: {_first_line(str(error))}") from error
         core = llguidance.LLMatcher(self._core, grammar, log_level=0)
         if core.is_error():
-            raise ConfigError(f"{what} cannot be used: {_first_line(core.get_error())}")
+            raise ConfigError(f"the JSON schema is not supported: {_first_line(core.get_error())}")
         compiled = Grammar(core, self._vocabulary)
         compiled.matcher().allowed()  # some mistakes ({"$ref": "#"}) show at the first token only
         return compiled
 
 
 def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0][:300] if text.strip() else "no reason is given"
+    return text.strip().splitlines()[0][:300] if text.strip() else "no reason given"

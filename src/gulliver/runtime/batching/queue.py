@@ -60,6 +60,32 @@ class _Share:
         return self.job.items[self.first : self.end]
 
 
+def _next_batch(jobs: deque[_Job], most: int) -> tuple[list[_Share], deque[_Job]]:
+    """(batch, jobs that have items left): of the first job as much as fits, of the others what is of like cost.
+
+    Jobs that got nothing come first the next time.
+    """
+    shares: list[_Share] = []
+    waiting: list[_Job] = []
+    begun: list[_Job] = []
+    count, largest = 0, 0
+    for job in jobs:
+        first = end = job.taken
+        while end < len(job.items):
+            cost = job.costs[end]
+            if shares and not largest <= 2 * cost <= 2 * largest:
+                break  # most of what it or the others cost would be padding
+            if count and (count + 1) * max(cost, largest) > most:
+                break
+            count, largest, end = count + 1, max(cost, largest), end + 1
+        if end > first:
+            job.taken = end
+            shares.append(_Share(job, first, end))
+        if end < len(job.items):
+            (begun if end > first else waiting).append(job)
+    return shares, deque([*waiting, *begun])
+
+
 class BatchQueue(Generic[Item, Answer]):
     """Answers items through `run`, a function from items to as many answers, called in one thread.
 
@@ -187,33 +213,15 @@ class BatchQueue(Generic[Item, Answer]):
                 return
 
     def _take(self) -> list[_Share]:
-        """The next batch: of the job at the front as much as fits, then of the others what is of like cost.
-
-        Jobs that got nothing come first the next time.
-        """
-        shares: list[_Share] = []
-        waiting: list[_Job] = []
-        begun: list[_Job] = []
-        count, largest, now = 0, 0, time.monotonic()
-        for job in self._jobs:
-            first = end = job.taken
-            while end < len(job.items):
-                cost = job.costs[end]
-                if shares and not largest <= 2 * cost <= 2 * largest:
-                    break  # most of what it or the others cost would be padding
-                if count and (count + 1) * max(cost, largest) > self._batch:
-                    break
-                count, largest, end = count + 1, max(cost, largest), end + 1
-            if end > first:
-                if not job.begun:
-                    job.begun = True
-                    self._histograms["queue_seconds"].add(now - job.arrived)
-                job.taken = end
-                shares.append(_Share(job, first, end))
-            if end < len(job.items):
-                (begun if end > first else waiting).append(job)
-        self._jobs = deque([*waiting, *begun])
+        """The next batch, taken out of the jobs that wait."""
+        shares, self._jobs = _next_batch(self._jobs, self._batch)
+        now = time.monotonic()
+        for share in shares:
+            if not share.job.begun:
+                share.job.begun = True
+                self._histograms["queue_seconds"].add(now - share.job.arrived)
         if shares:
+            count = sum(share.end - share.first for share in shares)
             self._numbers["steps"] += 1
             self._numbers["rows"] += count
             self._histograms["rows_per_step"].add(count)

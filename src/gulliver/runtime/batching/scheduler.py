@@ -221,26 +221,24 @@ class Scheduler:
 
     def batch(self, parts: list[Chunk]) -> StepBatch:
         """The parts as a decoder takes them."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        places: list[int] = []
-        wanted: list[int] = []
-        most = 0
-        for place, part in enumerate(parts):
-            sequence, stop = part.sequence, part.first + part.count
-            tokens += sequence.tokens[part.first : stop]
-            tokens += part.draft
-            positions += range(part.first, stop)
-            places += [place] * part.count
-            wanted += range(len(tokens) - part.wanted, len(tokens))
-            most = max(most, len(sequence.blocks))
-        return StepBatch(
-            _int32(tokens),
-            _int32(positions),
-            _int32(places),
-            self._table[[part.sequence.slot for part in parts], :most],
-            _int32(wanted),
-        )
+        most = max(len(part.sequence.blocks) for part in parts)
+        return _step_batch(parts, self._table[[part.sequence.slot for part in parts], :most])
+
+
+def _step_batch(parts: list[Chunk], blocks: NDArray[np.int32]) -> StepBatch:
+    """The rows of all parts; `blocks` [parts, most of one]."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    places: list[int] = []
+    wanted: list[int] = []
+    for place, part in enumerate(parts):
+        stop = part.first + part.count
+        tokens += part.sequence.tokens[part.first : stop]
+        tokens += part.draft
+        positions += range(part.first, stop)
+        places += [place] * part.count
+        wanted += range(len(tokens) - part.wanted, len(tokens))
+    return StepBatch(_int32(tokens), _int32(positions), _int32(places), blocks, _int32(wanted))
 
 
 def _int32(values: list[int]) -> NDArray[np.int32]:

@@ -18,14 +18,13 @@ from typing import Any
 from starlette.types import Receive
 
 from gulliver.core.errors import GulliverError
+from gulliver.runtime.batching.grammar import STUCK
 from gulliver.runtime.batching.records import EngineClosed, Piece, QueueFull, Request
 from gulliver.serve.errors import ApiError, bad_request, draining, engine_failed, refused, timed_out
 
 IN_FLIGHT = 16
 """Completions of one HTTP request that are with the engine at one time: a long list must not fill everybody's queue."""
 RETRY_SECONDS = 0.2
-STUCK = "error: the grammar cannot go on"
-"""How an answer ends whose schema leads nowhere: the fault of the request."""
 
 
 class Bridge:
@@ -201,6 +200,6 @@ def failure_of(piece: Piece) -> ApiError | None:
         return timed_out()
     if reason == "cancelled":
         return draining()
-    if reason.startswith(STUCK):
+    if reason.startswith(f"error: {STUCK}"):  # a schema that leads nowhere: the fault of the request
         return bad_request(reason.removeprefix("error: "), code="grammar_failed")
     return engine_failed(reason.partition(": ")[2])
