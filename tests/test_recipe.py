@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gulliver.core.errors import ConfigError
+from gulliver.pipeline import steps
 from gulliver.pipeline.recipe import GateCall, StepCall, key_lines, load, parse
 
+STEPS = steps.STEPS
 pytestmark = pytest.mark.usefixtures("toy_table")
 
 GOOD = '''# a comment with [[step]] and bits = 2
@@ -144,3 +147,19 @@ def test_every_key_is_found_on_its_line(tables: list[tuple[str, list[tuple[str, 
             text += f"{key} = {value}\n"
     tomllib.loads(text)
     assert key_lines(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("tokens = 1", "line 4: step 'sample': tokens = 1 is not valid"),
+        ('tokens = "many"', "it takes int, default 512"),
+        ("tokns = 8", "has no key 'tokns'; did you mean 'tokens'?"),
+    ],
+)
+def test_options_of_a_family_are_checked_with_the_file(
+    line: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "STEPS", STEPS)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse(f'[[step]]\nid = "a"\nuse = "sample"\n{line}\n')

@@ -211,10 +211,11 @@ def fields_of(config: type[Any]) -> dict[str, Any]:
     if own.pop("family", None) is None:
         return own
     rows = [(name, field, task) for task in TASKS for name, field in options_of(task).model_fields.items()]
-    for name, field, _ in reversed(rows):
-        families = ", ".join(task for other, _, task in rows if other == name)
-        own[name] = copy(field)
-        own[name].description, own[name].json_schema_extra = f"{families}: {field.description}", {"group": FAMILY}
+    for name, field, _ in rows:
+        if name not in own:
+            families = ", ".join(task for other, _, task in rows if other == name)
+            own[name] = copy(field)
+            own[name].description, own[name].json_schema_extra = f"{families}: {field.description}", {"group": FAMILY}
     return own
 
 
