@@ -90,6 +90,12 @@ def test_a_budget_makes_one_gate_for_each_limit() -> None:
     assert full.to_json() == {"size_bytes": 100, "max_ram_bytes": 200, "min_tokens_per_s": 3.5, "max_drop": 0.0}
 
 
+def test_a_speed_without_its_metric_makes_no_gate() -> None:
+    budget = Budget(100, min_tokens_per_s=3.5)
+    with pytest.raises(ConfigError, match="needs speed_metric"):
+        budget.gates()
+
+
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
@@ -97,7 +103,6 @@ def test_a_budget_makes_one_gate_for_each_limit() -> None:
         ({"size_bytes": 1, "max_ram_bytes": -1}, "max_ram_bytes is -1"),
         ({"size_bytes": 1, "min_tokens_per_s": 0.0}, "min_tokens_per_s is 0.0"),
         ({"size_bytes": 1, "min_tokens_per_s": math.nan}, "min_tokens_per_s is nan"),
-        ({"size_bytes": 1, "min_tokens_per_s": 3.5}, "speed_metric"),
         ({"size_bytes": 1, "max_drop": -0.1}, "max_drop is -0.1"),
         ({"size_bytes": 1, "max_drop": math.nan}, "max_drop is nan"),
     ],

@@ -49,7 +49,8 @@ def test_sizes_and_formats_stay(language: Lab, packed: Artifact) -> None:
     assert made.weight_bytes == packed.weight_bytes
     assert contents(made, Packing.file) == contents(packed, Packing.file)
     assert contents(made, LossIncrease.file) == contents(packed, LossIncrease.file)
-    assert made.parents == (packed.id, language.model.id, language.dataset.id)
+    roles = {"model": (packed.id,), "parent": (language.model.id,), "dataset": (language.dataset.id,)}
+    assert made.inputs == roles
     before, after = dict(read_stored(packed.path)), dict(read_stored(made.path))
     assert list(before) == list(after)
     changed = set()
@@ -102,7 +103,7 @@ def test_samples_take_their_turn(language: Lab, packed: Artifact, monkeypatch: p
     inputs = {"model": packed, "parent": language.model, "dataset": language.dataset, "samples": own}
     made = language.step("distill", QUICK | {"steps": 6}, **inputs)
     assert asked == [(language.dataset.id, 0), *((own.id, n) for n in range(3)), (language.dataset.id, 1), (own.id, 3)]
-    assert made.parents == (packed.id, language.model.id, language.dataset.id, own.id)
+    assert made.inputs == {role: (artifact.id,) for role, artifact in inputs.items()}
     prints = contents(made, Calibration.file)["fingerprints"]
     assert len(prints) == len(contents(healed(language, packed, steps=3), Calibration.file)["fingerprints"]) + 1
 

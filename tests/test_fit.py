@@ -252,7 +252,7 @@ def test_wrong_words(language: Lab, at_home: Callable[..., tuple[int, str, str]]
 # ---- other tools read what was fitted ------------------------------------------------------------------------------
 def losses(network: torch.nn.Module, lab: Lab) -> torch.Tensor:
     task = get_task("language")
-    stream = task.batches(lab.dataset, "eval", 4, 0, 0, folder=lab.model.path, tokens=64)
+    stream = task.batches(lab.dataset, "eval", 4, 0, 0, folder=lab.model.path, options=task.chosen({"tokens": 64}))
     with torch.no_grad():
         return torch.cat([task.loss(network, next(stream)) for _ in range(3)])
 

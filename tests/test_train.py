@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pydantic
 import pytest
@@ -44,9 +45,10 @@ def dataset_in(home):
 def test_it_learns_digits_far_beyond_the_majority_class(home):
     dataset = dataset_in(home)
     cfg = TrainOptions(steps=50, batch_size=32, learning_rate=3e-3, warmup_steps=5)
-    model = run(cfg, {"dataset": dataset}, make_context(home))
+    context = replace(make_context(home), inputs={"dataset": (dataset.id,)})
+    model = run(cfg, {"dataset": dataset}, context)
     verify(model)
-    assert (model.kind, model.task, model.parents) == ("model", "vision", (dataset.id,))
+    assert (model.kind, model.task, model.inputs) == ("model", "vision", {"dataset": (dataset.id,)})
     assert model.step["name"] == "train" and model.config["task"] == "vision" and model.config["steps"] == 50
     assert set(model.files) == {"config.json", "model.safetensors", "training.json"}
     rows = {row.metric: row for row in TASK.score(TASK.load(model.path), dataset, folder=model.path)}

@@ -58,24 +58,24 @@ class Budget:
     max_ram_bytes: int | None = None
     min_tokens_per_s: float | None = None
     max_drop: float | None = None
-    speed_metric: str = ""  # what the family's speed is measured in; needed where min_tokens_per_s is
+    speed_metric: str = ""  # what the family's speed is measured in; needed for the gate of min_tokens_per_s
 
     def __post_init__(self) -> None:
         for name in ("size_bytes", "max_ram_bytes", "min_tokens_per_s"):
             limit = getattr(self, name)
             if limit is not None and not limit > 0:
                 raise ConfigError(f"the budget's {name} is {limit}; it must be above 0")
-        if self.min_tokens_per_s is not None and not self.speed_metric:
-            raise ConfigError("the budget's min_tokens_per_s needs speed_metric, for example decode_tokens_per_s")
         if self.max_drop is not None and not self.max_drop >= 0:
             raise ConfigError(f"the budget's max_drop is {self.max_drop}; it must be 0 or above, for example 0.05")
 
     def gates(self) -> list[Gate]:
-        """The gates that a model within this budget passes, size first."""
+        """The gates that a model within this budget passes, size first. ConfigError for a speed of no metric."""
         gates = [Gate("size_bytes", at_most=self.size_bytes)]
         if self.max_ram_bytes is not None:
             gates.append(Gate("compress_peak_ram_bytes", at_most=self.max_ram_bytes))
         if self.min_tokens_per_s is not None:
+            if not self.speed_metric:
+                raise ConfigError("the budget's min_tokens_per_s needs speed_metric, for example decode_tokens_per_s")
             gates.append(Gate(self.speed_metric, at_least=self.min_tokens_per_s))
         if self.max_drop is not None:
             gates.append(Gate("quality_loss", at_most=self.max_drop))
