@@ -158,7 +158,7 @@ def test_what_is_encoded_is_decoded_exactly_or_refused(kind: Type, seed: int, co
 
 
 def test_an_encoder_and_options_of_other_formats_are_refused(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="this model is a BertModel"):
+    with pytest.raises(ConfigError, match="format gguf is for language models"):
         exported(store, write_encoder(tmp_path / "encoder"))
     model = call("pull", {"source": str(write_model(tmp_path / "toy", steps=0))}, {}, store=store)
     for config, told in (
@@ -178,7 +178,7 @@ def test_llama_cpp_has_our_perplexity_on_the_real_model(kind: str, most: float, 
     shared: dict[str, Any] = {"store": store, "progress": Progress(quiet=True)}
     model = call("pull", {"source": "catalog:smollm2-135m-instruct"}, {}, **shared)
     data = call("read", {"data": "catalog:shakespeare"}, {}, **shared)
-    text = "".join(example["text"] for example in get_task("language").read(data.path, "eval"))[:20000]
+    text = "".join(example["text"] for example in get_task("language").rows(data.path, "eval"))[:20000]
     tokens = load_tokenizer(model.path)(text)["input_ids"]
     engine = llama(exported(store, model, kind), n_ctx=512, n_batch=512, n_ubatch=512, logits_all=True)
     assert engine.tokenize(text.encode(), add_bos=False) == tokens

@@ -18,7 +18,8 @@ import gulliver
 from gulliver.cli import chat
 from gulliver.core.errors import ConfigError
 from gulliver.pipeline import steps
-from gulliver.pipeline.generate import OpenModel, local_folder, open_model
+from gulliver.pipeline.ask import local_folder
+from gulliver.pipeline.generate import OpenModel, open_model
 from gulliver.runtime.decode import native_reason
 from gulliver.runtime.sampling import Sampling
 
@@ -166,7 +167,7 @@ def test_names_that_need_a_store(command: Run, folder: Path, tmp_path: Path) -> 
     made = _document(command("pull", folder, "--json"))
     found = _document(command("generate", made["id"][:8], "--prompt", "the giant", *GREEDY, "--json"))
     assert found["model"] == made["path"]
-    assert local_folder(made["path"]) == Path(made["path"])
+    assert local_folder(made["path"]) == (Path(made["path"]), "language")
     assert local_folder("catalog:smollm2") is None and local_folder(tmp_path) is None
 
 
