@@ -102,10 +102,10 @@ def test_another_model_is_asked_and_remembered(page: Any, server: FakeServer) ->
 
 
 def test_a_model_that_makes_embeddings_is_not_offered(page: Any, server: FakeServer) -> None:
-    server.about["large-145MB"]["kind"] = "embeddings"
+    server.about["large-145MB"]["can"] = ["embed", "predict"]
     page.reload()
     expect(page.locator("#model option")).to_have_text(["small-72MB"])
-    server.about["small-72MB"]["kind"] = "embeddings"
+    server.about["small-72MB"]["can"] = ["embed", "predict"]
     page.reload()
     expect(page.locator("#notice")).to_contain_text("no model that chats")
 

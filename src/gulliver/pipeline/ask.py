@@ -14,8 +14,8 @@ from gulliver.core.errors import ArtifactError, ConfigError, DataError
 from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import MANIFEST, Artifact, open_artifact
 from gulliver.runtime.packing import is_packed
-from gulliver.tasks import detect_task, open_model
-from gulliver.tasks.answerer import Answerer, OpenOptions
+from gulliver.tasks import detect_task, family, open_model
+from gulliver.tasks.answerer import Answerer, Can, OpenOptions
 
 Spec = str | Path | Artifact
 """What users name a model by: an artifact, its id, a folder, a .gguf file, catalog:… or hf:…"""
@@ -27,17 +27,19 @@ def open_answerer(
     *,
     store: Callable[[], Any],
     name: str | None = None,
+    can: Can = "predict",
     progress: Progress | None = None,
 ) -> Answerer:
     """The model that `spec` names, ready to answer; `store` is called only where an artifact must be looked up or made.
 
-    `name` is what it is called (default: its folder's name). ConfigError for an option its family has no use for,
-    BudgetError when the memory limit is too little, ArtifactError for a damaged model.
+    `name` is what it is called (default: its folder's name), `can` what it must be able to do. ConfigError when it is
+    not, and for an option its family has no use for, BudgetError when the memory limit is too little, ArtifactError for a damaged model.
     """
     options = options or OpenOptions()
     found = local_folder(spec)
     if found is not None:
         folder, task = found
+        _check(spec, task, can)
         try:
             return open_model(folder, task, name or folder.name, options)
         except ArtifactError:
@@ -47,7 +49,14 @@ def open_answerer(
     from gulliver.pipeline.resolve import resolve_model  # after the lines that need no store: its database takes 30 MB
 
     artifact = resolve_model(spec, store(), progress=progress)
+    _check(spec, artifact.task, can)
     return open_model(artifact.path, artifact.task, name or artifact.path.name, options)
+
+
+def _check(spec: Spec, task: str, can: Can) -> None:
+    """ConfigError, before anything is opened, when models of the family cannot do what is asked."""
+    if can not in family(task).can:
+        raise ConfigError(f"{spec} is of the family {task}, whose models cannot {can}; use `gulliver ask`")
 
 
 def local_folder(spec: Spec) -> tuple[Path, str] | None:

@@ -137,10 +137,7 @@ def open_model(
         isa=opening.isa,
         max_ram_bytes=None if opening.ram is None else parse_size(opening.ram, "--ram"),
     )
-    answerer = open_answerer(spec, options, store=store, progress=progress)
-    if "generate" not in answerer.can:
-        answerer.close()
-        raise ConfigError(f"{spec} writes no text; it can {' and '.join(sorted(answerer.can))}: use `gulliver ask`")
+    answerer = open_answerer(spec, options, store=store, can="generate", progress=progress)
     assert isinstance(answerer, Generating)
     return OpenModel(answerer, time.perf_counter() - began)
 
