@@ -33,7 +33,8 @@ def open_answerer(
     """The model that `spec` names, ready to answer; `store` is called only where an artifact must be looked up or made.
 
     `name` is what it is called (default: its folder's name), `can` what it must be able to do. ConfigError when it is
-    not, and for an option its family has no use for, BudgetError when the memory limit is too little, ArtifactError for a damaged model.
+    not, and for an option its family has no use for; BudgetError when the memory limit is too little; ArtifactError for
+    a damaged model.
     """
     options = options or OpenOptions()
     found = local_folder(spec)

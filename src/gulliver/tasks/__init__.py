@@ -54,7 +54,7 @@ TASKS: Mapping[str, Family] = {
         can=("predict",),
     ),
 }
-"""At most one row claims a folder."""
+"""The last row that claims a folder has it: a config without `architectures` is a causal language model's."""
 
 DEFAULT = "language"
 """The family of data that is read when neither a model nor an option says which."""
@@ -124,7 +124,7 @@ def detect_task(folder: Path) -> str:
         raise ArtifactError(f"{folder} has no config.json; give a Hugging Face layout folder") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not a JSON object: {error}") from error
-    for name, row in TASKS.items():
+    for name, row in reversed(TASKS.items()):
         if named(row.claims)(folder, config):
             return name
     names = config.get("architectures") or config.get("model_type")
