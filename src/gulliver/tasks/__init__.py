@@ -124,7 +124,7 @@ def detect_task(folder: Path) -> str:
         raise ArtifactError(f"{folder} has no config.json; give a Hugging Face layout folder") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not a JSON object: {error}") from error
-    for name, row in reversed(TASKS.items()):
+    for name, row in reversed(list(TASKS.items())):
         if named(row.claims)(folder, config):
             return name
     names = config.get("architectures") or config.get("model_type")
