@@ -147,5 +147,5 @@ def test_the_facts_of_a_decoder(llama: Path, tmp_path: Path) -> None:
     assert (decoder.vocabulary, decoder.positions, decoder.cache_blocks) == (VOCABULARY, 128, 7)
     assert decoder.backend == "reference" and "because the architecture is new" in decoder.why
     decoder.close()
-    with pytest.raises(ConfigError, match="sentence encoder"):
+    with pytest.raises(ConfigError, match="no language model head"):
         ReferenceDecoder(write_encoder(tmp_path / "encoder"))
