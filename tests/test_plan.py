@@ -142,7 +142,7 @@ def test_the_packed_model_is_as_large_as_planned_and_within_the_budget(
     told, packed = contents(made, Plan.file)["size_bytes"], language.quantize(plan=made)
     assert packed.weight_bytes <= told <= budget
     assert told - packed.weight_bytes <= 0.01 * told + 20_000
-    assert made.parents == (language.model.id, language.calibration.id)
+    assert made.inputs == {"model": (language.model.id,), "calibration": (language.calibration.id,)}
     assert (
         len({part["format"] for row in contents(made, Plan.file)["tensors"] for part in row["parts"]}) > 1 or more > 2
     )
