@@ -243,7 +243,7 @@ def test_an_engine_that_fails_is_a_500_or_an_event(path: str, client: httpx.Clie
     [
         ({"model": "other"}, 404, "model", "choose one of: fake"),
         ({"messages": []}, 400, "messages", "at least 1"),
-        ({"messages": [{"role": "user"}]}, 400, "messages.0.content", "no content"),
+        ({"messages": [{"role": "user"}]}, 400, "messages.0.content", "needs content"),
         ({"messages": [{"role": "user", "content": "refuse me"}]}, 400, "messages", "template refuses"),
         ({"messages": [{"role": "king", "content": "x"}]}, 400, "messages.0.role", "Input should be"),
         ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "messages", "context of 512"),
@@ -260,7 +260,7 @@ def test_an_engine_that_fails_is_a_500_or_an_event(path: str, client: httpx.Clie
         ({"logit_bias": {"-1": 1}}, 400, "logit_bias", "0 to 256"),
         ({"stop": [""]}, 400, None, "at least 1 character"),
         ({"stream_options": {}}, 400, "stream_options", "needs stream"),
-        ({"tool_choice": "required"}, 400, "tool_choice", "no tools"),
+        ({"tool_choice": "required"}, 400, "tool_choice", "needs tools"),
         ({"functions": []}, 400, "functions", "unknown field"),
         ({"modalities": ["audio"]}, 400, "modalities.0", "text"),
     ],

@@ -74,13 +74,13 @@ def test_a_changed_file_keeps_the_debts_of_keys_that_stay(tmp_path: Path, monkey
 def test_names_come_once_and_go(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     add_key(path, "ann")
-    with pytest.raises(ConfigError, match="'ann' already"):
+    with pytest.raises(ConfigError, match="already has a key named 'ann'"):
         add_key(path, "ann")
     with pytest.raises(ConfigError, match="it has: ann"):
         remove_key(path, "bob")
-    with pytest.raises(ConfigError, match="no name for a key"):
+    with pytest.raises(ConfigError, match="not a valid key name"):
         add_key(path, "a\nb")
-    with pytest.raises(ConfigError, match="from 1"):
+    with pytest.raises(ConfigError, match="at least 1"):
         add_key(path, "bob", requests_per_minute=0)
     remove_key(path, "ann")
     assert read_keys(path) == []

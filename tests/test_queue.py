@@ -47,7 +47,7 @@ def test_what_waits_is_answered_together_and_a_full_queue_says_when_to_retry(hel
     first = with_one.submit(1)
     held.entered.acquire()  # the thread is busy with it
     others = [with_one.submit(item) for item in (2, 3, 4)]
-    with pytest.raises(QueueFull, match="3 requests are waiting") as full:
+    with pytest.raises(QueueFull, match="3 requests waiting") as full:
         with_one.submit(5)
     assert full.value.retry_after_seconds >= 1
     assert with_one.stats()["requests_waiting"] == 3 and with_one.stats()["requests_running"] == 1

@@ -63,7 +63,7 @@ def named_models(specs: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def opened(name: str, spec: str, options: ServeOptions, session: Session) -> Any:
-    """A model, loaded and ready to be served. A folder on this machine is used where it lies, without a store."""
+    """A model, loaded and ready to be served. A folder on this machine is used in place, without a store."""
     from gulliver.core.evidence.budget import parse_size
     from gulliver.core.store.artifact import MANIFEST, open_artifact
     from gulliver.pipeline.ask import open_answerer

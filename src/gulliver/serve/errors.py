@@ -19,7 +19,7 @@ CLIENT_CLOSED = 499
 
 
 class Problem(BaseModel):
-    """What went wrong; `param` is the field at fault."""
+    """What went wrong; `param` is the invalid field."""
 
     message: str
     type: str
@@ -34,7 +34,7 @@ class ErrorAnswer(BaseModel):
 
 
 class ApiError(Exception):
-    """An answer that refuses: `status` is the HTTP status, `param` the field at fault, `retry_after` seconds."""
+    """An error response: `status` is the HTTP status, `param` the invalid field, `retry_after` in seconds."""
 
     def __init__(
         self,
@@ -108,10 +108,10 @@ def from_validation(problems: Any, fields: Mapping[str, Any] | None = None) -> A
     if first["type"] == "extra_forbidden":
         name = str(first["loc"][-1])[:64]
         near = nearest(name, fields or ())
-        hint = f"; did you mean {near!r}?" if near else "; docs/serving.md lists the fields that are known"
+        hint = f"; did you mean {near!r}?" if near else "; docs/serving.md lists the known fields"
         return bad_request(f"unknown field {name!r}{hint}", (param or name)[:128], "unknown_field")
     if first["type"] == "missing":
-        return bad_request(f"the field {param or 'body'!r} is missing", param, "missing_field")
+        return bad_request(f"missing field {param or 'body'!r}", param, "missing_field")
     return bad_request(f"{param or 'the body'}: {first['msg']}"[:400], param[:128] if param else None, "invalid_value")
 
 

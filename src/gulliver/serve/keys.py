@@ -1,8 +1,8 @@
 """API keys: a JSON file that holds a name, limits and the SHA-256 of each key, never a key.
 
 A key is 256 random bits, so one round of SHA-256 is as good as a slow hash: there is nothing to guess. A presented key
-is hashed and compared with every stored hash in constant time, so neither the answer's time nor its place in the file
-tells anything. The file is read again when it changes: a key that is taken out stops working within a second.
+is hashed and compared with every stored hash in constant time, so neither the response time nor the place in the file
+leaks anything. The file is read again when it changes: a key that is taken out stops working within a second.
 """
 
 from __future__ import annotations
@@ -114,18 +114,18 @@ def read_keys(path: Path) -> list[Key]:
         remedy = f"make one with: gulliver keys {path} --add NAME"
         raise ConfigError(f"the key file {path} cannot be read ({error.strerror}); {remedy}") from None
     if len(data) > MAX_FILE_BYTES:
-        raise ConfigError(f"the key file {path} is over {MAX_FILE_BYTES} bytes; `gulliver keys` made no such file")
+        raise ConfigError(f"the key file {path} is over {MAX_FILE_BYTES} bytes; it is not a file of `gulliver keys`")
     try:
         body = read_json(data, str(path))
     except ArtifactError as error:
         raise ConfigError(str(error)) from None
     rows = body.get("keys") if isinstance(body, dict) else None
     if not isinstance(rows, list) or body.get("format") != FORMAT:
-        raise ConfigError(f'{path} is no key file; it must hold {{"format": {FORMAT}, "keys": [...]}}')
+        raise ConfigError(f'{path} is not a key file; it must hold {{"format": {FORMAT}, "keys": [...]}}')
     keys = [_key(row, path) for row in rows]
     for name, times in Counter(key.name for key in keys).items():
         if times > 1:
-            raise ConfigError(f"{path} holds the name {name!r} twice; remove one of them")
+            raise ConfigError(f"{path}: duplicate key name {name!r}; remove one of them")
     return keys
 
 
@@ -135,9 +135,9 @@ def add_key(
     """A new key, returned and nowhere kept; the file, which is made when missing, gets its hash."""
     keys = read_keys(path) if path.exists() else []
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"{name!r} is no name for a key; use at most 64 letters, digits and . _ @ -")
+        raise ConfigError(f"{name!r} is not a valid key name; use at most 64 letters, digits and . _ @ -")
     if any(key.name == name for key in keys):
-        raise ConfigError(f"{path} has a key named {name!r} already; remove it first, or take another name")
+        raise ConfigError(f"{path} already has a key named {name!r}; remove it first, or choose another name")
     secret = PREFIX + secrets.token_urlsafe(32)
     added = Key(name, hash_key(secret), requests_per_minute, tokens_per_minute)
     _write(path, [*keys, _key(asdict(added), path)])
@@ -163,15 +163,17 @@ def _write(path: Path, keys: Sequence[Key]) -> None:
 def _key(row: Any, path: Path) -> Key:
     needed, limits = {"name", "sha256"}, {"requests_per_minute", "tokens_per_minute"}
     if not isinstance(row, dict) or not needed <= set(row) <= needed | limits:
-        raise ConfigError(f"{path}: a key holds {', '.join(sorted(needed))} and perhaps {', '.join(sorted(limits))}")
+        raise ConfigError(f"{path}: a key has {', '.join(sorted(needed))} and optionally {', '.join(sorted(limits))}")
     if not (isinstance(row["name"], str) and _NAME.fullmatch(row["name"])):
-        raise ConfigError(f"{path}: {str(row['name'])[:64]!r} is no name for a key")
+        raise ConfigError(f"{path}: {str(row['name'])[:64]!r} is not a valid key name")
     if not (isinstance(row["sha256"], str) and _HASH.fullmatch(row["sha256"])):
-        raise ConfigError(f"{path}: the key {row['name']!r} has no SHA-256 of 64 lower-case hex digits")
+        raise ConfigError(f"{path}: the key {row['name']!r} needs a SHA-256 of 64 lower-case hex digits")
     for limit in sorted(limits):
         value = row.get(limit)
         if value is not None and (type(value) is not int or value < 1):
-            raise ConfigError(f"{path}: {limit} of the key {row['name']!r} is {value!r}; it must be a number from 1")
+            raise ConfigError(
+                f"{path}: {limit} of the key {row['name']!r} is {value!r}; it must be an integer of at least 1"
+            )
     return Key(**row)
 
 

@@ -51,7 +51,7 @@ class Limiter:
         self.tokens = Bucket(tokens_per_minute, clock) if tokens_per_minute else None
 
     def admit(self) -> tuple[str, float] | None:
-        """None, and a request is counted; or what ran out ("requests", "tokens") and seconds until there is more."""
+        """None, and the request is counted; or the limit reached ("requests", "tokens") and seconds until a retry."""
         if self.requests is not None and (wait := self.requests.seconds_until(1.0)) > 0:
             return "requests", wait
         if self.tokens is not None and (wait := self.tokens.seconds_until(1.0)) > 0:

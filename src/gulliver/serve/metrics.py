@@ -1,7 +1,7 @@
-"""What a running server tells Prometheus. docs/serving.md lists every name.
+"""The metrics of a running server for Prometheus. docs/serving.md lists every name.
 
-HTTP requests are counted here. What an engine knows of itself (tokens, queue, batch, cache, times) it counts in its own
-thread; it is asked when a scrape comes, so that a token costs nothing on the HTTP side.
+HTTP requests are counted here. An engine counts its own tokens, queue, batch, cache and times in its own thread, and is
+read at each scrape, so that a token costs nothing on the HTTP side.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ NAMES = {
 HELP = {
     "requests_running": "Completions in the batch now",
     "requests_waiting": "Completions in the queue now",
-    "cache_blocks_used": "Blocks of the key/value cache that hold something",
-    "cache_blocks": "Blocks of the key/value cache there are",
+    "cache_blocks_used": "Blocks of the key/value cache in use",
+    "cache_blocks": "Blocks of the key/value cache",
     "requests_admitted": "Completions let into the queue",
-    "requests_rejected": "Completions refused because the queue was full",
-    "preemptions": "Completions set back because the cache was full",
+    "requests_rejected": "Completions rejected because the queue was full",
+    "preemptions": "Completions preempted because the cache was full",
     "steps": "Steps of the decoder",
     "rows": "Tokens put through the decoder, of prompts and answers",
     "prompt_tokens": "Tokens of prompts",
     "cached_prompt_tokens": "Of these, found in the cache",
     "completion_tokens": "Tokens generated",
-    "draft_offered": "Tokens guessed ahead",
-    "draft_accepted": "Of these, right",
+    "draft_offered": "Draft tokens proposed",
+    "draft_accepted": "Of these, accepted",
     "time_to_first_token_seconds": "From a completion's arrival to its first token",
     "inter_token_seconds": "Between two tokens of one completion",
     "queue_seconds": "From a completion's arrival to its place in the batch",

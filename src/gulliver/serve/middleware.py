@@ -143,7 +143,7 @@ class Middleware:
 
 
 def _presented(header: bytes) -> str:
-    """The key in an Authorization header; "" when there is none."""
+    """The key in an Authorization header; "" without one."""
     kind, _, key = header.decode("latin-1").partition(" ")
     return key.strip() if kind.lower() == "bearer" else ""
 

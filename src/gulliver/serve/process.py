@@ -39,7 +39,7 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; port 0 takes a free one. ConfigError when it is taken or may not be had."""
+    """A bound socket; port 0 takes a free one. ConfigError when it is taken or not permitted."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     found = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -81,7 +81,7 @@ def run(state: State, sock: socket.socket) -> None:
     # of the models and libraries among them, requests that ended would stay for minutes. So those are not looked at.
     gc.collect()
     gc.freeze()
-    gc.collect()  # counts anew what there is to look at
+    gc.collect()  # resets the count of new objects
     uvicorn_loop: Any = server.config.get_loop_factory()
     with asyncio.Runner(loop_factory=uvicorn_loop) as runner, state.threads:
         runner.run(_serve(server, state, sock))
@@ -115,7 +115,7 @@ async def _serve(server: Server, state: State, sock: socket.socket) -> None:
 async def drain(state: State, hurried: asyncio.Event) -> None:
     """Refuse new work; wait for what runs until it is done, the grace time is over, or `hurried` is set.
 
-    What still runs then is cancelled in the engines, so that every client is told.
+    What still runs then is cancelled in the engines, so that every client receives an error.
     """
     state.draining = True
     logs.event("draining", active=state.active, grace_seconds=state.settings.grace_seconds)

@@ -87,7 +87,7 @@ class Route:
 
 @dataclass
 class RequestRecord:
-    """One HTTP request under way, filled in by whoever answers it; what is logged and charged at the end."""
+    """One HTTP request under way, filled in by its route; logged and charged at the end."""
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     arrived: float = field(default_factory=time.monotonic)
@@ -127,7 +127,7 @@ class State:
         return found
 
     def named(self, name: str) -> ServedModel:
-        """The model of that name. ApiError 404 when there is none."""
+        """The model of that name. ApiError 404 for an unknown name."""
         found = self.models.get(name)
         if found is None:
             message = f"model {name[:128]!r} is not served here; choose one of: {', '.join(self.models)}"
@@ -135,7 +135,7 @@ class State:
         return found
 
     def model(self, name: str, can: Can) -> ServedModel:
-        """The model of that name. ApiError 404 when there is none, 400 when it cannot do that, with what it can."""
+        """The model of that name. ApiError 404 for an unknown name, 400 when the model cannot do that."""
         found = self.named(name)
         does = found.answerer.can
         if can not in does:

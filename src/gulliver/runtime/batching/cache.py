@@ -1,8 +1,8 @@
-"""Cache blocks: which are in use, by how many sequences, and which hold a beginning that somebody may ask for again.
+"""Cache blocks: which are in use, by how many sequences, and which hold a prefix that may be asked for again.
 
 A full block whose tokens are certain is *published* under a key, the hash of its tokens and of the key of the block
-before it; so a key stands for all tokens from the sequence's beginning. A sequence whose tokens begin alike takes the
-block over instead of computing it. A published block that nobody uses stays until its room is needed or too many are
+before it; so a key identifies all tokens from the sequence's beginning. A sequence whose tokens begin alike takes the
+block over instead of computing it. A published block that is not in use stays until its room is needed or too many are
 kept; the one unused for longest goes first. A decoder's cache takes memory when a block is first written. So blocks
 that were written before are dealt out before fresh ones; and once as many were written as may be kept, what is kept
 makes room first: memory follows the most that running sequences ever needed at once. Keys are cryptographic (BLAKE2b of

@@ -1,7 +1,7 @@
 """Answers of a given form: any JSON object, or JSON that meets a schema (by llguidance).
 
 A `Grammar` is compiled once, outside the engine's thread; every request that uses it gets its own `Matcher`, which
-says before each token which ones may come and is told which one came.
+says which tokens may come next, and takes the one that came.
 """
 
 from __future__ import annotations

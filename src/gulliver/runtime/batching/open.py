@@ -26,11 +26,11 @@ def load_engine(
     """An engine that answers for the model in `folder`, called `name` (the folder's own name when not given).
 
     `threads`, `cache_tokens`, `backend`, `isa` and `max_ram_bytes` are for `open_decoder`; `options` are Engine's
-    (`queue`, `lookup`, `reuse`, …). ArtifactError when the folder holds no usable model, ConfigError when it writes no
-    text.
+    (`queue`, `lookup`, `reuse`, …). ArtifactError when the folder holds no usable model, ConfigError when it cannot
+    generate text.
     """
     if slots < 1:
-        raise ConfigError(f"slots is {slots}; at least one sequence must run at a time")
+        raise ConfigError(f"slots is {slots}; it must be at least 1")
     text = Text(folder)
     decoder = open_decoder(
         folder,

@@ -10,10 +10,10 @@ from gulliver.runtime.sampling import Sampling
 
 
 class QueueFull(GulliverError):
-    """The engine's waiting queue is full. `retry_after_seconds`: when it will have been worked off, by recent rates."""
+    """The engine's waiting queue is full. `retry_after_seconds`: when there will be room, by recent rates."""
 
     def __init__(self, waiting: int, retry_after_seconds: float) -> None:
-        super().__init__(f"{waiting} requests are waiting already; try again in {retry_after_seconds:.0f} s")
+        super().__init__(f"the queue is full ({waiting} requests waiting); retry in {retry_after_seconds:.0f} s")
         self.retry_after_seconds = retry_after_seconds
 
 
@@ -30,7 +30,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()  # texts that end the answer; they are not part of it
     stop_tokens: tuple[int, ...] = ()  # besides the model's own
-    ignore_end: bool = False  # go on past the end token (benchmarks)
+    ignore_end: bool = False  # continue past the end token (benchmarks)
     top_logprobs: int | None = None  # None: no logprobs; 0: of the chosen token alone
     echo_logprobs: bool = False  # logprobs of the prompt's tokens too (completions with echo)
     grammar: Grammar | None = None  # from engine.grammars
@@ -38,7 +38,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if not self.prompt:
-            raise ConfigError("the prompt has no tokens; give at least one")
+            raise ConfigError("the prompt is empty; give at least one token")
         if self.max_tokens is not None and self.max_tokens < (0 if self.echo_logprobs else 1):
             raise ConfigError(f"max_tokens is {self.max_tokens}; it must be at least 1")
         if self.top_logprobs is not None and self.top_logprobs < 0:

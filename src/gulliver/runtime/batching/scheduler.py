@@ -2,7 +2,7 @@
 
 Every sequence that is being continued gets one row (and a few more for its draft when the step is small). What is left
 of the step's rows goes to prompts: half of it to the oldest, so that nothing starves, the rest to the shortest first,
-so that a long prompt stalls nobody. Cache blocks are taken as sequences grow. When none is left, the youngest
+so that a long prompt stalls no other request. Cache blocks are taken as sequences grow. When none is left, the youngest
 sequence gives its blocks back and waits to be computed again; the oldest is never touched, and alone it always
 fits, so all come to their end.
 """
@@ -40,7 +40,7 @@ class Scheduler:
     """The running sequences and the cache's blocks. Not for several threads."""
 
     def __init__(self, decoder: Decoder, slots: int, prompt_rows: int, lookup_rows: int, kept_tokens: int) -> None:
-        """`kept_tokens`: of published blocks that nobody uses; 0: sequences share nothing."""
+        """`kept_tokens`: of published blocks that are not in use; 0: sequences share nothing."""
         self.block_tokens = decoder.block_tokens
         self.context = min(decoder.positions, decoder.cache_blocks * decoder.block_tokens)
         self.pool = BlockPool(decoder.cache_blocks, kept_tokens // decoder.block_tokens)

@@ -135,7 +135,7 @@ class Sequence:
         return self.keys[index]
 
     def choose(self, logits: NDArray[np.float32], best: int) -> int:
-        """Draw the next token from its finite logits [vocabulary], whose largest stands at `best`."""
+        """Draw the next token from its finite logits [vocabulary], whose largest is at `best`."""
         if self.greedy:
             return best
         return self.sampler.draw(logits, self.matcher.allowed() if self.matcher is not None else None)

@@ -92,7 +92,7 @@ class Stepper:
     def _draw(self, part: Chunk, logits: NDArray[np.float32], choices: list[int]) -> int:
         """Draw the next tokens of a sequence; returns how many."""
         running, draft = part.sequence, part.draft
-        first = len(choices) - 1 - len(draft)  # the row of the last token that is no draft
+        first = len(choices) - 1 - len(draft)  # the row of the last token that is not a draft
         for place in range(len(draft) + 1):
             row = logits[first + place]
             token = running.choose(row, choices[first + place])

@@ -1,4 +1,4 @@
-"""One request, one response: wait for a model's future, and end its work when the client or the time has gone."""
+"""One request, one response: await a model's future; end its work when the client disconnects or at the time limit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gulliver.serve.state import RequestRecord, State
 async def result_of(
     submit: Callable[[Event], Awaitable[Future[Any]]], request: HttpRequest, state: State, call: RequestRecord
 ) -> Any:
-    """What the future of `submit` gives; None when the client went away before (the answer is then CLIENT_CLOSED).
+    """What the future of `submit` gives; None when the client disconnected before (answer CLIENT_CLOSED).
 
     The event given to `submit` is set when the result is no longer wanted. ApiError when the model refuses the request
     or fails on it, and at the server's time limit.
@@ -51,6 +51,6 @@ async def result_of(
 
 
 async def _gone(receive: Receive) -> None:
-    """Return when the client goes away."""
+    """Return when the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass

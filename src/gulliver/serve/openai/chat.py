@@ -76,27 +76,27 @@ def _characters(message: Message) -> int:
 
 
 def _check(body: ChatRequest) -> None:
-    """Refuse what does not go together."""
+    """Reject combinations that are not possible."""
     refuse_size(body.n or 1, MAX_CHOICES, "n")
     if body.top_logprobs is not None and not body.logprobs:
         raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options needs stream to be true", "stream_options")
     if body.tool_choice not in (None, "none", "auto") and not body.tools:
-        raise bad_request("tool_choice asks for a call, but there are no tools", "tool_choice")
+        raise bad_request("tool_choice needs tools; give at least one", "tool_choice")
     constrained = isinstance(body.response_format, JsonObjectFormat | JsonSchemaFormat)
     if constrained and tools.usable(body):
-        raise bad_request("response_format fixes the whole answer; set tool_choice to 'none' too", "response_format")
+        raise bad_request("response_format and tools exclude each other; set tool_choice to 'none'", "response_format")
     for place, message in enumerate(body.messages):
         if message.content is None and not message.tool_calls:
-            raise bad_request(f"messages.{place} has no content", f"messages.{place}.content")
+            raise bad_request(f"messages.{place} needs content or tool_calls", f"messages.{place}.content")
     names = [tool.function.name for tool in body.tools or []]
     if len(set(names)) < len(names):
-        raise bad_request("two tools have the same name", "tools")
+        raise bad_request("duplicate tool name; give each tool its own", "tools")
     try:
         tools.forced(body)
     except KeyError as error:
-        raise bad_request(f"tool_choice names {error.args[0]!r}, which is none of the tools", "tool_choice") from None
+        raise bad_request(f"tool_choice names {error.args[0]!r}, which is not among the tools", "tool_choice") from None
 
 
 def _prompt(body: ChatRequest, model: ServedModel) -> ChatPrompt:

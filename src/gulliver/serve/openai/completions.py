@@ -43,7 +43,7 @@ def router(state: State) -> APIRouter:
         responses=answers_with(response_schemas.Completion, streams=True),
     )
     async def create(body: CompletionRequest, request: HttpRequest) -> Response:
-        """Go on from a text, or from several, whole or streamed."""
+        """Continue a text, or several, whole or streamed."""
         model = state.model(body.model, "generate")
         call = record_of(request)
         call.model = model.name
@@ -69,11 +69,11 @@ def router(state: State) -> APIRouter:
 
 
 def _check(body: CompletionRequest) -> None:
-    """Refuse what does not go together, and what is not there."""
+    """Reject combinations that are not possible or not supported."""
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise bad_request("best_of must equal n; every answer is returned", "best_of", "unsupported_value")
     if body.suffix:
-        raise bad_request("suffix is not supported: these models go on from a text, they fill no gap", "suffix")
+        raise bad_request("suffix is not supported: these models do not support fill-in-the-middle", "suffix")
     if body.max_tokens == 0 and not body.echo:
         raise bad_request("max_tokens is 0; without echo it must be at least 1", "max_tokens")
     if body.stream_options is not None and not body.stream:
@@ -111,7 +111,9 @@ def _prompt(row: str | Sequence[int], echo: bool, model: ServedModel) -> Complet
     except ConfigError as error:
         raise bad_request(str(error), "prompt") from None
     if not tokens:
-        raise bad_request("a prompt is empty, and this model's tokenizer adds no token of its own", "prompt")
+        raise bad_request(
+            "a prompt is empty, and this model's tokenizer adds no token; give at least one word", "prompt"
+        )
     return CompletionPrompt(tokens, row)
 
 

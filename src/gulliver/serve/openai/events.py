@@ -22,7 +22,7 @@ HEADERS = [
     (b"x-accel-buffering", b"no"),  # nginx would hold chunks back
 ]
 INLINE_TOKENS = 256
-"""Answers with more tokens whose logprobs may have to be written are written in a thread; others' go on meanwhile."""
+"""Answers with more tokens, and perhaps their logprobs, are written in a thread: others are not delayed."""
 
 
 class Writer(Protocol):

@@ -1,8 +1,8 @@
 """The completions of one HTTP request: hand them to an engine, take what it delivers, cancel them.
 
 An engine delivers in its own thread, at every step, up to a batch of pieces. The thread needs its core for arithmetic,
-so crossing over to the event loop must be cheap: pieces go into a deque, and the loop is woken once for all that lie
-there. An answer that is not streamed wakes the loop at its end alone.
+so crossing over to the event loop must be cheap: pieces go into a deque, and the loop is woken once for all of
+them. An answer that is not streamed wakes the loop at its end alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gulliver.runtime.batching.records import EngineClosed, Piece, QueueFull, Re
 from gulliver.serve.errors import ApiError, bad_request, draining, engine_failed, refused, timed_out
 
 IN_FLIGHT = 16
-"""Completions of one HTTP request that are with the engine at one time: a long list must not fill everybody's queue."""
+"""Completions of one HTTP request that are with the engine at one time: a long list must not fill the queue."""
 RETRY_SECONDS = 0.2
 
 
@@ -67,7 +67,7 @@ class Generation:
         self.first_token: float | None = None
         """When the first text of all came, on the monotonic clock, in seconds."""
         self.gone = False
-        """Whether the client went away."""
+        """Whether the client disconnected."""
         self._engine = engine
         self._bridge = bridge
         self._streamed = streamed
@@ -80,7 +80,7 @@ class Generation:
 
     @property
     def done(self) -> bool:
-        """Whether every completion has ended; pieces may still lie there to be taken."""
+        """Whether every completion has ended; pieces may still wait to be taken."""
         return self._left == 0
 
     def start(self) -> None:
@@ -119,7 +119,7 @@ class Generation:
             ticket.cancel()
 
     async def watch(self, receive: Receive) -> None:
-        """Cancel when the client goes away."""
+        """Cancel when the client disconnects."""
         while (await receive())["type"] != "http.disconnect":
             pass
         if not self.done:
@@ -192,7 +192,7 @@ class Generation:
 
 
 def failure_of(piece: Piece) -> ApiError | None:
-    """The error that a last piece stands for; None for an answer that ended as it should."""
+    """The error by which a last piece ended; None for a regular end."""
     reason = piece.finish or ""
     if reason in ("stop", "length"):
         return None

@@ -1,7 +1,7 @@
 """What may be asked: the bodies of OpenAI's requests, checked strictly.
 
 A field that OpenAI defines and that has no meaning here is accepted and ignored, or refused where ignoring it would
-change the answer. A field that nobody defines is refused, with the nearest name. docs/serving.md has the tables.
+change the answer. Unknown fields are rejected, naming the nearest. docs/serving.md has the tables.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class GenerationFields(Body):
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOPS, description="extra field")
-    ignore_eos: bool | None = Field(None, description="extra field: go on past the end token, for benchmarks")
+    ignore_eos: bool | None = Field(None, description="extra field: continue past the end token, for benchmarks")
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -174,7 +174,7 @@ class ChatRequest(GenerationFields):
     tools: list[Tool] | None = Field(None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    modalities: list[Literal["text"]] | None = Field(None, description="text is all there is")
+    modalities: list[Literal["text"]] | None = Field(None, description="text only")
     metadata: Ignored = None
     moderation: Ignored = None
     prediction: Ignored = None
@@ -203,7 +203,7 @@ class CompletionRequest(GenerationFields):
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="must equal n")
-    suffix: str | None = Field(None, description="must be empty: there is no filling-in")
+    suffix: str | None = Field(None, description="must be empty: fill-in-the-middle is not supported")
 
 
 class EmbeddingRequest(Body):
@@ -213,5 +213,7 @@ class EmbeddingRequest(Body):
     input: str | Texts | Tokens | ManyTokens = Field(description="a text, texts, token ids, or lists of token ids")
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=1, le=MAX_TOKENS, description="must be the model's own width")
-    truncate: bool | None = Field(None, description="extra field: cut a text that is too long; default: refuse it")
+    truncate: bool | None = Field(
+        None, description="extra field: cut a text that is too long; by default it is rejected"
+    )
     user: Ignored = None

@@ -25,7 +25,7 @@ class Usage(BaseModel):
 
 
 class TopLogprob(BaseModel):
-    """One token that could have stood there."""
+    """One token that could have been chosen."""
 
     token: str
     logprob: float
@@ -33,7 +33,7 @@ class TopLogprob(BaseModel):
 
 
 class TokenLogprob(TopLogprob):
-    """The token that stands there, and its rivals."""
+    """The token chosen, and its rivals."""
 
     top_logprobs: list[TopLogprob]
 

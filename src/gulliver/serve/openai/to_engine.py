@@ -24,7 +24,7 @@ def sampling_of(body: GenerationFields, vocabulary: int) -> Sampling:
     biases = []
     for token, bias in (body.logit_bias or {}).items():
         if not (token.isascii() and token.isdigit() and len(token) <= 10 and int(token) < vocabulary):
-            message = f"logit_bias names the token {token[:32]!r}; it takes ids from 0 to {vocabulary - 1}"
+            message = f"logit_bias names token {token[:32]!r}; ids go from 0 to {vocabulary - 1}"
             raise bad_request(message, "logit_bias")
         biases.append((int(token), float(bias)))
     try:
@@ -70,9 +70,9 @@ def fitted(prompt: Sequence[int], max_tokens: int | None, model: ServedModel, pa
 def checked_tokens(tokens: Sequence[int], vocabulary: int, param: str) -> tuple[int, ...]:
     """Tokens that a client sent as numbers. ApiError for one that the model does not have, or for none at all."""
     if not tokens:
-        raise bad_request("a prompt has no tokens; give at least one", param)
+        raise bad_request("a prompt is empty; give at least one token", param)
     if (largest := max(tokens)) >= vocabulary:
-        raise bad_request(f"the token {largest} does not exist; this model has ids from 0 to {vocabulary - 1}", param)
+        raise bad_request(f"token {largest} does not exist; ids go from 0 to {vocabulary - 1}", param)
     return tuple(tokens)
 
 
@@ -90,4 +90,4 @@ def repeated(requests: Sequence[Request], times: int) -> list[Request]:
 def refuse_size(count: int, most: int, param: str) -> None:
     """ApiError when one HTTP request asks for more completions than `most`."""
     if count > most:
-        raise ApiError(400, f"this asks for {count} completions; one request may ask for {most}", param=param)
+        raise ApiError(400, f"{count} completions were requested; a request may ask for at most {most}", param=param)

@@ -1,4 +1,4 @@
-"""Tool calls: what a model is told of its tools, and how its calls are read out of what it writes.
+"""Tool calls: how tools are described to a model, and how its calls are parsed.
 
 Models write calls in a few ways: <tool_call>{…}</tool_call> (Hermes, Qwen, SmolLM), [TOOL_CALLS][{…}] (Mistral), or an
 answer that is nothing but {"name": …, "parameters": {…}} (Llama). All are read here. A call that must be made
@@ -62,7 +62,7 @@ class ToolReader:
         return self._release(len(self._held) - _open_tail(self._held))
 
     def finish(self) -> tuple[str, list[Called]]:
-        """At the end: the rest of the text, and the calls. What is no call of a known function is text."""
+        """At the end: the rest of the text, and the calls. Calls of unknown functions are text."""
         rest, self._held = self._held, ""
         return read_calls(rest, self._names) if self._holds else (rest, [])
 
@@ -83,7 +83,7 @@ def _open_tail(text: str) -> int:
 
 
 def read_calls(text: str, names: Collection[str]) -> tuple[str, list[Called]]:
-    """(text that is no call, calls). JSON that is no call of one of `names` stays in the text."""
+    """(text outside calls, calls). JSON that is not a call of one of `names` stays in the text."""
     decoder = json.JSONDecoder(parse_constant=_no_number)
     calls: list[Called] = []
     kept: list[str] = []
@@ -113,7 +113,7 @@ def read_calls(text: str, names: Collection[str]) -> tuple[str, list[Called]]:
 
 
 def _calls(value: Any, names: Collection[str]) -> list[Called]:
-    """The calls that a JSON value is; [] when any part of it is none. ValueError for text that is no Unicode."""
+    """The calls that a JSON value is; [] when any part of it is not a call. ValueError for text that is not Unicode."""
     rows = value if isinstance(value, list) else [value]
     found = []
     for row in rows:
@@ -246,7 +246,7 @@ def told_of_tools(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) 
 
 
 def _without_calls(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message whose calls, or whose answer to one, stand in its text, for a template that would drop them."""
+    """A message with its calls, or its answer to one, written into its text, for a template that would drop them."""
     row = {key: value for key, value in message.items() if key in ("role", "content", "name")}
     calls = message.get("tool_calls")
     if calls:

@@ -14,7 +14,7 @@ from gulliver.serve.state import RequestRecord, ServedModel
 
 DONE = b"data: [DONE]\n\n"
 LOWEST = -9999.0
-"""What a probability of zero is written as: JSON has no infinity."""
+"""How a probability of zero is written: JSON cannot hold infinity."""
 
 
 class AnswerWriter:
