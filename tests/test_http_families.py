@@ -5,19 +5,25 @@ from __future__ import annotations
 import base64
 import io
 import json
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from engine_samples import FakeDecoder, read_text
 from http_samples import served, serving
 from language_samples import write_causal, write_encoder
 from PIL import Image
 
+from gulliver.runtime.batching.engine import Engine
+from gulliver.runtime.batching.records import EngineClosed
 from gulliver.serve.errors import ErrorAnswer
 from gulliver.tasks import TASKS, get_task, open_model
 from gulliver.tasks.answerer import Answerer, OpenOptions
+from gulliver.tasks.language.answerer import LanguageAnswerer
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +99,27 @@ def test_the_card_says_what_each_can_and_takes(client: httpx.Client) -> None:
         card = client.get(f"/api/models/{name}").json()
         assert tuple(card["can"]) == row.can
         assert set(REQUESTS[name]) <= set(card["request"]["properties"]), json.dumps(card["request"])
+
+
+@pytest.mark.parametrize("end", ["cancel", "stop", "drain"])
+def test_a_text_that_is_no_longer_wanted_ends_early(end: str, tmp_path: Path) -> None:
+    decoder = FakeDecoder(positions=100_000, blocks=10_000)
+    decoder.delay_seconds = 0.001
+    text = read_text(tmp_path)
+    with LanguageAnswerer(Engine(decoder, text, slots=1), tmp_path) as answerer:
+        asked = answerer.request_model(prompt="a", raw=True, max_tokens=50_000)
+        stop = threading.Event()
+        running, waiting = answerer.submit(asked, stop), answerer.submit(asked)
+        assert waiting.cancel()
+        if end == "cancel":
+            assert running.cancel()
+        elif end == "stop":
+            stop.set()
+        else:
+            answerer.engine.drain(0.0)
+        if end != "cancel":
+            with pytest.raises(EngineClosed, match="was stopped"):
+                running.result(30)
+        assert answerer.engine.drain(30)
+        numbers = answerer.engine.stats()
+        assert numbers["finished_cancelled"] == 2 and numbers["completion_tokens"] < 50_000

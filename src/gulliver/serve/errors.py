@@ -124,7 +124,7 @@ def refused(error: GulliverError, param: str | None = None) -> ApiError:
         return draining()
     if isinstance(error, ConfigError | DataError):
         return bad_request(str(error), param)
-    return engine_failed("")
+    return engine_failed(str(error))
 
 
 def draining() -> ApiError:

@@ -187,4 +187,5 @@ def then(future: Future[Any], change: Callable[[Any], Any]) -> Future[Any]:
             made.set_exception(error)
 
     future.add_done_callback(done)
+    made.add_done_callback(lambda second: future.cancel() if second.cancelled() else None)
     return made

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from gulliver.core.errors import ConfigError, GulliverError
 from gulliver.runtime.batching.engine import Engine
 from gulliver.runtime.batching.open import load_engine
-from gulliver.runtime.batching.records import Piece, Request, check_finish
+from gulliver.runtime.batching.records import EngineClosed, Piece, Request, check_finish
 from gulliver.runtime.sampling import Sampling
 from gulliver.tasks.answerer import MAX_TOKENS, Can, Generating, OpenOptions, Prompt
 
@@ -99,10 +99,9 @@ class LanguageAnswerer(Generating):
 
 
 def _collected(engine: Engine, request: Request, response: type[Any], stop: Event | None) -> Future[Any]:
-    """The whole answer to one request; once `stop` is set, the next piece ends it."""
+    """The whole answer to one request. A cancel of the future ends it; once `stop` is set, the next piece does."""
     pieces: list[Piece] = []
     future: Future[Any] = Future()
-    future.set_running_or_notify_cancel()
     ticket: list[Any] = []
 
     def deliver(piece: Piece) -> None:
@@ -111,8 +110,12 @@ def _collected(engine: Engine, request: Request, response: type[Any], stop: Even
             if stop is not None and stop.is_set() and ticket:
                 ticket[0].cancel()
             return
+        if not future.set_running_or_notify_cancel():
+            return
         try:
             check_finish(piece.finish)
+            if piece.finish == "cancelled":
+                raise EngineClosed(f"the request to {engine.name} was stopped")
             future.set_result(
                 response(
                     text="".join(part.text for part in pieces),
@@ -125,6 +128,7 @@ def _collected(engine: Engine, request: Request, response: type[Any], stop: Even
             future.set_exception(error)
 
     ticket.append(engine.submit(request, deliver))
+    future.add_done_callback(lambda done: ticket[0].cancel() if done.cancelled() else None)
     return future
 
 
