@@ -36,7 +36,7 @@ METRICS = """\
 """
 EVIDENCE = "src/gulliver/core/evidence/evidence.py"
 PATCHES = (
-    ("src/gulliver/tasks/__init__.py", '}\n"""At most one row claims', ROW + '}\n"""At most one row claims'),
+    ("src/gulliver/tasks/__init__.py", '}\n"""The last row that claims', ROW + '}\n"""At most one row claims'),
     (EVIDENCE, "    # against the simplest baseline\n", METRICS + "    # against the simplest baseline\n"),
     (
         EVIDENCE,
