@@ -159,12 +159,11 @@ def unpack(tiles: Tensor, fmt: Format, rows: int, columns: int, codebook: Tensor
             view[..., field, :] |= ((plane >> (width * field)) & ((1 << width) - 1)) << shift
         start, shift = start + size, shift + width
     offset = groups * group_bytes
-    scales = _from_tiles(tiles[:, offset : offset + groups * TILE_ROWS], rows)
-    offset += groups * TILE_ROWS
-    zeros = None
-    if fmt.kind == "uniform":
-        zeros = _from_tiles(tiles[:, offset : offset + groups * TILE_ROWS], rows)
-        offset += groups * TILE_ROWS
+    sides = 2 if fmt.kind == "uniform" else 1  # scales, and zero points where the format has them
+    beside = tiles[:, offset : offset + sides * groups * TILE_ROWS].reshape(count, sides, groups, TILE_ROWS)
+    found = [side.transpose(1, 2).reshape(-1, groups)[:rows].contiguous() for side in beside.unbind(1)]
+    scales, zeros = found[0], found[1] if sides == 2 else None
+    offset += sides * groups * TILE_ROWS
     factors = tiles[:, offset : offset + 2 * TILE_ROWS].contiguous().view(torch.bfloat16).view(-1)[:rows].clone()
     if not torch.isfinite(factors).all():
         raise ArtifactError("a packed weight has a row factor that is not finite; the file is damaged")
@@ -190,9 +189,3 @@ def _by_tile(per_group: Tensor, tiles: int) -> Tensor:
     rows, groups = per_group.shape
     padded = torch.nn.functional.pad(per_group, (0, 0, 0, tiles * TILE_ROWS - rows))
     return padded.view(tiles, TILE_ROWS, groups).transpose(1, 2).reshape(tiles, -1)
-
-
-def _from_tiles(flat: Tensor, rows: int) -> Tensor:
-    """[tiles, groups * 16] -> [rows, groups]."""
-    tiles = flat.shape[0]
-    return flat.reshape(tiles, -1, TILE_ROWS).transpose(1, 2).reshape(tiles * TILE_ROWS, -1)[:rows].contiguous()

@@ -57,12 +57,8 @@ _PLAIN_HEAD: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 def has_plain_head(model: nn.Module) -> bool:
     """Whether logits are exactly `hidden @ head.T`: no bias, scaling or soft cap. Asked of the network itself, once."""
-    if model not in _PLAIN_HEAD:
-        _PLAIN_HEAD[model] = _probe_head(model)
-    return _PLAIN_HEAD[model]
-
-
-def _probe_head(model: nn.Module) -> bool:
+    if model in _PLAIN_HEAD:
+        return _PLAIN_HEAD[model]
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is None or model.base_model is model:
         return False
@@ -71,6 +67,6 @@ def _probe_head(model: nn.Module) -> bool:
     model.eval()
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         expected = torch.nn.functional.linear(final_hidden(model, tokens), head.weight)
-        plain = torch.equal(expected, logits_of(model, tokens))
+        _PLAIN_HEAD[model] = torch.equal(expected, logits_of(model, tokens))
     model.train(training)
-    return plain
+    return _PLAIN_HEAD[model]

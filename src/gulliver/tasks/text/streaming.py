@@ -44,7 +44,8 @@ class Stream:
         self.caches = "use_cache" in inspect.signature(model.forward).parameters
         self.tuples = False
         self.calls: dict[Any, list[LayerCall]] = {}
-        self.before, self.after = self._dry_run()
+        self.before: set[str] = set()
+        self.after: set[str] = set()
 
     # ---- the three kinds of forward ---------------------------------------------------------------------------
     def embed(self, batch: Batch, index: int) -> Tensor:
@@ -123,8 +124,11 @@ class Stream:
         except _Enough:
             return None
 
-    def _dry_run(self) -> tuple[set[str], set[str]]:
-        """Names of the modules outside the layers that are called before the first and after the last layer."""
+    def dry_run(self) -> None:
+        """Learn the names of the modules outside the layers that are called before the first and after the last layer.
+
+        ConfigError when the layers do not form a chain.
+        """
         batch = {"tokens": torch.zeros(1, 3, dtype=torch.int64)}
         if self.batches and "mask" in self.batches[0]:
             batch["mask"] = torch.ones(1, 3, dtype=torch.int64)
@@ -134,7 +138,8 @@ class Stream:
             seen: list[int] = []
             broken = _visit(self, batch, before, after, seen)
             if broken is None:
-                return before, after | (set(self.outside) - before)
+                self.before, self.after = before, after | (set(self.outside) - before)
+                return
         raise ConfigError(f"{type(self.model).__name__} cannot be streamed layer by layer: {broken}")
 
 
@@ -142,14 +147,8 @@ def _visit(stream: Stream, batch: Batch, before: set[str], after: set[str], seen
     """Run once with stand-ins everywhere; fills the sets; returns what went wrong, None when the layers chain."""
     passed: list[Tensor] = []
 
-    def watch(name: str, module: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], Tensor]:
-        stand_in = _stand_in(name, module)
-
-        def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            (after if seen else before).add(name)
-            return stand_in(args, kwargs)
-
-        return call
+    def called(name: str) -> None:
+        (after if seen else before).add(name)
 
     def layer(number: int) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
         def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -162,7 +161,7 @@ def _visit(stream: Stream, batch: Batch, before: set[str], after: set[str], seen
 
         return call
 
-    stubs: dict[nn.Module, Any] = {module: watch(name, module) for name, module in stream.outside.items()}
+    stubs: dict[nn.Module, Any] = {module: _stand_in(name, module, called) for name, module in stream.outside.items()}
     stubs |= {module: layer(number) for number, module in enumerate(stream.layers)}
     try:
         with torch.no_grad(), _patched(stubs):
@@ -179,6 +178,7 @@ class _Broken(Exception):
 def stream_blocks(model: nn.Module, batches: Sequence[Batch]) -> list[Block]:
     """Embed, each layer, head. See `Task.blocks`."""
     stream = Stream(model, batches)
+    stream.dry_run()
     tied = canonical_names(model)
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     only_after = stream.after - stream.before
@@ -236,11 +236,18 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Layer
     return kwargs["hidden_states"], ((), {key: value for key, value in kwargs.items() if key != "hidden_states"})
 
 
-def _stand_in(name: str, module: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], Tensor]:
-    """A function that returns zeros of the shape `module` would return, taking no memory and reading no weight."""
+def _stand_in(
+    name: str, module: nn.Module, called: Callable[[str], None] | None = None
+) -> Callable[[tuple[Any, ...], dict[str, Any]], Tensor]:
+    """A function that returns zeros of the shape `module` would return, taking no memory and reading no weight.
+
+    It tells `called` the module's name.
+    """
     weight = getattr(module, "weight", None)
 
     def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if called is not None:
+            called(name)
         x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
         if not isinstance(weight, Tensor):
             raise ConfigError(f"{name} ({type(module).__name__}) lies outside the layers and is of an unknown kind")
