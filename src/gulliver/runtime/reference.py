@@ -51,13 +51,14 @@ def read_tensors(folder: Path, dtype: torch.dtype = torch.float32) -> Iterator[t
     ArtifactError for a damaged file.
     """
     if not is_packed(folder):
-        yield from read_safetensors(folder, dtype)
-        return
-    for name, tensor in read_stored(folder):
-        if isinstance(tensor, PackedTensor):
-            yield name, tensor.dequantize().to(dtype)
-        else:
-            yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+        return read_safetensors(folder, dtype)
+    return ((name, _plain(tensor, dtype)) for name, tensor in read_stored(folder))
+
+
+def _plain(tensor: PackedTensor | Tensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(tensor, PackedTensor):
+        return tensor.dequantize().to(dtype)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def read_stored(folder: Path) -> Iterator[tuple[str, PackedTensor | Tensor]]:

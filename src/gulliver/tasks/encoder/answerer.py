@@ -32,15 +32,15 @@ class EncoderAnswerer(Embedding):
     def __init__(self, folder: Path, name: str, options: OpenOptions) -> None:
         import torch
 
-        from gulliver.tasks import get_task
         from gulliver.tasks.encoder.pooling import encode
+        from gulliver.tasks.encoder.task import load_encoder
         from gulliver.tasks.encoder.text import padded
 
         self.backend, self.why = torch_only("encoder", options)
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self.folder, self.name, self.text = folder, name, Text(folder)
-        model: Any = get_task("encoder").load(folder)
+        model: Any = load_encoder(folder).eval()
         self.context = read_pooling(folder).longest
         self.vocabulary, self.width = int(model.config.vocab_size), int(model.config.hidden_size)
 

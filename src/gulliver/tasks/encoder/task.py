@@ -71,9 +71,7 @@ class EncoderTask(Task):
         return model
 
     def _load(self, folder: Path, empty: bool) -> nn.Module:
-        model = load_network(folder, empty)
-        model.pooling = read_pooling(folder)  # type: ignore[assignment]
-        return model
+        return load_encoder(folder, empty)
 
     def _save(self, model: nn.Module, folder: Path) -> None:
         save_network(model, folder)
@@ -107,3 +105,10 @@ class EncoderTask(Task):
     def _workloads(self, model: nn.Module, folder: Path) -> dict[str, Callable[[], int]]:
         del folder
         return encoder_workloads(model)
+
+
+def load_encoder(folder: Path, empty: bool = False) -> nn.Module:
+    """The network of a folder with its pooling as `pooling`; without weights when `empty`."""
+    model = load_network(folder, empty)
+    model.pooling = read_pooling(folder)  # type: ignore[assignment]
+    return model
