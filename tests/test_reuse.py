@@ -16,7 +16,7 @@ import gulliver
 from gulliver.compress.options import BACKWARD_BYTES
 from gulliver.core import memory
 from gulliver.core.context import PEAK, Context
-from gulliver.core.errors import BudgetError
+from gulliver.core.errors import BudgetError, ConfigError
 from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.store import Store
@@ -143,6 +143,21 @@ def test_calibrate_with_and_without_a_limit(language: Lab, limited_first: bool) 
     assert named == limited, "what auto came to is the same call as its name"
     runs = [run for run in language.store.runs() if run.artifact_id == limited.id]
     assert [run.config["sensitivity"] for run in runs] == ["auto"], "what was asked is recorded with the run"
+
+
+def test_what_a_family_leaves_to_its_defaults_is_recorded_and_in_the_key(language: Lab) -> None:
+    few = {"examples": 4, "gradient_examples": 4, "sensitivity": "power"}
+    inputs = {"model": language.model, "dataset": language.dataset}
+    made = language.step("calibrate", few, **inputs)
+    tokens = made.config["family"]["tokens"]
+    before = len(language.store.runs())
+    assert language.step("calibrate", {**few, "tokens": tokens}, **inputs) == made
+    assert len(language.store.runs()) == before, "a default that is written out changes nothing"
+    assert (
+        language.step("calibrate", {**few, "tokens": tokens // 2}, **inputs).config["family"]["tokens"] == tokens // 2
+    )
+    with pytest.raises(ConfigError, match="the language family: unknown option 'texts'"):
+        language.step("calibrate", {**few, "texts": 8}, **inputs)
 
 
 # ---- fit ----------------------------------------------------------------------------------------------------------

@@ -53,7 +53,8 @@ def test_a_model_writes_a_dataset(store: Store, quiet: Progress, folder: Path) -
     verify(made)
     assert (made.kind, made.task, made.step["name"]) == ("dataset", "language", "sample")
     assert store.get(made.parents[0]).kind == "model" and len(made.parents) == 1
-    assert made.manifest["config"] == SMALL
+    every = TASK.chosen(SMALL["family"]).model_dump()
+    assert made.manifest["config"] == {**SMALL, "family": every} and every["tokens"] == 40
     found = rows(made)
     assert len(found) == 5 and len({row["text"] for row in found}) == 5
     assert {(row["split"], row["source"]) for row in found} == {("train", "own")}
@@ -185,7 +186,7 @@ def test_other_families_and_encoders_are_refused(store: Store, quiet: Progress, 
     vision = get_task("vision")
     vision.save(vision.build(1), tmp_path / "vision")
     with pytest.raises(ConfigError, match="vision models write no data of their own"):
-        write(store, tmp_path / "vision", quiet)
+        write(store, tmp_path / "vision", quiet, family={})
     with pytest.raises(ConfigError, match="encoder models write no data of their own"):
         write(store, write_encoder(tmp_path / "encoder"), quiet)
 

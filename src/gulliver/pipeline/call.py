@@ -22,6 +22,8 @@ from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import Artifact, canonical_json, hash_file
 from gulliver.core.store.store import RunRecord, Store
 from gulliver.pipeline.steps import INPUT_KINDS, Step, checked_config, did_you_mean, find, function
+from gulliver.tasks import options_of
+from gulliver.tasks.options import checked_options
 
 Inputs = Mapping[str, Artifact | tuple[Artifact, ...]]
 """What a step is given: one artifact by role; several, in order, where the step's row says so."""
@@ -73,7 +75,7 @@ def call(
     asked = checked_config(row, config)
     store = store or open_store(home)
     given = checked_inputs(row, inputs, store)
-    cfg = asked.resolved(given)
+    cfg = resolved(asked, given)
     key = reuse_key(row, cfg, given, seed)
     limit = asked.model_dump().get(LIMIT)
     started = time.monotonic()
@@ -139,6 +141,21 @@ def renew_cards(artifact_ids: Iterable[str], store: Store, progress: Progress) -
                     card.write_card(store.get(one), store.evidence(one), store)
             except ArtifactError as failure:
                 progress.print(f"the card of {one[:12]} was not renewed: {failure}")
+
+
+def resolved(asked: Any, inputs: Inputs) -> Any:
+    """Options with "auto", what a limit decides, and all that the model's family leaves to its defaults filled in.
+
+    ConfigError for an option that the family does not have.
+    """
+    cfg = asked.resolved(inputs)
+    values = dict(cfg)
+    if "family" not in values:
+        return cfg
+    first = next((inputs[role] for role in ("model", "dataset") if role in inputs), None)
+    task = values.get("task") or (first[0] if isinstance(first, tuple) else first).task  # type: ignore[union-attr]
+    family = checked_options(task, options_of(task), values["family"])
+    return cfg.model_copy(update={"family": family.model_dump(mode="json")})
 
 
 def reuse_key(row: Step, cfg: Any, inputs: Inputs, seed: int) -> str:
