@@ -7,14 +7,12 @@ own); then the real commands make, compress, measure, judge, ask and serve a mod
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from package_copy import copy_package, python
 
 ROOT = Path(__file__).parent.parent.parent
 FAMILY = Path(__file__).parent / "new_family" / "digits_toy"
@@ -127,14 +125,14 @@ at_least = 0.6
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the package and its pages, with the family in it and the generated files made again."""
     copy = tmp_path_factory.mktemp("copy")
-    for folder in ("src/gulliver", "docs"):
-        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "*.whl", "build"))
-    shutil.copytree(FAMILY, copy / "src/gulliver/tasks/digits_toy", ignore=shutil.ignore_patterns("__pycache__"))
+    package = copy_package(copy / "src")
+    shutil.copytree(ROOT / "docs", copy / "docs", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(FAMILY, package / "tasks" / "digits_toy", ignore=shutil.ignore_patterns("__pycache__"))
     for file, old, new in PATCHES:
         text = (copy / file).read_text()
         assert text.count(old) == 1, (file, old)
         (copy / file).write_text(text.replace(old, new))
-    _python(copy, str(copy / "docs" / "make_docs.py"), cwd=copy)
+    python(copy / "src", str(copy / "docs" / "make_docs.py"), cwd=copy)
     return copy
 
 
@@ -144,7 +142,7 @@ def life(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Pa
     work = tmp_path_factory.mktemp("work")
     (work / "counting.jsonl").write_text("".join(json.dumps({"digits": one}) + "\n" for one in _counting(300)))
     (work / "recipe.toml").write_text(RECIPE)
-    return json.loads(_python(copy, "-c", LIFE, str(copy), cwd=work).splitlines()[-1]), work
+    return json.loads(python(copy / "src", "-c", LIFE, str(copy), cwd=work).splitlines()[-1]), work
 
 
 def _counting(count: int) -> list[str]:
@@ -155,15 +153,6 @@ def _counting(count: int) -> list[str]:
         digits = [(start + step * place) % 10 for place in range(24)]
         found.append("".join(str(chance.randrange(10) if chance.random() < 0.1 else digit) for digit in digits))
     return found
-
-
-def _python(copy: Path, *words: str, cwd: Path) -> str:
-    """The stdout of a Python that imports the copy."""
-    path = os.pathsep.join([str(copy / "src"), str(ROOT / "tests")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, cwd=cwd)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
 
 
 def _metrics(rows: list[dict]) -> dict[str, float]:

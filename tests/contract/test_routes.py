@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
-from shutil import copytree
 
-import gulliver
+from package_copy import copy_package, python
+
 from gulliver.serve.app import ROUTES
 
 FILE = '''
@@ -77,25 +74,14 @@ print("counted")
 
 
 def test_a_route_is_a_row_and_its_file(tmp_path: Path) -> None:
-    package = Path(gulliver.__file__).parent
-    copy = tmp_path / "gulliver"
-    copytree(package, copy, ignore=lambda folder, names: [name for name in names if name == "__pycache__"])
+    copy = copy_package(tmp_path)
     (copy / "serve" / "inference" / "count.py").write_text(FILE, encoding="utf-8")
     table = copy / "serve" / "app.py"
     lines = table.read_text(encoding="utf-8").splitlines(keepends=True)
     lines.insert(lines.index("ROUTES = (\n") + 1, ROW)
     lines.insert(next(place for place, line in enumerate(lines) if line.startswith("from gulliver.serve")), IMPORT)
     table.write_text("".join(lines), encoding="utf-8")
-    tests = str(Path(__file__).parent.parent)
-    ended = subprocess.run(
-        [sys.executable, "-c", CHECK],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), tests])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert (ended.returncode, ended.stdout) == (0, "counted\n"), ended.stderr[-2000:]
+    assert python(tmp_path, "-c", CHECK, cwd=tmp_path) == "counted\n"
 
 
 def test_what_the_table_says_is_true() -> None:

@@ -6,19 +6,12 @@ The step takes several inputs in one role.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from package_copy import copy_package, python
 
-import gulliver
-
-SOURCE = Path(gulliver.__file__).parent
-TESTS = Path(__file__).parent.parent
 STEP = '''
 """Step `blend`: count the models it is given."""
 
@@ -54,8 +47,6 @@ ROW = """STEPS = (
 """
 DRIVER = """
 import sys
-# An editable install may redirect imports to the package itself.
-sys.meta_path[:] = [finder for finder in sys.meta_path if isinstance(finder, type)]
 import toys
 from gulliver.pipeline import steps
 steps.STEPS = (*steps.STEPS, toys.TABLE[0])  # `make`: models to take
@@ -84,17 +75,14 @@ Run = Callable[..., str]
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Runs Python code in a process that sees a copy of the package with one more step."""
     folder = tmp_path_factory.mktemp("package")
-    shutil.copytree(SOURCE, folder / "gulliver", ignore=shutil.ignore_patterns("__pycache__", "native", "console"))
-    (folder / "gulliver" / "train" / "blend.py").write_text(STEP)
-    table = folder / "gulliver" / "pipeline" / "steps.py"
+    package = copy_package(folder)
+    (package / "train" / "blend.py").write_text(STEP)
+    table = package / "pipeline" / "steps.py"
     table.write_text(table.read_text().replace("STEPS = (\n", ROW, 1))
 
     def started(code: str, *words: str, expected: int = 0) -> str:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(TESTS)]), "HOME": str(folder)}
-        command = [sys.executable, "-W", "error", "-c", DRIVER + code, *words]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
-        assert done.returncode == expected, done.stderr
-        return done.stdout if expected == 0 else done.stderr
+        words = ("-W", "error", "-c", DRIVER + code, *words)
+        return python(folder, *words, cwd=folder, expected=expected, HOME=str(folder))
 
     return started
 
