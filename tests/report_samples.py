@@ -7,12 +7,13 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from gulliver.core.evidence.evidence import Evidence, measured
 from gulliver.core.evidence.gate import Gate
+from gulliver.core.machine import Machine
 from gulliver.core.record import Record
 from gulliver.core.records import Asked, FitResult, Origin, PartBits, Plan, Point, TensorBits
 from gulliver.core.store.artifact import Artifact
@@ -177,7 +178,7 @@ def fitted(
     verdicts = tuple(gate.judge(rows, model.id) for gate in gates)
     found = {"budget": asked, "memory": tuple(memory_samples(10**9)), "verdicts": verdicts}
     artifact(store, "report", "fit", {FitResult.file: fit(72 * megabyte).model_copy(update=found)}, [model.id])
-    machine = {"cpu": "Intel Xeon", "cores": 2, "isa": ["avx2", "avx512_vnni"], "ram_bytes": 24 * 10**9}
-    machine |= {"bandwidth_gb_s": 27.4, "int8_gop_s": 865.0, "cgroup_ram_bytes": None, "versions": {"torch": "2.13"}}
-    (home / "machine.json").write_text(json.dumps(machine), encoding="utf-8")
+    machine = Machine("Intel Xeon", 2, ("avx2", "avx512_vnni"), 24 * 10**9, "Linux 6", "3.11", bandwidth_gb_s=27.4)
+    machine = replace(machine, int8_gop_s=865.0, versions={"torch": "2.13"})
+    (home / "machine.json").write_text(json.dumps(asdict(machine)), encoding="utf-8")
     return store, model

@@ -40,12 +40,12 @@ def test_a_wrong_rule_is_an_error_at_once(arguments: dict[str, Any], message: st
         Gate(**arguments)
 
 
-def test_the_bad_end_decides() -> None:
+def test_the_worse_end_decides() -> None:
     gate = Gate("perplexity_ratio", at_most=1.05)
     assert gate.judge([about(ID, "perplexity_ratio", 1.02, low=1.0, high=1.05)], ID).outcome == "PASS"
     verdict = gate.judge([about(ID, "perplexity_ratio", 1.02, low=0.99, high=1.051)], ID)
     assert verdict.outcome == "FAIL" and not verdict.passed
-    assert "bad end 1.051 misses 1.05" in verdict.reason
+    assert "upper bound 1.051 misses 1.05" in verdict.reason
     gate = Gate("accuracy", at_least=0.9)
     assert gate.judge([about(ID, "accuracy", 0.95, low=0.9, high=1.0)], ID).passed
     assert gate.judge([about(ID, "accuracy", 0.95, low=0.89, high=1.0)], ID).outcome == "FAIL"

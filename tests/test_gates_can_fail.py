@@ -27,7 +27,7 @@ def good(name: str, artifact_id: str = ID) -> Evidence:
 
 
 def worse(name: str, by: float) -> Evidence:
-    """Evidence whose value meets the threshold by far, and whose bad end misses it by `by`."""
+    """Evidence whose value meets the threshold by far, and whose worse end misses it by `by`."""
     item = good(name)
     return replace(item, high=1.0 + by) if item.direction == "lower" else replace(item, low=1.0 - by)
 
@@ -58,7 +58,7 @@ def test_expired_evidence_refuses(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GATED)
-def test_a_bad_end_over_the_line_refuses(name: str) -> None:
+def test_a_worse_end_over_the_line_refuses(name: str) -> None:
     verdict = gate_at_one(name).judge([worse(name, 1e-6)], ID)
     assert verdict.outcome == "FAIL" and "misses" in verdict.reason
     with pytest.raises(GateRefused, match="1 of 1 gates refused"):

@@ -13,7 +13,6 @@ from gulliver.audit.options import QualityOptions, SpeedOptions
 from gulliver.audit.quality import run
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, ConfigError, DataError, GulliverError
-from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.overlap import fingerprints
 from gulliver.core.records import Calibration, QualityReport, SpeedReport
 from gulliver.core.store.artifact import canonical_json, verify
@@ -79,9 +78,9 @@ def test_evidence_is_recorded_about_the_model(store, ctx, dataset):
     assert all(item.artifact_id == model.id and item.parent_id == parent.id for item in recorded.values())
     assert all((item.machine, item.command) == ("here", "gulliver audit m") for item in recorded.values())
     assert store.evidence(parent.id) == []
-    body = json.loads(report.file(QualityReport.file).read_text())
-    assert [Evidence.from_json(row) for row in body["evidence"]] == store.evidence(model.id)
-    assert (body["model"], body["dataset"], body["parent"]) == (model.id, dataset.id, parent.id)
+    body = QualityReport.of(report)
+    assert list(body.evidence) == store.evidence(model.id)
+    assert (body.model, body.dataset, body.parent) == (model.id, dataset.id, parent.id)
     assert report.kind == "report" and ctx.recorded == {model.id}
 
 

@@ -93,7 +93,7 @@ def test_a_recipe_runs_and_its_second_run_does_no_work(
     assert first.report is not None
     assert shown(first.report) == (
         "PASS",
-        [verdict.gate.metric.removesuffix("_bytes") for verdict in first.verdicts],
+        [verdict.metric.removesuffix("_bytes") for verdict in first.verdicts],
         {"PASS"},
     )
     for entry in first.calls:

@@ -18,9 +18,9 @@ from gulliver.core.evidence.gate import Gate
 from gulliver.core.records import Asked, FitResult, PackedPart, PackedWeight, Packing, Plan, Point, TensorBits
 from gulliver.core.store.store import Store
 from gulliver.report import bits, plots, rows, verdict
-from gulliver.report.gather import gather, oldest_first
+from gulliver.report.gather import gather, of_packing, oldest_first
 from gulliver.report.html import content_policy, page, plotly_library, script, script_hash, write_report
-from gulliver.report.records import FitRecord, ReportData, gated, of_packing
+from gulliver.report.records import ReportData
 
 HOSTILE = "<script>alert(1)</script>\"'&`|</title>\u2028${x}"
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -132,13 +132,13 @@ def test_a_failing_gate_refuses_and_says_which(tmp_path: Path) -> None:
 
 def test_a_gate_without_data_refuses(sample: ReportData) -> None:
     missing = Gate("accuracy", at_least=0.9).judge(sample.evidence, sample.artifact_id)
-    data = replace(sample, fit=replace(sample.fit, gates=(*sample.fit.gates, gated(missing))))
+    data = replace(sample, fit=sample.fit.model_copy(update={"verdicts": (*sample.fit.verdicts, missing)}))
     assert data.outcome == "REFUSED"
     assert "NO DATA" in page(data) and "not measured" in page(data)
 
 
 def test_no_gate_is_not_a_pass(sample: ReportData) -> None:
-    data = replace(sample, fit=replace(sample.fit, gates=()))
+    data = replace(sample, fit=sample.fit.model_copy(update={"verdicts": ()}))
     assert data.outcome == "NOT JUDGED" and "nothing is proven" in page(data)
 
 
@@ -146,13 +146,14 @@ def test_verdicts_of_a_recipe_are_shown(tmp_path: Path) -> None:
     store, model = fitted(tmp_path / "home")
     judged = Gate("kl_divergence", at_most=0.01).judge(store.evidence(model.id), model.id)
     data = gather(model, store, verdicts=[judged])
-    assert data.outcome == "REFUSED" and data.fit.gates[0].metric == "kl_divergence"
-    assert gather(model, store, verdicts=[judged, judged]).fit.gates == data.fit.gates
+    assert data.outcome == "REFUSED" and data.fit.verdicts[0].metric == "kl_divergence"
+    assert gather(model, store, verdicts=[judged, judged]).fit.verdicts == data.fit.verdicts
 
 
 def test_infeasible_names_the_nearest_point(sample: ReportData) -> None:
     nearest = Point(size_bytes=84_000_000, predicted_drop=0.061)
-    data = replace(sample, fit=replace(sample.fit, nearest=nearest, reason="The embedding is the limit."))
+    told = {"nearest": nearest, "reason": "The embedding is the limit."}
+    data = replace(sample, fit=sample.fit.model_copy(update=told))
     text = " ".join(verdict.sentences(data))
     assert data.outcome == "INFEASIBLE" and "84" in text and "6.1" in text and "predicted" in text
     assert "The embedding is the limit." in text and "Reached" not in text
@@ -160,11 +161,11 @@ def test_infeasible_names_the_nearest_point(sample: ReportData) -> None:
 
 def test_a_speed_is_that_of_the_gate_or_of_what_was_measured() -> None:
     """No family is asked: METRICS says what a speed is, a gate on one says which, and its unit follows."""
-    fit = FitRecord(asked=Asked(min_tokens_per_s=150))
+    fit = FitResult(budget=Asked(min_tokens_per_s=150))
     images = replace(bare(), fit=fit, evidence=(measured("examples_per_s", 42),))
     assert images.speed_metric == "examples_per_s" and "150\u00a0examples/s." in verdict.sentences(images)[0]
-    judged = gated(Gate("prefill_tokens_per_s", at_least=1).judge([], "a" * 64))
-    assert replace(images, fit=replace(fit, gates=(judged,))).speed_metric == "prefill_tokens_per_s"
+    judged = Gate("prefill_tokens_per_s", at_least=1).judge([], "a" * 64)
+    assert replace(images, fit=fit.model_copy(update={"verdicts": (judged,)})).speed_metric == "prefill_tokens_per_s"
     nothing = replace(bare(), fit=fit)
     assert nothing.speed_metric is None and "at least 150\u00a0per s." in verdict.sentences(nothing)[0]
 
@@ -188,7 +189,7 @@ def test_a_fit_that_made_another_model_is_not_this_models(tmp_path: Path) -> Non
     child = artifact(store, "model", "quantize", {"model.safetensors": 500}, [parent.id])
     told = fit(72_000).model_copy(update={"artifact_id": child.id})
     artifact(store, "report", "fit", {FitResult.file: told}, [parent.id, child.id])
-    assert gather(parent, store).fit == FitRecord() and gather(child, store).fit.artifact_id == child.id
+    assert gather(parent, store).fit == FitResult() and gather(child, store).fit.artifact_id == child.id
 
 
 def test_missing_parts_are_absent_and_never_invented() -> None:
@@ -210,18 +211,17 @@ def test_a_plain_model_without_evidence_has_a_report(tmp_path: Path) -> None:
 def test_user_text_is_escaped_everywhere(tmp_path: Path) -> None:
     store, model = fitted(tmp_path / "home", source=f"catalog:{HOSTILE}")
     data = gather(model, store)
-    changed = replace(
-        data.fit,
-        reason=HOSTILE,
-        tensors=(tensor(f"model.layers.0.{HOSTILE}", 64, [(64, "u4g64")], 1.0),),
-        memory=((0.0, HOSTILE, 1), (1.0, HOSTILE, 2)),
-        gates=tuple(replace(gate, reason=HOSTILE, metric=HOSTILE, outcome="FAIL") for gate in data.fit.gates),
-    )
+    verdicts = tuple(replace(gate, reason=HOSTILE, outcome="FAIL", evidence=None) for gate in data.fit.verdicts)
+    memory = ((0.0, HOSTILE, 1), (1.0, HOSTILE, 2))
+    changed = data.fit.model_copy(update={"reason": HOSTILE, "memory": memory, "verdicts": verdicts})
+    held = (tensor(f"model.layers.0.{HOSTILE}", 64, [(64, "u4g64")], 1.0),)
     rows = tuple(
         replace(row, command=HOSTILE, machine=HOSTILE, data_hash=HOSTILE, detail={"data": HOSTILE})
         for row in data.evidence
     )
-    text = page(replace(data, fit=changed, evidence=rows, machine={HOSTILE: HOSTILE}))
+    assert data.machine is not None
+    machine = replace(data.machine, cpu=HOSTILE, versions={HOSTILE: HOSTILE})
+    text = page(replace(data, fit=changed, tensors=held, evidence=rows, machine=machine))
     outline = Outline(text)
     assert "alert(1)</script>" not in text and "<script>alert" not in text and "\u2028" not in text.split("<h2>")[3]
     assert [script.get("type") for script in outline.scripts].count(None) == 1
@@ -310,7 +310,7 @@ def test_size_quality_shows_every_kind_of_point(sample: ReportData) -> None:
 
 
 def test_rows_of_an_embedding_are_drawn_by_class(sample: ReportData) -> None:
-    picture = bits.rows_bits(sample.fit.tensors)
+    picture = bits.rows_bits(sample.tensors)
     assert picture is not None
     bars = [trace for trace in picture.data if trace["type"] == "bar"]
     assert len(bars) == 3 and len({trace["marker"]["color"] for trace in bars}) == 3
@@ -321,13 +321,13 @@ def test_the_loss_increase_is_that_of_the_plan(sample: ReportData) -> None:
     picture = plots.loss_increase(sample)
     assert picture is not None and "predicted" in picture.says
     assert picture.data[0]["x"][:2] == ["0", "1"] and picture.data[0]["x"][-1] == "embed_tokens"
-    total = sum(tensor.loss_increase or 0 for tensor in sample.fit.tensors)
+    total = sum(tensor.loss_increase or 0 for tensor in sample.tensors)
     assert sum(picture.data[0]["y"]) == pytest.approx(total)
 
 
 def test_memory_keeps_its_peak_when_thinned(sample: ReportData) -> None:
     samples = tuple((index / 4, "work", 100 + (900 if index == 1234 else 0)) for index in range(4000))
-    picture = plots.memory(replace(sample, fit=replace(sample.fit, memory=samples)))
+    picture = plots.memory(replace(sample, fit=sample.fit.model_copy(update={"memory": samples})))
     assert picture is not None
     assert len(picture.data[0]["y"]) <= 700 and max(picture.data[0]["y"]) == 1000 / 1e6
     assert picture.layout["shapes"][0]["y0"] == 1000.0
@@ -356,7 +356,7 @@ def test_what_the_model_holds_counts_more_than_the_plan(tmp_path: Path) -> None:
     held = {name: {"shape": [16, 64], "parts": part} for name, part in zip(names, parts, strict=True)}
     packing = json.dumps({"format": 1, "tensors": held}).encode()
     model = artifact(store, "model", "quantize", {"model.safetensors": 9, "packing.json": packing}, [planned.id])
-    first, second = gather(model, store).fit.tensors
+    first, second = gather(model, store).tensors
     assert first.loss_increase is not None and second.loss_increase is None and second.parts[0].format == "u8g32"
 
 

@@ -67,5 +67,5 @@ def run(options: RunOptions, session: Session) -> tuple[Any, list[str]]:
         for entry in calls
     ]
     lines = table(("id", "step", "artifact", "time", "peak memory"), rows)
-    lines += [f"{verdict.outcome}  {verdict.gate.rule}: {verdict.reason}" for verdict in result.verdicts]
+    lines += [f"{verdict.outcome}  {verdict.rule}: {verdict.reason}" for verdict in result.verdicts]
     return document, lines + ([f"report: {result.report}"] if result.report else [])

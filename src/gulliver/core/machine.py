@@ -6,6 +6,7 @@ kept in `home/machine.json` and measured again when the CPU, the cores or a vers
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,9 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from gulliver.core.memory import cgroup_ram_bytes, total_ram_bytes
+from gulliver.core.progress import plural
 from gulliver.core.store.artifact import canonical_json
 from gulliver.core.store.files import write_atomic
 
@@ -30,6 +31,7 @@ ISA = (
 
 _VERSIONED = ("numpy", "torch", "transformers", "scipy", "gulliver")
 _REPEATS = 5
+FILE = "machine.json"
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,13 @@ class Machine:
     cores: int
     isa: tuple[str, ...]
     ram_bytes: int
-    cgroup_ram_bytes: int | None
-    bandwidth_gb_s: float | None
-    fp32_gflop_s: float | None
-    bf16_gflop_s: float | None
-    int8_gop_s: float | None
     os: str
     python: str
+    cgroup_ram_bytes: int | None = None
+    bandwidth_gb_s: float | None = None
+    fp32_gflop_s: float | None = None
+    bf16_gflop_s: float | None = None
+    int8_gop_s: float | None = None
     load_average: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -62,15 +64,9 @@ class Machine:
     @property
     def name(self) -> str:
         """One line for evidence: "AMD EPYC, 2 cores, avx512_vnni, 24 GB"."""
-        best = next(
-            (isa for isa in ("avx512_vnni", "avx512f", "avx_vnni", "avx2", "asimddp") if isa in self.isa), "plain"
-        )
-        plural = "" if self.cores == 1 else "s"
-        return f"{self.cpu}, {self.cores} core{plural}, {best}, {self.usable_ram_bytes / 1e9:.0f} GB"
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object with every field."""
-        return {**asdict(self), "isa": list(self.isa), "versions": dict(self.versions)}
+        ranked = ("avx512_vnni", "avx512f", "avx_vnni", "avx2", "asimddp")
+        best = next((isa for isa in ranked if isa in self.isa), "plain")
+        return f"{self.cpu}, {plural(self.cores, 'core')}, {best}, {self.usable_ram_bytes / 1e9:.0f} GB"
 
 
 def describe(home: Path | str, *, measure: bool = True, again: bool = False) -> Machine:
@@ -80,16 +76,24 @@ def describe(home: Path | str, *, measure: bool = True, again: bool = False) -> 
     record is replaced, for instance because the machine was busy when it was made.
     """
     found = identify()
-    path = Path(home) / "machine.json"
-    kept = _read(path)
-    if kept is not None and not again and _identity(kept) == _identity(found):
-        return kept
+    before = kept(home)
+    if before is not None and not again and _identity(before) == _identity(found):
+        return before
     if not measure:
         return found
     machine = measure_machine(found)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, canonical_json(machine.to_json()) + b"\n")
+    Path(home).mkdir(parents=True, exist_ok=True)
+    write_atomic(Path(home) / FILE, canonical_json(asdict(machine)) + b"\n")
     return machine
+
+
+def kept(home: Path | str) -> Machine | None:
+    """The record in `home/machine.json`; None when there is none, or not one of this version."""
+    try:
+        row = json.loads((Path(home) / FILE).read_bytes())
+        return Machine(**{**row, "isa": tuple(row["isa"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def identify() -> Machine:
@@ -101,10 +105,6 @@ def identify() -> Machine:
         isa=tuple(isa for isa in ISA if isa in flags),
         ram_bytes=total_ram_bytes(),
         cgroup_ram_bytes=cgroup_ram_bytes(),
-        bandwidth_gb_s=None,
-        fp32_gflop_s=None,
-        bf16_gflop_s=None,
-        int8_gop_s=None,
         os=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
         versions=_versions(),
@@ -119,7 +119,7 @@ def measure_machine(machine: Machine, size_bytes: int = 2**27, rows: int = 1024)
         machine,
         bandwidth_gb_s=round(bandwidth, 1),
         load_average=None if load is None else round(load, 2),
-        **{name: _round(value) for name, value in _gemm_peaks(machine.cores, rows).items()},
+        **{name: round(value, 1) for name, value in _gemm_peaks(machine.cores, rows).items()},
     )
 
 
@@ -143,23 +143,22 @@ def bandwidth_gb_s(cores: int, size_bytes: int) -> float:
     return sum(array.nbytes for array in arrays) / seconds / 1e9
 
 
-def _gemm_peaks(cores: int, rows: int) -> dict[str, float | None]:
-    """Operations per second (a multiply and an add are two) of square products, in 10⁹."""
+def _gemm_peaks(cores: int, rows: int) -> dict[str, float]:
+    """Operations per second (a multiply and an add are two) of square products, in 10⁹; absent where not there."""
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(cores)
     try:
         operations = 2 * rows**3 / 1e9
-        peaks: dict[str, float | None] = {}
+        peaks: dict[str, float] = {}
         for name, dtype in (("fp32_gflop_s", torch.float32), ("bf16_gflop_s", torch.bfloat16)):
             left = torch.ones(rows, rows, dtype=dtype)
             peaks[name] = operations / _best(lambda left=left: left @ left)
         codes = torch.ones(rows, rows, dtype=torch.int8)
-        try:
+        # a build of torch may have no int8 product on this CPU
+        with contextlib.suppress(RuntimeError, NotImplementedError):
             peaks["int8_gop_s"] = operations / _best(lambda: torch.ops.aten._int_mm(codes, codes))
-        except (RuntimeError, NotImplementedError):  # this build of torch has no int8 product on this CPU
-            peaks["int8_gop_s"] = None
         return peaks
     finally:
         torch.set_num_threads(before)
@@ -199,16 +198,3 @@ def _versions() -> dict[str, str]:
 
 def _identity(machine: Machine) -> tuple[object, ...]:
     return machine.cpu, machine.cores, machine.isa, machine.python, tuple(sorted(machine.versions.items()))
-
-
-def _round(value: float | None) -> float | None:
-    return None if value is None else round(value, 1)
-
-
-def _read(path: Path) -> Machine | None:
-    """The kept record, or None when there is none or it does not fit this version; then it is measured again."""
-    try:
-        row = json.loads(path.read_bytes())
-        return Machine(**{**row, "isa": tuple(row["isa"])})
-    except (OSError, ValueError, TypeError, KeyError):
-        return None

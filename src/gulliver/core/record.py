@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gulliver.core.errors import ArtifactError
+from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import write_atomic
 from gulliver.core.store.manifest import read_json
@@ -70,6 +70,8 @@ class Record(Row):
             return cls.model_validate_json(data)
         except ArtifactError as error:
             raise ArtifactError(f"{error}; {cls.remedy}") from None
+        except ConfigError as error:  # of evidence or a gate, which are checked where they are made
+            raise ArtifactError(f"{what}: {error}; {cls.remedy}") from None
         except ValidationError as error:
             raise ArtifactError(f"{what}: {_first_problem(error)}; {cls.remedy}") from None
 
@@ -89,7 +91,7 @@ def _first_problem(error: ValidationError) -> str:
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:200]}" for part in problem["loc"]).lstrip(".")
     if problem["type"] == "missing":
         return f"{place} is missing"
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key {place}"
     rule = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
     return f"{place or 'the whole'} is {reprlib.repr(problem['input'])}; {rule}"

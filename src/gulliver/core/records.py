@@ -8,12 +8,10 @@ drift. Files of earlier versions still open: their keys are aliases here, and `f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import AliasChoices, Field, PlainSerializer, PlainValidator, StringConstraints, model_validator
+from pydantic import AliasChoices, Field, PlainSerializer, StringConstraints, model_validator
 
-from gulliver.core.errors import GulliverError
 from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.evidence.gate import Verdict
 from gulliver.core.record import Record, Row
@@ -31,24 +29,8 @@ _LossIncrease = Field(validation_alias=AliasChoices("loss_increase", "damage"))
 """How much the loss is predicted to rise, in the unit of the statistics (compress/statistics.py)."""
 
 
-def _checked(read: Callable[[Mapping[str, Any]], Any], kind: type) -> PlainValidator:
-    """A reader of a JSON object as pydantic wants it; what has the type already passes."""
-
-    def check(row: object) -> Any:
-        if isinstance(row, kind):
-            return row
-        if not isinstance(row, Mapping):
-            raise ValueError("it must be an object")
-        try:
-            return read(row)
-        except GulliverError as error:
-            raise ValueError(str(error)) from None
-
-    return PlainValidator(check)
-
-
-EvidenceRow = Annotated[Evidence, _checked(Evidence.from_json, Evidence), PlainSerializer(Evidence.to_json)]
-VerdictRow = Annotated[Verdict, _checked(Verdict.from_json, Verdict), PlainSerializer(Verdict.to_json)]
+EvidenceRow = Annotated[Evidence, PlainSerializer(Evidence.to_json)]
+VerdictRow = Annotated[Verdict, PlainSerializer(Verdict.to_json)]
 
 
 # ---- data and models from outside -----------------------------------------------------------------------------------

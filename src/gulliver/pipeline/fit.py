@@ -169,7 +169,7 @@ def _loop(work: Fit) -> Artifact:
         size_bytes -= over
     missed = [verdict for verdict in work.verdicts if verdict.outcome != "PASS"]
     if missed:
-        raise BudgetError("; ".join(f"{verdict.gate.rule}: {verdict.reason}" for verdict in missed))
+        raise BudgetError("; ".join(f"{verdict.rule}: {verdict.reason}" for verdict in missed))
     return fitted
 
 

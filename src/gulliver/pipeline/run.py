@@ -90,13 +90,13 @@ def _write_report(
     if not models:
         return None
     from gulliver.report.html import write_report
-    from gulliver.report.records import OtherGates, gated
+    from gulliver.report.records import OtherGates
 
     verdicts: dict[str, list[Verdict]] = {models[-1].id: []}
     for target, verdict in judged:
         verdicts.setdefault(target.id, []).append(verdict)
     own = verdicts.pop(models[-1].id)
-    others = [OtherGates(names[key], key, tuple(map(gated, rows))) for key, rows in verdicts.items()]
+    others = [OtherGates(names[key], key, tuple(rows)) for key, rows in verdicts.items()]
     path = Path(report) if report else models[-1].path / "report.html"
     write_report(path, models[-1], store, memory=progress.memory, verdicts=own, others=others)
     return path

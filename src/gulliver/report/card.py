@@ -66,7 +66,7 @@ def card(data: ReportData, architecture: str = "") -> str:
         sentences=verdict.sentences(data),
         downloaded=verdict.downloaded(data),
         evidence=rows.evidence(data),
-        formats=_formats(data.fit.tensors),
+        formats=_formats(data.tensors),
         datasets=list(dict.fromkeys(measured_on)),
         machines=list(dict.fromkeys(row.machine for row in data.evidence if row.machine)),
     )

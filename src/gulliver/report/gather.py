@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gulliver.core import machine
+from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.evidence.gate import Verdict
-from gulliver.core.records import FitResult, Origin, Packing, Plan, TensorBits
+from gulliver.core.records import Asked, FitResult, Origin, PackedWeight, Packing, PartBits, Plan, TensorBits
 from gulliver.core.store.artifact import WEIGHT_SUFFIXES, Artifact
-from gulliver.core.store.manifest import read_json
 from gulliver.core.store.store import Store
-from gulliver.report.records import FitRecord, OtherGates, ReportData, gated, of_fit, of_packing, of_plan
+from gulliver.report.records import OtherGates, ReportData
 from gulliver.report.units import short_id
+from gulliver.runtime.formats import Format
 
 
 def gather(
@@ -31,12 +33,13 @@ def gather(
     evidence = tuple(store.evidence(model.id) if evidence is None else evidence)
     parent_id = _parent_id(model, manifests, evidence)
     parent = next((manifest for manifest in manifests if manifest["id"] == parent_id), {})
-    record = _fit_record(model, store, manifests, fit)
+    plans = [str(row["id"]) for row in reversed(manifests) if Plan.file in row.get("files", {})]
+    plan = Plan.of(store.get(plans[0])) if plans else None
+    told = (FitResult.of(fit) if fit is not None else _newest_fit(model, store)) or FitResult()
+    if plan is not None and told.budget == Asked():
+        told = told.model_copy(update={"budget": Asked(size_bytes=plan.budget_bytes)})
+    judged = tuple(dict.fromkeys([*verdicts, *told.verdicts]))
     origin, origin_id = _origin(manifests, store)
-    if memory:
-        record = replace(record, memory=tuple(memory))
-    if verdicts:
-        record = replace(record, gates=tuple(dict.fromkeys([*map(gated, verdicts), *record.gates])))
     return ReportData(
         title=model_name(manifests) or short_id(model.id),
         artifact_id=model.id,
@@ -47,9 +50,10 @@ def gather(
         parent_size_bytes=_weight_bytes(parent) or None,
         evidence=evidence,
         parent_evidence=tuple(store.evidence(parent_id)) if parent_id else (),
-        fit=record,
+        tensors=_tensors(model, plan),
+        fit=told.model_copy(update={"memory": tuple(memory) or told.memory, "verdicts": judged}),
         manifests=tuple(manifests),
-        machine=_machine(store.home / "machine.json"),
+        machine=machine.kept(store.home),
         data_names=_data_names(store, {row.data_hash for row in evidence}),
         others=tuple(others),
         origin=origin,
@@ -83,34 +87,44 @@ def model_name(manifests: Sequence[Mapping[str, Any]]) -> str:
     return ""
 
 
-def _fit_record(
-    model: Artifact, store: Store, manifests: Sequence[Mapping[str, Any]], fit: Artifact | None
-) -> FitRecord:
-    """The plan nearest in the lineage, overlaid with the fit about this model and with what the model holds."""
-    record = FitRecord()
-    plans = [str(row["id"]) for row in reversed(manifests) if Plan.file in row.get("files", {})]
-    if plans:
-        record = of_plan(Plan.of(store.get(plans[0])))
-    newer = of_fit(FitResult.of(fit)) if fit is not None else _newest_fit(model, store)
-    if newer is not None:
-        empty = FitRecord()
-        changed = {name: value for name, value in vars(newer).items() if value != getattr(empty, name)}
-        record = replace(record, **changed)
-    if Packing.file in model.files:
-        held = of_packing(Packing.of(model))
-        planned = {tensor.name: tensor for tensor in record.tensors}
-        record = replace(record, tensors=tuple(_same_formats(planned.get(tensor.name), tensor) for tensor in held))
-    return record
-
-
-def _newest_fit(model: Artifact, store: Store) -> FitRecord | None:
+def _newest_fit(model: Artifact, store: Store) -> FitResult | None:
     """The newest fit.json in the store that tells how this model was made; not one that starts from it."""
     for found in reversed(store.artifacts()):
         if found.kind == "report" and model.id in found.parents and FitResult.file in found.files:
-            record = of_fit(FitResult.of(found))
-            if record.nearest is None and record.artifact_id in ("", model.id):
-                return record
+            result = FitResult.of(found)
+            if result.nearest is None and result.artifact_id in (None, model.id):
+                return result
     return None
+
+
+def _tensors(model: Artifact, plan: Plan | None) -> tuple[TensorBits, ...]:
+    """What the model holds, whatever the plan had wanted; the plan's choices where the model does not say."""
+    planned = plan.tensors if plan is not None else ()
+    if Packing.file not in model.files:
+        return planned
+    by_name = {tensor.name: tensor for tensor in planned}
+    return tuple(_same_formats(by_name.get(tensor.name), tensor) for tensor in of_packing(Packing.of(model)))
+
+
+def of_packing(packing: Packing) -> tuple[TensorBits, ...]:
+    """The formats that a packed model itself lists: what is in the file, whatever a plan had wanted.
+
+    Bits per weight are those of the tiles on disk, padding included. ArtifactError for a format that does not exist.
+    """
+    return tuple(_held(name, weight) for name, weight in packing.tensors.items())
+
+
+def _held(name: str, weight: PackedWeight) -> TensorBits:
+    columns, parts = math.prod(weight.shape[1:]), []
+    for part in weight.parts:
+        try:
+            size = Format.parse(part.format).packed_bytes(part.rows, columns)
+        except ConfigError as error:
+            raise ArtifactError(f"{Packing.file}: {name!r}: {error}") from None
+        bits = 8 * size / (part.rows * columns)
+        parts.append(PartBits(rows=part.rows, format=part.format, bits_per_weight=bits, size_bytes=size))
+    size = sum(part.size_bytes for part in parts)
+    return TensorBits(name=name, shape=weight.shape, size_bytes=size, parts=tuple(parts))
 
 
 def _same_formats(planned: TensorBits | None, held: TensorBits) -> TensorBits:
@@ -152,10 +166,3 @@ def _origin(manifests: Sequence[Mapping[str, Any]], store: Store) -> tuple[Origi
 def _weight_bytes(manifest: Mapping[str, Any]) -> int:
     files = manifest.get("files", {})
     return sum(entry["size_bytes"] for name, entry in files.items() if name.endswith(WEIGHT_SUFFIXES))
-
-
-def _machine(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
-    found = read_json(path.read_bytes(), path.name)
-    return found if isinstance(found, dict) else {}

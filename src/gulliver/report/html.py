@@ -66,7 +66,7 @@ def page(data: ReportData) -> str:
         sentences=verdict.sentences(data),
         downloaded=verdict.downloaded(data),
         figures=verdict.key_figures(data),
-        gated=[(None, data.fit.gates), *((other, other.gates) for other in data.others)],
+        gated=[(None, data.fit.verdicts), *((other, other.verdicts) for other in data.others)],
         evidence=rows.evidence(data),
         pictures=drawn,
         machine=rows.machine(data.machine),
@@ -81,7 +81,7 @@ def page(data: ReportData) -> str:
 
 def pictures(data: ReportData) -> list[tuple[str, list[Picture]]]:
     """(title, pictures) of the sections that have something to draw, in the page's order."""
-    tensors = data.fit.tensors
+    tensors = data.tensors
     sections = [
         ("Size and quality", [plots.size_quality(data)]),
         ("Bits per tensor", [bits.bits(tensors), bits.rows_bits(tensors)]),

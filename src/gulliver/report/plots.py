@@ -9,9 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gulliver.core.records import Point
 from gulliver.report.bits import loss_by_block
 from gulliver.report.picture import Picture, Table, base_layout, label
-from gulliver.report.records import Point, ReportData
+from gulliver.report.records import ReportData
 from gulliver.report.units import format_seconds, format_value
 
 _STAGE_COLOURS = ("blue", "orange", "green", "violet", "teal", "soft")
@@ -56,7 +57,9 @@ def size_quality(data: ReportData) -> Picture | None:
     traces = [trace for trace in traces if trace["x"]]
     if not traces:
         return None
-    sizes = [x for trace in traces for x in trace["x"]] + ([fit.asked.size_bytes / 1e6] if fit.asked.size_bytes else [])
+    sizes = [x for trace in traces for x in trace["x"]] + (
+        [fit.budget.size_bytes / 1e6] if fit.budget.size_bytes else []
+    )
     top = _top_drop(data)
     layout = base_layout(400)
     layout["xaxis"] |= _log_axis(sizes) | {"title": {"text": "size, MB (10⁶ bytes, logarithmic)"}}
@@ -71,7 +74,7 @@ def size_quality(data: ReportData) -> Picture | None:
 
 def loss_increase(data: ReportData) -> Picture | None:
     """What the plan predicted that each block adds to the loss."""
-    pairs = loss_by_block(data.fit.tensors)
+    pairs = loss_by_block(data.tensors)
     if not pairs:
         return None
     names = _block_labels([name for name, _ in pairs])
@@ -93,7 +96,7 @@ def loss_increase(data: ReportData) -> Picture | None:
 
 def memory(data: ReportData) -> Picture | None:
     """Resident memory over time, one colour a stage, with the cap when one was asked for."""
-    samples, cap = data.fit.memory, data.fit.asked.max_ram_bytes
+    samples, cap = data.fit.memory, data.fit.budget.max_ram_bytes
     if len(samples) < 2:
         return None
     stages = list(dict.fromkeys(stage for _, stage, _ in samples))
@@ -191,7 +194,7 @@ def _point(name: str, size_bytes: float, drop: float, symbol: str, colour: str) 
 
 def _top_drop(data: ReportData) -> float:
     """Per cent at the top of the plane: what was reached and asked fits; hopeless menu points need not."""
-    loss, asked = data.latest("quality_loss"), data.fit.asked.max_drop
+    loss, asked = data.latest("quality_loss"), data.fit.budget.max_drop
     points = [*data.fit.rounds, *([data.fit.nearest] if data.fit.nearest else [])]
     drops = [point.measured_drop for point in points] + [point.predicted_drop for point in points]
     drops += [
@@ -206,7 +209,7 @@ def _top_drop(data: ReportData) -> float:
 
 
 def _budget_lines(data: ReportData, top: float) -> dict[str, Any]:
-    asked, shapes, notes = data.fit.asked, [], []
+    asked, shapes, notes = data.fit.budget, [], []
     if asked.size_bytes:
         size = asked.size_bytes / 1e6
         shapes.append(_line("x", size, "red"))

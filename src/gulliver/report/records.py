@@ -1,4 +1,4 @@
-"""What a report is drawn from, as frozen records made of those in core/records.py.
+"""What a report is drawn from: one frozen record made of those in core/records.py.
 
 A part that is absent stays absent (an empty tuple or None): nothing is made up.
 """
@@ -10,45 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.evidence.evidence import METRICS, Evidence
 from gulliver.core.evidence.gate import Verdict
-from gulliver.core.records import Asked, FitResult, Origin, PackedWeight, Packing, PartBits, Plan, Point, TensorBits
-from gulliver.runtime.formats import Format
+from gulliver.core.machine import Machine
+from gulliver.core.records import FitResult, Origin, TensorBits
 
 INFEASIBLE, REFUSED, PASS, NOT_JUDGED = "INFEASIBLE", "REFUSED", "PASS", "NOT JUDGED"
-
-
-@dataclass(frozen=True)
-class Gated:
-    """One judged gate: `threshold` in the metric's unit; `evidence` is what decided, or None."""
-
-    metric: str
-    limit: str  # "at most" or "at least"
-    threshold: float
-    outcome: str  # PASS, FAIL or NO_DATA
-    reason: str
-    evidence: Evidence | None = None
-
-
-@dataclass(frozen=True)
-class FitRecord:
-    """What plan and fit tell about a model: choices per tensor, frontier, rounds, memory over time.
-
-    `memory` is (seconds, stage, resident bytes); `nearest` is the nearest feasible point of an infeasible budget;
-    `artifact_id` is the model that was made, "" where the file names none.
-    """
-
-    tensors: tuple[TensorBits, ...] = ()
-    frontier: tuple[Point, ...] = ()
-    rounds: tuple[Point, ...] = ()
-    memory: tuple[tuple[float, str, int], ...] = ()
-    asked: Asked = field(default_factory=Asked)
-    gates: tuple[Gated, ...] = ()
-    nearest: Point | None = None
-    seconds: float | None = None
-    reason: str = ""
-    artifact_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,13 +24,14 @@ class OtherGates:
 
     name: str
     artifact_id: str
-    gates: tuple[Gated, ...]
+    verdicts: tuple[Verdict, ...]
 
 
 @dataclass(frozen=True)
 class ReportData:
     """All that one page shows. `manifests` is the lineage, oldest first, this model last.
 
+    `tensors` are its weights as stored, or as planned; `fit` what a run of `fit` tells about it, or a plan alone.
     `others` are the gates on other models of the same recipe: one that refused refuses the recipe and so this model.
     `origin` says what was downloaded, for the model `origin_id` of the lineage. `parent_evidence` is evidence about the
     model's parent (the baseline drawn beside ours); `data_names` maps data hashes to what people call the data.
@@ -78,9 +46,10 @@ class ReportData:
     parent_size_bytes: int | None = None
     evidence: tuple[Evidence, ...] = ()
     parent_evidence: tuple[Evidence, ...] = ()
-    fit: FitRecord = field(default_factory=FitRecord)
+    tensors: tuple[TensorBits, ...] = ()
+    fit: FitResult = field(default_factory=FitResult)
     manifests: tuple[Mapping[str, Any], ...] = ()
-    machine: Mapping[str, Any] = field(default_factory=dict)
+    machine: Machine | None = None
     data_names: Mapping[str, str] = field(default_factory=dict)
     others: tuple[OtherGates, ...] = ()
     origin: Origin | None = None
@@ -91,9 +60,10 @@ class ReportData:
         """The verdict in one word. A gate that has no data refuses; no gate at all is NOT JUDGED."""
         if self.fit.nearest is not None:
             return INFEASIBLE
-        if any(gate.outcome != "PASS" for gates in (self.fit.gates, *(o.gates for o in self.others)) for gate in gates):
+        judged = [*self.fit.verdicts, *(verdict for other in self.others for verdict in other.verdicts)]
+        if not all(verdict.passed for verdict in judged):
             return REFUSED
-        return PASS if self.fit.gates else NOT_JUDGED
+        return PASS if self.fit.verdicts else NOT_JUDGED
 
     @property
     def parent_download_bytes(self) -> int | None:
@@ -104,7 +74,7 @@ class ReportData:
     @property
     def ram_metric(self) -> str:
         """The metric that the asked memory limits: the one that a gate is on, else what was measured."""
-        gated_on = {gate.metric for gate in self.fit.gates}
+        gated_on = {gate.metric for gate in self.fit.verdicts}
         names = ("peak_ram_bytes", "compress_peak_ram_bytes")
         found = [name for name in names if name in gated_on] or [name for name in names if self.latest(name)]
         return found[0] if found else names[0]
@@ -112,7 +82,7 @@ class ReportData:
     @property
     def speed_metric(self) -> str | None:
         """The metric of its speed: the one that a gate is on, else the first of METRICS that was measured."""
-        gated_on = {gate.metric for gate in self.fit.gates}
+        gated_on = {gate.metric for gate in self.fit.verdicts}
         speeds = [name for name, row in METRICS.items() if row.unit.endswith("/s")]
         return next((name for name in speeds if name in gated_on), next(filter(self.latest, speeds), None))
 
@@ -126,53 +96,4 @@ class ReportData:
         if not newest:
             return None
         sign = -1.0 if next(iter(newest.values())).direction == "higher" else 1.0
-        return max(newest.values(), key=lambda row: sign * row.bad_end if math.isfinite(row.bad_end) else math.inf)
-
-
-def of_plan(plan: Plan) -> FitRecord:
-    """What a plan tells: the choices and the size that was asked for."""
-    return FitRecord(tensors=plan.tensors, asked=Asked(size_bytes=plan.budget_bytes))
-
-
-def of_fit(fit: FitResult) -> FitRecord:
-    """What a run of `fit` tells."""
-    return FitRecord(
-        frontier=fit.frontier,
-        rounds=fit.rounds,
-        memory=fit.memory,
-        asked=fit.budget,
-        gates=tuple(map(gated, fit.verdicts)),
-        nearest=fit.nearest,
-        seconds=fit.seconds,
-        reason=fit.reason or "",
-        artifact_id=fit.artifact_id or "",
-    )
-
-
-def of_packing(packing: Packing) -> tuple[TensorBits, ...]:
-    """The formats that a packed model itself lists: what is in the file, whatever a plan had wanted.
-
-    Bits per weight are those of the tiles on disk, padding included. ArtifactError for a format that does not exist.
-    """
-    return tuple(_held(name, weight) for name, weight in packing.tensors.items())
-
-
-def _held(name: str, weight: PackedWeight) -> TensorBits:
-    columns, parts = math.prod(weight.shape[1:]), []
-    for part in weight.parts:
-        try:
-            size = Format.parse(part.format).packed_bytes(part.rows, columns)
-        except ConfigError as error:
-            raise ArtifactError(f"{Packing.file}: {name!r}: {error}") from None
-        bits = 8 * size / (part.rows * columns)
-        parts.append(PartBits(rows=part.rows, format=part.format, bits_per_weight=bits, size_bytes=size))
-    size = sum(part.size_bytes for part in parts)
-    return TensorBits(name=name, shape=weight.shape, size_bytes=size, parts=tuple(parts))
-
-
-def gated(verdict: Verdict) -> Gated:
-    """The row of a judged gate."""
-    gate = verdict.gate
-    limit, threshold = ("at most", gate.at_most) if gate.at_most is not None else ("at least", gate.at_least)
-    assert threshold is not None
-    return Gated(gate.metric, limit, threshold, verdict.outcome, verdict.reason, verdict.evidence)
+        return max(newest.values(), key=lambda row: sign * row.worse_end if math.isfinite(row.worse_end) else math.inf)

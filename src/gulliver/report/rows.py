@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gulliver.core.evidence.evidence import METRICS, Evidence
+from gulliver.core.machine import Machine
 from gulliver.report.picture import Table
 from gulliver.report.records import ReportData
 from gulliver.report.units import NOT_MEASURED, format_measured, format_value
@@ -24,6 +25,7 @@ _MACHINE_LABELS = {
     "load_average": "load while measuring",
     "os": "operating system",
     "python": "Python",
+    "versions": "versions",
 }
 
 
@@ -51,7 +53,7 @@ class IntervalBar:
 def evidence(data: ReportData) -> list[EvidenceRow]:
     """The rows of the evidence table."""
     rows, beside = latest_evidence(data.evidence), baselines(data)
-    limits = {gate.metric: gate.threshold for gate in data.fit.gates}
+    limits = {gate.metric: gate.threshold for gate in data.fit.verdicts}
     several = len({row.data_hash for row in rows if row.data_hash}) > 1
     return [
         EvidenceRow(
@@ -116,23 +118,18 @@ def interval_bar(row: Evidence, threshold: float | None = None) -> IntervalBar |
     return IntervalBar(label, low, width, place(row.value), None if threshold is None else place(threshold))
 
 
-def machine(description: Mapping[str, object]) -> Table:
+def machine(found: Machine | None) -> Table:
     """The table of what is known about the machine of this home."""
-    order = {name: index for index, name in enumerate(_MACHINE_LABELS)}
-    known = sorted(description.items(), key=lambda item: (order.get(item[0], len(order)), item[0]))
-    lines = [
-        (_MACHINE_LABELS.get(key, key.replace("_", " ")), _plain(key, value))
-        for key, value in known
-        if value is not None
-    ]
+    known = [(label, name, getattr(found, name, None)) for name, label in _MACHINE_LABELS.items()]
+    lines = [(label, _plain(name, value)) for label, name, value in known if value is not None]
     return Table("This machine, as measured by `gulliver doctor`", ("Property", "Value"), lines)
 
 
-def _plain(key: str, value: object) -> str:
+def _plain(name: str, value: object) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {item}" for name, item in sorted(value.items()))
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
-    if key.endswith("_bytes") and isinstance(value, int | float):
+        return ", ".join(f"{package} {version}" for package, version in sorted(value.items()))
+    if isinstance(value, tuple):
+        return ", ".join(value)
+    if name.endswith("_bytes") and isinstance(value, int):
         return format_value(value, "bytes")
     return f"{value:,.1f}".replace(",", "\u202f") if isinstance(value, float) else str(value)

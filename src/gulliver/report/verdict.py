@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gulliver.core.evidence.evidence import METRICS
-from gulliver.report.records import INFEASIBLE, NOT_JUDGED, PASS, Gated, ReportData
+from gulliver.core.evidence.gate import Verdict
+from gulliver.report.records import INFEASIBLE, NOT_JUDGED, PASS, ReportData
 from gulliver.report.units import NOT_MEASURED, format_limit, format_measured, format_seconds, format_value, short_id
 
 _RAM_TILES = {"peak_ram_bytes": "Memory to answer", "compress_peak_ram_bytes": "Memory to compress"}
@@ -47,16 +48,15 @@ def sentences(data: ReportData) -> list[str]:
         where = " on this model" if data.others else ""
         lines.append(f"No gate was judged{where}, so nothing is proven; the numbers below are measurements only.")
     if data.outcome not in (PASS, NOT_JUDGED):
-        judged = [("", data.fit.gates)]
+        judged = [("", data.fit.verdicts)]
         for other in data.others:
-            judged.append(
-                (f" on {other.name} ({short_id(other.artifact_id)}), another model of this recipe", other.gates)
-            )
+            where = f" on {other.name} ({short_id(other.artifact_id)}), another model of this recipe"
+            judged.append((where, other.verdicts))
         lines += [
             f"Gate refused: {gate_rule(gate)}{where}; {gate_reason(gate)}."
             for where, gates in judged
             for gate in gates
-            if gate.outcome != PASS
+            if not gate.passed
         ]
     if data.fit.reason:
         lines.append(data.fit.reason)
@@ -67,7 +67,7 @@ def key_figures(data: ReportData) -> list[Figure]:
     """Size, quality loss, memory, speed and time; none where no model was made."""
     if data.outcome == INFEASIBLE:
         return []
-    asked, ram, speed = data.fit.asked, data.ram_metric, data.speed_metric
+    asked, ram, speed = data.fit.budget, data.ram_metric, data.speed_metric
     figures = [
         Figure("Size", _size(data), _limit("at most", asked.size_bytes, "bytes")),
         Figure("Quality loss", *_loss(data)),
@@ -96,22 +96,22 @@ def downloaded(data: ReportData) -> str:
     return came + (f"; {_bytes(origin.bfloat16_bytes)} in bfloat16" if origin.bfloat16_bytes else "")
 
 
-def gate_rule(gate: Gated) -> str:
+def gate_rule(gate: Verdict) -> str:
     """ "perplexity ratio at most 1.05"."""
     return f"{metric_name(gate.metric)} {gate.limit} {format_limit(gate.threshold, _unit(gate.metric))}"
 
 
-def gate_reason(gate: Gated) -> str:
+def gate_reason(gate: Verdict) -> str:
     """Why a gate did not pass, with its numbers as people read them; "" for one that passed."""
     found = gate.evidence
-    if gate.outcome == PASS:
+    if gate.passed:
         return ""
     if gate.outcome == "NO_DATA" or found is None or found.metric != gate.metric or not found.is_number:
         return gate.reason or gate.outcome
     value, bounds = format_measured(found.value, found.low, found.high, found.unit)
     if bounds == "single value":
         return f"measured {value}, which does not meet the limit"
-    worst = format_value(found.bad_end, found.unit)
+    worst = format_value(found.worse_end, found.unit)
     return f"measured {value}, interval {bounds}; its worse end, {worst}, does not meet the limit"
 
 
@@ -121,7 +121,7 @@ def metric_name(name: str) -> str:
 
 
 def _asked(data: ReportData) -> str:
-    asked = data.fit.asked
+    asked = data.fit.budget
     speed = _unit(data.speed_metric) if data.speed_metric else "per s"
     parts = [
         ("at most", asked.size_bytes, "bytes", ""),
@@ -149,7 +149,7 @@ def _reached(data: ReportData) -> str:
 
 
 def _loss(data: ReportData) -> tuple[str, str]:
-    row, limit = data.latest("quality_loss"), _limit("at most", data.fit.asked.max_drop, "fraction")
+    row, limit = data.latest("quality_loss"), _limit("at most", data.fit.budget.max_drop, "fraction")
     if row is None:
         return NOT_MEASURED, limit
     value, bounds = format_measured(row.value, row.low, row.high, row.unit)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BeforeValidator, ConfigDict
 
 from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.names import unknown
@@ -74,6 +76,14 @@ def metric(name: str) -> Metric:
     return METRICS[name]
 
 
+def _from_json(number: object) -> object:
+    """NaN and the infinities, which JSON does not have: null, "inf" and "-inf"."""
+    return math.nan if number is None else float(str(number)) if number in ("inf", "-inf") else number
+
+
+Number = Annotated[float, BeforeValidator(_from_json)]
+
+
 @dataclass(frozen=True)
 class Evidence:
     """One measured number about one artifact.
@@ -84,10 +94,12 @@ class Evidence:
     `artifact_id`, `parent_id`, `machine` and `command` are filled in by the step that records it.
     """
 
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # for the records that hold it
+
     metric: str
-    value: float
-    low: float
-    high: float
+    value: Number
+    low: Number
+    high: Number
     unit: str
     direction: Direction
     n: int
@@ -118,7 +130,7 @@ class Evidence:
         return not any(math.isnan(number) for number in (self.value, self.low, self.high))
 
     @property
-    def bad_end(self) -> float:
+    def worse_end(self) -> float:
         """The end of the interval that a gate must judge: `high` where lower is better, `low` where higher is."""
         if self.direction == "none" or not self.is_number:
             return math.nan
@@ -130,37 +142,8 @@ class Evidence:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with every field; a NaN or infinite number becomes null, "inf" or "-inf"."""
-        row = asdict(self)
-        row["detail"] = dict(self.detail)
-        for name in ("value", "low", "high"):
-            row[name] = _write_number(row[name])
-        return row
-
-    @staticmethod
-    def from_json(row: Mapping[str, Any]) -> Evidence:
-        """Evidence from an untrusted JSON object. DataError for missing, unknown or wrongly typed fields."""
-        names = {item.name for item in fields(Evidence)}
-        for name in row:
-            if name not in names:
-                raise DataError(f"evidence: {unknown('field', name, names)}")
-        for name in sorted(names):
-            if name not in row:
-                raise DataError(f"evidence: the field {name!r} is missing")
-        values = dict(row)
-        for name in ("value", "low", "high"):
-            values[name] = _read_number(row[name], name)
-        for name in ("metric", "unit", "direction", "data_hash", "artifact_id", "machine", "command"):
-            if not isinstance(row[name], str):
-                raise DataError(f"evidence: {name} must be text, not {row[name]!r}")
-        for name in ("n", "seed"):
-            if type(row[name]) is not int:
-                raise DataError(f"evidence: {name} must be a whole number, not {row[name]!r}")
-        if not isinstance(row["parent_id"], str | None) or not isinstance(row["detail"], Mapping):
-            raise DataError("evidence: parent_id must be text or null, and detail an object")
-        try:
-            return Evidence(**values)
-        except ConfigError as error:
-            raise DataError(str(error)) from None
+        numbers = {name: _to_json(getattr(self, name)) for name in ("value", "low", "high")}
+        return {**vars(self), **numbers, "detail": dict(self.detail)}
 
 
 def measured(
@@ -218,17 +201,7 @@ def paired_interval(
     return mean, mean - half, mean + half
 
 
-def _write_number(number: float) -> float | str | None:
+def _to_json(number: float) -> float | str | None:
     if math.isnan(number):
         return None
     return number if math.isfinite(number) else ("inf" if number > 0 else "-inf")
-
-
-def _read_number(value: object, name: str) -> float:
-    if value is None:
-        return math.nan
-    if value in ("inf", "-inf"):
-        return float(str(value))
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"evidence: {name} must be a number, null, 'inf' or '-inf', not {value!r}")
-    return float(value)

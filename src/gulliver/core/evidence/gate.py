@@ -1,21 +1,24 @@
 """Gates: rules over evidence. A gate that finds no evidence refuses, and so does one whose evidence is only hopeful.
 
-The bad end of the interval must meet the threshold: with "lower is better" that is `high <= at_most`, with "higher is
-better" `low >= at_least`. Evidence belongs to one content id; a changed artifact has another, so its evidence expired.
+The worse end of the interval must meet the limit: its upper bound, `high <= at_most`, where lower is better, and its
+lower bound, `low >= at_least`, where higher is. Evidence belongs to one content id; a changed artifact has another, so
+its evidence expired.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from gulliver.core.errors import ConfigError, DataError, GateRefused
+from pydantic import ConfigDict
+
+from gulliver.core.errors import ConfigError, GateRefused
 from gulliver.core.evidence.evidence import METRICS, MUST_BEAT, Evidence, metric
 
 Outcome = Literal["PASS", "FAIL", "NO_DATA"]
-OUTCOMES = get_args(Outcome)
+_WORST_FIRST: tuple[Outcome, ...] = ("NO_DATA", "FAIL", "PASS")
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,11 @@ class Gate:
     against the metric's direction (`at_least` on something that is better when lower can never protect anybody).
     """
 
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # for the records that hold it
+
     metric: str
-    at_most: float | None = None
-    at_least: float | None = None
+    at_most: int | float | None = None
+    at_least: int | float | None = None
 
     def __post_init__(self) -> None:
         row = metric(self.metric)
@@ -50,11 +55,21 @@ class Gate:
             )
 
     @property
+    def limit(self) -> Literal["at most", "at least"]:
+        """Which side of the threshold passes."""
+        return "at least" if self.at_most is None else "at most"
+
+    @property
+    def threshold(self) -> float:
+        """The limit in the metric's unit."""
+        given = self.at_least if self.at_most is None else self.at_most
+        assert given is not None
+        return given
+
+    @property
     def rule(self) -> str:
         """The gate as a person writes it: "perplexity_ratio <= 1.05"."""
-        if self.at_most is not None:
-            return f"{self.metric} <= {self.at_most:g}"
-        return f"{self.metric} >= {self.at_least:g}"
+        return f"{self.metric} {'>=' if self.at_most is None else '<='} {self.threshold:g}"
 
     def judge(self, evidence: Sequence[Evidence], artifact_id: str) -> Verdict:
         """The verdict on one artifact, from evidence in the order in which it was recorded.
@@ -65,52 +80,47 @@ class Gate:
         own = [item for item in evidence if item.artifact_id == artifact_id]
         newest = {item.data_hash: item for item in own if item.metric == self.metric}
         if not newest:
-            return Verdict(self, "NO_DATA", None, self._why_no_data(evidence, artifact_id))
+            return self._verdict("NO_DATA", self._why_no_data(evidence, artifact_id))
         judged = [(self._refusal(item), item) for item in newest.values()]
-        for outcome in ("NO_DATA", "FAIL"):
-            refused = [(reason, item) for (found, reason), item in judged if found == outcome]
-            if refused:
-                reason, item = min(refused, key=lambda pair: self._margin(pair[1]))
-                return Verdict(self, outcome, item, reason)
-        below = _below_baseline(own)
+        (outcome, reason), item = min(judged, key=lambda pair: (_WORST_FIRST.index(pair[0][0]), self._margin(pair[1])))
+        below = _below_baseline(own) if outcome == "PASS" else None
         if below:
-            return Verdict(self, "FAIL", below, f"it does not beat its simplest baseline: {_describe(below)}")
-        (_, reason), item = min(judged, key=lambda pair: self._margin(pair[1]))
-        return Verdict(self, "PASS", item, reason)
+            return self._verdict("FAIL", f"it does not beat its simplest baseline: {_describe(below)}", below)
+        return self._verdict(outcome, reason, item)
 
     def _refusal(self, item: Evidence) -> tuple[Outcome, str]:
         if item.n == 0:
             return "NO_DATA", f"{self.metric} was measured on 0 examples"
         if not item.is_number:
             return "FAIL", f"{self.metric} is not a number; the measurement itself failed"
-        threshold = self.at_most if self.at_most is not None else self.at_least
-        verb = "meets" if self._margin(item) >= 0 else "misses"
-        outcome: Outcome = "PASS" if verb == "meets" else "FAIL"
-        return outcome, f"{_describe(item)}; its bad end {item.bad_end:g} {verb} {threshold:g}"
+        met, bound = self._margin(item) >= 0, "lower" if self.at_most is None else "upper"
+        verb = "meets" if met else "misses"
+        reason = f"{_describe(item)}; its {bound} bound {item.worse_end:g} {verb} {self.threshold:g}"
+        return "PASS" if met else "FAIL", reason
 
     def _margin(self, item: Evidence) -> float:
-        """How far the bad end lies on the good side of the threshold; negative means refused, NaN is the worst."""
+        """How far the worse end lies on the good side of the threshold; negative means refused, NaN is the worst."""
         if not item.is_number:
             return -math.inf
-        if self.at_most is not None:
-            return self.at_most - item.bad_end
-        assert self.at_least is not None
-        return item.bad_end - self.at_least
+        margin = self.threshold - item.worse_end
+        return margin if self.at_least is None else -margin
 
     def _why_no_data(self, evidence: Sequence[Evidence], artifact_id: str) -> str:
         if any(item.metric == self.metric for item in evidence):
             return f"{self.metric} was measured on other artifacts only, which does not count for {artifact_id[:12]}"
         return f"{self.metric} was not measured; run `gulliver audit {artifact_id[:12]}`"
 
+    def _verdict(self, outcome: Outcome, reason: str, evidence: Evidence | None = None) -> Verdict:
+        return Verdict(self.metric, self.at_most, self.at_least, outcome=outcome, reason=reason, evidence=evidence)
 
-@dataclass(frozen=True)
-class Verdict:
-    """What a gate says about one artifact, the evidence it rests on, and why."""
 
-    gate: Gate
+@dataclass(frozen=True, kw_only=True)
+class Verdict(Gate):
+    """A gate as judged on one artifact: the outcome, why, and the evidence it rests on."""
+
     outcome: Outcome
-    evidence: Evidence | None
     reason: str
+    evidence: Evidence | None
 
     @property
     def passed(self) -> bool:
@@ -119,30 +129,7 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object: the rule's parts, outcome, reason, and the evidence or null."""
-        return {
-            "metric": self.gate.metric,
-            "at_most": self.gate.at_most,
-            "at_least": self.gate.at_least,
-            "outcome": self.outcome,
-            "reason": self.reason,
-            "evidence": self.evidence.to_json() if self.evidence else None,
-        }
-
-    @staticmethod
-    def from_json(row: Mapping[str, Any]) -> Verdict:
-        """A verdict from an untrusted JSON object. GulliverError for missing, unknown or wrongly typed parts."""
-        keys = {"metric", "at_most", "at_least", "outcome", "reason", "evidence"}
-        if set(row) != keys:
-            raise DataError(f"a verdict must hold {', '.join(sorted(keys))}, not {', '.join(sorted(row))[:200]}")
-        if row["outcome"] not in OUTCOMES:
-            raise DataError(f"outcome is {row['outcome']!r}; it must be one of {', '.join(OUTCOMES)}")
-        if not isinstance(row["metric"], str) or not isinstance(row["reason"], str):
-            raise DataError("a verdict's metric and reason must be text")
-        found = row["evidence"]
-        if not isinstance(found, Mapping | None):
-            raise DataError(f"a verdict's evidence must be an object or null, not {type(found).__name__}")
-        gate = Gate(row["metric"], row["at_most"], row["at_least"])
-        return Verdict(gate, row["outcome"], None if found is None else Evidence.from_json(found), row["reason"])
+        return {**vars(self), "evidence": self.evidence.to_json() if self.evidence else None}
 
 
 def require(verdicts: Sequence[Verdict]) -> None:
@@ -151,7 +138,7 @@ def require(verdicts: Sequence[Verdict]) -> None:
         raise GateRefused("no gate was judged, so nothing is proven; name at least one gate")
     refused = [verdict for verdict in verdicts if not verdict.passed]
     if refused:
-        lines = [f"  {verdict.outcome}  {verdict.gate.rule}: {verdict.reason}" for verdict in refused]
+        lines = [f"  {verdict.outcome}  {verdict.rule}: {verdict.reason}" for verdict in refused]
         raise GateRefused("\n".join([f"{len(refused)} of {len(verdicts)} gates refused", *lines]))
 
 
@@ -160,7 +147,7 @@ def _below_baseline(own: Sequence[Evidence]) -> Evidence | None:
     newest = {(item.metric, item.data_hash): item for item in own if item.metric in MUST_BEAT}
     for item in newest.values():
         limit = MUST_BEAT[item.metric]
-        better = item.bad_end < limit if item.direction == "lower" else item.bad_end > limit
+        better = item.worse_end < limit if item.direction == "lower" else item.worse_end > limit
         if not (item.is_number and better):
             return item
     return None
