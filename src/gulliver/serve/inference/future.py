@@ -25,7 +25,7 @@ async def result_of(
     or fails on it, and at the server's time limit.
     """
     stop = Event()
-    gone = asyncio.ensure_future(_gone(request.receive))
+    gone = asyncio.ensure_future(disconnected(request.receive))
     future: asyncio.Future[Any] | None = None
     try:
         async with asyncio.timeout(state.settings.timeout_seconds):
@@ -50,7 +50,7 @@ async def result_of(
             future.cancel()
 
 
-async def _gone(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
     """Return when the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass

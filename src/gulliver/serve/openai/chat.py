@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter
@@ -17,20 +16,12 @@ from gulliver.serve.openai import response_schemas, tools
 from gulliver.serve.openai.chat_json import ChatAnswer
 from gulliver.serve.openai.events import answered
 from gulliver.serve.openai.generation import Bridge, Generation
-from gulliver.serve.openai.request_schemas import MAX_CHOICES, ChatRequest, JsonObjectFormat, JsonSchemaFormat, Message
-from gulliver.serve.openai.to_engine import fitted, refuse_size, repeated, sampling_of, stops_of
+from gulliver.serve.openai.request_schemas import ChatRequest, JsonObjectFormat, JsonSchemaFormat, Message
+from gulliver.serve.openai.to_engine import engine_request, repeated
 from gulliver.serve.state import ServedModel, State, record_of
 
 MESSAGE_CHARACTERS = 16
 """What a template writes around a message, about."""
-
-
-@dataclass(frozen=True)
-class ChatPrompt:
-    """A conversation as tokens, with the grammar its answer must follow."""
-
-    tokens: tuple[int, ...]
-    grammar: Any
 
 
 def router(state: State) -> APIRouter:
@@ -49,20 +40,11 @@ def router(state: State) -> APIRouter:
         call = record_of(request)
         call.model = model.name
         _check(body)
-        size = sum(map(_characters, body.messages))
-        slow = bool(body.tools or body.response_format or tools.forced(body))
-        prompt = await state.prepared(size if not slow else 1 << 30, _prompt, body, model)
-        run = Generation(
-            model.engine,
-            repeated([_request(body, prompt, model, state.settings.timeout_seconds)], body.n or 1),
-            bridge,
-            streamed=bool(body.stream),
-        )
-        names = [tool.function.name for tool in tools.usable(body)]
-        options = body.stream_options
-        usage = bool(options and options.include_usage)
-        writer = ChatAnswer(model, call, logprobs=bool(body.logprobs), tools=names, include_usage=usage)
-        return await answered(run, request, writer, streamed=bool(body.stream))
+        slow = bool(body.tools or body.response_format)
+        size = 1 << 30 if slow else sum(map(_characters, body.messages))
+        asked = await state.prepared(size, _request, body, model, state.settings.timeout_seconds)
+        run = Generation(model.engine, repeated([asked], body.n or 1), bridge, streamed=bool(body.stream))
+        return await answered(run, request, ChatAnswer(model, call, body))
 
     return routes
 
@@ -77,7 +59,6 @@ def _characters(message: Message) -> int:
 
 def _check(body: ChatRequest) -> None:
     """Reject combinations that are not possible."""
-    refuse_size(body.n or 1, MAX_CHOICES, "n")
     if body.top_logprobs is not None and not body.logprobs:
         raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
     if body.stream_options is not None and not body.stream:
@@ -99,7 +80,7 @@ def _check(body: ChatRequest) -> None:
         raise bad_request(f"tool_choice names {error.args[0]!r}, which is not among the tools", "tool_choice") from None
 
 
-def _prompt(body: ChatRequest, model: ServedModel) -> ChatPrompt:
+def _request(body: ChatRequest, model: ServedModel, timeout_seconds: float) -> Request:
     """Render and tokenize, and compile the grammar. ApiError when template or schema refuse."""
     text = model.engine.text
     messages = tools.template_messages(body.messages)
@@ -115,7 +96,16 @@ def _prompt(body: ChatRequest, model: ServedModel) -> ChatPrompt:
         raise bad_request(str(error), "messages") from None
     except RecursionError:
         raise bad_request("the request is nested too deep for the model's chat template", "messages") from None
-    return ChatPrompt(tuple(tokens), _grammar(body, model))
+    return engine_request(
+        body,
+        tokens,
+        model,
+        timeout_seconds,
+        "messages",
+        max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+        top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        grammar=_grammar(body, model),
+    )
 
 
 def _grammar(body: ChatRequest, model: ServedModel) -> Any:
@@ -131,21 +121,3 @@ def _grammar(body: ChatRequest, model: ServedModel) -> Any:
         raise bad_request(str(error), "tools" if required else "response_format") from None
     except RecursionError:
         raise bad_request("the schema is nested too deep", "tools" if required else "response_format") from None
-
-
-def _request(body: ChatRequest, prompt: ChatPrompt, model: ServedModel, timeout_seconds: float) -> Request:
-    asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    try:
-        return Request(
-            prompt=prompt.tokens,
-            max_tokens=fitted(prompt.tokens, asked, model, "messages"),
-            sampling=sampling_of(body, model.engine.decoder.vocabulary),
-            stop=stops_of(body),
-            stop_tokens=tuple(body.stop_token_ids or ()),
-            ignore_end=bool(body.ignore_eos),
-            top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            grammar=prompt.grammar,
-            timeout_seconds=timeout_seconds,
-        )
-    except ConfigError as error:
-        raise bad_request(str(error), "messages") from None

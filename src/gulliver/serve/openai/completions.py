@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
@@ -18,18 +17,10 @@ from gulliver.serve.openai.completion_json import CompletionAnswer
 from gulliver.serve.openai.events import answered
 from gulliver.serve.openai.generation import Bridge, Generation
 from gulliver.serve.openai.request_schemas import MAX_PROMPTS, CompletionRequest
-from gulliver.serve.openai.to_engine import checked_tokens, fitted, refuse_size, repeated, sampling_of, stops_of
+from gulliver.serve.openai.to_engine import engine_request, repeated, rows_of
 from gulliver.serve.state import ServedModel, State, record_of
 
 DEFAULT_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class CompletionPrompt:
-    """One prompt: its tokens, and its text where it is repeated in the answer."""
-
-    tokens: tuple[int, ...]
-    text: str
 
 
 def router(state: State) -> APIRouter:
@@ -48,22 +39,15 @@ def router(state: State) -> APIRouter:
         call = record_of(request)
         call.model = model.name
         _check(body)
-        prompts = await state.prepared(_characters(body), _prompts, body, model)
-        times = body.n or 1
-        refuse_size(len(prompts) * times, MAX_PROMPTS, "n")
-        requests = [_request(body, prompt, model, state.settings.timeout_seconds) for prompt in prompts]
-        run = Generation(model.engine, repeated(requests, times), bridge, streamed=bool(body.stream))
-        echoes = [prompt.text for prompt in prompts for _ in range(times)] if body.echo else []
-        writer = CompletionAnswer(
-            model,
-            call,
-            logprobs=body.logprobs is not None,
-            echoes=echoes,
-            per_prompt=times,
-            include_usage=bool(body.stream_options and body.stream_options.include_usage),
-            hide_answer=body.max_tokens == 0,
-        )
-        return await answered(run, request, writer, streamed=bool(body.stream))
+        rows, times = rows_of(body.prompt, "prompt"), body.n or 1
+        if len(rows) * times > MAX_PROMPTS:
+            message = f"{len(rows) * times} completions were requested; a request may ask for at most {MAX_PROMPTS}"
+            raise bad_request(message, "n")
+        prompts = await state.prepared(sum(map(len, rows)), _prompts, rows, model, bool(body.echo))
+        asked = [_request(body, tokens, model, state.settings.timeout_seconds) for tokens, _ in prompts]
+        run = Generation(model.engine, repeated(asked, times), bridge, streamed=bool(body.stream))
+        echoes = [text for _, text in prompts for _ in range(times)]
+        return await answered(run, request, CompletionAnswer(model, call, body, echoes))
 
     return routes
 
@@ -80,57 +64,33 @@ def _check(body: CompletionRequest) -> None:
         raise bad_request("stream_options needs stream to be true", "stream_options")
 
 
-def _characters(body: CompletionRequest) -> int:
-    """How much there is to read."""
-    prompt = body.prompt
-    return len(prompt) if isinstance(prompt, str) else sum(len(row) if isinstance(row, str) else 1 for row in prompt)
+def _prompts(rows: Sequence[str | list[int]], model: ServedModel, echo: bool) -> list[tuple[Sequence[int], str]]:
+    """(tokens, text) of every prompt; the text of tokens where they are repeated. ApiError when one has no tokens."""
+    found, text, vocabulary = [], model.engine.text, model.engine.decoder.vocabulary
+    for row in rows:
+        try:
+            tokens = text.encode(row) if isinstance(row, str) else row
+        except ConfigError as error:
+            raise bad_request(str(error), "prompt") from None
+        if not tokens:
+            why = ", and this model's tokenizer adds no token" if isinstance(row, str) else ""
+            raise bad_request(f"a prompt is empty{why}; give at least one word or token", "prompt")
+        if (largest := max(tokens)) >= vocabulary:
+            raise bad_request(f"token {largest} does not exist; ids go from 0 to {vocabulary - 1}", "prompt")
+        found.append((tokens, row if isinstance(row, str) else text.decode(tokens) if echo else ""))
+    return found
 
 
-def _prompts(body: CompletionRequest, model: ServedModel) -> list[CompletionPrompt]:
-    """Every prompt as tokens. ApiError when there is none, or one has no tokens."""
-    prompt = body.prompt
-    rows: Sequence[str | Sequence[int]]
-    if isinstance(prompt, str):
-        rows = [prompt]
-    elif prompt and isinstance(prompt[0], int):
-        rows = [[token for token in prompt if isinstance(token, int)]]
-    else:
-        rows = [row for row in prompt if not isinstance(row, int)]
-    if not rows:
-        raise bad_request("prompt is an empty list; give at least one text or token", "prompt")
-    return [_prompt(row, bool(body.echo), model) for row in rows]
-
-
-def _prompt(row: str | Sequence[int], echo: bool, model: ServedModel) -> CompletionPrompt:
-    text = model.engine.text
-    if not isinstance(row, str):
-        tokens = checked_tokens(row, model.engine.decoder.vocabulary, "prompt")
-        return CompletionPrompt(tokens, text.decode(tokens) if echo else "")
-    try:
-        tokens = tuple(text.encode(row))
-    except ConfigError as error:
-        raise bad_request(str(error), "prompt") from None
-    if not tokens:
-        raise bad_request(
-            "a prompt is empty, and this model's tokenizer adds no token; give at least one word", "prompt"
-        )
-    return CompletionPrompt(tokens, row)
-
-
-def _request(body: CompletionRequest, prompt: CompletionPrompt, model: ServedModel, timeout_seconds: float) -> Request:
+def _request(body: CompletionRequest, tokens: Sequence[int], model: ServedModel, timeout_seconds: float) -> Request:
     asked = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
     only_prompt = asked == 0  # an engine gives no answer of no tokens; then the prompt's logprobs are all it does
-    try:
-        return Request(
-            prompt=prompt.tokens,
-            max_tokens=fitted(prompt.tokens, asked, model, "prompt"),
-            sampling=sampling_of(body, model.engine.decoder.vocabulary),
-            stop=stops_of(body),
-            stop_tokens=tuple(body.stop_token_ids or ()),
-            ignore_end=bool(body.ignore_eos),
-            top_logprobs=0 if body.logprobs is None and only_prompt else body.logprobs,
-            echo_logprobs=bool(body.echo) and (body.logprobs is not None or only_prompt),
-            timeout_seconds=timeout_seconds,
-        )
-    except ConfigError as error:
-        raise bad_request(str(error), "prompt") from None
+    return engine_request(
+        body,
+        tokens,
+        model,
+        timeout_seconds,
+        "prompt",
+        max_tokens=asked,
+        top_logprobs=0 if body.logprobs is None and only_prompt else body.logprobs,
+        echo_logprobs=bool(body.echo) and (body.logprobs is not None or only_prompt),
+    )

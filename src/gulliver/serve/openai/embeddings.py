@@ -21,6 +21,7 @@ from gulliver.serve.inference.future import result_of
 from gulliver.serve.json_route import JsonRoute, answers_with
 from gulliver.serve.openai import response_schemas
 from gulliver.serve.openai.request_schemas import EmbeddingRequest
+from gulliver.serve.openai.to_engine import rows_of
 from gulliver.serve.state import ServedModel, State, record_of
 from gulliver.tasks.answerer import Embedding
 
@@ -60,13 +61,8 @@ def router(state: State) -> APIRouter:
 
 
 def _tokens(body: EmbeddingRequest, answerer: Embedding) -> list[tuple[int, ...]]:
-    given: Any = body.input
-    one = isinstance(given, str) or (len(given) > 0 and isinstance(given[0], int))
-    rows: Sequence[Any] = [given] if one else given
-    if not rows:
-        raise bad_request("input is an empty list; give at least one text", "input")
     try:
-        return [answerer.tokens(row, truncate=bool(body.truncate)) for row in rows]
+        return [answerer.tokens(row, truncate=bool(body.truncate)) for row in rows_of(body.input, "input")]
     except ConfigError as error:
         raise bad_request(str(error), "input") from None
 

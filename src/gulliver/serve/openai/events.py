@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from functools import partial
 from http import HTTPStatus
-from typing import Protocol
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from gulliver.runtime.batching.records import Piece
 from gulliver.serve.errors import CLIENT_CLOSED
 from gulliver.serve.openai.generation import Generation
+from gulliver.serve.openai.writer import AnswerWriter
 
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -25,22 +22,12 @@ INLINE_TOKENS = 256
 """Answers with more tokens, and perhaps their logprobs, are written in a thread: others are not delayed."""
 
 
-class Writer(Protocol):
-    """Turns pieces into bytes: ChatAnswer, CompletionAnswer. `count` comes before `closing` and `whole`."""
-
-    def opening(self, choices: int) -> bytes: ...
-    def chunk(self, index: int, piece: Piece) -> bytes: ...
-    def count(self, run: Generation) -> None: ...
-    def closing(self) -> bytes: ...
-    def whole(self, run: Generation, pieces: Sequence[tuple[int, Piece]]) -> bytes: ...
-
-
 class EventStream(Response):
     """The streamed answer of a run that has started. When the client goes away the run is cancelled."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, run: Generation, writer: Writer) -> None:
+    def __init__(self, run: Generation, writer: AnswerWriter) -> None:
         super().__init__()
         self._run = run
         self._writer = writer
@@ -66,11 +53,17 @@ class EventStream(Response):
             run.cancel()
 
 
-async def whole(run: Generation, request: HttpRequest, writer: Writer) -> Response:
-    """The answer of a run in one, once it has ended; 499 when the client went away before."""
+async def answered(run: Generation, request: HttpRequest, writer: AnswerWriter) -> Response:
+    """Start the run and answer: as a stream, or in one once it has ended; 499 when the client went away before.
+
+    ApiError when the engine does not take it.
+    """
+    run.start()
+    if run.streamed:
+        return EventStream(run, writer)
     watch = asyncio.ensure_future(run.watch(request.receive))
     try:
-        pieces = await run.finish()
+        pieces = await run.take()
     finally:
         writer.count(run)
         watch.cancel()
@@ -78,12 +71,8 @@ async def whole(run: Generation, request: HttpRequest, writer: Writer) -> Respon
     if run.gone:
         return Response(status_code=CLIENT_CLOSED)
     size = sum(len(piece.tokens) + len(piece.prompt) for _, piece in pieces)
-    work = partial(writer.whole, run, pieces)
-    body = await asyncio.to_thread(work) if size > INLINE_TOKENS else work()
+    if size > INLINE_TOKENS:
+        body = await asyncio.to_thread(writer.whole, pieces, len(run.requests))
+    else:
+        body = writer.whole(pieces, len(run.requests))
     return Response(body, HTTPStatus.OK, media_type="application/json")
-
-
-async def answered(run: Generation, request: HttpRequest, writer: Writer, *, streamed: bool) -> Response:
-    """Start the run and answer as asked. ApiError when the engine does not take it."""
-    run.start()
-    return EventStream(run, writer) if streamed else await whole(run, request, writer)

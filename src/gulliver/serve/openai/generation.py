@@ -21,6 +21,7 @@ from gulliver.core.errors import GulliverError
 from gulliver.runtime.batching.grammar import STUCK
 from gulliver.runtime.batching.records import EngineClosed, Piece, QueueFull, Request
 from gulliver.serve.errors import ApiError, bad_request, draining, engine_failed, refused, timed_out
+from gulliver.serve.inference.future import disconnected
 
 IN_FLIGHT = 16
 """Completions of one HTTP request that are with the engine at one time: a long list must not fill the queue."""
@@ -62,6 +63,7 @@ class Generation:
 
     def __init__(self, engine: Any, requests: Sequence[Request], bridge: Bridge, *, streamed: bool) -> None:
         self.requests = requests
+        self.streamed = streamed
         self.last: list[Piece | None] = [None] * len(requests)
         """The piece that ended each."""
         self.first_token: float | None = None
@@ -70,18 +72,12 @@ class Generation:
         """Whether the client disconnected."""
         self._engine = engine
         self._bridge = bridge
-        self._streamed = streamed
         self._pending = deque(range(len(requests)))
         self._tickets: dict[int, Any] = {}
         self._arrived: list[tuple[int, Piece]] = []
         self._left = len(requests)
         self._began = time.monotonic()
         self._waiter: asyncio.Future[None] | None = None
-
-    @property
-    def done(self) -> bool:
-        """Whether every completion has ended; pieces may still wait to be taken."""
-        return self._left == 0
 
     def start(self) -> None:
         """Submit the first. ApiError (429, 503, 400) when one is refused; none is then left with the engine."""
@@ -93,24 +89,18 @@ class Generation:
             raise refused(error) from None
 
     async def take(self) -> list[tuple[int, Piece]]:
-        """The (index, piece) that arrived since the last call; waits for something. Empty only at the end."""
-        if not self._arrived and self._left:
-            await self._wait()
+        """Every (index, piece) that arrived since the last call; waits for one, or without a stream for the end of all.
+
+        Empty only at the end.
+        """
+        if self._left and not (self.streamed and self._arrived):
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
         arrived, self._arrived = self._arrived, []
         return arrived
-
-    async def finish(self) -> list[tuple[int, Piece]]:
-        """Every piece of every completion, once all have ended."""
-        while self._left:
-            await self._wait()
-        return self._arrived
-
-    async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
 
     def cancel(self) -> None:
         """End what is under way; what waits is never submitted. The engine still delivers a last piece for each."""
@@ -120,9 +110,8 @@ class Generation:
 
     async def watch(self, receive: Receive) -> None:
         """Cancel when the client disconnects."""
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        if not self.done:
+        await disconnected(receive)
+        if self._left:
             self.gone = True
             self.cancel()
 
@@ -132,7 +121,7 @@ class Generation:
         """In the engine's thread."""
         if self.first_token is None and piece.completion_tokens:
             self.first_token = time.monotonic()
-        if not self._streamed and piece.finish is None:
+        if not self.streamed and piece.finish is None:
             self._arrived.append((index, piece))
             return
         self._bridge.post(self, index, piece)
@@ -146,16 +135,19 @@ class Generation:
             self._left -= 1
             self._submit_more()
         waiter = self._waiter
-        if waiter is not None and not waiter.done() and (self._streamed or not self._left):
+        if waiter is not None and not waiter.done() and (self.streamed or not self._left):
             waiter.set_result(None)
 
     def _submit(self) -> None:
         while self._pending and len(self._tickets) < IN_FLIGHT:
             index = self._pending[0]
-            request = self._in_time(self.requests[index])
-            if request is None:
-                self._give_up("timeout")
-                return
+            request = self.requests[index]
+            if request.timeout_seconds is not None:
+                left = request.timeout_seconds - (time.monotonic() - self._began)
+                if left <= 0:
+                    self._give_up("timeout")
+                    return
+                request = replace(request, timeout_seconds=left)
             try:
                 self._tickets[index] = self._engine.submit(request, partial(self._deliver, index))
             except QueueFull:
@@ -163,13 +155,6 @@ class Generation:
                     return
                 raise
             self._pending.popleft()
-
-    def _in_time(self, request: Request) -> Request | None:
-        """The request with the time that is left of the run's; None when none is."""
-        if request.timeout_seconds is None:
-            return request
-        left = request.timeout_seconds - (time.monotonic() - self._began)
-        return replace(request, timeout_seconds=left) if left > 0 else None
 
     def _submit_more(self) -> None:
         """Submit more in place of what ended; a full queue is tried again, a closed one ends the rest."""
@@ -192,9 +177,9 @@ class Generation:
 
 
 def failure_of(piece: Piece) -> ApiError | None:
-    """The error by which a last piece ended; None for a regular end."""
-    reason = piece.finish or ""
-    if reason in ("stop", "length"):
+    """The error by which a piece ends its completion; None when it does not end it, or regularly."""
+    reason = piece.finish
+    if reason in (None, "stop", "length"):
         return None
     if reason == "timeout":
         return timed_out()

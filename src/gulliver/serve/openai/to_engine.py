@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from gulliver.core.errors import ConfigError
 from gulliver.runtime.batching.records import Request
 from gulliver.runtime.sampling import Sampling
-from gulliver.serve.errors import ApiError, bad_request
+from gulliver.serve.errors import bad_request
 from gulliver.serve.openai.request_schemas import GenerationFields
 from gulliver.serve.state import ServedModel
 
@@ -19,44 +20,23 @@ SMALLEST_TOP_P = 1e-9
 """What top_p = 0, which OpenAI allows, means: the likeliest token alone."""
 
 
-def sampling_of(body: GenerationFields, vocabulary: int) -> Sampling:
-    """How tokens are chosen. ApiError for a bias on a token that does not exist."""
-    biases = []
-    for token, bias in (body.logit_bias or {}).items():
-        if not (token.isascii() and token.isdigit() and len(token) <= 10 and int(token) < vocabulary):
-            message = f"logit_bias names token {token[:32]!r}; ids go from 0 to {vocabulary - 1}"
-            raise bad_request(message, "logit_bias")
-        biases.append((int(token), float(bias)))
-    try:
-        return Sampling(
-            temperature=temperature if (temperature := _or(body.temperature, 1.0)) >= SMALLEST_TEMPERATURE else 0.0,
-            top_k=max(0, body.top_k or 0),
-            top_p=max(_or(body.top_p, 1.0), SMALLEST_TOP_P),
-            min_p=_or(body.min_p, 0.0),
-            repetition_penalty=_or(body.repetition_penalty, 1.0),
-            presence_penalty=_or(body.presence_penalty, 0.0),
-            frequency_penalty=_or(body.frequency_penalty, 0.0),
-            logit_bias=tuple(biases),
-            seed=None if body.seed is None else body.seed & LARGEST_SEED,
-        )
-    except ConfigError as error:
-        raise bad_request(str(error)) from None
+def engine_request(
+    body: GenerationFields,
+    prompt: Sequence[int],
+    model: ServedModel,
+    timeout_seconds: float,
+    param: str,
+    *,
+    max_tokens: int | None,
+    top_logprobs: int | None,
+    echo_logprobs: bool = False,
+    grammar: Any = None,
+) -> Request:
+    """What an engine takes. ApiError, about the field `param`, when the prompt and its answer exceed the context.
 
-
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else float(value)
-
-
-def stops_of(body: GenerationFields) -> tuple[str, ...]:
-    """The texts that end an answer."""
-    if body.stop is None:
-        return ()
-    return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
-
-
-def fitted(prompt: Sequence[int], max_tokens: int | None, model: ServedModel, param: str) -> int | None:
-    """`max_tokens`, at most what the context leaves. ApiError when the prompt leaves room for no token at all."""
-    context = model.engine.context
+    `max_tokens` is cut to what the context leaves; None is all of it.
+    """
+    context, stop = model.engine.context, body.stop
     room = context - len(prompt)
     if room < (0 if max_tokens == 0 else 1):
         raise bad_request(
@@ -64,16 +44,47 @@ def fitted(prompt: Sequence[int], max_tokens: int | None, model: ServedModel, pa
             param,
             "context_length_exceeded",
         )
-    return None if max_tokens is None else min(max_tokens, room)
+    try:
+        return Request(
+            prompt=tuple(prompt),
+            max_tokens=None if max_tokens is None else min(max_tokens, room),
+            sampling=_sampling(body, model.engine.decoder.vocabulary),
+            stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
+            stop_tokens=tuple(body.stop_token_ids or ()),
+            ignore_end=bool(body.ignore_eos),
+            top_logprobs=top_logprobs,
+            echo_logprobs=echo_logprobs,
+            grammar=grammar,
+            timeout_seconds=timeout_seconds,
+        )
+    except ConfigError as error:
+        raise bad_request(str(error), param) from None
 
 
-def checked_tokens(tokens: Sequence[int], vocabulary: int, param: str) -> tuple[int, ...]:
-    """Tokens that a client sent as numbers. ApiError for one that the model does not have, or for none at all."""
-    if not tokens:
-        raise bad_request("a prompt is empty; give at least one token", param)
-    if (largest := max(tokens)) >= vocabulary:
-        raise bad_request(f"token {largest} does not exist; ids go from 0 to {vocabulary - 1}", param)
-    return tuple(tokens)
+def _sampling(body: GenerationFields, vocabulary: int) -> Sampling:
+    """How tokens are chosen. ApiError for a bias on a token that does not exist."""
+    biases = []
+    for token, bias in (body.logit_bias or {}).items():
+        if not (token.isascii() and token.isdigit() and len(token) <= 10 and int(token) < vocabulary):
+            message = f"logit_bias names token {token[:32]!r}; ids go from 0 to {vocabulary - 1}"
+            raise bad_request(message, "logit_bias")
+        biases.append((int(token), float(bias)))
+    temperature = _or(body.temperature, 1.0)
+    return Sampling(
+        temperature=temperature if temperature >= SMALLEST_TEMPERATURE else 0.0,
+        top_k=max(0, body.top_k or 0),
+        top_p=max(_or(body.top_p, 1.0), SMALLEST_TOP_P),
+        min_p=_or(body.min_p, 0.0),
+        repetition_penalty=_or(body.repetition_penalty, 1.0),
+        presence_penalty=_or(body.presence_penalty, 0.0),
+        frequency_penalty=_or(body.frequency_penalty, 0.0),
+        logit_bias=tuple(biases),
+        seed=None if body.seed is None else body.seed & LARGEST_SEED,
+    )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else float(value)
 
 
 def repeated(requests: Sequence[Request], times: int) -> list[Request]:
@@ -87,7 +98,10 @@ def repeated(requests: Sequence[Request], times: int) -> list[Request]:
     return found
 
 
-def refuse_size(count: int, most: int, param: str) -> None:
-    """ApiError when one HTTP request asks for more completions than `most`."""
-    if count > most:
-        raise ApiError(400, f"{count} completions were requested; a request may ask for at most {most}", param=param)
+def rows_of(given: str | Sequence[str] | Sequence[int] | Sequence[list[int]], param: str) -> list[Any]:
+    """The texts, or lists of tokens, of a field that may hold one or several. ApiError for an empty list."""
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        return [given]
+    if not given:
+        raise bad_request(f"{param} is an empty list; give at least one text or token", param)
+    return list(given)
