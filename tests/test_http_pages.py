@@ -16,8 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gulliver.core.errors import ConfigError
 from gulliver.serve.app import make_state
-from gulliver.serve.openai import response_schemas as answers
-from gulliver.serve.pages import Health, ModelCard, PageFiles
+from gulliver.serve.pages import Health, ModelCard, ModelEntry, ModelList, PageFiles
 
 EVIDENCE = [{"metric": "perplexity", "value": 12.5}]
 
@@ -47,9 +46,9 @@ def client(server: Running) -> Iterator[httpx.Client]:
 
 
 def test_models_are_listed(client: httpx.Client) -> None:
-    listed = answers.ModelList.model_validate_json(client.get("/v1/models").content, strict=True)
+    listed = ModelList.model_validate_json(client.get("/v1/models").content, strict=True)
     assert [model.id for model in listed.data] == ["fake", "org/name", "hostile"]
-    one = answers.ModelEntry.model_validate_json(client.get("/v1/models/org/name").content, strict=True)
+    one = ModelEntry.model_validate_json(client.get("/v1/models/org/name").content, strict=True)
     assert one == listed.data[1]
     assert client.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
 

@@ -125,7 +125,7 @@ def test_a_call_is_answered_as_a_call(client: httpx.Client, engine: FakeEngine) 
     response = client.post("/v1/chat/completions", json=ASKED)
     choice = answers.ChatCompletion.model_validate_json(response.content, strict=True).choices[0]
     assert choice.finish_reason == "tool_calls" and choice.message.tool_calls is not None
-    assert choice.message.tool_calls[0].function.model_dump() == {"name": "weather", "arguments": '{"city":"Delft"}'}
+    assert choice.message.tool_calls[0].function == DELFT
     assert choice.message.content == "Let me look.\n"
     _, tools = engine.text.seen[-1]
     assert [row["function"]["name"] for row in tools] == ["weather", "add"]

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from gulliver.core.errors import ConfigError
 from gulliver.serve import pages
-from gulliver.serve.errors import ApiError, from_validation
+from gulliver.serve.errors import RESPONSES, ApiError, bad_request, from_validation
 from gulliver.serve.inference import predict
 from gulliver.serve.keys import KeyRing
 from gulliver.serve.metrics import Metrics
@@ -66,27 +66,22 @@ def make_app(state: State) -> FastAPI:
         redirect_slashes=False,  # the address would be made of the host that the client names
     )
     app.add_middleware(Middleware, state=state)
-    app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     for router in dict.fromkeys(route.router for route in state.routes):
-        app.include_router(router(state))
+        app.include_router(router(state), responses=RESPONSES)
     app.add_exception_handler(RequestValidationError, partial(_invalid, state))
     return app
 
 
-async def _api_error(request: HttpRequest, error: Exception) -> Response:
-    del request
-    assert isinstance(error, ApiError)
-    return error.response()
-
-
 async def _http_error(request: HttpRequest, error: Exception) -> Response:
-    """What the framework refuses, in OpenAI's shape."""
+    """Errors of the API, and what the framework refuses in the same shape."""
     del request
+    if isinstance(error, ApiError):
+        return error.response()
     assert isinstance(error, HTTPException)
-    message = MESSAGES.get(HTTPStatus(error.status_code), str(error.detail))
-    code = HTTPStatus(error.status_code).name.lower()
-    return ApiError(error.status_code, message, code=code).response(error.headers)
+    status = HTTPStatus(error.status_code)
+    message = MESSAGES.get(status, str(error.detail))
+    return ApiError(status, message, code=status.name.lower()).response(error.headers)
 
 
 async def _invalid(state: State, request: HttpRequest, error: Exception) -> Response:
@@ -94,10 +89,9 @@ async def _invalid(state: State, request: HttpRequest, error: Exception) -> Resp
     assert isinstance(error, RequestValidationError)
     problems: Any = error.errors()
     route = state.route(request.url.path)
-    body = route.body if route is not None else None
-    if problems and problems[0]["type"] in ("model_attributes_type", "model_type", "dict_type"):
-        kind = request.headers.get("content-type", "")
-        if "json" not in kind:
-            message = "send a JSON object, with 'content-type: application/json'"
-            return ApiError(HTTPStatus.BAD_REQUEST, message, code="invalid_content_type").response()
-    return from_validation(problems, body.model_fields if body else None).response()
+    fields = route.body.model_fields if route is not None and route.body is not None else None
+    untyped = problems[0]["type"] in ("model_attributes_type", "model_type", "dict_type")
+    if untyped and "json" not in request.headers.get("content-type", ""):
+        message = "send a JSON object, with 'content-type: application/json'"
+        return bad_request(message, code="invalid_content_type").response()
+    return from_validation(problems, fields).response()

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
-import orjson
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from gulliver.core.errors import ConfigError, DataError, GulliverError
@@ -16,6 +16,13 @@ from gulliver.runtime.batching.records import EngineClosed, QueueFull
 
 CLIENT_CLOSED = 499
 """The status that is logged when a client went away before its answer."""
+INVALID = "invalid_request_error"
+KINDS: Mapping[int, str] = {
+    HTTPStatus.UNAUTHORIZED: "authentication_error",
+    HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
+    HTTPStatus.GATEWAY_TIMEOUT: "timeout_error",
+}
+"""OpenAI's `type` of an error by its status."""
 
 
 class Problem(BaseModel):
@@ -33,55 +40,54 @@ class ErrorAnswer(BaseModel):
     error: Problem
 
 
-class ApiError(Exception):
-    """An error response: `status` is the HTTP status, `param` the invalid field, `retry_after` in seconds."""
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorAnswer, "description": "Invalid request; `param` names the field"},
+    401: {"model": ErrorAnswer, "description": "The key is missing or wrong"},
+    404: {"model": ErrorAnswer, "description": "Model not found"},
+    408: {"model": ErrorAnswer, "description": "The body did not arrive in time"},
+    413: {"model": ErrorAnswer, "description": "The body is too long"},
+    429: {"model": ErrorAnswer, "description": "Rate limit or queue length reached; `retry-after` says when to retry"},
+    500: {"model": ErrorAnswer, "description": "The server failed"},
+    503: {"model": ErrorAnswer, "description": "The server is shutting down"},
+    504: {"model": ErrorAnswer, "description": "The request timed out"},
+    "default": {"model": ErrorAnswer, "description": "Any other error"},
+}
+"""Of every route, for the OpenAPI document."""
+
+
+class ApiError(HTTPException):
+    """An error response: `status` is the HTTP status, `param` the invalid field, `retry_after` in seconds.
+
+    `retry-after` is in whole seconds, at least one; where a key is missing the response has a challenge.
+    """
 
     def __init__(
         self,
         status: int,
         message: str,
         *,
-        kind: str | None = None,
         param: str | None = None,
         code: str | None = None,
         retry_after: float | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.kind = kind or _kind(status)
-        self.param = param
-        self.code = code
-        self.retry_after = retry_after
+        headers = {}
+        if retry_after is not None:
+            headers["retry-after"] = str(max(1, round(retry_after + 0.5)))
+        if status == HTTPStatus.UNAUTHORIZED:
+            headers["www-authenticate"] = "Bearer"
+        if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE):
+            headers["connection"] = "close"  # what is left of the body is not read
+        super().__init__(status, message, headers)
+        kind = KINDS.get(status, "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else INVALID)
+        self.answer = ErrorAnswer(error=Problem(message=message, type=kind, param=param, code=code))
 
     def body(self) -> bytes:
         """The JSON document."""
-        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
-        return orjson.dumps({"error": error})
-
-    def headers(self) -> dict[str, str]:
-        """`retry-after` in whole seconds, at least one; a challenge where a key is missing."""
-        headers = {}
-        if self.retry_after is not None:
-            headers["retry-after"] = str(max(1, round(self.retry_after + 0.5)))
-        if self.status == HTTPStatus.UNAUTHORIZED:
-            headers["www-authenticate"] = "Bearer"
-        if self.status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE):
-            headers["connection"] = "close"  # what is left of the body is not read
-        return headers
+        return self.answer.model_dump_json().encode()
 
     def response(self, extra: Mapping[str, str] | None = None) -> Response:
         """The whole answer."""
-        headers = {**self.headers(), **(extra or {})}
-        return Response(self.body(), self.status, headers, media_type="application/json")
-
-
-def _kind(status: int) -> str:
-    if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
-        return "authentication_error"
-    if status == HTTPStatus.TOO_MANY_REQUESTS:
-        return "rate_limit_error"
-    return "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+        return Response(self.body(), self.status_code, {**(self.headers or {}), **(extra or {})}, "application/json")
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -134,7 +140,7 @@ def draining() -> ApiError:
 
 def timed_out() -> ApiError:
     """The answer to a request that took longer than the server allows."""
-    return ApiError(HTTPStatus.GATEWAY_TIMEOUT, "the request timed out", kind="timeout_error", code="timeout")
+    return ApiError(HTTPStatus.GATEWAY_TIMEOUT, "the request timed out", code="timeout")
 
 
 def engine_failed(reason: str) -> ApiError:

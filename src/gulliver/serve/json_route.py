@@ -7,24 +7,8 @@ from typing import Any
 
 import orjson
 from fastapi.routing import APIRoute
-from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
-
-from gulliver.serve.errors import ErrorAnswer
-
-ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorAnswer, "description": "Invalid request; `param` names the field"},
-    401: {"model": ErrorAnswer, "description": "The key is missing or wrong"},
-    404: {"model": ErrorAnswer, "description": "Model not found"},
-    408: {"model": ErrorAnswer, "description": "The body did not arrive in time"},
-    413: {"model": ErrorAnswer, "description": "The body is too long"},
-    429: {"model": ErrorAnswer, "description": "Rate limit or queue length reached; `retry-after` says when to retry"},
-    500: {"model": ErrorAnswer, "description": "The server failed"},
-    503: {"model": ErrorAnswer, "description": "The server is shutting down"},
-    504: {"model": ErrorAnswer, "description": "The request timed out"},
-    "default": {"model": ErrorAnswer, "description": "Any other error"},
-}
 
 
 class JsonRequest(Request):
@@ -46,12 +30,3 @@ class JsonRoute(APIRoute):
             return await handle(JsonRequest(request.scope, request.receive))
 
         return read
-
-
-def answers_with(model: type[BaseModel], *, streams: bool = False) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route, for the OpenAPI document."""
-    good: dict[str, Any] = {"model": model, "description": "The answer"}
-    if streams:
-        good["description"] = "The answer; server-sent events when `stream` is true, ended by `data: [DONE]`"
-        good["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
-    return {200: good, **ERRORS}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from http import HTTPStatus
+from http import HTTPMethod, HTTPStatus
 
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gulliver.serve import logs
@@ -15,7 +14,6 @@ from gulliver.serve.state import CALL, RequestRecord, Route, State
 
 GUARDED = ("/v1/", "/api/")
 """Paths that need a key where there are keys; the page, /healthz, /readyz, /metrics and /openapi.json do not."""
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 class Middleware:
@@ -53,7 +51,8 @@ class Middleware:
             logs.event("failure", level=logs.ERROR, error=error, request=call.id, path=_shown(route))
             if call.status:
                 raise  # the answer has begun; only closing the connection tells the client
-            await _failed().response()(scope, receive, sent)
+            failed = ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed on this request; see its log")
+            await failed.response()(scope, receive, sent)
         finally:
             self._state.active -= works
             self._note(scope, call, route)
@@ -102,10 +101,11 @@ class Middleware:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(HTTPStatus.REQUEST_TIMEOUT, "the body did not arrive in time") from None
+                message = "the body did not arrive in time"
+                raise ApiError(HTTPStatus.REQUEST_TIMEOUT, message, code="request_timeout") from None
             received += len(message.get("body", b""))
             if received > settings.max_body_bytes:
-                raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, self._too_long().message)
+                raise self._too_long()
             whole = not message.get("more_body", False)
             return message
 
@@ -124,19 +124,13 @@ class Middleware:
             call.caller.limiter.charge(tokens)
         if route is not None and route.quiet and status < HTTPStatus.BAD_REQUEST:
             return
-        fields = {
-            "request": call.id,
-            "method": _method(scope),
-            "path": path,
-            "status": status,
-            "milliseconds": round(seconds * 1000, 1),
-        }
+        fields = {"request": call.id, "method": _method(scope), "path": path, "status": status}
+        fields["milliseconds"] = round(seconds * 1000, 1)
         if call.caller is not None:
             fields["key"] = call.caller.key.name
         if call.model:
-            fields |= {"model": call.model, "choices": call.choices, "finish": call.finish}
-            fields |= {"prompt_tokens": call.prompt_tokens, "cached_tokens": call.cached_tokens}
-            fields |= {"completion_tokens": call.completion_tokens}
+            counts = ("choices", "finish", "prompt_tokens", "cached_tokens", "completion_tokens")
+            fields |= {name: getattr(call, name) for name in ("model", *counts)}
         if call.first_token is not None:
             fields["first_token_milliseconds"] = round((call.first_token - call.arrived) * 1000, 1)
         logs.event("request", **fields)
@@ -155,12 +149,12 @@ def _headers(call: RequestRecord) -> list[tuple[bytes, bytes]]:
 
 
 def _shown(route: Route | None) -> str:
-    return route.shown if route is not None else "other"
+    """The path as it is counted and logged: what clients choose is not kept."""
+    if route is None:
+        return "other"
+    start, brace, _ = route.path.partition("{")
+    return start + "…" if brace else start
 
 
 def _method(scope: Scope) -> str:
-    return scope["method"] if scope["method"] in METHODS else "other"
-
-
-def _failed() -> ApiError:
-    return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed on this request; see its log")
+    return scope["method"] if scope["method"] in HTTPMethod.__members__ else "other"

@@ -8,7 +8,6 @@ from os import PathLike, stat_result
 from pathlib import Path
 from typing import Any, Literal
 
-import orjson
 from fastapi import APIRouter
 from pydantic import BaseModel
 from starlette.datastructures import Headers
@@ -20,8 +19,6 @@ from starlette.types import Scope
 from gulliver.core.errors import ArtifactError
 from gulliver.core.store.manifest import read_json
 from gulliver.serve import metrics
-from gulliver.serve.json_route import answers_with
-from gulliver.serve.openai import response_schemas
 from gulliver.serve.state import ServedModel, State
 
 TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
@@ -38,6 +35,22 @@ PAGE_HEADERS = {
     "cache-control": "no-cache",  # kept, but asked for again by its tag: a new server never meets an old page
 }
 MAX_ANNOTATION_BYTES = 4 * 2**20
+
+
+class ModelEntry(BaseModel):
+    """A model that is served."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "gulliver"
+
+
+class ModelList(BaseModel):
+    """The answer of /v1/models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelEntry]
 
 
 class ModelCard(BaseModel):
@@ -98,44 +111,32 @@ def router(state: State) -> APIRouter:
     """Models, cards, health and metrics."""
     routes = APIRouter()
 
-    @routes.get(
-        "/v1/models", operation_id="list_models", tags=["models"], responses=answers_with(response_schemas.ModelList)
-    )
-    async def list_models() -> Response:
+    @routes.get("/v1/models", operation_id="list_models", tags=["models"])
+    async def list_models() -> ModelList:
         """Every model that is served."""
-        return _json({"object": "list", "data": [_entry(model) for model in state.models.values()]})
+        return ModelList(data=[_entry(model) for model in state.models.values()])
 
-    @routes.get(
-        "/v1/models/{id:path}",
-        operation_id="get_model",
-        tags=["models"],
-        responses=answers_with(response_schemas.ModelEntry),
-    )
-    async def get_model(id: str) -> Response:
+    @routes.get("/v1/models/{id:path}", operation_id="get_model", tags=["models"])
+    async def get_model(id: str) -> ModelEntry:
         """One model."""
-        return _json(_entry(state.named(id)))
+        return _entry(state.named(id))
 
-    @routes.get(
-        "/api/models/{id:path}",
-        operation_id="get_card",
-        tags=["models"],
-        responses=answers_with(ModelCard),
-    )
-    async def get_card(id: str) -> Response:
+    @routes.get("/api/models/{id:path}", operation_id="get_card", tags=["models"])
+    async def get_card(id: str) -> ModelCard:
         """A model's size, what runs it and why, its card and its evidence."""
-        model = state.named(id)
-        return _json(await state.in_thread(_card, model))
+        return await state.in_thread(_card, state.named(id))
 
-    @routes.get("/healthz", operation_id="health", tags=["server"], responses={200: {"model": Health}})
-    async def health() -> Response:
+    @routes.get("/healthz", operation_id="health", tags=["server"])
+    async def health() -> Health:
         """The process is alive."""
-        return _json({"status": "ok"})
+        return Health(status="ok")
 
     @routes.get("/readyz", operation_id="ready", tags=["server"], responses={503: {"model": Health}})
-    async def ready() -> Response:
+    async def ready(response: Response) -> Health:
         """The server takes requests; 503 from the moment it is asked to stop."""
-        status = HTTPStatus.SERVICE_UNAVAILABLE if state.draining else HTTPStatus.OK
-        return _json({"status": "draining" if state.draining else "ok"}, status)
+        if state.draining:
+            response.status_code = HTTPStatus.SERVICE_UNAVAILABLE
+        return Health(status="draining" if state.draining else "ok")
 
     @routes.get("/metrics", operation_id="metrics", tags=["server"], responses={200: {"content": {"text/plain": {}}}})
     async def measures() -> Response:
@@ -146,29 +147,25 @@ def router(state: State) -> APIRouter:
     return routes
 
 
-def _json(body: Any, status: int = HTTPStatus.OK) -> Response:
-    return Response(orjson.dumps(body), status, media_type="application/json")
+def _entry(model: ServedModel) -> ModelEntry:
+    return ModelEntry(id=model.name, created=model.created)
 
 
-def _entry(model: ServedModel) -> dict[str, Any]:
-    return {"id": model.name, "object": "model", "created": model.created, "owned_by": "gulliver"}
-
-
-def _card(model: ServedModel) -> dict[str, Any]:
+def _card(model: ServedModel) -> ModelCard:
     answerer = model.answerer
-    return {
-        "id": model.name,
-        "artifact_id": model.artifact_id,
-        "can": sorted(answerer.can),
-        "size_bytes": model.size_bytes,
-        "backend": answerer.backend,
-        "why": answerer.why,
-        "context": answerer.context,
-        "card": _annotation(answerer.folder / "README.md"),
-        "evidence": _evidence(answerer.folder / "evidence.json"),
-        "request": answerer.request_model.model_json_schema(),
-        "response": answerer.response_model.model_json_schema(),
-    }
+    return ModelCard(
+        id=model.name,
+        artifact_id=model.artifact_id,
+        can=sorted(answerer.can),
+        size_bytes=model.size_bytes,
+        backend=answerer.backend,
+        why=answerer.why,
+        context=answerer.context,
+        card=_annotation(answerer.folder / "README.md"),
+        evidence=_evidence(answerer.folder / "evidence.json"),
+        request=answerer.request_model.model_json_schema(),
+        response=answerer.response_model.model_json_schema(),
+    )
 
 
 def _annotation(path: Path) -> str | None:

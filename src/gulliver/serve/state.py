@@ -78,12 +78,6 @@ class Route:
     costs: bool = False
     quiet: bool = False
 
-    @property
-    def shown(self) -> str:
-        """The path as it is counted and logged: what clients choose is not kept."""
-        start, brace, _ = self.path.partition("{")
-        return start + "…" if brace else start
-
 
 @dataclass
 class RequestRecord:

@@ -14,17 +14,16 @@ from starlette.responses import Response
 
 from gulliver.serve.errors import CLIENT_CLOSED, from_validation
 from gulliver.serve.inference.future import result_of
-from gulliver.serve.json_route import JsonRoute, answers_with
+from gulliver.serve.json_route import JsonRoute
+from gulliver.serve.openai.request_schemas import Body, ModelName
 from gulliver.serve.state import RequestRecord, State, record_of
 from gulliver.tasks.answerer import Answerer
 
 
-class PredictRequest(BaseModel):
+class PredictRequest(Body):
     """The body of POST /v1/predict."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    model: str = Field(max_length=512, description="a name that /v1/models lists")
+    model: ModelName
     input: dict[str, Any] = Field(description="what the model takes: `request` of /api/models/{id} is its JSON schema")
 
 
@@ -38,7 +37,7 @@ def router(state: State) -> APIRouter:
     """The route, for one server."""
     routes = APIRouter(route_class=JsonRoute)
 
-    @routes.post("/v1/predict", operation_id="predict", tags=["models"], responses=answers_with(Prediction))
+    @routes.post("/v1/predict", operation_id="predict", tags=["models"], response_model=Prediction)
     async def predict(body: PredictRequest, request: HttpRequest) -> Response:
         """Ask any model: a picture gives classes with probabilities, texts give vectors, a prompt gives text."""
         model = state.model(body.model, "predict")

@@ -11,12 +11,12 @@ from starlette.responses import Response
 from gulliver.core.errors import ConfigError
 from gulliver.runtime.batching.records import Request
 from gulliver.serve.errors import bad_request
-from gulliver.serve.json_route import JsonRoute, answers_with
+from gulliver.serve.json_route import JsonRoute
 from gulliver.serve.openai import response_schemas, tools
 from gulliver.serve.openai.chat_json import ChatAnswer
-from gulliver.serve.openai.events import answered
+from gulliver.serve.openai.events import STREAMS, answered
 from gulliver.serve.openai.generation import Bridge, Generation
-from gulliver.serve.openai.request_schemas import ChatRequest, JsonObjectFormat, JsonSchemaFormat, Message
+from gulliver.serve.openai.request_schemas import ChatRequest, JsonSchemaFormat, Message
 from gulliver.serve.openai.to_engine import engine_request, repeated
 from gulliver.serve.state import ServedModel, State, record_of
 
@@ -32,7 +32,8 @@ def router(state: State) -> APIRouter:
         "/v1/chat/completions",
         operation_id="create_chat_completion",
         tags=["language"],
-        responses=answers_with(response_schemas.ChatCompletion, streams=True),
+        response_model=response_schemas.ChatCompletion,
+        responses=STREAMS,
     )
     async def create(body: ChatRequest, request: HttpRequest) -> Response:
         """Answer a conversation, whole or streamed."""
@@ -65,8 +66,7 @@ def _check(body: ChatRequest) -> None:
         raise bad_request("stream_options needs stream to be true", "stream_options")
     if body.tool_choice not in (None, "none", "auto") and not body.tools:
         raise bad_request("tool_choice needs tools; give at least one", "tool_choice")
-    constrained = isinstance(body.response_format, JsonObjectFormat | JsonSchemaFormat)
-    if constrained and tools.usable(body):
+    if body.response_format is not None and body.response_format.type != "text" and tools.usable(body):
         raise bad_request("response_format and tools exclude each other; set tool_choice to 'none'", "response_format")
     for place, message in enumerate(body.messages):
         if message.content is None and not message.tool_calls:
@@ -116,7 +116,7 @@ def _grammar(body: ChatRequest, model: ServedModel) -> Any:
             return grammars.json_schema(tools.call_schema(required))
         if isinstance(form, JsonSchemaFormat):
             return grammars.json_schema(form.json_schema.schema_)
-        return grammars.json_object() if isinstance(form, JsonObjectFormat) else None
+        return grammars.json_object() if form is not None and form.type == "json_object" else None
     except ConfigError as error:
         raise bad_request(str(error), "tools" if required else "response_format") from None
     except RecursionError:

@@ -11,10 +11,10 @@ from starlette.responses import Response
 from gulliver.core.errors import ConfigError
 from gulliver.runtime.batching.records import Request
 from gulliver.serve.errors import bad_request
-from gulliver.serve.json_route import JsonRoute, answers_with
+from gulliver.serve.json_route import JsonRoute
 from gulliver.serve.openai import response_schemas
 from gulliver.serve.openai.completion_json import CompletionAnswer
-from gulliver.serve.openai.events import answered
+from gulliver.serve.openai.events import STREAMS, answered
 from gulliver.serve.openai.generation import Bridge, Generation
 from gulliver.serve.openai.request_schemas import MAX_PROMPTS, CompletionRequest
 from gulliver.serve.openai.to_engine import engine_request, repeated, rows_of
@@ -31,7 +31,8 @@ def router(state: State) -> APIRouter:
         "/v1/completions",
         operation_id="create_completion",
         tags=["language"],
-        responses=answers_with(response_schemas.Completion, streams=True),
+        response_model=response_schemas.Completion,
+        responses=STREAMS,
     )
     async def create(body: CompletionRequest, request: HttpRequest) -> Response:
         """Continue a text, or several, whole or streamed."""

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from gulliver.core.errors import ConfigError
 from gulliver.serve.errors import CLIENT_CLOSED, bad_request
 from gulliver.serve.inference.future import result_of
-from gulliver.serve.json_route import JsonRoute, answers_with
+from gulliver.serve.json_route import JsonRoute
 from gulliver.serve.openai import response_schemas
 from gulliver.serve.openai.request_schemas import EmbeddingRequest
 from gulliver.serve.openai.to_engine import rows_of
@@ -34,7 +34,7 @@ def router(state: State) -> APIRouter:
         "/v1/embeddings",
         operation_id="create_embeddings",
         tags=["language"],
-        responses=answers_with(response_schemas.EmbeddingList),
+        response_model=response_schemas.EmbeddingList,
     )
     async def create(body: EmbeddingRequest, request: HttpRequest) -> Response:
         """A vector for every text."""

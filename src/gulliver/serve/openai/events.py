@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from http import HTTPStatus
+from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -18,6 +19,12 @@ HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would hold chunks back
 ]
+STREAMS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer; server-sent events when `stream` is true, ended by `data: [DONE]`",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
 INLINE_TOKENS = 256
 """Answers with more tokens, and perhaps their logprobs, are written in a thread: others are not delayed."""
 

@@ -19,6 +19,7 @@ MAX_TOKENS = 2**31 - 1
 Ignored = Annotated[Any, Field(description="accepted and ignored")]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+ModelName = Annotated[str, Field(max_length=512, description="a name that /v1/models lists")]
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
@@ -47,7 +48,7 @@ class StreamOptions(Body):
 class GenerationFields(Body):
     """How tokens are chosen, and when to stop."""
 
-    model: str = Field(max_length=512, description="a name that /v1/models lists")
+    model: ModelName
     temperature: float | None = Field(None, ge=0, le=2, description="0: the likeliest token; default 1")
     top_p: float | None = Field(None, ge=0, le=1, description="default 1")
     top_k: int | None = Field(None, ge=-1, le=MAX_TOKENS, description="extra field; 0, -1: all")
@@ -118,29 +119,10 @@ class Tool(Lenient):
     function: Function
 
 
-class NamedFunction(Lenient):
-    """The name of a function that must be called."""
+class PlainFormat(Lenient):
+    """Free text, or any JSON object."""
 
-    name: FunctionName
-
-
-class NamedTool(Lenient):
-    """A tool that must be called."""
-
-    type: Literal["function"]
-    function: NamedFunction
-
-
-class TextFormat(Lenient):
-    """Free text."""
-
-    type: Literal["text"]
-
-
-class JsonObjectFormat(Lenient):
-    """Any JSON object."""
-
-    type: Literal["json_object"]
+    type: Literal["text", "json_object"]
 
 
 class JsonSchema(Lenient):
@@ -159,9 +141,6 @@ class JsonSchemaFormat(Lenient):
     json_schema: JsonSchema
 
 
-ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
-
-
 class ChatRequest(GenerationFields):
     """The body of POST /v1/chat/completions."""
 
@@ -170,9 +149,9 @@ class ChatRequest(GenerationFields):
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS, description="default: the rest of the context")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    response_format: ResponseFormat | None = None
+    response_format: Annotated[PlainFormat | JsonSchemaFormat, Field(discriminator="type")] | None = None
     tools: list[Tool] | None = Field(None, max_length=128)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | Tool | None = None
     parallel_tool_calls: bool | None = None
     modalities: list[Literal["text"]] | None = Field(None, description="text only")
     metadata: Ignored = None
@@ -193,12 +172,15 @@ class ChatRequest(GenerationFields):
 Tokens = Annotated[list[TokenId], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True, max_length=MAX_PROMPTS)]
 ManyTokens = Annotated[list[Tokens], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+Prompts = Annotated[
+    str | Texts | Tokens | ManyTokens, Field(description="a text, texts, token ids, or lists of token ids")
+]
 
 
 class CompletionRequest(GenerationFields):
     """The body of POST /v1/completions."""
 
-    prompt: str | Texts | Tokens | ManyTokens = Field(description="a text, texts, token ids, or lists of token ids")
+    prompt: Prompts
     max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS, description="default 16; 0 needs echo")
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -209,11 +191,9 @@ class CompletionRequest(GenerationFields):
 class EmbeddingRequest(Body):
     """The body of POST /v1/embeddings."""
 
-    model: str = Field(max_length=512, description="a name that /v1/models lists")
-    input: str | Texts | Tokens | ManyTokens = Field(description="a text, texts, token ids, or lists of token ids")
+    model: ModelName
+    input: Prompts
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=1, le=MAX_TOKENS, description="must be the model's own width")
-    truncate: bool | None = Field(
-        None, description="extra field: cut a text that is too long; by default it is rejected"
-    )
+    truncate: bool | None = Field(None, description="extra field: cut a text that is too long, else it is rejected")
     user: Ignored = None

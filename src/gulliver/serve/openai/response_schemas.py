@@ -6,7 +6,16 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from gulliver.serve.openai.tools import Called
+
 FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+class EmbeddingUsage(BaseModel):
+    """Tokens read."""
+
+    prompt_tokens: int
+    total_tokens: int
 
 
 class PromptDetails(BaseModel):
@@ -15,13 +24,21 @@ class PromptDetails(BaseModel):
     cached_tokens: int
 
 
-class Usage(BaseModel):
+class Usage(EmbeddingUsage):
     """Tokens counted."""
 
-    prompt_tokens: int
     completion_tokens: int
-    total_tokens: int
     prompt_tokens_details: PromptDetails
+
+
+class Answer(BaseModel):
+    """What the answers of both kinds of completion say."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    usage: Usage
 
 
 class TopLogprob(BaseModel):
@@ -42,13 +59,6 @@ class ChatLogprobs(BaseModel):
     """Logprobs of a message."""
 
     content: list[TokenLogprob]
-
-
-class Called(BaseModel):
-    """A function's name and its arguments as JSON text."""
-
-    name: str
-    arguments: str
 
 
 class ToolCallAnswer(BaseModel):
@@ -77,16 +87,11 @@ class ChatChoice(BaseModel):
     finish_reason: FinishReason
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletion(Answer):
     """The answer of /v1/chat/completions."""
 
-    id: str
     object: Literal["chat.completion"]
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChatChoice]
-    usage: Usage
 
 
 class CompletionLogprobs(BaseModel):
@@ -107,16 +112,11 @@ class CompletionChoice(BaseModel):
     finish_reason: FinishReason
 
 
-class Completion(BaseModel):
+class Completion(Answer):
     """The answer of /v1/completions."""
 
-    id: str
     object: Literal["text_completion"]
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[CompletionChoice]
-    usage: Usage
 
 
 class Embedding(BaseModel):
@@ -127,13 +127,6 @@ class Embedding(BaseModel):
     embedding: list[float] | str
 
 
-class EmbeddingUsage(BaseModel):
-    """Tokens read."""
-
-    prompt_tokens: int
-    total_tokens: int
-
-
 class EmbeddingList(BaseModel):
     """The answer of /v1/embeddings."""
 
@@ -141,19 +134,3 @@ class EmbeddingList(BaseModel):
     data: list[Embedding]
     model: str
     usage: EmbeddingUsage
-
-
-class ModelEntry(BaseModel):
-    """A model that is served."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-
-
-class ModelList(BaseModel):
-    """The answer of /v1/models."""
-
-    object: Literal["list"]
-    data: list[ModelEntry]

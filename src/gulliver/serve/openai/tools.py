@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 
 from gulliver.core.errors import ConfigError
-from gulliver.serve.openai.request_schemas import ChatRequest, Message, NamedTool, Tool
+from gulliver.serve.openai.request_schemas import ChatRequest, Message, Tool
 
 MARKS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
 CLOSE = "</tool_call>"
@@ -149,7 +149,7 @@ def forced(body: ChatRequest) -> list[Tool]:
     """The tools of which one must be called; none when nothing is forced. KeyError with a name that is not there."""
     if body.tool_choice == "required":
         return list(body.tools or [])
-    if isinstance(body.tool_choice, NamedTool):
+    if isinstance(body.tool_choice, Tool):
         name = body.tool_choice.function.name
         named = [tool for tool in body.tools or [] if tool.function.name == name]
         if not named:
