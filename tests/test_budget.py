@@ -7,7 +7,8 @@ import math
 import pytest
 
 from gulliver.core.errors import ConfigError
-from gulliver.core.evidence.budget import Budget, parse_fraction, parse_size
+from gulliver.core.evidence.budget import Budget
+from gulliver.core.quantities import parse_fraction, parse_size
 
 
 @pytest.mark.parametrize(

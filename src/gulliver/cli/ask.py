@@ -12,7 +12,7 @@ from gulliver.cli.session import Session
 
 def ask(options: AskOptions, session: Session) -> tuple[Any, list[str]]:
     """One answer of a model of any family. ConfigError or DataError for an input that it does not understand."""
-    from gulliver.core.evidence.budget import parse_size
+    from gulliver.core.quantities import parse_size
     from gulliver.pipeline.ask import answered, open_answerer
     from gulliver.tasks.answerer import OpenOptions
 

@@ -13,7 +13,7 @@ from gulliver.core.errors import ConfigError
 
 def serve(options: ServeOptions, session: Session) -> tuple[Any, list[str]]:
     """Serve until a signal comes. ConfigError for a wrong option, a port that is taken, two models of one name."""
-    from gulliver.core.evidence.budget import parse_size
+    from gulliver.core.quantities import parse_size
     from gulliver.serve import logs, process
     from gulliver.serve.app import make_state
     from gulliver.serve.keys import KeyRing
@@ -64,7 +64,7 @@ def named_models(specs: Sequence[str]) -> list[tuple[str, str]]:
 
 def opened(name: str, spec: str, options: ServeOptions, session: Session) -> Any:
     """A model, loaded and ready to be served. A folder on this machine is used in place, without a store."""
-    from gulliver.core.evidence.budget import parse_size
+    from gulliver.core.quantities import parse_size
     from gulliver.core.store.artifact import MANIFEST, open_artifact
     from gulliver.pipeline.ask import open_answerer
     from gulliver.serve.state import ServedModel

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from gulliver.core.errors import BudgetError, ConfigError, DataError
-from gulliver.core.evidence.budget import Budget, parse_fraction, parse_size
+from gulliver.core.evidence.budget import Budget
 from gulliver.core.evidence.evidence import Evidence, measured
 from gulliver.core.evidence.gate import Verdict
 from gulliver.core.machine import describe
 from gulliver.core.progress import Progress
+from gulliver.core.quantities import parse_fraction, parse_size
 from gulliver.core.records import Asked, FitResult, Plan, Point
 from gulliver.core.store.artifact import Artifact, copy_artifact, write_annotation
 from gulliver.core.store.store import Store

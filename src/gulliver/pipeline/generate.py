@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import Any
 
 from gulliver.core.errors import ConfigError
-from gulliver.core.evidence.budget import parse_size
 from gulliver.core.progress import Progress
+from gulliver.core.quantities import parse_size
 from gulliver.core.store.artifact import Artifact
 from gulliver.pipeline.ask import open_answerer
 from gulliver.runtime.batching.records import Piece, Request, check_finish

@@ -251,7 +251,7 @@ def _folded(config: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_units(key: str, value: Any) -> Any:
     """ "84MB" for a field in bytes, "5%" for a number; every other value as it is."""
-    from gulliver.core.evidence.budget import parse_fraction, parse_size
+    from gulliver.core.quantities import parse_fraction, parse_size
 
     if isinstance(value, str) and key.endswith("_bytes"):
         try:

@@ -1,0 +1,47 @@
+"""Sizes and fractions as a user writes them. Light: a command that answers within a second reads its options here."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+from gulliver.core.errors import ConfigError
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{letter}b": 1000 ** (power + 1) for power, letter in enumerate("kmgt")},
+    **{f"{letter}ib": 1024 ** (power + 1) for power, letter in enumerate("kmgt")},
+}
+_NUMBER = r"([0-9]{1,15}(?:\.[0-9]{0,15})?|\.[0-9]{1,15})"
+_SIZE = re.compile(_NUMBER + r"\s*([a-z]{0,3})", re.IGNORECASE)
+_FRACTION = re.compile(_NUMBER + r"\s*(%?)")
+_MAX_BYTES = 2**63 - 1
+
+
+def parse_size(value: str | int, what: str = "size") -> int:
+    """Bytes in "64MB" (10⁶), "64MiB" (2²⁰), "1.5GB", "65536" or 65536. ConfigError otherwise."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    matched = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if matched is None or matched[2].lower() not in _UNITS:
+        raise ConfigError(f"{what} is {value!r}; write a number of bytes with a unit, for example 64MB or 64MiB")
+    size_bytes = int(Decimal(matched[1]) * _UNITS[matched[2].lower()])
+    if not 1 <= size_bytes <= _MAX_BYTES:
+        raise ConfigError(f"{what} is {value!r}; it must be at least one byte and fit in 64 bits, for example 64MB")
+    return size_bytes
+
+
+def parse_fraction(value: str | float, what: str = "fraction") -> float:
+    """0.05 from "5%", "0.05" or 0.05. ConfigError for others, and for a plain 1 or more (which could mean either)."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = format(Decimal(str(value)), "f") if abs(value) < 1e15 else str(value)
+    matched = _FRACTION.fullmatch(value.strip()) if isinstance(value, str) else None
+    if matched is None:
+        raise ConfigError(f"{what} is {value!r}; write a percentage or a fraction, for example 5% or 0.05")
+    number = Decimal(matched[1])
+    if matched[2]:
+        return float(number / 100)
+    if number >= 1:
+        raise ConfigError(f"{what} is {value!r}; that could mean {value}% or {value} times: write 5% or 0.05")
+    return float(number)
