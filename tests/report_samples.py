@@ -16,7 +16,7 @@ from gulliver.core.evidence.gate import Gate
 from gulliver.core.machine import Machine
 from gulliver.core.record import Record
 from gulliver.core.records import Asked, FitResult, Origin, PartBits, Plan, Point, TensorBits
-from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.artifact import Artifact, create
 from gulliver.core.store.store import Store
 
 ROLES = {
@@ -42,8 +42,13 @@ def artifact(
 ) -> Artifact:
     """A committed artifact; a file given as a number is that many zero bytes, a record writes itself."""
     step_body = {"name": step, "version": 1}
-    with store.writer(
-        kind=kind, task="language", inputs={"model": parents} if parents else {}, step=step_body, config=config or {}
+    with create(
+        store.artifacts_folder,
+        kind=kind,
+        task="language",
+        inputs={"model": parents} if parents else {},
+        step=step_body,
+        config=config or {},
     ) as writer:
         for name, content in files.items():
             if isinstance(content, Record):

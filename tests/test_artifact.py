@@ -95,8 +95,8 @@ def test_leaving_without_commit_leaves_nothing(tmp_path: Path) -> None:
 def test_a_killed_writer_is_swept_and_a_living_one_is_not(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys; from gulliver.core.store.artifact import create\n"
-        "w = create(sys.argv[1], kind='model', task='language', step={'name': 's', 'version': 1}, config={})\n"
-        "w.__enter__(); (w.path / 'half').write_bytes(b'x'); os.kill(os.getpid(), signal.SIGKILL)"
+        "kept = create(sys.argv[1], kind='model', task='language', step={'name': 's', 'version': 1}, config={})\n"
+        "w = kept.__enter__(); (w.path / 'half').write_bytes(b'x'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
     assert killed.returncode == -signal.SIGKILL

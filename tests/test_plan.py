@@ -18,7 +18,7 @@ from gulliver.compress.plan import GAP, Item, menu, planned, row_classes, solve
 from gulliver.compress.statistics import Use, open_statistics
 from gulliver.core.errors import ArtifactError, BudgetError
 from gulliver.core.records import LossIncrease, Plan
-from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.artifact import Artifact, create
 from gulliver.runtime.formats import CODEBOOK_BITS, GROUP_SIZES, PLANES, Format
 from gulliver.runtime.reference import read_stored
 
@@ -232,8 +232,13 @@ def test_another_family_is_planned_by_the_same_step(digits: Lab) -> None:
 # ---- plans that do not fit -------------------------------------------------------------------------------------------
 def replaced(lab: Lab, made: Artifact, text: str) -> Artifact:
     """A plan with this text in place of its own."""
-    with lab.store.writer(
-        kind="report", task=made.task, inputs=made.inputs, step={"name": "plan", "version": 1}, config={}
+    with create(
+        lab.store.artifacts_folder,
+        kind="report",
+        task=made.task,
+        inputs=made.inputs,
+        step={"name": "plan", "version": 1},
+        config={},
     ) as writer:
         (writer.path / Plan.file).write_text(text, encoding="utf-8")
         return writer.commit()

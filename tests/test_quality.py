@@ -15,7 +15,7 @@ from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, ConfigError, DataError, GulliverError
 from gulliver.core.overlap import fingerprints
 from gulliver.core.records import Calibration, QualityReport, SpeedReport
-from gulliver.core.store.artifact import canonical_json, verify
+from gulliver.core.store.artifact import canonical_json, create, verify
 from gulliver.pipeline import steps
 from gulliver.runtime.decode import native_reason
 from gulliver.tasks import get_task
@@ -42,7 +42,7 @@ def add_model(store, *, calibration=None, parents=(), seed=0, note="a"):
         "config": {"note": note},
         "inputs": {"model": parents} if parents else {},
     }
-    with store.writer(kind="model", task="language", **options) as writer:
+    with create(store.artifacts_folder, kind="model", task="language", **options) as writer:
         write_causal(writer.path, seed=seed)
         if calibration is not None:
             (writer.path / Calibration.file).write_bytes(calibration)
@@ -113,7 +113,9 @@ def test_damaged_fingerprints_refuse(store, ctx, dataset, content):
 def vision(store):
     task = get_task("vision")
     rows = [{**row, "split": split} for split in ("train", "eval") for row in list(task.rows(DIGITS, split))[::20]]
-    with store.writer(kind="model", task="vision", step={"name": "train", "version": 1}, config={}) as writer:
+    with create(
+        store.artifacts_folder, kind="model", task="vision", step={"name": "train", "version": 1}, config={}
+    ) as writer:
         task.save(task.build(1), writer.path)
         model = writer.commit()
     return model, make_dataset(store.artifacts_folder, rows)

@@ -24,7 +24,7 @@ from gulliver.core.errors import ArtifactError, ConfigError, MissingExtra
 from gulliver.core.evidence.evidence import measured
 from gulliver.core.progress import Progress
 from gulliver.core.store import migrations
-from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.artifact import Artifact, create
 from gulliver.core.store.store import Store
 
 Opener = Callable[[], Store]
@@ -75,7 +75,9 @@ def test_artifacts_are_listed_oldest_first_and_unfinished_ones_not(store: Store)
     made = [write(store, bytes([number])) for number in range(4)]
     for order, artifact in enumerate(reversed(made)):
         os.utime(artifact.path / "gulliver.json", ns=(order, order))
-    with store.writer(kind="model", task="language", step={"name": "s", "version": 1}, config={}) as writer:
+    with create(
+        store.artifacts_folder, kind="model", task="language", step={"name": "s", "version": 1}, config={}
+    ) as writer:
         (writer.path / "half").write_bytes(b"x")
         assert store.artifacts() == made[::-1]
 
@@ -98,9 +100,11 @@ def test_lineage_goes_back_to_the_roots_once_each(store: Store) -> None:
 
 def test_a_new_store_sweeps_what_a_killed_process_left(tmp_path: Path) -> None:
     script = (
-        "import os, signal, sys; from gulliver.core.store.store import Store\n"
-        "w = Store(sys.argv[1]).writer(kind='model', task='t', step={'name': 's', 'version': 1}, config={})\n"
-        "w.__enter__(); (w.path / 'half').write_bytes(b'x'); os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal, sys; from gulliver.core.store.artifact import create\n"
+        "from gulliver.core.store.store import Store\n"
+        "folder, step = Store(sys.argv[1]).artifacts_folder, {'name': 's', 'version': 1}\n"
+        "kept = create(folder, kind='model', task='t', step=step, config={})\n"
+        "w = kept.__enter__(); (w.path / 'half').write_bytes(b'x'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
     assert killed.returncode == -signal.SIGKILL and len(list((tmp_path / "artifacts").iterdir())) == 1
@@ -247,6 +251,7 @@ import sys, time
 from dataclasses import replace
 from pathlib import Path
 from gulliver.core.evidence.evidence import measured
+from gulliver.core.store.artifact import create
 from gulliver.core.store.store import Store
 home, url, me, rounds = sys.argv[1], sys.argv[2] or None, int(sys.argv[3]), int(sys.argv[4])
 (Path(home).parent / f"ready-{me}").touch()
@@ -258,7 +263,8 @@ for number in range(rounds):
     store.record([item, replace(item, metric="accuracy_vs_baseline")])
     store.finish_run(f"{me}-{number}", "pull", {}, {}, "a" * 64, 1.0, 1)
     for config in ({"by": "all", "number": number}, {"by": me, "number": number}):
-        with store.writer(kind="model", task="language", step={"name": "s", "version": 1}, config=config) as writer:
+        step = {"name": "s", "version": 1}
+        with create(store.artifacts_folder, kind="model", task="language", step=step, config=config) as writer:
             (writer.path / "model.safetensors").write_bytes(b"w" * 1000)
             writer.commit()
 """

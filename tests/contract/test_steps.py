@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 import gulliver
 from gulliver.cli.commands import COMMANDS
-from gulliver.core.store.artifact import KINDS
+from gulliver.core.store.manifest import KINDS
 from gulliver.pipeline import steps
 from gulliver.pipeline.recipe import CALL_KEYS
 from gulliver.pipeline.steps import INPUT_KINDS, STEPS, Step

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from typing import IO
 from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.names import unknown
 from gulliver.core.store.database import file_lock
-from gulliver.core.store.files import hash_file, sync_file, sync_folder, temporary_name
+from gulliver.core.store.files import hash_file, sync_file, whole_folder
 from gulliver.core.store.manifest import check_file_name
 
 PREFIX = "catalog:"
@@ -112,9 +111,7 @@ def pip_download(entry: Entry, folder: Path) -> Path:
 
 
 def _fill(entry: Entry, cache: Path, target: Path, download: Download) -> None:
-    temporary = temporary_name(target)
-    try:
-        temporary.mkdir()
+    with whole_folder(target) as temporary:
         if entry.archive:
             with tempfile.TemporaryDirectory(dir=cache, prefix="download-") as scratch:
                 _extract(entry, _obtain(entry, cache, Path(scratch), download), temporary)
@@ -125,10 +122,6 @@ def _fill(entry: Entry, cache: Path, target: Path, download: Download) -> None:
             raise DataError(f"catalog:{entry.name}: {problem}; it is not what was pinned, and is not used")
         for file in entry.files:
             sync_file(temporary / file)
-        os.rename(temporary, target)
-        sync_folder(cache)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _obtain(entry: Entry, cache: Path, scratch: Path, download: Download) -> Path:

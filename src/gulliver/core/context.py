@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from gulliver.core import memory
 from gulliver.core.errors import BudgetError
 from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.progress import Progress
-from gulliver.core.store.artifact import ArtifactWriter
+from gulliver.core.store.artifact import ArtifactWriter, create
 from gulliver.core.store.store import Store
 
 LIMIT = "max_ram_bytes"
@@ -43,11 +44,14 @@ class Context:
     machine_name: str = ""
     recorded: set[str] = field(default_factory=set)
 
-    def writer(self, *, kind: str, task: str, config: BaseModel | Mapping[str, Any]) -> ArtifactWriter:
+    def writer(
+        self, *, kind: str, task: str, config: BaseModel | Mapping[str, Any]
+    ) -> AbstractContextManager[ArtifactWriter]:
         """A writer in the store for what this step makes; use it in a `with` block and commit."""
         resolved = config.model_dump(mode="json") if isinstance(config, BaseModel) else dict(config)
         resolved.pop(LIMIT, None)
-        return self.store.writer(
+        return create(
+            self.store.artifacts_folder,
             kind=kind,
             task=task,
             inputs=self.inputs,

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from gulliver.core.memory import cgroup_ram_bytes, total_ram_bytes
 from gulliver.core.progress import plural
-from gulliver.core.store.artifact import canonical_json
 from gulliver.core.store.files import write_atomic
+from gulliver.core.store.manifest import canonical_json
 
 ISA = (
     "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16",

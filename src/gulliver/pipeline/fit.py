@@ -20,7 +20,7 @@ from gulliver.core.machine import describe
 from gulliver.core.progress import Progress
 from gulliver.core.quantities import parse_fraction, parse_size
 from gulliver.core.records import Asked, FitResult, Plan, Point
-from gulliver.core.store.artifact import Artifact, copy_artifact, write_annotation
+from gulliver.core.store.artifact import Artifact, copy_artifact, create, write_annotation
 from gulliver.core.store.store import Store
 from gulliver.pipeline.call import Call, call, open_store
 from gulliver.pipeline.resolve import data_of, resolve_data, resolve_model
@@ -252,7 +252,8 @@ def _record(
     )
     subject = fitted or work.parent
     inputs = {"model": [subject.id], "parent": [work.parent.id], "dataset": [work.dataset.id]}
-    with work.store.writer(
+    with create(
+        work.store.artifacts_folder,
         kind="report",
         task=work.parent.task,
         inputs=inputs,

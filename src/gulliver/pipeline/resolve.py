@@ -9,7 +9,8 @@ from typing import Any
 
 from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.progress import Progress
-from gulliver.core.store.artifact import UNNAMED, Artifact, copy_artifact, open_artifact, verify
+from gulliver.core.store.artifact import Artifact, copy_artifact, open_artifact, verify
+from gulliver.core.store.manifest import UNNAMED
 from gulliver.core.store.store import Store
 from gulliver.pipeline import steps
 from gulliver.pipeline.call import call

@@ -13,95 +13,39 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from gulliver.core.errors import ArtifactError
-from gulliver.core.store.files import TEMPORARY, hash_file, sync_file, sync_folder, temporary_name, write_atomic
+from gulliver.core.store.files import TEMPORARY, hash_file, sync_file, sync_folder, whole_folder, write_atomic
 from gulliver.core.store.manifest import (
     ANNOTATIONS,
     FORMAT,
-    KINDS,
     MANIFEST,
     MAX_MANIFEST_BYTES,
-    UNNAMED,
     FileEntry,
     Manifest,
-    body_of,
     canonical_json,
     check_file_name,
     manifest_id,
     parse,
 )
 
-__all__ = [
-    "ANNOTATIONS",
-    "KINDS",
-    "MANIFEST",
-    "UNNAMED",
-    "WEIGHT_SUFFIXES",
-    "Artifact",
-    "ArtifactWriter",
-    "FileEntry",
-    "canonical_json",
-    "copy_artifact",
-    "create",
-    "hash_file",
-    "open_artifact",
-    "sweep",
-    "verify",
-    "write_annotation",
-]
-
 WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 """How the names of weight files end."""
 
 
 @dataclass(frozen=True)
-class Artifact:
-    """One immutable folder. Two artifacts are equal when path and content id are.
-
-    `id` is 64 hex digits; `inputs` the ids it was made from, by role; `step` holds the name and version of what made
-    it; `config` the full resolved options; `files` all content files by relative POSIX name.
-    """
+class Artifact(Manifest):
+    """One immutable folder. Two artifacts are equal when path and content id are."""
 
     path: Path
-    id: str
-    kind: str
-    task: str
-    inputs: Mapping[str, tuple[str, ...]] = field(compare=False)
-    step: Mapping[str, Any] = field(compare=False)
-    config: Mapping[str, Any] = field(compare=False)
-    seed: int = field(compare=False)
-    files: Mapping[str, FileEntry] = field(compare=False, repr=False)
-
-    @property
-    def parents(self) -> tuple[str, ...]:
-        """The ids of all inputs, each once."""
-        return tuple(dict.fromkeys(one for role in sorted(self.inputs) for one in self.inputs[role]))
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weight files (*.safetensors, *.gguf). This is what "size" means everywhere."""
         return sum(entry.size_bytes for name, entry in self.files.items() if name.endswith(WEIGHT_SUFFIXES))
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        """The JSON object in `gulliver.json`."""
-        return body_of(
-            Manifest(
-                id=self.id,
-                kind=self.kind,
-                task=self.task,
-                inputs=self.inputs,
-                step=self.step,
-                config=self.config,
-                seed=self.seed,
-                files=self.files,
-            )
-        )
 
     def paths(self) -> dict[str, Path]:
         """Every listed file by name, checked as `file` does."""
@@ -121,34 +65,13 @@ class Artifact:
         return path
 
 
+@dataclass
 class ArtifactWriter:
-    """A context manager that owns a temporary folder `.path`; put files there, then call `commit()` once.
+    """A temporary folder `path`, made by `create`; put files there, then call `commit()` once."""
 
-    Leaving the block without a commit deletes the folder. The folder is locked while its process lives, so that
-    `sweep` can tell unfinished work from the leavings of a killed process.
-    """
-
-    def __init__(self, parent_folder: Path, body: dict[str, Any]) -> None:
-        self._parent = parent_folder
-        self._body = body
-        self._descriptor: int | None = None
-        self.path = Path()
-
-    def __enter__(self) -> ArtifactWriter:
-        self._parent.mkdir(parents=True, exist_ok=True)
-        while self._descriptor is None:
-            self.path = self._parent / f"{TEMPORARY}{secrets.token_hex(8)}"
-            self.path.mkdir()
-            self._descriptor = _lock_folder(self.path)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-        shutil.rmtree(self.path, ignore_errors=True)
+    path: Path
+    _body: dict[str, Any]
+    _lock: int | None
 
     def commit(self) -> Artifact:
         """Hash every file, write `gulliver.json`, make all of it durable and move it to its place.
@@ -156,7 +79,7 @@ class ArtifactWriter:
         Returns the artifact already there when the same content was written before. ArtifactError if a file has a name
         or form an artifact may not hold; AssertionError outside the `with` block.
         """
-        assert self._descriptor is not None, "commit() belongs inside the writer's with block, once"
+        assert self._lock is not None, "commit() belongs inside the writer's with block, once"
         files: dict[str, dict[str, Any]] = {}
         for name in sorted(_walk(self.path)):
             if name in ANNOTATIONS:
@@ -171,13 +94,19 @@ class ArtifactWriter:
         write_atomic(self.path / MANIFEST, data + b"\n")
         for folder in {(self.path / name).parent for name in files}:
             sync_folder(folder)
-        final = self._parent / body["id"]
+        final = self.path.with_name(body["id"])
         _place(self.path, final)
-        os.close(self._descriptor)
-        self._descriptor = None
+        self.release()
         return open_artifact(final)
 
+    def release(self) -> None:
+        """Give up the lock; what was not committed may then be swept."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
+
+@contextlib.contextmanager
 def create(
     parent_folder: Path | str,
     *,
@@ -187,8 +116,12 @@ def create(
     step: Mapping[str, Any],
     config: Mapping[str, Any],
     seed: int = 0,
-) -> ArtifactWriter:
-    """A writer, for a `with` block, of the artifact `parent_folder/<id>`; `inputs` are lists of ids by role."""
+) -> Iterator[ArtifactWriter]:
+    """A writer of the artifact `parent_folder/<id>`; `inputs` are lists of ids by role.
+
+    Leaving the `with` block without a commit deletes its folder, which is locked while its process lives, so that
+    `sweep` can tell unfinished work from the leavings of a killed process.
+    """
     body = {
         "format": FORMAT,
         "kind": kind,
@@ -199,7 +132,19 @@ def create(
         "seed": seed,
     }
     parse(canonical_json({**body, "files": {}, "id": manifest_id({**body, "files": {}})}), "new artifact")
-    return ArtifactWriter(Path(parent_folder), body)
+    parent = Path(parent_folder)
+    parent.mkdir(parents=True, exist_ok=True)
+    path, lock = parent, None
+    while lock is None:
+        path = parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+        path.mkdir()
+        lock = _lock_folder(path)
+    writer = ArtifactWriter(path, body, lock)
+    try:
+        yield writer
+    finally:
+        writer.release()
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def open_artifact(folder: Path | str) -> Artifact:
@@ -212,18 +157,7 @@ def open_artifact(folder: Path | str) -> Artifact:
         raise ArtifactError(f"{path} holds no {MANIFEST}, so it is not an artifact; use `gulliver pull` to make one")
     with open(source, "rb") as stream:
         data = stream.read(MAX_MANIFEST_BYTES + 1)
-    found = parse(data, str(source))
-    return Artifact(
-        path=path,
-        id=found.id,
-        kind=found.kind,
-        task=found.task,
-        inputs=found.inputs,
-        step=found.step,
-        config=found.config,
-        seed=found.seed,
-        files=found.files,
-    )
+    return Artifact(**vars(parse(data, str(source))), path=path)
 
 
 def verify(artifact: Artifact) -> None:
@@ -257,20 +191,13 @@ def copy_artifact(artifact: Artifact, folder: Path | str) -> Artifact:
         _keep_same(artifact, target)
         return open_artifact(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(target)
-    try:
-        temporary.mkdir()
+    with whole_folder(target) as temporary:
         for name in [*artifact.files, MANIFEST, *_annotations(artifact.path)]:
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             source = artifact.file(name) if name in artifact.files else artifact.path / name
             shutil.copyfile(source, temporary / name)
             sync_file(temporary / name)
-        copy = open_artifact(temporary)
-        verify(copy)
-        os.rename(temporary, target)
-        sync_folder(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        verify(open_artifact(temporary))
     return open_artifact(target)
 
 

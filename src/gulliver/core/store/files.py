@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 TEMPORARY = ".tmp-"
@@ -36,6 +39,22 @@ def write_atomic(path: Path | str, content: bytes | str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder to fill, which becomes `target` (absent or empty) when the block ends well, else is deleted.
+
+    Files are the caller's to sync (`sync_file`).
+    """
+    temporary = temporary_name(target)
+    try:
+        temporary.mkdir()
+        yield temporary
+        os.rename(temporary, target)
+        sync_folder(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sync_file(path: Path) -> None:

@@ -29,7 +29,6 @@ PACKING = "packing.json"
 """Named here and not in core/records.py, because a packed model opens without pydantic."""
 MAX_MANIFEST_BYTES = 16 * 2**20
 MAX_INTEGER = 2**63 - 1
-MAX_SEED = 2**63 - 1
 
 _KEYS = ("format", "id", "kind", "task", "inputs", "step", "config", "seed", "files")
 _ID = re.compile(r"[0-9a-f]{64}")
@@ -46,9 +45,11 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of `gulliver.json`. `id` is the SHA-256 of the canonical JSON of all the rest.
+    """The content of `gulliver.json`. `id` is the SHA-256 of the canonical JSON of all the rest, 64 hex digits.
 
-    `inputs` maps the role that each input had in the step ("model", "dataset") to its ids, in the step's order.
+    `inputs` maps the role that each input had in the step ("model", "dataset") to its ids, in the step's order; `step`
+    holds the name and version of what made it; `config` the full resolved options; `files` all content files by
+    relative POSIX name.
     """
 
     id: str
@@ -57,17 +58,37 @@ class Manifest:
     inputs: Mapping[str, tuple[str, ...]] = field(compare=False)
     step: Mapping[str, Any] = field(compare=False)
     config: Mapping[str, Any] = field(compare=False)
-    seed: int
-    files: Mapping[str, FileEntry] = field(compare=False)
+    seed: int = field(compare=False)
+    files: Mapping[str, FileEntry] = field(compare=False, repr=False)
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """The ids of all inputs, each once."""
+        return tuple(dict.fromkeys(one for role in sorted(self.inputs) for one in self.inputs[role]))
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The JSON object in `gulliver.json`."""
+        inputs = {role: list(ids) for role, ids in self.inputs.items()}
+        first = UNNAMED in inputs
+        return {
+            "format": 1 if first else FORMAT,
+            "id": self.id,
+            "kind": self.kind,
+            "task": self.task,
+            **({"parents": inputs[UNNAMED]} if first else {"inputs": inputs}),
+            "step": dict(self.step),
+            "config": dict(self.config),
+            "seed": self.seed,
+            "files": {name: dict(vars(entry)) for name, entry in self.files.items()},
+        }
 
 
 def canonical_json(value: Any) -> bytes:
     """UTF-8 JSON with sorted keys and no spaces: equal values give equal bytes. ConfigError for NaN or infinity."""
     try:
-        text = json.dumps(
-            value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_plain
-        )
-        return text.encode("utf-8")
+        form = {"sort_keys": True, "separators": (",", ":"), "ensure_ascii": False, "allow_nan": False}
+        return json.dumps(value, default=_plain, **form).encode("utf-8")
     except (ValueError, TypeError) as error:
         raise ConfigError(f"a value cannot be written as JSON ({error}); use finite numbers and text") from None
 
@@ -120,8 +141,8 @@ def manifest_id(body: Mapping[str, Any]) -> str:
 
 def check_file_name(name: object, what: str = MANIFEST) -> str:
     """`name` if it is a safe relative POSIX path inside a folder, else ArtifactError."""
-    _require(isinstance(name, str) and name != "", f"{what}: a file name is empty or not text: {name!r}")
-    assert isinstance(name, str)
+    if not isinstance(name, str) or not name:
+        raise ArtifactError(f"{what}: a file name is empty or not text: {name!r}")
     _require(len(name.encode("utf-8", "replace")) <= 1024, f"{what}: the name {name[:40]!r}… is over 1024 bytes")
     _require(not name.startswith("/"), f"{what}: the file name {name!r} is absolute; names are relative to the folder")
     printable = name.isprintable() and "\\" not in name and ":" not in name
@@ -148,14 +169,15 @@ def parse(data: bytes, what: str = MANIFEST) -> Manifest:
     for key in keys:
         _require(key in body, f"{what}: the key {key!r} is missing")
     _require(first or (type(version) is int and version == FORMAT), f"{what}: format is {version!r}, not 1 or {FORMAT}")
+    _require(body["kind"] in KINDS, f"{what}: {unknown('kind', body['kind'], KINDS)}")
     manifest = Manifest(
         id=check_id(body["id"], f"{what}: id"),
-        kind=_kind(body["kind"], what),
+        kind=body["kind"],
         task=_name(body["task"], f"{what}: task"),
         inputs={UNNAMED: _ids(body["parents"], f"{what}: parents")} if first else _inputs(body["inputs"], what),
         step=_step(body["step"], what),
         config=_object(body["config"], f"{what}: config"),
-        seed=_integer(body["seed"], f"{what}: seed", 0, MAX_SEED),
+        seed=_integer(body["seed"], f"{what}: seed"),
         files=_files(body["files"], what),
     )
     derived = manifest_id(body)
@@ -164,33 +186,9 @@ def parse(data: bytes, what: str = MANIFEST) -> Manifest:
     return manifest
 
 
-def body_of(manifest: Manifest) -> dict[str, Any]:
-    """The JSON object of a manifest, `id` included."""
-    first = UNNAMED in manifest.inputs
-    return {
-        "format": 1 if first else FORMAT,
-        "id": manifest.id,
-        "kind": manifest.kind,
-        "task": manifest.task,
-        **(
-            {"parents": list(manifest.inputs[UNNAMED])}
-            if first
-            else {"inputs": {role: list(ids) for role, ids in manifest.inputs.items()}}
-        ),
-        "step": dict(manifest.step),
-        "config": dict(manifest.config),
-        "seed": manifest.seed,
-        "files": {
-            name: {"sha256": entry.sha256, "size_bytes": entry.size_bytes} for name, entry in manifest.files.items()
-        },
-    }
-
-
 def check_id(value: object, what: str) -> str:
     """`value` if it is a full content id (64 lower-case hex digits), else ArtifactError."""
-    _require(isinstance(value, str) and _ID.fullmatch(value) is not None, f"{what} is {value!r}, not 64 hex digits")
-    assert isinstance(value, str)
-    return value
+    return _text(value, _ID, f"{what} is {value!r}, not 64 hex digits")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -198,29 +196,26 @@ def _require(condition: bool, message: str) -> None:
         raise ArtifactError(message)
 
 
-def _object(value: object, what: str) -> dict[str, Any]:
-    _require(isinstance(value, dict), f"{what} must be a JSON object, not {type(value).__name__}")
-    assert isinstance(value, dict)
-    return value
-
-
-def _integer(value: object, what: str, low: int, high: int) -> int:
-    _require(type(value) is int, f"{what} must be a whole number, not {value!r}")
-    assert isinstance(value, int)
-    _require(low <= value <= high, f"{what} is {value}; it must lie between {low} and {high}")
-    return value
-
-
-def _kind(value: object, what: str) -> str:
-    _require(isinstance(value, str) and value in KINDS, f"{what}: {unknown('kind', value, KINDS)}")
-    assert isinstance(value, str)
+def _text(value: object, pattern: re.Pattern[str], message: str) -> str:
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise ArtifactError(message)
     return value
 
 
 def _name(value: object, what: str) -> str:
-    plain = isinstance(value, str) and _NAME.fullmatch(value) is not None
-    _require(plain, f"{what} is {value!r}, not a plain lower-case name")
-    assert isinstance(value, str)
+    return _text(value, _NAME, f"{what} is {value!r}, not a plain lower-case name")
+
+
+def _object(value: object, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{what} must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _integer(value: object, what: str, low: int = 0, high: int = MAX_INTEGER) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ArtifactError(f"{what} must be a whole number, not {value!r}")
+    _require(low <= value <= high, f"{what} is {value}; it must lie between {low} and {high}")
     return value
 
 
@@ -234,8 +229,8 @@ def _inputs(value: object, what: str) -> dict[str, tuple[str, ...]]:
 
 
 def _ids(value: object, what: str) -> tuple[str, ...]:
-    _require(isinstance(value, list), f"{what} must be a list, not {type(value).__name__}")
-    assert isinstance(value, list)
+    if not isinstance(value, list):
+        raise ArtifactError(f"{what} must be a list, not {type(value).__name__}")
     ids = tuple(check_id(one, f"{what}: an id") for one in value)
     _require(len(set(ids)) == len(ids), f"{what}: duplicate id")
     return ids
@@ -245,7 +240,7 @@ def _step(value: object, what: str) -> dict[str, Any]:
     step = _object(value, f"{what}: step")
     _require(set(step) == {"name", "version"}, f"{what}: step must hold name and version, not {sorted(step)}")
     _name(step["name"], f"{what}: step name")
-    _integer(step["version"], f"{what}: step version", 1, MAX_INTEGER)
+    _integer(step["version"], f"{what}: step version", 1)
     return step
 
 
@@ -261,9 +256,8 @@ def _files(value: object, what: str) -> dict[str, FileEntry]:
         row = _object(entry, f"{what}: the entry of {name!r}")
         complete = set(row) == {"sha256", "size_bytes"}
         _require(complete, f"{what}: the entry of {name!r} must hold sha256 and size_bytes")
-        check_id(row["sha256"], f"{what}: sha256 of {name!r}")
-        size_bytes = _integer(row["size_bytes"], f"{what}: size_bytes of {name!r}", 0, MAX_INTEGER)
-        files[name] = FileEntry(row["sha256"], size_bytes)
+        sha256 = check_id(row["sha256"], f"{what}: sha256 of {name!r}")
+        files[name] = FileEntry(sha256, _integer(row["size_bytes"], f"{what}: size_bytes of {name!r}"))
     for name in files:
         for folder in PurePosixPath(name).parents:
             _require(str(folder) not in files, f"{what}: {str(folder)!r} is listed both as a file and as a folder")

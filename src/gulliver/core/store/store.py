@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,12 @@ from sqlalchemy import text
 
 from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.evidence.evidence import Evidence
-from gulliver.core.store.artifact import Artifact, ArtifactWriter, canonical_json, create, open_artifact, sweep
+from gulliver.core.store.artifact import Artifact, open_artifact, sweep
 from gulliver.core.store.database import file_lock, open_database, write
-from gulliver.core.store.manifest import MANIFEST, MAX_INTEGER, check_id
+from gulliver.core.store.manifest import MANIFEST, MAX_INTEGER, canonical_json, check_id
 
 MIN_PREFIX = 6
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
-_EVIDENCE_FIELDS = (
-    "metric", "value", "low", "high", "unit", "direction", "n", "seed",
-    "data_hash", "artifact_id", "parent_id", "machine", "command", "detail",
-)  # fmt: skip
-_RUN_FIELDS = ("key", "step", "config", "inputs", "artifact_id", "seconds", "peak_rss_bytes", "finished_at")
 
 
 @dataclass(frozen=True)
@@ -52,6 +47,10 @@ class RunRecord:
     seconds: float
     peak_rss_bytes: int
     finished_at: str
+
+
+_EVIDENCE_FIELDS = tuple(item.name for item in fields(Evidence))
+_RUN_FIELDS = tuple(item.name for item in fields(RunRecord))
 
 
 def default_home() -> Path:
@@ -86,19 +85,6 @@ class Store:
         return self.home / "cache"
 
     # ---- artifacts --------------------------------------------------------------------------------------------
-    def writer(
-        self,
-        *,
-        kind: str,
-        task: str,
-        inputs: Mapping[str, Sequence[str]] | None = None,
-        step: Mapping[str, Any],
-        config: Mapping[str, Any],
-        seed: int = 0,
-    ) -> ArtifactWriter:
-        """A writer of a new artifact in this store; use it in a `with` block and commit."""
-        return create(self.artifacts_folder, kind=kind, task=task, inputs=inputs, step=step, config=config, seed=seed)
-
     def resolve(self, id_or_prefix: str) -> str:
         """The full id of the one artifact here whose id begins so. ArtifactError if none or several do."""
         if not re.fullmatch(r"[0-9a-f]{6,64}", id_or_prefix):
@@ -123,8 +109,7 @@ class Store:
         """True if this artifact is here and every listed file is present with its listed length."""
         try:
             artifact = self.get(artifact_id)
-            for name in artifact.files:
-                artifact.file(name)
+            artifact.paths()
         except ArtifactError:
             return False
         return True
@@ -177,7 +162,7 @@ class Store:
         query = text(f"SELECT {', '.join(_EVIDENCE_FIELDS)} FROM evidence WHERE artifact_id = :artifact ORDER BY id")
         with self._engine.connect() as connection:
             rows = connection.execute(query, {"artifact": artifact_id}).mappings().all()
-        return [_evidence(dict(row)) for row in rows]
+        return [_evidence(row) for row in rows]
 
     # ---- runs -------------------------------------------------------------------------------------------------
     def find_run(self, key: str, max_rss_bytes: int | None = None) -> RunRecord | None:
@@ -198,19 +183,11 @@ class Store:
     ) -> RunRecord:
         """Write down that a step call finished and what it made; returns what was written."""
         check_id(artifact_id, f"the artifact that {step} made")
-        row = {
-            "key": key,
-            "step": step,
-            "config": canonical_json(config).decode(),
-            "inputs": canonical_json(inputs).decode(),
-            "artifact_id": artifact_id,
-            "seconds": float(seconds),
-            "peak_rss_bytes": int(peak_rss_bytes),
-            "finished_at": _now(),
-        }
+        run = RunRecord(key, step, config, inputs, artifact_id, seconds, peak_rss_bytes, _now())
+        row = {**vars(run), "config": canonical_json(config).decode(), "inputs": canonical_json(inputs).decode()}
         with write(self._engine) as connection:
             connection.execute(_insert("runs", _RUN_FIELDS), row)
-        return _run(row)
+        return run
 
     def runs(self) -> list[RunRecord]:
         """All finished runs, oldest first."""
@@ -266,11 +243,9 @@ def _run(row: Any) -> RunRecord:
     return RunRecord(**{**row, "config": json.loads(row["config"]), "inputs": listed})
 
 
-def _evidence(row: Mapping[str, Any]) -> Evidence:
-    values = {**row}
-    for name in ("value", "low", "high"):
-        values[name] = math.nan if values[name] is None else values[name]
-    return Evidence(**{**values, "detail": json.loads(values["detail"])})
+def _evidence(row: Any) -> Evidence:
+    numbers = {name: math.nan if row[name] is None else row[name] for name in ("value", "low", "high")}
+    return Evidence(**{**row, **numbers, "detail": json.loads(row["detail"])})
 
 
 def _now() -> str:
