@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from gulliver.core.errors import ArtifactError
 from gulliver.core.records import PackedPart, PackedWeight
 from gulliver.core.store.manifest import PACKING
-from gulliver.nets.files import weight_files
+from gulliver.nets.files import Stored, stored_tensors
 from gulliver.nets.weights import read_safetensors
 from gulliver.runtime.formats import Format
 from gulliver.runtime.packed import PackedTensor, RowGroup, pack, unpack
@@ -50,15 +50,9 @@ def read_tensors(folder: Path, dtype: torch.dtype = torch.float32) -> Iterator[t
 
     ArtifactError for a damaged file.
     """
-    if not is_packed(folder):
-        return read_safetensors(folder, dtype)
-    return ((name, _plain(tensor, dtype)) for name, tensor in read_stored(folder))
-
-
-def _plain(tensor: PackedTensor | Tensor, dtype: torch.dtype) -> Tensor:
-    if isinstance(tensor, PackedTensor):
-        return tensor.dequantize().to(dtype)
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    for name, stored in read_stored(folder) if is_packed(folder) else read_safetensors(folder, dtype):
+        tensor = stored.dequantize() if isinstance(stored, PackedTensor) else stored
+        yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def read_stored(folder: Path) -> Iterator[tuple[str, PackedTensor | Tensor]]:
@@ -67,59 +61,41 @@ def read_stored(folder: Path) -> Iterator[tuple[str, PackedTensor | Tensor]]:
     ArtifactError for a damaged file.
     """
     packing = read_packing(folder) if is_packed(folder) else {}
-    files = _where(folder)
-    owned = {stored for name, shape_parts in packing.items() for stored in stored_names(name, shape_parts[1])}
-    plain = sorted(set(files) - owned, key=order_of_use)
+    stored = stored_tensors(folder)
+    owned = {piece for name, shape_parts in packing.items() for piece in stored_names(name, shape_parts[1])}
+    plain = sorted(set(stored) - owned, key=order_of_use)
     for name in plain:
         if name in packing:
             raise ArtifactError(f"{folder}: {name} is stored both packed and plain; the files do not belong together")
         if PIECE.sub("", name) in packing:
             raise ArtifactError(f"{folder}: {name} is stored, but no part in {PACKING} needs it; the model is damaged")
     for name in sorted(packing, key=order_of_use):
-        yield name, _read_packed(name, *packing[name], files)
+        yield name, _read_packed(name, *packing[name], stored)
     for name in plain:
-        yield name, _tensor(files, name)
+        yield name, _tensor(stored, name)
 
 
-def _where(folder: Path) -> dict[str, Path]:
-    """Name of each stored tensor -> the file that holds it."""
-    files: dict[str, Path] = {}
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    if name in files:
-                        raise ArtifactError(f"duplicate tensor {name!r} in the weight files of {folder}")
-                    files[name] = path
-        except SafetensorError as error:
-            raise ArtifactError(f"{path} is damaged: {error}; download or make it again") from error
-    return files
-
-
-def _tensor(files: Mapping[str, Path], name: str) -> Tensor:
-    if name not in files:
+def _tensor(stored: Mapping[str, Stored], name: str) -> Tensor:
+    if name not in stored:
         raise ArtifactError(f"the weight files lack {name}, which {PACKING} promises; the model is damaged")
-    try:
-        with safe_open(files[name], framework="pt") as file:
-            return file.get_tensor(name)
-    except SafetensorError as error:
-        raise ArtifactError(f"{files[name]} is damaged: {error}; download or make it again") from error
+    with safe_open(stored[name].path, framework="pt") as file:
+        return file.get_tensor(name)
 
 
 def _read_packed(
-    name: str, shape: tuple[int, ...], formats: list[tuple[Format, int]], files: Mapping[str, Path]
+    name: str, shape: tuple[int, ...], formats: list[tuple[Format, int]], stored: Mapping[str, Stored]
 ) -> PackedTensor:
-    columns = math.prod(shape[1:])
     parts: list[RowGroup] = []
     for index, (fmt, rows) in enumerate(formats):
-        codebook = _tensor(files, f"{name}.codebook.{index}") if fmt.kind == "codebook" else None
+        codebook = _tensor(stored, f"{name}.codebook.{index}") if fmt.kind == "codebook" else None
         try:
-            parts.append(unpack(_tensor(files, f"{name}.tiles.{index}"), fmt, rows, columns, codebook))
+            tiles = _tensor(stored, f"{name}.tiles.{index}")
+            parts.append(unpack(tiles, fmt, rows, math.prod(shape[1:]), codebook))
         except ArtifactError as error:
             raise ArtifactError(f"{name}: {error}") from error
     if len(parts) == 1:
         return PackedTensor(shape, parts)
-    row_part = _tensor(files, f"{name}.rows")
+    row_part = _tensor(stored, f"{name}.rows")
     if row_part.dtype != torch.uint8 or tuple(row_part.shape) != (shape[0],):
         raise ArtifactError(f"{name}.rows is {row_part.dtype} {list(row_part.shape)}, not uint8 [{shape[0]}]")
     counts = torch.bincount(row_part.long(), minlength=len(parts)).tolist()
