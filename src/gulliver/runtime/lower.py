@@ -1,7 +1,7 @@
 """Lowering: a model folder to a static native program.
 
 Nothing is repacked: the native code reads tiles as they stand in the file. What cannot be lowered raises NotLowered
-with the reason, and runs on the reference path.
+with the reason, and runs on the reference backend.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from gulliver.core.errors import ArtifactError, BudgetError
 from gulliver.core.store.manifest import read_json
 from gulliver.nets.files import ITEM_BYTES, Stored, stored_tensors
-from gulliver.runtime.formats import ALIGNMENT
+from gulliver.runtime.formats import ALIGNMENT, TILE_ROWS
 from gulliver.runtime.packing import is_packed, order_of_use, read_packing
-from gulliver.runtime.rope import UnknownRope, frequencies, rope_parameters
+from gulliver.runtime.rope import UnknownRope, frequencies, number, rope_parameters
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM")
 ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}
@@ -41,7 +41,7 @@ MAX_LENGTH = 2**24
 
 
 class NotLowered(Exception):
-    """The model has something the native path does not; the message says what, to follow "because"."""
+    """The model has something the native backend does not; the message says what, to follow "because"."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ class DecoderConfig:
     def gemma(self) -> bool:
         return self.architecture == "Gemma3ForCausalLM"
 
+    @property
+    def norm_offset(self) -> float:
+        """Added to a stored norm: Gemma stores its norms' weights less one."""
+        return 1.0 if self.gemma else 0.0
+
 
 def read_config(folder: Path) -> DecoderConfig:
     """The config of a model folder. NotLowered for another architecture, ArtifactError for a damaged file."""
@@ -94,20 +99,7 @@ def read_config(folder: Path) -> DecoderConfig:
 
 
 def _whole(config: Mapping[str, Any], key: str, most: int, default: int | None = None, least: int = 1) -> int:
-    """A whole number of a config; a default stands for null, too."""
-    value: Any = default if config.get(key) is None else config[key]
-    if type(value) is not int or not least <= value <= most:
-        told = "missing" if value is None else str(value)[:80]
-        raise ArtifactError(f"config.json: {key} is {told}; it must be a whole number from {least} to {most}")
-    return value
-
-
-def _real(config: Mapping[str, Any], key: str, least: float, most: float, default: float) -> float:
-    """A number of a config; a default stands for null, too."""
-    value: Any = default if config.get(key) is None else config[key]
-    if type(value) not in (int, float) or not least <= value <= most:
-        raise ArtifactError(f"config.json: {key} is {str(value)[:80]}; it must be a number from {least} to {most}")
-    return float(value)
+    return number(config, key, least, most, default, whole=True)
 
 
 def _decoder_config(config: Mapping[str, Any], architecture: str) -> DecoderConfig:
@@ -116,9 +108,8 @@ def _decoder_config(config: Mapping[str, Any], architecture: str) -> DecoderConf
     layers = _whole(config, "num_hidden_layers", MAX_LAYERS)
     head_dim = _whole(config, "head_dim", MAX_WIDTH, default=_HEAD_DIM.get(architecture, hidden // heads))
     kv_heads = _whole(config, "num_key_value_heads", heads, default=heads)
-    activation = str(
-        config.get("hidden_activation" if gemma else "hidden_act", "gelu_pytorch_tanh" if gemma else "silu")
-    )
+    key, usual = ("hidden_activation", "gelu_pytorch_tanh") if gemma else ("hidden_act", "silu")
+    activation = str(config.get(key, usual))
     if activation not in ACTIVATIONS:
         raise NotLowered(f"its activation is {activation[:80]}")
     if gemma and (config.get("final_logit_softcapping") or config.get("attn_logit_softcapping")):
@@ -130,7 +121,7 @@ def _decoder_config(config: Mapping[str, Any], architecture: str) -> DecoderConf
     if head_dim % 4 or head_dim > 1024:
         raise NotLowered(f"a head has {head_dim} numbers, which is not a multiple of 4 up to 1024")
     if heads * head_dim > MAX_WIDTH or heads % kv_heads:
-        told = f"{heads} heads of {head_dim} numbers, {kv_heads} of keys, do not go together"
+        told = f"{heads} heads of {head_dim} numbers and {kv_heads} of keys do not fit together"
         raise ArtifactError(f"config.json: {told}; it is damaged")
     windows = _windows(config, architecture, layers)
     ropes = rope_parameters(config, gemma=gemma)
@@ -145,9 +136,9 @@ def _decoder_config(config: Mapping[str, Any], architecture: str) -> DecoderConf
         intermediate=_whole(config, "intermediate_size", MAX_WIDTH),
         vocabulary=_whole(config, "vocab_size", MAX_LENGTH),
         positions=_whole(config, "max_position_embeddings", MAX_LENGTH),
-        epsilon=_real(config, "rms_norm_eps", 0.0, 1.0, 1e-6),
+        epsilon=number(config, "rms_norm_eps", 0.0, 1.0, 1e-6),
         gelu=ACTIVATIONS[activation],
-        attention_scale=1.0 / math.sqrt(_real(config, "query_pre_attn_scalar", 1e-6, 1e9, 256) if gemma else head_dim),
+        attention_scale=1.0 / math.sqrt(number(config, "query_pre_attn_scalar", 1e-6, 1e9, 256) if gemma else head_dim),
         embedding_scale=math.sqrt(hidden) if gemma else 1.0,
         windows=windows,
         layer_rope=tuple(1 if window and len(kinds) > 1 else 0 for window in windows),
@@ -242,29 +233,27 @@ class Weights:
     def has(self, name: str) -> bool:
         return name in self.stored or name in self.packing
 
-    def raw(self, name: str) -> tuple[Stored, NDArray[np.uint8]]:
-        """A stored tensor and its bytes, uint8 [length]. ArtifactError when the files lack it."""
+    def raw(self, name: str, shape: tuple[int, ...], dtypes: Collection[str]) -> NDArray[np.uint8]:
+        """The bytes of a stored tensor, uint8 [length]. ArtifactError if it is missing or of another shape or type."""
         if name not in self.stored:
             raise ArtifactError(f"the weight files of {self.folder} lack {name}; the model is damaged")
+        stored = self.stored[name]
+        if stored.shape != shape or stored.dtype not in dtypes:
+            told = f"{name} is {stored.dtype} {list(stored.shape)}, not {' or '.join(dtypes)} {list(shape)}"
+            raise ArtifactError(f"{told}; the model is damaged")
         self.used.add(name)
-        return self.stored[name], self.arrays[name]
+        return self.arrays[name]
 
     def vector(self, name: str, length: int, *, plus: float = 0.0) -> NDArray[np.float32]:
         """A plain vector as float32 [length], `plus` added to every number. ArtifactError for another shape or type."""
-        stored, data = self.raw(name)
-        if stored.shape != (length,) or stored.dtype not in _KINDS:
-            raise ArtifactError(f"{name} is {stored.dtype} {list(stored.shape)}, not [{length}]; the model is damaged")
-        return as_float32(data, stored.dtype) + np.float32(plus)
+        data = self.raw(name, (length,), _KINDS)
+        return as_float32(data, self.stored[name].dtype) + np.float32(plus)
 
     def matrix(self, native: Any, name: str, rows: int, columns: int) -> int:
         """The native handle of a weight, packed or plain."""
         if name in self.packing:
             return self._packed(native, name, rows, columns)
-        stored, data = self.raw(name)
-        if stored.shape != (rows, columns) or stored.dtype not in _KINDS:
-            raise ArtifactError(
-                f"{name} is {stored.dtype} {list(stored.shape)}, not [{rows}, {columns}]; it is damaged"
-            )
+        data, stored = self.raw(name, (rows, columns), _KINDS), self.stored[name]
         if data.ctypes.data % ITEM_BYTES[stored.dtype]:
             told = f"{name} is not aligned: it starts at byte {stored.offset} of its file"
             raise ArtifactError(f"{told}; write the file again with safetensors, or allow more memory")
@@ -277,29 +266,19 @@ class Weights:
         self.used.add(name)
         parts = []
         for index, (fmt, count) in enumerate(formats):
-            tiles, data = self.raw(f"{name}.tiles.{index}")
-            expected = (-(-count // 16), fmt.tile_bytes(columns))
-            if tiles.dtype != "U8" or tiles.shape != expected:
-                raise ArtifactError(
-                    f"{name}.tiles.{index} is {tiles.dtype} {list(tiles.shape)}, not U8 {list(expected)}"
-                )
+            size = (-(-count // TILE_ROWS), fmt.tile_bytes(columns))
+            tiles = self.raw(f"{name}.tiles.{index}", size, ("U8",)).reshape(size)
             codebook = None
             if fmt.kind == "codebook":
-                table, bytes_of_table = self.raw(f"{name}.codebook.{index}")
-                if table.dtype != "I8" or table.shape != (fmt.levels,):
-                    raise ArtifactError(f"{name}.codebook.{index} is {table.dtype} {list(table.shape)}; it is damaged")
-                codebook = bytes_of_table.copy().view(np.int8)
-            self._check_factors(f"{name}.tiles.{index}", data.reshape(expected), fmt.factors_at(columns), count)
-            parts.append((data.reshape(expected), count, fmt.bits, fmt.group_size, codebook))
+                codebook = self.raw(f"{name}.codebook.{index}", (fmt.levels,), ("I8",)).copy().view(np.int8)
+            self._check_factors(f"{name}.tiles.{index}", tiles, fmt.factors_at(columns), count)
+            parts.append((tiles, count, fmt.bits, fmt.group_size, codebook))
         part_of_row = None
         if len(parts) > 1:
-            stored, data = self.raw(f"{name}.rows")
-            if stored.dtype != "U8" or stored.shape != (rows,):
-                raise ArtifactError(f"{name}.rows is {stored.dtype} {list(stored.shape)}, not U8 [{rows}]")
-            counts = np.bincount(data, minlength=len(parts)).tolist()
-            if counts != [count for _, count, *_ in parts]:
+            part_of_row = self.raw(f"{name}.rows", (rows,), ("U8",)).copy()
+            counts = np.bincount(part_of_row, minlength=len(parts)).tolist()
+            if counts != [count for _, count in formats]:
                 raise ArtifactError(f"{name}.rows deals out {counts} rows; packing.json says otherwise")
-            part_of_row = data.copy()
         return native.packed(parts, columns, part_of_row)
 
     def _check_factors(self, name: str, tiles: NDArray[np.uint8], at: int, rows: int) -> None:
@@ -322,59 +301,50 @@ def as_float32(data: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
 
 def build(weights: Weights, config: DecoderConfig, native: Any) -> None:
     """Hand every weight to the native program. NotLowered when tensors are left over."""
-    query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    plus = 1.0 if config.gemma else 0.0  # Gemma stores its norms' weights less one
-    norms = config.architecture in ("Qwen3ForCausalLM", "Gemma3ForCausalLM")  # of each head of q and k
     for rope in config.ropes:
         native.rope(rope, 1.0)
     for layer in range(config.layers):
-        at, attention = f"model.layers.{layer}.", f"model.layers.{layer}.self_attn."
-        post, before = at + "post_attention_layernorm.weight", at + "pre_feedforward_layernorm.weight"
-        matrices = {
-            name: weights.matrix(native, f"{at}{name}.weight", rows, columns)
-            for name, rows, columns in (
-                ("self_attn.q_proj", query, config.hidden),
-                ("self_attn.k_proj", key, config.hidden),
-                ("self_attn.v_proj", key, config.hidden),
-                ("self_attn.o_proj", config.hidden, query),
-                ("mlp.gate_proj", config.intermediate, config.hidden),
-                ("mlp.up_proj", config.intermediate, config.hidden),
-                ("mlp.down_proj", config.hidden, config.intermediate),
-            )
-        }
-        native.layer(
-            rope=config.layer_rope[layer],
-            window=config.windows[layer],
-            attention_norm=weights.vector(at + "input_layernorm.weight", config.hidden, plus=plus),
-            mlp_norm=weights.vector(before if config.gemma else post, config.hidden, plus=plus),
-            qkv=[matrices[f"self_attn.{name}_proj"] for name in "qkv"],
-            out=matrices["self_attn.o_proj"],
-            gate_up=[matrices["mlp.gate_proj"], matrices["mlp.up_proj"]],
-            down=matrices["mlp.down_proj"],
-            after_attention=weights.vector(post, config.hidden, plus=plus) if config.gemma else None,
-            after_mlp=(
-                weights.vector(at + "post_feedforward_layernorm.weight", config.hidden, plus=plus)
-                if config.gemma
-                else None
-            ),
-            query_norm=weights.vector(attention + "q_norm.weight", config.head_dim, plus=plus) if norms else None,
-            key_norm=weights.vector(attention + "k_norm.weight", config.head_dim, plus=plus) if norms else None,
-            bias=_bias(weights, attention, query, key) if config.architecture == "Qwen2ForCausalLM" else None,
-        )
+        _layer(weights, config, native, layer)
     embedding = weights.matrix(native, "model.embed_tokens.weight", config.vocabulary, config.hidden)
     head = embedding
     if weights.has("lm_head.weight"):
         head = weights.matrix(native, "lm_head.weight", config.vocabulary, config.hidden)
     elif not config.tied:
         raise ArtifactError(f"the weight files of {weights.folder} lack lm_head.weight; the model is damaged")
-    native.finish(embedding, weights.vector("model.norm.weight", config.hidden, plus=plus), head)
+    native.finish(embedding, weights.vector("model.norm.weight", config.hidden, plus=config.norm_offset), head)
     there = {*weights.stored, *weights.packing}
     left = sorted(name for name in there - weights.used if not name.endswith("rotary_emb.inv_freq"))
     if left:
-        raise NotLowered(f"it has {left[0][:200]}, which the native path does not use")
+        raise NotLowered(f"it has {left[0][:200]}, which the native backend does not use")
 
 
-def _bias(weights: Weights, attention: str, query: int, key: int) -> NDArray[np.float32]:
-    """The biases of q, k and v in one row."""
-    lengths = {"q": query, "k": key, "v": key}
-    return np.concatenate([weights.vector(f"{attention}{name}_proj.bias", count) for name, count in lengths.items()])
+def _layer(weights: Weights, config: DecoderConfig, native: Any, layer: int) -> None:
+    at, hidden, gemma = f"model.layers.{layer}.", config.hidden, config.gemma
+    query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    rows = {"self_attn.q_proj": query, "self_attn.k_proj": key, "self_attn.v_proj": key}
+    head_norms = config.architecture in ("Qwen3ForCausalLM", "Gemma3ForCausalLM")
+    biases = config.architecture == "Qwen2ForCausalLM"
+
+    def norm(name: str, length: int = hidden) -> NDArray[np.float32]:
+        return weights.vector(f"{at}{name}.weight", length, plus=config.norm_offset)
+
+    def matrix(name: str, rows: int, columns: int) -> int:
+        return weights.matrix(native, f"{at}{name}.weight", rows, columns)
+
+    native.layer(
+        rope=config.layer_rope[layer],
+        window=config.windows[layer],
+        attention_norm=norm("input_layernorm"),
+        mlp_norm=norm("pre_feedforward_layernorm" if gemma else "post_attention_layernorm"),
+        qkv=[matrix(name, count, hidden) for name, count in rows.items()],
+        out=matrix("self_attn.o_proj", hidden, query),
+        gate_up=[matrix(name, config.intermediate, hidden) for name in ("mlp.gate_proj", "mlp.up_proj")],
+        down=matrix("mlp.down_proj", hidden, config.intermediate),
+        after_attention=norm("post_attention_layernorm") if gemma else None,
+        after_mlp=norm("post_feedforward_layernorm") if gemma else None,
+        query_norm=norm("self_attn.q_norm", config.head_dim) if head_norms else None,
+        key_norm=norm("self_attn.k_norm", config.head_dim) if head_norms else None,
+        bias=np.concatenate([weights.vector(f"{at}{name}.bias", count) for name, count in rows.items()])
+        if biases
+        else None,
+    )

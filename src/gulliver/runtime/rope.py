@@ -33,30 +33,33 @@ def frequencies(rope: Mapping[str, Any], head_dim: int) -> NDArray[np.float32]:
     if float(rope.get("partial_rotary_factor") or 1.0) != 1.0:
         raise UnknownRope("it rotates a part of each head only")
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    plain = (1.0 / np.float32(_number(rope, "rope_theta", 10000.0)) ** exponent).astype(np.float32)
+    plain = (1.0 / np.float32(number(rope, "rope_theta", LEAST, MOST, 10000.0)) ** exponent).astype(np.float32)
     if kind == "default":
         return plain
     if kind == "linear":
-        return (plain / np.float32(_number(rope, "factor"))).astype(np.float32)
+        return (plain / np.float32(number(rope, "factor", LEAST, MOST))).astype(np.float32)
     if kind == "llama3":
         return _llama3(plain, rope)
     raise UnknownRope(f"its rotary embedding is of type {kind[:80]!r}")
 
 
-def _number(rope: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value: Any = default if rope.get(key) is None else rope[key]
-    if type(value) not in (int, float) or not LEAST <= value <= MOST:
-        raise ArtifactError(f"config.json: {key} of its rope is {str(value)[:80]}; it must be from {LEAST} to {MOST}")
-    return float(value)
+def number(
+    config: Mapping[str, Any], key: str, least: float, most: float, default: float | None = None, *, whole: bool = False
+) -> Any:
+    """A number of a config from `least` to `most`; `default` also where it is null. ArtifactError for anything else."""
+    value: Any = default if config.get(key) is None else config[key]
+    if type(value) not in ((int,) if whole else (int, float)) or not least <= value <= most:
+        told = "missing" if value is None else str(value)[:80]
+        kind = "whole number" if whole else "number"
+        raise ArtifactError(f"config.json: {key} is {told}; it must be a {kind} from {least} to {most}")
+    return value if whole else float(value)
 
 
 def _llama3(plain: NDArray[np.float32], rope: Mapping[str, Any]) -> NDArray[np.float32]:
-    factor, trained = _number(rope, "factor"), _number(rope, "original_max_position_embeddings")
-    low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
+    keys = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+    factor, trained, low, high = (number(rope, key, LEAST, MOST) for key in keys)
     if high <= low:
-        raise ArtifactError(
-            f"config.json: high_freq_factor of its rope is {high}; it must be above low_freq_factor, {low}"
-        )
+        raise ArtifactError(f"config.json: high_freq_factor is {high}; it must be above low_freq_factor, {low}")
     wavelength = 2 * math.pi / plain.astype(np.float64)
     blend = np.clip((trained / wavelength - low) / (high - low), 0.0, 1.0)  # 0: slow, divided; 1: fast, left alone
     return (plain * ((1 - blend) / factor + blend)).astype(np.float32)
