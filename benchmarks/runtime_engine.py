@@ -58,7 +58,7 @@ class BareEngine:
 
 def serve(args: argparse.Namespace) -> None:
     """Answer requests until stdin ends."""
-    from gulliver.runtime.batching.open import load_engine
+    from gulliver.runtime.batching.engine import load_engine
 
     switches = {"lookup": args.lookup, "reuse": args.reuse}
     engine = load_engine(args.model, threads=args.threads, **{name: on for name, on in switches.items() if not on})

@@ -104,8 +104,7 @@ def cold(args: argparse.Namespace) -> dict:
 
     This is the path that `generate`, `chat` and `serve` take: tokenizer, weights, engine and its thread.
     """
-    from gulliver.runtime.batching.engine import Request, Sampling
-    from gulliver.runtime.batching.open import load_engine
+    from gulliver.runtime.batching.engine import Request, Sampling, load_engine
 
     imported = _memory()["VmRSS"]
     began = time.perf_counter()

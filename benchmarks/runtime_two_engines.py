@@ -62,7 +62,7 @@ def two(args: argparse.Namespace) -> dict:
 
 def serve(args: argparse.Namespace) -> None:
     """Answer requests until stdin ends."""
-    from gulliver.runtime.batching.open import load_engine
+    from gulliver.runtime.batching.engine import load_engine
 
     # The same prompts come twice, at once and in turn: neither side may remember the other's.
     engines = [load_engine(args.model, threads=args.threads, lookup=False, reuse=False) for _ in range(2)]

@@ -154,7 +154,7 @@ def test_a_folder_is_served_from_the_command_line(tmp_path: Path) -> None:
 
 
 def test_a_native_model_is_served_without_torch() -> None:
-    code = "import sys; import gulliver.cli.serve, gulliver.serve.process, gulliver.runtime.batching.open\n"
+    code = "import sys; import gulliver.cli.serve, gulliver.serve.process, gulliver.runtime.batching.engine\n"
     code += "import gulliver.tasks.encoder.answerer\n"
     code += "sys.exit(bool({'torch', 'transformers', 'scipy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -8,8 +8,7 @@ import pytest
 from language_samples import write_causal, write_encoder
 
 from gulliver.core.errors import ArtifactError, ConfigError
-from gulliver.runtime.batching.engine import Request, Sampling
-from gulliver.runtime.batching.open import load_engine
+from gulliver.runtime.batching.engine import Request, Sampling, load_engine
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -26,10 +26,8 @@ try:
 
     _native_missing = None
 except ImportError as _error:
-    _native, _native_missing = (
-        None,
-        f"the native module is not there ({_error}); install a C++ compiler, then Gulliver again",
-    )
+    _native = None
+    _native_missing = f"the native module is not there ({_error}); install a C++ compiler, then Gulliver again"
 
 MAX_ROWS = 256
 """Most tokens of one step: a chunk of a prompt."""
@@ -40,6 +38,11 @@ SPARE_BYTES = 32 * 2**20
 MAX_CACHE_TOKENS = 2**30
 LEAST_CACHE_TOKENS = 512
 """Tokens that the cache holds under any memory limit, if the model's context is not shorter."""
+NATIVE_FIELDS = (
+    *("hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocabulary", "positions"),
+    *("epsilon", "attention_scale", "embedding_scale", "gelu"),
+)
+"""What the native program takes from a DecoderConfig."""
 
 
 class NativeDecoder:
@@ -49,7 +52,13 @@ class NativeDecoder:
     block_tokens = 16
 
     def __init__(
-        self, folder: Path, *, threads: int, cache_tokens: int | None, slots: int, isa: str, max_ram_bytes: int | None
+        self,
+        folder: Path,
+        threads: int | None,
+        cache_tokens: int | None,
+        slots: int,
+        isa: str,
+        max_ram_bytes: int | None,
     ) -> None:
         if cache_tokens is not None and not 0 < cache_tokens <= MAX_CACHE_TOKENS:
             raise ConfigError(f"cache_tokens is {cache_tokens}; it must be from 1 to {MAX_CACHE_TOKENS}")
@@ -70,23 +79,14 @@ class NativeDecoder:
         self.cache_blocks = max(1, -(-most // self.block_tokens))
         self._lock = threading.Lock()
         assert _native is not None
-        self._program: Any = _native.Native(
-            hidden=config.hidden,
-            heads=config.heads,
-            kv_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            intermediate=config.intermediate,
-            vocabulary=config.vocabulary,
-            positions=config.positions,
-            epsilon=config.epsilon,
-            attention_scale=config.attention_scale,
-            embedding_scale=config.embedding_scale,
-            gelu=config.gelu,
-            isa=isa,
-            threads=threads,
-            max_rows=self.max_rows,
-            cache_blocks=self.cache_blocks,
-        )
+        sizes = {name: getattr(config, name) for name in NATIVE_FIELDS}
+        more = {
+            "isa": isa,
+            "threads": threads or usable_cores(),
+            "max_rows": MAX_ROWS,
+            "cache_blocks": self.cache_blocks,
+        }
+        self._program: Any = _native.Native(**sizes, **more)
         build(weights, config, self._program)
         _open.add(self)
         self.backend = self._program.isa
@@ -96,9 +96,8 @@ class NativeDecoder:
         self.why = f"{config.architecture} is lowered to native code"
         if held is not None:
             self._program.hold(held)
-            self.why += (
-                f"; {held / 1e6:.0f} of {file_bytes / 1e6:.0f} MB of weights stay, the rest is read anew each step"
-            )
+            kept = f"{held / 1e6:.0f} of {file_bytes / 1e6:.0f} MB of weights stay"
+            self.why += f"; {kept}, the rest is read anew each step"
 
     def step(self, batch: StepBatch) -> NDArray[np.float32]:
         """Logits [answers, vocabulary]; see `Decoder.step`. KernelError when it is closed or refuses the batch."""
@@ -200,12 +199,7 @@ def open_decoder(
     if reason is None:
         try:
             return NativeDecoder(
-                folder,
-                threads=threads or usable_cores(),
-                cache_tokens=cache_tokens,
-                slots=slots,
-                isa=isa,
-                max_ram_bytes=max_ram_bytes,
+                folder, threads=threads, cache_tokens=cache_tokens, slots=slots, isa=isa, max_ram_bytes=max_ram_bytes
             )
         except NotLowered as error:
             reason = str(error)

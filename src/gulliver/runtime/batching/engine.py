@@ -12,8 +12,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from queue import SimpleQueue
-from typing import Protocol
+from typing import Any
 
 from gulliver.core.errors import ConfigError
 from gulliver.runtime.batching.counters import Counters, Histogram, seconds_for
@@ -22,21 +23,16 @@ from gulliver.runtime.batching.records import EngineClosed, Piece, QueueFull, Re
 from gulliver.runtime.batching.scheduler import Scheduler
 from gulliver.runtime.batching.sequence import Sequence as Running
 from gulliver.runtime.batching.stepper import Stepper
+from gulliver.runtime.decode import open_decoder
 from gulliver.runtime.decoder import Decoder
 from gulliver.runtime.sampling import Sampling
 from gulliver.runtime.text.tokenizer import Text
 
-__all__ = ["Engine", "EngineClosed", "Piece", "QueueFull", "Request", "Sampling", "Ticket", "TokenChoice"]
+__all__ = ["Engine", "EngineClosed", "Piece", "QueueFull", "Request", "Sampling", "TokenChoice"]
 
 LAST_SECONDS = 10.0
 """How long `drain` waits, after its time is up, for cancelled requests to end."""
 log = logging.getLogger("gulliver.serve")
-
-
-class Ticket(Protocol):
-    """A request under way. `cancel` may be called at any time from any thread, also after the end."""
-
-    def cancel(self) -> None: ...
 
 
 class Engine:
@@ -82,9 +78,10 @@ class Engine:
         self._thread.start()
 
     # ---- for other threads ----
-    def submit(self, request: Request, deliver: Callable[[Piece], None]) -> Ticket:
+    def submit(self, request: Request, deliver: Callable[[Piece], None]) -> Running:
         """Queue a request. `deliver` is called from the engine's thread and must return at once.
 
+        `cancel` of what is returned may be called at any time from any thread, also after the end.
         QueueFull when too many wait; EngineClosed while draining; ConfigError when the request does not fit the model.
         An exception in `deliver` cancels the request.
         """
@@ -100,18 +97,19 @@ class Engine:
     def stream(self, request: Request) -> Iterator[Piece]:
         """Submit, then yield the pieces as they come; leaving the loop early cancels."""
         pieces: SimpleQueue[Piece] = SimpleQueue()
-        return _until_finish(self.submit(request, pieces.put), pieces)
+        return _pieces(self.submit(request, pieces.put), pieces)
 
     def complete(self, requests: Sequence[Request]) -> list[list[Piece]]:
         """All pieces of each request. Waits where the queue is full, so any number may be given."""
-        queues: list[SimpleQueue[Piece]] = []
+        under_way: list[Iterator[Piece]] = []
         for request in requests:
-            queues.append(SimpleQueue())
-            running = self._checked(request, queues[-1].put)
+            pieces: SimpleQueue[Piece] = SimpleQueue()
+            running = self._checked(request, pieces.put)
             with self._changed:
                 self._changed.wait_for(lambda: len(self._waiting) < self._queue or self._draining)
                 self._enqueue(running)
-        return [list(_pieces(pieces)) for pieces in queues]
+            under_way.append(_pieces(running, pieces))
+        return [list(answer) for answer in under_way]
 
     def _checked(self, request: Request, deliver: Callable[[Piece], None]) -> Running:
         prompt, vocabulary = request.prompt, self.decoder.vocabulary
@@ -216,17 +214,35 @@ class Engine:
             self._stepper.end(running, "cancelled")
 
 
-def _pieces(pieces: SimpleQueue[Piece]) -> Iterator[Piece]:
-    """Pieces from a queue up to the one that ends its request."""
-    while True:
-        piece = pieces.get()
-        yield piece
-        if piece.finish is not None:
-            return
+def load_engine(
+    folder: Path,
+    *,
+    name: str | None = None,
+    slots: int = 16,
+    queue: int = 256,
+    lookup: bool = True,
+    reuse: bool = True,
+    **options: Any,
+) -> Engine:
+    """An engine that answers for the model in `folder`, called `name` (the folder's own name when not given).
+
+    `slots`, `queue`, `lookup` and `reuse` are Engine's; `options` (`threads`, `backend`, …) are `open_decoder`'s.
+    ArtifactError when the folder holds no usable model, ConfigError when it cannot generate text.
+    """
+    if slots < 1:
+        raise ConfigError(f"slots is {slots}; it must be at least 1")
+    text = Text(folder)
+    decoder = open_decoder(folder, slots=slots, **options)
+    return Engine(decoder, text, name or folder.name, slots=slots, queue=queue, lookup=lookup, reuse=reuse)
 
 
-def _until_finish(ticket: Ticket, pieces: SimpleQueue[Piece]) -> Iterator[Piece]:
+def _pieces(ticket: Running, pieces: SimpleQueue[Piece]) -> Iterator[Piece]:
+    """Pieces from a queue up to the one that ends their request; leaving early cancels it."""
     try:
-        yield from _pieces(pieces)
+        while True:
+            piece = pieces.get()
+            yield piece
+            if piece.finish is not None:
+                return
     finally:
         ticket.cancel()

@@ -10,7 +10,6 @@ import atexit
 import logging
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -38,7 +37,6 @@ class _Job:
     stop: threading.Event | None
     future: Future[Any] = field(default_factory=Future)
     arrived: float = field(default_factory=time.monotonic)
-    begun: bool = False
     taken: int = 0  # items that are in a batch, or answered
     answers: dict[int, Any] = field(default_factory=dict)
 
@@ -47,43 +45,32 @@ class _Job:
         return self.future.cancelled() or (self.stop is not None and self.stop.is_set())
 
 
-@dataclass
-class _Share:
-    """The items of one job that are in a batch: those from `first` up to `end`."""
-
-    job: _Job
-    first: int
-    end: int
-
-    @property
-    def items(self) -> list[Any]:
-        return self.job.items[self.first : self.end]
+_Batch = list[tuple[_Job, range]]
+"""Jobs, and which of each one's items are in the batch."""
 
 
-def _next_batch(jobs: deque[_Job], most: int) -> tuple[list[_Share], deque[_Job]]:
+def _next_batch(jobs: deque[_Job], most: int) -> tuple[_Batch, deque[_Job]]:
     """(batch, jobs that have items left): of the first job as much as fits, of the others what is of like cost.
 
     Jobs that got nothing come first the next time.
     """
-    shares: list[_Share] = []
+    batch: _Batch = []
     waiting: list[_Job] = []
     begun: list[_Job] = []
     count, largest = 0, 0
     for job in jobs:
-        first = end = job.taken
-        while end < len(job.items):
-            cost = job.costs[end]
-            if shares and not largest <= 2 * cost <= 2 * largest:
+        first = job.taken
+        for cost in job.costs[first:]:
+            if batch and not largest <= 2 * cost <= 2 * largest:
                 break  # most of what it or the others cost would be padding
             if count and (count + 1) * max(cost, largest) > most:
                 break
-            count, largest, end = count + 1, max(cost, largest), end + 1
-        if end > first:
-            job.taken = end
-            shares.append(_Share(job, first, end))
-        if end < len(job.items):
-            (begun if end > first else waiting).append(job)
-    return shares, deque([*waiting, *begun])
+            count, largest, job.taken = count + 1, max(cost, largest), job.taken + 1
+        if job.taken > first:
+            batch.append((job, range(first, job.taken)))
+        if job.taken < len(job.items):
+            (begun if job.taken > first else waiting).append(job)
+    return batch, deque([*waiting, *begun])
 
 
 class BatchQueue(Generic[Item, Answer]):
@@ -105,7 +92,7 @@ class BatchQueue(Generic[Item, Answer]):
         unit: str | None = None,
     ) -> None:
         self.name = name
-        self._answer = run
+        self._model = run
         self._queue = queue
         self._batch = batch
         self._cost = cost
@@ -116,12 +103,13 @@ class BatchQueue(Generic[Item, Answer]):
         self._draining = False
         self._closing = False
         self._numbers: dict[str, float] = dict.fromkeys(TOTALS + ((unit,) if unit is not None else ()), 0.0)
-        self._histograms = {"request_seconds": Histogram(SECONDS), "queue_seconds": Histogram(SECONDS)}
-        self._histograms["rows_per_step"] = Histogram(ROWS)
+        bounds = {"request_seconds": SECONDS, "queue_seconds": SECONDS, "rows_per_step": ROWS}
+        self._histograms = {histogram: Histogram(edges) for histogram, edges in bounds.items()}
         self._ends: deque[float] = deque(maxlen=64)
         self._thread = threading.Thread(target=self._run, name=f"batches {name}", daemon=True)
         self._thread.start()
-        _open.add(self)
+        # A daemon thread that comes out of native code after Python's end would abort the process.
+        atexit.register(self.close)
 
     # ---- for other threads ----
     def submit(self, item: Item, stop: threading.Event | None = None) -> Future[Answer]:
@@ -143,7 +131,7 @@ class BatchQueue(Generic[Item, Answer]):
         finished_cancelled, finished_error, steps (batches), rows (items), and the costs under the queue's `unit`.
         """
         with self._changed:
-            waiting = sum(not job.begun for job in self._jobs)
+            waiting = self._waiting()
             open_jobs = len({id(job) for job in (*self._jobs, *self._running)})
             gauges = {"requests_running": float(open_jobs - waiting), "requests_waiting": float(waiting)}
             return gauges | self._numbers
@@ -171,6 +159,10 @@ class BatchQueue(Generic[Item, Answer]):
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        atexit.unregister(self.close)
+
+    def _waiting(self) -> int:
+        return sum(not job.taken for job in self._jobs)
 
     def _submit(self, items: Sequence[Item], stop: threading.Event | None, *, one: bool) -> Future[Any]:
         costs = [self._cost(item) for item in items]
@@ -179,8 +171,7 @@ class BatchQueue(Generic[Item, Answer]):
         with self._changed:
             if self._draining:
                 raise EngineClosed(f"{self.name} is shutting down and takes no new requests")
-            waiting = sum(not other.begun for other in self._jobs)
-            if waiting >= self._queue:
+            if (waiting := self._waiting()) >= self._queue:
                 self._numbers["rejected"] += 1
                 raise QueueFull(waiting, seconds_for(waiting, self._ends, time.monotonic()))
             self._numbers["requests"] += 1
@@ -203,88 +194,65 @@ class BatchQueue(Generic[Item, Answer]):
                 stopped = [job for job in self._jobs if self._closing or job.stopped]
                 for job in stopped:
                     self._jobs.remove(job)
-                shares = self._take()
-                self._running = [share.job for share in shares]
+                batch, self._jobs = _next_batch(self._jobs, self._batch)
+                self._running = [job for job, _ in batch]
             for job in stopped:
                 self._end(job, self._stopped())
-            if shares:
-                self._batch_of(shares)
+            if batch:
+                self._count(batch)
+                self._answer(batch)
             elif self._closing:
                 return
 
-    def _take(self) -> list[_Share]:
-        """The next batch, taken out of the jobs that wait."""
-        shares, self._jobs = _next_batch(self._jobs, self._batch)
-        now = time.monotonic()
-        for share in shares:
-            if not share.job.begun:
-                share.job.begun = True
-                self._histograms["queue_seconds"].add(now - share.job.arrived)
-        if shares:
-            count = sum(share.end - share.first for share in shares)
-            self._numbers["steps"] += 1
-            self._numbers["rows"] += count
-            self._histograms["rows_per_step"].add(count)
-        return shares
+    def _count(self, batch: _Batch) -> None:
+        now, rows = time.monotonic(), sum(len(part) for _, part in batch)
+        for job, part in batch:
+            if part.start == 0:
+                self._histograms["queue_seconds"].add(now - job.arrived)
+        self._numbers["steps"] += 1
+        self._numbers["rows"] += rows
+        self._histograms["rows_per_step"].add(rows)
 
-    def _batch_of(self, shares: list[_Share]) -> None:
+    def _answer(self, batch: _Batch) -> None:
         """Answer a batch; when that fails, each of its requests alone."""
+        places = [(job, index) for job, part in batch for index in part]
         try:
-            answers = list(self._answer([item for share in shares for item in share.items]))
-            if len(answers) != sum(share.end - share.first for share in shares):
-                raise RuntimeError(f"{self.name} gave {len(answers)} answers to another number of items")
+            answers = list(self._model([job.items[index] for job, index in places]))
+            if len(answers) != len(places):
+                raise RuntimeError(f"{self.name} gave {len(answers)} answers to {len(places)} items")
         except BaseException as error:  # a library in another language may raise past Exception: the thread must live
-            if len(shares) == 1:
-                self._fail(shares[0].job, error)
-                return
-            for share in shares:
-                if share.job.stopped:
-                    self._end(share.job, self._stopped())
+            for job, part in batch:
+                if len(batch) > 1 and not job.stopped:
+                    self._answer([(job, part)])
                 else:
-                    self._batch_of([share])
+                    self._end(job, error if len(batch) == 1 else self._stopped())
             return
-        place = 0
-        for share in shares:
-            job, size = share.job, share.end - share.first
-            job.answers |= zip(job.places[share.first : share.end], answers[place : place + size], strict=True)
-            place += size
+        for (job, index), answer in zip(places, answers, strict=True):
+            job.answers[job.places[index]] = answer
+        for job, _ in batch:
             if len(job.answers) == len(job.items):
-                self._end(job, None)
+                self._end(job)
 
     def _stopped(self) -> EngineClosed:
         return EngineClosed(f"the request to {self.name} was stopped")
 
-    def _fail(self, job: _Job, error: BaseException) -> None:
-        if not isinstance(error, GulliverError):
-            log.error("a request failed", exc_info=error)
-        if not isinstance(error, Exception):
-            error = RuntimeError(f"{type(error).__name__}: {error}")
-        with self._changed:
-            if job in self._jobs:
-                self._jobs.remove(job)
-        self._end(job, error)
-
-    def _end(self, job: _Job, error: BaseException | None) -> None:
+    def _end(self, job: _Job, error: BaseException | None = None) -> None:
         """Give the future its answer, unless it was cancelled."""
         now = time.monotonic()
         reason = "stop" if error is None else "cancelled" if isinstance(error, EngineClosed) else "error"
-        self._numbers[f"finished_{reason}"] += 1
+        if reason == "error" and not isinstance(error, GulliverError):
+            log.error("a request failed", exc_info=error)
+        with self._changed:
+            if job in self._jobs:
+                self._jobs.remove(job)
+            self._numbers[f"finished_{reason}"] += 1
         self._histograms["request_seconds"].add(now - job.arrived)
         self._ends.append(now)
         if not job.future.set_running_or_notify_cancel():
             return
         if error is not None:
-            job.future.set_exception(error)
+            wrapped = RuntimeError(f"{type(error).__name__}: {error}")
+            job.future.set_exception(error if isinstance(error, Exception) else wrapped)
             return
         answers = [job.answers[place] for place in range(len(job.items))]
         job.future.set_result(answers[0] if job.one else answers)
-
-
-_open: weakref.WeakSet[BatchQueue[Any, Any]] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    """A daemon thread that comes out of native code after Python's end would abort the process."""
-    for queue in list(_open):
-        queue.close()

@@ -9,8 +9,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gulliver.core.errors import ConfigError, GulliverError
-from gulliver.runtime.batching.engine import Engine
-from gulliver.runtime.batching.open import load_engine
+from gulliver.runtime.batching.engine import Engine, load_engine
 from gulliver.runtime.batching.records import EngineClosed, Piece, Request, check_finish
 from gulliver.runtime.sampling import Sampling
 from gulliver.tasks.answerer import MAX_TOKENS, Can, Generating, OpenOptions, Prompt
