@@ -24,7 +24,7 @@ def test_a_key_is_kept_as_a_hash_alone(tmp_path: Path) -> None:
     assert key.startswith("gk-") and len(key) >= 43
     assert key not in path.read_text() and hash_key(key) in path.read_text()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert read_keys(path) == [keys.Key("ann", hash_key(key), 5, None)]
+    assert read_keys(path) == [keys.Key(name="ann", sha256=hash_key(key), requests_per_minute=5)]
     assert add_key(path, "bob") != key
 
 
@@ -80,7 +80,7 @@ def test_names_come_once_and_go(tmp_path: Path) -> None:
         remove_key(path, "bob")
     with pytest.raises(ConfigError, match="not a valid key name"):
         add_key(path, "a\nb")
-    with pytest.raises(ConfigError, match="at least 1"):
+    with pytest.raises(ConfigError, match="requests_per_minute is 0; it should be greater than or equal to 1"):
         add_key(path, "bob", requests_per_minute=0)
     remove_key(path, "ann")
     assert read_keys(path) == []

@@ -15,34 +15,43 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from gulliver.core.errors import ArtifactError, ConfigError
+from gulliver.core.record import Record, Row
 from gulliver.core.store.files import write_atomic
-from gulliver.core.store.manifest import read_json
 from gulliver.serve.limits import Limiter
 
-FORMAT = 1
 PREFIX = "gk-"
-MAX_FILE_BYTES = 8 * 2**20
 MAX_KEY_CHARACTERS = 256
 REREAD_SECONDS = 1.0
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
-_HASH = re.compile(r"[0-9a-f]{64}")
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$"
+Limit = Annotated[int, Field(ge=1)] | None
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(Row):
     """One line of the file. Limits are per minute; None is unlimited."""
 
-    name: str
-    sha256: str
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
+    name: Annotated[str, Field(pattern=_NAME)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    requests_per_minute: Limit = None
+    tokens_per_minute: Limit = None
+
+
+class KeyFile(Record):
+    """The file."""
+
+    remedy = "`gulliver keys FILE --add NAME` writes such files"
+    max_bytes = 8 * 2**20
+
+    format: Literal[1]
+    keys: list[Key]
 
 
 @dataclass
@@ -109,20 +118,18 @@ def read_keys(path: Path) -> list[Key]:
     """All keys of a file. ConfigError for a file that is missing, malformed, or holds a name twice."""
     try:
         with open(path, "rb") as stream:
-            data = stream.read(MAX_FILE_BYTES + 1)
+            data = stream.read(KeyFile.max_bytes + 1)
     except OSError as error:
         remedy = f"make one with: gulliver keys {path} --add NAME"
         raise ConfigError(f"the key file {path} cannot be read ({error.strerror}); {remedy}") from None
-    if len(data) > MAX_FILE_BYTES:
-        raise ConfigError(f"the key file {path} is over {MAX_FILE_BYTES} bytes; it is not a file of `gulliver keys`")
+    return _parsed(data, path)
+
+
+def _parsed(data: bytes, path: Path) -> list[Key]:
     try:
-        body = read_json(data, str(path))
+        keys = KeyFile.parse(data, str(path)).keys
     except ArtifactError as error:
         raise ConfigError(str(error)) from None
-    rows = body.get("keys") if isinstance(body, dict) else None
-    if not isinstance(rows, list) or body.get("format") != FORMAT:
-        raise ConfigError(f'{path} is not a key file; it must hold {{"format": {FORMAT}, "keys": [...]}}')
-    keys = [_key(row, path) for row in rows]
     for name, times in Counter(key.name for key in keys).items():
         if times > 1:
             raise ConfigError(f"{path}: duplicate key name {name!r}; remove one of them")
@@ -134,13 +141,13 @@ def add_key(
 ) -> str:
     """A new key, returned and nowhere kept; the file, which is made when missing, gets its hash."""
     keys = read_keys(path) if path.exists() else []
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(_NAME, name):
         raise ConfigError(f"{name!r} is not a valid key name; use at most 64 letters, digits and . _ @ -")
     if any(key.name == name for key in keys):
         raise ConfigError(f"{path} already has a key named {name!r}; remove it first, or choose another name")
     secret = PREFIX + secrets.token_urlsafe(32)
-    added = Key(name, hash_key(secret), requests_per_minute, tokens_per_minute)
-    _write(path, [*keys, _key(asdict(added), path)])
+    limits = {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
+    _write(path, [*map(Key.model_dump, keys), {"name": name, "sha256": hash_key(secret), **limits}])
     return secret
 
 
@@ -150,31 +157,15 @@ def remove_key(path: Path, name: str) -> None:
     kept = [key for key in keys if key.name != name]
     if len(kept) == len(keys):
         raise ConfigError(f"{path} has no key named {name!r}; it has: {', '.join(key.name for key in keys) or 'none'}")
-    _write(path, kept)
+    _write(path, list(map(Key.model_dump, kept)))
 
 
-def _write(path: Path, keys: Sequence[Key]) -> None:
-    body = {"format": FORMAT, "keys": [asdict(key) for key in keys]}
+def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    text = json.dumps({"format": 1, "keys": rows}, indent=1) + "\n"
+    _parsed(text.encode(), path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(body, indent=1) + "\n")
+    write_atomic(path, text)
     os.chmod(path, 0o600)
-
-
-def _key(row: Any, path: Path) -> Key:
-    needed, limits = {"name", "sha256"}, {"requests_per_minute", "tokens_per_minute"}
-    if not isinstance(row, dict) or not needed <= set(row) <= needed | limits:
-        raise ConfigError(f"{path}: a key has {', '.join(sorted(needed))} and optionally {', '.join(sorted(limits))}")
-    if not (isinstance(row["name"], str) and _NAME.fullmatch(row["name"])):
-        raise ConfigError(f"{path}: {str(row['name'])[:64]!r} is not a valid key name")
-    if not (isinstance(row["sha256"], str) and _HASH.fullmatch(row["sha256"])):
-        raise ConfigError(f"{path}: the key {row['name']!r} needs a SHA-256 of 64 lower-case hex digits")
-    for limit in sorted(limits):
-        value = row.get(limit)
-        if value is not None and (type(value) is not int or value < 1):
-            raise ConfigError(
-                f"{path}: {limit} of the key {row['name']!r} is {value!r}; it must be an integer of at least 1"
-            )
-    return Key(**row)
 
 
 def _caller(key: Key) -> Caller:

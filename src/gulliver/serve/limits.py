@@ -47,30 +47,30 @@ class Limiter:
         tokens_per_minute: int | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.requests = Bucket(requests_per_minute, clock) if requests_per_minute else None
-        self.tokens = Bucket(tokens_per_minute, clock) if tokens_per_minute else None
+        limits = {"requests": requests_per_minute, "tokens": tokens_per_minute}
+        self._buckets = {name: Bucket(limit, clock) for name, limit in limits.items() if limit}
 
     def admit(self) -> tuple[str, float] | None:
         """None, and the request is counted; or the limit reached ("requests", "tokens") and seconds until a retry."""
-        if self.requests is not None and (wait := self.requests.seconds_until(1.0)) > 0:
-            return "requests", wait
-        if self.tokens is not None and (wait := self.tokens.seconds_until(1.0)) > 0:
-            return "tokens", wait
-        if self.requests is not None:
-            self.requests.take(1.0)
+        for name, bucket in self._buckets.items():
+            if (wait := bucket.seconds_until(1.0)) > 0:
+                return name, wait
+        self._take("requests", 1)
         return None
 
     def charge(self, tokens: int) -> None:
         """Count the tokens of a request that was let in."""
-        if self.tokens is not None:
-            self.tokens.take(tokens)
+        self._take("tokens", tokens)
+
+    def _take(self, name: str, count: int) -> None:
+        if name in self._buckets:
+            self._buckets[name].take(count)
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """OpenAI's x-ratelimit-* headers for what is limited."""
         found = []
-        for name, bucket in (("requests", self.requests), ("tokens", self.tokens)):
-            if bucket is not None:
-                left = max(0, int(bucket.level()))
-                found.append((f"x-ratelimit-limit-{name}".encode(), str(bucket.per_minute).encode()))
-                found.append((f"x-ratelimit-remaining-{name}".encode(), str(left).encode()))
+        for name, bucket in self._buckets.items():
+            left = max(0, int(bucket.level()))
+            found.append((f"x-ratelimit-limit-{name}".encode(), str(bucket.per_minute).encode()))
+            found.append((f"x-ratelimit-remaining-{name}".encode(), str(left).encode()))
         return found

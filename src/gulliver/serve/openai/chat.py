@@ -16,7 +16,7 @@ from gulliver.serve.openai import response_schemas, tools
 from gulliver.serve.openai.chat_json import ChatAnswer
 from gulliver.serve.openai.events import STREAMS, answered
 from gulliver.serve.openai.generation import Bridge, Generation
-from gulliver.serve.openai.request_schemas import ChatRequest, JsonSchemaFormat, Message
+from gulliver.serve.openai.request_schemas import ChatRequest, JsonSchemaFormat, Message, Tool
 from gulliver.serve.openai.to_engine import engine_request, repeated
 from gulliver.serve.state import ServedModel, State, record_of
 
@@ -52,10 +52,8 @@ def router(state: State) -> APIRouter:
 
 def _characters(message: Message) -> int:
     """How much there is to read; a message costs something even when it is empty."""
-    content = message.content or ""
-    parts = [content] if isinstance(content, str) else [part.text or part.refusal or "" for part in content]
-    parts += [call.function.arguments for call in message.tool_calls or ()]
-    return MESSAGE_CHARACTERS + sum(map(len, parts))
+    calls = sum(len(call.function.arguments) for call in message.tool_calls or ())
+    return MESSAGE_CHARACTERS + len(message.text) + calls
 
 
 def _check(body: ChatRequest) -> None:
@@ -74,10 +72,9 @@ def _check(body: ChatRequest) -> None:
     names = [tool.function.name for tool in body.tools or []]
     if len(set(names)) < len(names):
         raise bad_request("duplicate tool name; give each tool its own", "tools")
-    try:
-        tools.forced(body)
-    except KeyError as error:
-        raise bad_request(f"tool_choice names {error.args[0]!r}, which is not among the tools", "tool_choice") from None
+    if isinstance(body.tool_choice, Tool) and not tools.forced(body):
+        name = body.tool_choice.function.name
+        raise bad_request(f"tool_choice names {name!r}, which is not among the tools", "tool_choice")
 
 
 def _request(body: ChatRequest, model: ServedModel, timeout_seconds: float) -> Request:

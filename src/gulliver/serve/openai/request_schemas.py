@@ -102,6 +102,12 @@ class Message(Lenient):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
 
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        parts = self.content or ""
+        return parts if isinstance(parts, str) else "".join(part.text or part.refusal or "" for part in parts)
+
 
 class Function(Lenient):
     """A function that the model may call; `parameters` is a JSON schema."""

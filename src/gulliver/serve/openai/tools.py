@@ -18,6 +18,7 @@ from gulliver.core.errors import ConfigError
 from gulliver.serve.openai.request_schemas import ChatRequest, Message, Tool
 
 MARKS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
+BEGINNINGS = [mark[:size] for mark in MARKS for size in range(1, len(mark))]
 CLOSE = "</tool_call>"
 
 
@@ -45,41 +46,27 @@ class ToolReader:
     def feed(self, text: str) -> str:
         """Take more of the answer; returns the text that is certain to be no call."""
         self._held += text
-        if self._holds:
-            return ""
         if not self._begun:
             stripped = self._held.lstrip()
-            if not stripped:
-                return ""
-            self._begun = True
-            self._holds = stripped[0] in "{["
-            if self._holds:
-                return ""
-        found = [place for mark in MARKS if (place := self._held.find(mark)) >= 0]
-        if found:
-            self._holds = True
-            return self._release(min(found))
-        return self._release(len(self._held) - _open_tail(self._held))
+            self._begun = bool(stripped)
+            self._holds = stripped.startswith(("{", "["))
+        if not self._begun or self._holds:
+            return ""
+        marks = [place for mark in MARKS if (place := self._held.find(mark)) >= 0]
+        self._holds = bool(marks)
+        certain = min(marks) if marks else len(self._held) - _open_tail(self._held)
+        text, self._held = self._held[:certain], self._held[certain:]
+        return text
 
     def finish(self) -> tuple[str, list[Called]]:
         """At the end: the rest of the text, and the calls. Calls of unknown functions are text."""
         rest, self._held = self._held, ""
         return read_calls(rest, self._names) if self._holds else (rest, [])
 
-    def _release(self, count: int) -> str:
-        certain, self._held = self._held[:count], self._held[count:]
-        return certain
-
 
 def _open_tail(text: str) -> int:
     """Characters at the end that could be the beginning of a mark."""
-    longest = 0
-    for mark in MARKS:
-        for size in range(min(len(mark) - 1, len(text)), longest, -1):
-            if text.endswith(mark[:size]):
-                longest = size
-                break
-    return longest
+    return max((len(beginning) for beginning in BEGINNINGS if text.endswith(beginning)), default=0)
 
 
 def read_calls(text: str, names: Collection[str]) -> tuple[str, list[Called]]:
@@ -146,16 +133,11 @@ def usable(body: ChatRequest) -> list[Tool]:
 
 
 def forced(body: ChatRequest) -> list[Tool]:
-    """The tools of which one must be called; none when nothing is forced. KeyError with a name that is not there."""
-    if body.tool_choice == "required":
-        return list(body.tools or [])
-    if isinstance(body.tool_choice, Tool):
-        name = body.tool_choice.function.name
-        named = [tool for tool in body.tools or [] if tool.function.name == name]
-        if not named:
-            raise KeyError(name)
-        return named
-    return []
+    """The tools of which one must be called; none when nothing is forced."""
+    tools, choice = body.tools or [], body.tool_choice
+    if isinstance(choice, Tool):
+        return [tool for tool in tools if tool.function.name == choice.function.name]
+    return list(tools) if choice == "required" else []
 
 
 def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
@@ -174,10 +156,9 @@ def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
 
 
 def _call_schema(tool: Tool) -> dict[str, Any]:
-    parameters = dict(tool.function.parameters or {"type": "object", "properties": {}})
     return {
         "type": "object",
-        "properties": {"name": {"const": tool.function.name}, "arguments": parameters},
+        "properties": {"name": {"const": tool.function.name}, "arguments": _parameters(tool)},
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }
@@ -192,14 +173,9 @@ def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _template_message(message: Message) -> dict[str, Any]:
-    content = message.content
-    if isinstance(content, list):
-        content = "".join(part.text or part.refusal or "" for part in content)
-    row: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": content or ""}
-    if message.name is not None:
-        row["name"] = message.name
-    if message.tool_call_id is not None:
-        row["tool_call_id"] = message.tool_call_id
+    row = message.model_dump(exclude={"content", "tool_calls"}, exclude_none=True) | {"content": message.text}
+    if message.role == "developer":
+        row["role"] = "system"
     if message.tool_calls:
         row["tool_calls"] = [
             {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": _object(call)}}
@@ -219,15 +195,15 @@ def _object(call: Any) -> Any:
 
 def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
     """Tools as chat templates expect them."""
-    return [{"type": "function", "function": _function(tool)} for tool in tools]
+    rows = []
+    for tool in tools:
+        about = tool.function.model_dump(include={"name", "description"}, exclude_none=True)
+        rows.append({"type": "function", "function": {**about, "parameters": _parameters(tool)}})
+    return rows
 
 
-def _function(tool: Tool) -> dict[str, Any]:
-    function = tool.function
-    row: dict[str, Any] = {"name": function.name}
-    if function.description is not None:
-        row["description"] = function.description
-    return row | {"parameters": function.parameters or {"type": "object", "properties": {}}}
+def _parameters(tool: Tool) -> dict[str, Any]:
+    return dict(tool.function.parameters or {"type": "object", "properties": {}})
 
 
 def told_of_tools(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:
