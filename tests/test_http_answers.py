@@ -16,7 +16,7 @@ from gulliver.serve.errors import ErrorAnswer
 from gulliver.serve.openai import chat as chat_api
 from gulliver.serve.openai import events as stream
 from gulliver.serve.openai import response_schemas as answers
-from gulliver.serve.openai.completion_json import CompletionAnswer
+from gulliver.serve.openai.answers import CompletionAnswer
 from gulliver.serve.openai.request_schemas import ChatRequest
 
 HELLO = [{"role": "user", "content": "hi"}]

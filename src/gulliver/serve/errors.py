@@ -133,6 +133,11 @@ def refused(error: GulliverError, param: str | None = None) -> ApiError:
     return engine_failed(str(error))
 
 
+def gone() -> ApiError:
+    """The answer to a client that disconnected, for the log."""
+    return ApiError(CLIENT_CLOSED, "the client disconnected")
+
+
 def draining() -> ApiError:
     """The answer while the server shuts down."""
     return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", code="shutting_down", retry_after=5)

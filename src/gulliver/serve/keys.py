@@ -59,7 +59,9 @@ class Caller:
     """A key in use: what it may still ask for."""
 
     key: Key
-    limiter: Limiter
+
+    def __post_init__(self) -> None:
+        self.limiter = Limiter(self.key.requests_per_minute, self.key.tokens_per_minute)
 
 
 @dataclass
@@ -74,8 +76,7 @@ class KeyRing:
 
     def __post_init__(self) -> None:
         self._seen = _stamp(self.path)
-        self._callers = [_caller(key) for key in read_keys(self.path)]
-        self._looked = time.monotonic()
+        self._read()
 
     def __len__(self) -> int:
         return len(self._callers)
@@ -103,10 +104,13 @@ class KeyRing:
             if stamp == self._seen:
                 return
             self._seen = stamp
-            known = {caller.key: caller for caller in self._callers}
-            self._callers = [known.get(key) or _caller(key) for key in read_keys(self.path)]
+            self._read()
         except ConfigError as error:
             self.on_error(str(error))
+
+    def _read(self) -> None:
+        known = {caller.key: caller for caller in self._callers}
+        self._callers = [known.get(key) or Caller(key) for key in read_keys(self.path)]
 
 
 def hash_key(key: str) -> str:
@@ -166,10 +170,6 @@ def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, text)
     os.chmod(path, 0o600)
-
-
-def _caller(key: Key) -> Caller:
-    return Caller(key, Limiter(key.requests_per_minute, key.tokens_per_minute))
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

@@ -6,12 +6,12 @@ read at each scrape, so that a token costs nothing on the HTTP side.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from gulliver.runtime.batching import counters
@@ -81,46 +81,31 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
-
-
 class _Models(Collector):
     """Asks every model for its numbers when Prometheus asks."""
 
     def __init__(self, models: Mapping[str, Measured]) -> None:
         self._models = models
 
-    def collect(self) -> Iterator[Family]:
-        families: dict[str, Family] = {}
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Any] = {}
+
+        def family(name: str, kind: type[Metric]) -> Any:
+            shown = NAMES.get(name, name)
+            text = HELP.get(shown, shown.replace("_", " "))
+            return families.setdefault(shown, kind(f"gulliver_{shown}", text, labels=("model",)))
+
+        ended = CounterMetricFamily("gulliver_completions", "Completions ended", labels=("model", "reason"))
         for model, measured in self._models.items():
             for name, value in measured.stats().items():
-                _add_number(families, model, name, value)
+                if name.startswith(FINISHED):
+                    ended.add_metric((model, name.removeprefix(FINISHED)), value)
+                else:
+                    family(name, GaugeMetricFamily if name in GAUGES else CounterMetricFamily).add_metric(
+                        [model], value
+                    )
             for name, histogram in measured.histograms().items():
-                _add_histogram(families, model, name, histogram)
-        yield from families.values()
-
-
-def _add_number(families: dict[str, Family], model: str, name: str, value: float) -> None:
-    if name.startswith(FINISHED):
-        family = families.setdefault(
-            FINISHED, CounterMetricFamily("gulliver_completions", "Completions ended", labels=("model", "reason"))
-        )
-        family.add_sample("gulliver_completions_total", {"model": model, "reason": name.removeprefix(FINISHED)}, value)
-        return
-    shown = NAMES.get(name, name)
-    kind, end = (GaugeMetricFamily, "") if name in GAUGES else (CounterMetricFamily, "_total")
-    family = families.setdefault(shown, kind(f"gulliver_{shown}", _help(shown), labels=("model",)))
-    family.add_sample(f"gulliver_{shown}{end}", {"model": model}, value)
-
-
-def _add_histogram(families: dict[str, Family], model: str, name: str, histogram: counters.Histogram) -> None:
-    shown = NAMES.get(name, name)
-    family = families.setdefault(shown, HistogramMetricFamily(f"gulliver_{shown}", _help(shown), labels=("model",)))
-    bounds: Iterable[str] = (*(str(bound) for bound in histogram.bounds), "+Inf")
-    sums = accumulate(histogram.counts)
-    assert isinstance(family, HistogramMetricFamily), f"{name} is a number and a histogram"
-    family.add_metric([model], list(zip(bounds, map(float, sums), strict=True)), histogram.total)
-
-
-def _help(shown: str) -> str:
-    return HELP.get(shown, shown.replace("_", " "))
+                bounds = (*map(str, histogram.bounds), "+Inf")
+                buckets = list(zip(bounds, map(float, accumulate(histogram.counts)), strict=True))
+                family(name, HistogramMetricFamily).add_metric([model], buckets, histogram.total)
+        yield from (ended, *families.values())

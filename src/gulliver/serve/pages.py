@@ -21,8 +21,7 @@ from gulliver.core.store.manifest import read_json
 from gulliver.serve import metrics
 from gulliver.serve.state import ServedModel, State
 
-TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
-TYPES |= {".js": "text/javascript; charset=utf-8", ".json": "application/json", ".webmanifest": "application/json"}
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "font-src 'self'; connect-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; "

@@ -55,11 +55,6 @@ class ServedModel:
         """What runs its requests: an Engine where the model can generate, else its family's queue."""
         return self.answerer.engine
 
-    @property
-    def fingerprint(self) -> str:
-        """What `system_fingerprint` says: equal for equal weights on an equal backend."""
-        return f"{(self.artifact_id or 'unnamed')[:12]}-{self.answerer.backend}"
-
 
 @dataclass(frozen=True)
 class Route:
@@ -77,6 +72,11 @@ class Route:
     body: type[BaseModel] | None = None
     costs: bool = False
     quiet: bool = False
+
+    def matches(self, path: str) -> bool:
+        """Whether it answers a request's path."""
+        start, brace, _ = self.path.partition("{")
+        return path.startswith(start) if brace else path == start
 
 
 @dataclass
@@ -109,16 +109,9 @@ class State:
     draining: bool = False
     active: int = 0
 
-    def __post_init__(self) -> None:
-        self._routes = {route.path: route for route in self.routes}
-        self._beginnings = [(route.path.partition("{")[0], route) for route in self.routes if "{" in route.path]
-
     def route(self, path: str) -> Route | None:
         """The row of the table for a request's path."""
-        found = self._routes.get(path)
-        if found is None and "{" not in path:
-            found = next((route for start, route in self._beginnings if path.startswith(start)), None)
-        return found
+        return next((route for route in self.routes if route.matches(path)), None)
 
     def named(self, name: str) -> ServedModel:
         """The model of that name. ApiError 404 for an unknown name."""

@@ -12,28 +12,28 @@ from starlette.requests import Request as HttpRequest
 from starlette.types import Receive
 
 from gulliver.core.errors import GulliverError
-from gulliver.serve.errors import refused, timed_out
+from gulliver.serve.errors import gone, refused, timed_out
 from gulliver.serve.state import RequestRecord, State
 
 
 async def result_of(
     submit: Callable[[Event], Awaitable[Future[Any]]], request: HttpRequest, state: State, call: RequestRecord
 ) -> Any:
-    """What the future of `submit` gives; None when the client disconnected before (answer CLIENT_CLOSED).
+    """What the future of `submit` gives.
 
     The event given to `submit` is set when the result is no longer wanted. ApiError when the model refuses the request
-    or fails on it, and at the server's time limit.
+    or fails on it, at the server's time limit, and when the client disconnected before.
     """
     stop = Event()
-    gone = asyncio.ensure_future(disconnected(request.receive))
+    watch = asyncio.ensure_future(disconnected(request.receive))
     future: asyncio.Future[Any] | None = None
     try:
         async with asyncio.timeout(state.settings.timeout_seconds):
             future = asyncio.wrap_future(await submit(stop))
-            await asyncio.wait((future, gone), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((future, watch), return_when=asyncio.FIRST_COMPLETED)
         if not future.done():
             call.finish = "gone"
-            return None
+            raise gone()
         result = future.result()
         call.finish = "stop"
         return result
@@ -45,7 +45,7 @@ async def result_of(
         raise timed_out() from None
     finally:
         stop.set()
-        gone.cancel()
+        watch.cancel()
         if future is not None:
             future.cancel()
 

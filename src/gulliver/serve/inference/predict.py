@@ -8,11 +8,11 @@ from threading import Event
 from typing import Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from gulliver.serve.errors import CLIENT_CLOSED, from_validation
+from gulliver.serve.errors import from_validation
 from gulliver.serve.inference.future import result_of
 from gulliver.serve.json_route import JsonRoute
 from gulliver.serve.openai.request_schemas import Body, ModelName
@@ -27,17 +27,17 @@ class PredictRequest(Body):
     input: dict[str, Any] = Field(description="what the model takes: `request` of /api/models/{id} is its JSON schema")
 
 
-class Prediction(BaseModel):
-    """What the model answers: `response` of /api/models/{id} is its JSON schema."""
-
-    model_config = ConfigDict(extra="allow")
-
-
 def router(state: State) -> APIRouter:
     """The route, for one server."""
     routes = APIRouter(route_class=JsonRoute)
 
-    @routes.post("/v1/predict", operation_id="predict", tags=["models"], response_model=Prediction)
+    @routes.post(
+        "/v1/predict",
+        operation_id="predict",
+        tags=["models"],
+        response_model=dict[str, Any],
+        response_description="What the model answers: `response` of /api/models/{id} is its JSON schema",
+    )
     async def predict(body: PredictRequest, request: HttpRequest) -> Response:
         """Ask any model: a picture gives classes with probabilities, texts give vectors, a prompt gives text."""
         model = state.model(body.model, "predict")
@@ -45,8 +45,6 @@ def router(state: State) -> APIRouter:
         call.model, call.choices = model.name, 1
         submit = partial(state.in_thread, _submitted, model.answerer, body.input)
         response = await result_of(submit, request, state, call)
-        if response is None:
-            return Response(status_code=CLIENT_CLOSED)
         return Response(await state.in_thread(_written, response, call), media_type="application/json")
 
     return routes

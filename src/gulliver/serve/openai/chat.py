@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -13,11 +14,11 @@ from gulliver.runtime.batching.records import Request
 from gulliver.serve.errors import bad_request
 from gulliver.serve.json_route import JsonRoute
 from gulliver.serve.openai import response_schemas, tools
-from gulliver.serve.openai.chat_json import ChatAnswer
+from gulliver.serve.openai.answers import ChatAnswer
 from gulliver.serve.openai.events import STREAMS, answered
 from gulliver.serve.openai.generation import Bridge, Generation
 from gulliver.serve.openai.request_schemas import ChatRequest, JsonSchemaFormat, Message, Tool
-from gulliver.serve.openai.to_engine import engine_request, repeated
+from gulliver.serve.openai.to_engine import engine_request, fitted, repeated
 from gulliver.serve.state import ServedModel, State, record_of
 
 MESSAGE_CHARACTERS = 16
@@ -80,7 +81,7 @@ def _check(body: ChatRequest) -> None:
 def _request(body: ChatRequest, model: ServedModel, timeout_seconds: float) -> Request:
     """Render and tokenize, and compile the grammar. ApiError when template or schema refuse."""
     text = model.engine.text
-    messages = tools.template_messages(body.messages)
+    messages = list(map(tools.template_message, body.messages))
     usable = tools.usable(body)
     try:
         if not usable:
@@ -93,13 +94,10 @@ def _request(body: ChatRequest, model: ServedModel, timeout_seconds: float) -> R
         raise bad_request(str(error), "messages") from None
     except RecursionError:
         raise bad_request("the request is nested too deep for the model's chat template", "messages") from None
-    return engine_request(
-        body,
-        tokens,
-        model,
-        timeout_seconds,
-        "messages",
-        max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    return replace(
+        engine_request(body, tokens, model, timeout_seconds),
+        max_tokens=fitted(tokens, asked, model, "messages"),
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         grammar=_grammar(body, model),
     )

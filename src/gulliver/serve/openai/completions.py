@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
@@ -13,11 +14,11 @@ from gulliver.runtime.batching.records import Request
 from gulliver.serve.errors import bad_request
 from gulliver.serve.json_route import JsonRoute
 from gulliver.serve.openai import response_schemas
-from gulliver.serve.openai.completion_json import CompletionAnswer
+from gulliver.serve.openai.answers import CompletionAnswer
 from gulliver.serve.openai.events import STREAMS, answered
 from gulliver.serve.openai.generation import Bridge, Generation
 from gulliver.serve.openai.request_schemas import MAX_PROMPTS, CompletionRequest
-from gulliver.serve.openai.to_engine import engine_request, repeated, rows_of
+from gulliver.serve.openai.to_engine import engine_request, fitted, repeated, rows_of
 from gulliver.serve.state import ServedModel, State, record_of
 
 DEFAULT_TOKENS = 16
@@ -85,13 +86,9 @@ def _prompts(rows: Sequence[str | list[int]], model: ServedModel, echo: bool) ->
 def _request(body: CompletionRequest, tokens: Sequence[int], model: ServedModel, timeout_seconds: float) -> Request:
     asked = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
     only_prompt = asked == 0  # an engine gives no answer of no tokens; then the prompt's logprobs are all it does
-    return engine_request(
-        body,
-        tokens,
-        model,
-        timeout_seconds,
-        "prompt",
-        max_tokens=asked,
+    return replace(
+        engine_request(body, tokens, model, timeout_seconds),
+        max_tokens=fitted(tokens, asked, model, "prompt"),
         top_logprobs=0 if body.logprobs is None and only_prompt else body.logprobs,
         echo_logprobs=bool(body.echo) and (body.logprobs is not None or only_prompt),
     )

@@ -16,7 +16,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from gulliver.core.errors import ConfigError
-from gulliver.serve.errors import CLIENT_CLOSED, bad_request
+from gulliver.serve.errors import bad_request
 from gulliver.serve.inference.future import result_of
 from gulliver.serve.json_route import JsonRoute
 from gulliver.serve.openai import response_schemas
@@ -52,8 +52,6 @@ def router(state: State) -> APIRouter:
             return answerer.embed(texts, stop)
 
         vectors = await result_of(submit, request, state, call)
-        if vectors is None:
-            return Response(status_code=CLIENT_CLOSED)
         call.prompt_tokens = sum(map(len, texts))
         return Response(_body(vectors, body, model, call.prompt_tokens), media_type="application/json")
 
@@ -68,12 +66,10 @@ def _tokens(body: EmbeddingRequest, answerer: Embedding) -> list[tuple[int, ...]
 
 
 def _body(vectors: Sequence[NDArray[np.float32]], body: EmbeddingRequest, model: ServedModel, tokens: int) -> bytes:
-    def shown(vector: NDArray[np.float32]) -> Any:
-        if body.encoding_format == "base64":
-            return base64.b64encode(vector.astype("<f4").tobytes()).decode()
-        return vector
-
-    data = [{"object": "embedding", "index": index, "embedding": shown(row)} for index, row in enumerate(vectors)]
+    shown: Sequence[Any] = vectors
+    if body.encoding_format == "base64":
+        shown = [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors]
+    data = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(shown)]
     answer = {"object": "list", "data": data, "model": model.name}
     answer["usage"] = {"prompt_tokens": tokens, "total_tokens": tokens}
     return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)

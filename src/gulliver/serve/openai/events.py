@@ -10,9 +10,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from gulliver.serve.errors import CLIENT_CLOSED
+from gulliver.serve.errors import gone
+from gulliver.serve.openai.answers import AnswerWriter
 from gulliver.serve.openai.generation import Generation
-from gulliver.serve.openai.writer import AnswerWriter
 
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -44,7 +44,7 @@ class EventStream(Response):
         watch = asyncio.ensure_future(run.watch(receive))
         try:
             await send({"type": "http.response.start", "status": HTTPStatus.OK, "headers": HEADERS})
-            body = writer.opening(len(run.requests))
+            body = b"".join(map(writer.event, writer.opening()))
             while True:
                 if body:
                     await send({"type": "http.response.body", "body": body, "more_body": True})
@@ -61,9 +61,9 @@ class EventStream(Response):
 
 
 async def answered(run: Generation, request: HttpRequest, writer: AnswerWriter) -> Response:
-    """Start the run and answer: as a stream, or in one once it has ended; 499 when the client went away before.
+    """Start the run and answer: as a stream, or in one once it has ended.
 
-    ApiError when the engine does not take it.
+    ApiError when the engine does not take it, and when the client disconnected before the end.
     """
     run.start()
     if run.streamed:
@@ -76,7 +76,7 @@ async def answered(run: Generation, request: HttpRequest, writer: AnswerWriter) 
         watch.cancel()
         run.cancel()
     if run.gone:
-        return Response(status_code=CLIENT_CLOSED)
+        raise gone()
     size = sum(len(piece.tokens) + len(piece.prompt) for _, piece in pieces)
     if size > INLINE_TOKENS:
         body = await asyncio.to_thread(writer.whole, pieces, len(run.requests))

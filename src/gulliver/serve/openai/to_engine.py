@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from gulliver.core.errors import ConfigError
 from gulliver.runtime.batching.records import Request
 from gulliver.runtime.sampling import Sampling
 from gulliver.serve.errors import bad_request
@@ -21,22 +20,22 @@ SMALLEST_TOP_P = 1e-9
 
 
 def engine_request(
-    body: GenerationFields,
-    prompt: Sequence[int],
-    model: ServedModel,
-    timeout_seconds: float,
-    param: str,
-    *,
-    max_tokens: int | None,
-    top_logprobs: int | None,
-    echo_logprobs: bool = False,
-    grammar: Any = None,
+    body: GenerationFields, prompt: Sequence[int], model: ServedModel, timeout_seconds: float
 ) -> Request:
-    """What an engine takes. ApiError, about the field `param`, when the prompt and its answer exceed the context.
+    """What chats and completions state alike. ApiError for a bias on a token that does not exist."""
+    return Request(
+        prompt=tuple(prompt),
+        sampling=_sampling(body, model.engine.decoder.vocabulary),
+        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+        stop_tokens=tuple(body.stop_token_ids or ()),
+        ignore_end=bool(body.ignore_eos),
+        timeout_seconds=timeout_seconds,
+    )
 
-    `max_tokens` is cut to what the context leaves; None is all of it.
-    """
-    context, stop = model.engine.context, body.stop
+
+def fitted(prompt: Sequence[int], max_tokens: int | None, model: ServedModel, param: str) -> int | None:
+    """`max_tokens`, at most what the context leaves. ApiError when the prompt leaves room for no token at all."""
+    context = model.engine.context
     room = context - len(prompt)
     if room < (0 if max_tokens == 0 else 1):
         raise bad_request(
@@ -44,25 +43,10 @@ def engine_request(
             param,
             "context_length_exceeded",
         )
-    try:
-        return Request(
-            prompt=tuple(prompt),
-            max_tokens=None if max_tokens is None else min(max_tokens, room),
-            sampling=_sampling(body, model.engine.decoder.vocabulary),
-            stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
-            stop_tokens=tuple(body.stop_token_ids or ()),
-            ignore_end=bool(body.ignore_eos),
-            top_logprobs=top_logprobs,
-            echo_logprobs=echo_logprobs,
-            grammar=grammar,
-            timeout_seconds=timeout_seconds,
-        )
-    except ConfigError as error:
-        raise bad_request(str(error), param) from None
+    return None if max_tokens is None else min(max_tokens, room)
 
 
 def _sampling(body: GenerationFields, vocabulary: int) -> Sampling:
-    """How tokens are chosen. ApiError for a bias on a token that does not exist."""
     biases = []
     for token, bias in (body.logit_bias or {}).items():
         if not (token.isascii() and token.isdigit() and len(token) <= 10 and int(token) < vocabulary):

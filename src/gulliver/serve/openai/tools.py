@@ -167,12 +167,8 @@ def _call_schema(tool: Tool) -> dict[str, Any]:
 # ---- what the template is given --------------------------------------------------------------------------------------
 
 
-def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as chat templates expect them: plain text, "system" for "developer", arguments as objects."""
-    return [_template_message(message) for message in messages]
-
-
-def _template_message(message: Message) -> dict[str, Any]:
+def template_message(message: Message) -> dict[str, Any]:
+    """A message as chat templates expect it: plain text, "system" for "developer", arguments as objects."""
     row = message.model_dump(exclude={"content", "tool_calls"}, exclude_none=True) | {"content": message.text}
     if message.role == "developer":
         row["role"] = "system"
