@@ -15,7 +15,8 @@ from gulliver.cli.arguments import Argument, parsers_json
 from gulliver.cli.commands import COMMANDS
 from gulliver.cli.parser import EVERYWHERE, MAKING
 from gulliver.core.store.files import write_atomic
-from gulliver.pipeline.steps import INPUT_KINDS, STEPS, Step, fields_of, options_class
+from gulliver.pipeline.steps import INPUT_KINDS, STEPS, Step, fields_of
+from gulliver.tasks.family import named
 
 ROOT = Path(__file__).parent.parent
 
@@ -149,7 +150,7 @@ def stub() -> str:
 def _function(row: Step) -> list[str]:
     """One step as a function."""
     given = [_input(row, role) for role in row.needs] + [f"{_input(row, role)} | None = None" for role in row.optional]
-    fields = [_field(name, info) for name, info in fields_of(options_class(row)).items()]
+    fields = [_field(name, info) for name, info in fields_of(named(row.options)).items()]
     shared = [
         "home: Path | str | None = None",
         "database_url: str | None = None",

@@ -12,6 +12,7 @@ from engine_samples import FakeDecoder, hashed
 from language_samples import write_causal, write_encoder
 
 import gulliver
+from gulliver.cli.show import bench_table
 from gulliver.core.errors import ConfigError, GulliverError
 from gulliver.nets.files import stored_tensors, weight_files
 from gulliver.pipeline import bench
@@ -40,7 +41,7 @@ def test_everything_is_measured(command: Run, tmp_path: Path, monkeypatch: pytes
     cold = found["cold"]
     assert cold["prompt_tokens"] > 10 and 0 < cold["load_seconds"]["median"] < cold["first_token_seconds"]["median"]
     assert cold["rss_bytes"]["median"] < 250e6, "a process without torch is small"
-    shown = "\n".join(bench.lines(found))
+    shown = "\n".join(bench_table(found))
     for word in ("prefill", "16 streams", "share of it", "beyond the file"):
         assert word in shown
 
@@ -50,7 +51,7 @@ def test_what_has_no_native_path_is_measured_on_the_other(tmp_path: Path) -> Non
     assert found["backend"] == "reference" and "natively, because" in found["why"]
     assert found["examples_per_s"]["median"] > 0
     assert (found["streams"], found["bandwidth"], found["cold"]) == (None, None, None)
-    assert "examples" in "\n".join(bench.lines(found))
+    assert "examples" in "\n".join(bench_table(found))
 
 
 @pytest.mark.parametrize(

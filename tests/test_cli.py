@@ -14,8 +14,8 @@ from postgres import postgres_server, postgres_url  # noqa: F401 - fixtures
 from gulliver.cli import main as cli
 from gulliver.cli.arguments import PARSERS, arguments, model
 from gulliver.cli.commands import COMMANDS, Command
+from gulliver.cli.make import _value
 from gulliver.cli.parser import parsed
-from gulliver.cli.step import _value
 from gulliver.core.errors import BudgetError, GateRefused
 from gulliver.core.store.store import Store
 from gulliver.pipeline.steps import STEPS, Step

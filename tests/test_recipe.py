@@ -54,7 +54,7 @@ def test_a_good_recipe_keeps_the_order_of_the_file() -> None:
     assert isinstance(parent, StepCall)
     assert isinstance(small, StepCall)
     assert isinstance(gate, GateCall)
-    assert (parent.line, small.line, gate.line) == (4, 13, 24)
+    assert [key_lines(GOOD)[at] for at in (("step", 0), ("step", 1), ("gate", 0))] == [4, 13, 24]
     assert dict(small.inputs) == {"model": "parent"}
     assert small.config.group_sizes == (32, 64)
     assert gate.gate.at_most == 1000
@@ -144,6 +144,8 @@ def test_every_key_is_found_on_its_line(tables: list[tuple[str, list[tuple[str, 
         expected[(name, index)] = text.count("\n")
         for key, value in pairs:
             expected[(name, index, key)] = text.count("\n") + 1
+            if value.startswith("{"):
+                expected[(name, index, key, "a")] = expected[(name, index, key)]
             text += f"{key} = {value}\n"
     tomllib.loads(text)
     assert key_lines(text) == expected

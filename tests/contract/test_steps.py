@@ -17,6 +17,7 @@ from gulliver.core.store.manifest import KINDS
 from gulliver.pipeline import steps
 from gulliver.pipeline.recipe import CALL_KEYS
 from gulliver.pipeline.steps import INPUT_KINDS, STEPS, Step
+from gulliver.tasks.family import named
 
 each_step = pytest.mark.parametrize("row", STEPS, ids=lambda row: row.name)
 UNITS = {
@@ -52,7 +53,7 @@ def test_the_public_names_are_functions_and_editors_know_them() -> None:
 
 @each_step
 def test_the_function_is_there(row: Step) -> None:
-    function = steps.function(row)
+    function = named(row.function)
     assert list(inspect.signature(function).parameters) == ["cfg", "inputs", "ctx"]
     assert inspect.isfunction(function)
 
@@ -69,11 +70,11 @@ def test_inputs_and_outputs_are_known_kinds(row: Step) -> None:
 
 @each_step
 def test_the_config_is_frozen_and_strict(row: Step) -> None:
-    config = steps.options_class(row)
+    config = named(row.options)
     assert issubclass(config, BaseModel)
     stage = row.function.split(".")[1]
     assert row.options == f"gulliver.{stage}.options:{row.name.capitalize()}Options"
-    assert inspect.signature(steps.function(row)).parameters["cfg"].annotation == config.__name__
+    assert inspect.signature(named(row.function)).parameters["cfg"].annotation == config.__name__
     assert config.model_config.get("frozen")
     assert config.model_config.get("extra") == "forbid"
     assert set(row.reads) <= set(config.model_fields)
@@ -81,7 +82,7 @@ def test_the_config_is_frozen_and_strict(row: Step) -> None:
 
 @each_step
 def test_fields_carry_units_and_no_name_that_recipes_use(row: Step) -> None:
-    fields = steps.fields_of(steps.options_class(row))
+    fields = steps.fields_of(named(row.options))
     reserved = {*CALL_KEYS, *row.needs, *row.optional, "home", "database", "json", "quiet", "out", "progress"}
     assert not set(fields) & reserved
     for name in fields:
@@ -93,7 +94,7 @@ def test_fields_carry_units_and_no_name_that_recipes_use(row: Step) -> None:
 
 @each_step
 def test_every_field_can_be_written_in_json_and_on_the_command_line(row: Step) -> None:
-    for name, field in steps.fields_of(steps.options_class(row)).items():
+    for name, field in steps.fields_of(named(row.options)).items():
         assert field.annotation is not None
         assert not _callable_or_class(field.annotation), f"{row.name}.{name}: no class paths, no callables"
         if not field.is_required():

@@ -20,6 +20,7 @@ HELP = """Write a message and press Enter. Ctrl-C stops an answer; Ctrl-D leaves
 /set              show the settings
 /set NAME VALUE   change one: /set temperature 0.7, /set max_tokens 200, /set seed none
 /help             show this"""
+ORDERS = ("new", "system", "set", "help")
 SETTINGS = ("max_tokens", *(field.name for field in fields(Sampling) if field.name != "logit_bias"))
 
 
@@ -86,37 +87,29 @@ class Chat:
 
     def _order(self, line: str) -> None:
         word, _, rest = line[1:].partition(" ")
-        orders = {"new": self._new, "system": self._new_system, "set": self._set, "help": lambda _: self._tell(HELP)}
-        if word not in orders:
-            raise ConfigError(f"{unknown('order', '/' + word, ['/' + order for order in orders])} /help explains them")
-        orders[word](rest.strip())
+        if word not in ORDERS:
+            raise ConfigError(f"{unknown('order', '/' + word, ['/' + order for order in ORDERS])} /help explains them")
+        if word == "help":
+            self._tell(HELP)
+        elif word == "set":
+            self._set(*rest.strip().partition(" ")[::2])
+        else:
+            with_message = ""
+            if word == "system":
+                self._system = rest.strip() or None
+                with_message = " with this system message" if self._system else " without one"
+            self._begin()
+            self._tell(f"a new conversation{with_message}")
 
-    def _new(self, rest: str) -> None:
-        del rest
-        self._begin()
-        self._tell("a new conversation")
-
-    def _new_system(self, text: str) -> None:
-        self._system = text or None
-        self._begin()
-        self._tell("a new conversation with this system message" if text else "a new conversation without one")
-
-    def _set(self, rest: str) -> None:
-        if rest:
-            self._change(*rest.partition(" ")[::2])
+    def _set(self, name: str, text: str) -> None:
+        if name and name not in SETTINGS:
+            raise ConfigError(unknown("setting", name, SETTINGS))
+        if name == "max_tokens":
+            self._max_tokens = _number(name, text.strip())
+        elif name:
+            self._sampling = replace(self._sampling, **{name: _number(name, text.strip())})
         values = {"max_tokens": self._max_tokens, **{name: getattr(self._sampling, name) for name in SETTINGS[1:]}}
         self._tell(", ".join(f"{name} {'none' if value is None else value}" for name, value in values.items()))
-
-    def _change(self, name: str, text: str) -> None:
-        if name not in SETTINGS:
-            raise ConfigError(unknown("setting", name, SETTINGS))
-        value = _number(name, text.strip())
-        if name == "max_tokens":
-            if value is not None and value < 1:
-                raise ConfigError(f"max_tokens is {text}; it must be at least 1, or none for what the context holds")
-            self._max_tokens = value
-        else:
-            self._sampling = replace(self._sampling, **{name: value})
 
 
 def _lines() -> Any:
@@ -141,6 +134,8 @@ def _number(name: str, text: str) -> Any:
         return None
     with contextlib.suppress(ValueError):
         value = json.loads(text)
+        if name == "max_tokens" and type(value) is int and value < 1:
+            raise ConfigError(f"max_tokens is {text}; it must be at least 1, or none for what the context holds")
         if type(value) is int or (type(value) is float and not whole):
             return value
     raise ConfigError(f"{name} is {text!r}; write a {'whole ' if whole else ''}number, for example /set {name} 1")

@@ -45,19 +45,19 @@ class Command:
 
 
 COMMANDS = (
-    Command("fit", "fit:fit", "FitOptions", "the best model that fits a budget of bytes, memory, speed and quality"),
-    Command("run", "fit:run", "RunOptions", "a whole life from a recipe; resumable; writes an HTML report"),
+    Command("fit", "make:fit", "FitOptions", "the best model that fits a budget of bytes, memory, speed and quality"),
+    Command("run", "make:run", "RunOptions", "a whole life from a recipe; resumable; writes an HTML report"),
     Command("audit", "show:audit", "AuditOptions", "measure quality, size, memory and speed now"),
     Command("show", "show:show", "OneArtifact", "an artifact's card, lineage and evidence"),
     Command("verify", "show:verify", "OneArtifact", "derive every hash of an artifact again"),
     Command("list", "show:list_all", "NoOptions", "all artifacts of this home"),
     Command(
         "doctor",
-        "doctor:doctor",
+        "show:doctor",
         "NoOptions",
         "cores, memory, instruction set, measured bandwidth and peaks, which kernels run and why",
     ),
-    Command("ask", "ask:ask", "AskOptions", "answer one request with a model of any family"),
+    Command("ask", "generate:ask", "AskOptions", "answer one request with a model of any family"),
     Command(
         "generate",
         "generate:generate",
@@ -68,8 +68,8 @@ COMMANDS = (
     ),
     Command("chat", "generate:chat", "ChatOptions", "talk with a model on the terminal", streams=True, cold=True),
     Command(
-        "bench", "bench:bench", "BenchOptions", "prefill, decode, batch, cold start and memory of a model, measured now"
+        "bench", "show:bench", "BenchOptions", "prefill, decode, batch, cold start and memory of a model, measured now"
     ),
     Command("serve", "serve:serve", "ServeOptions", "answer requests over HTTP as OpenAI's API does, with a chat page"),
-    Command("keys", "keys:keys", "KeysOptions", "the API keys that `gulliver serve` asks for"),
+    Command("keys", "serve:keys", "KeysOptions", "the API keys that `gulliver serve` asks for"),
 )

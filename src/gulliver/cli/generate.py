@@ -1,19 +1,43 @@
-"""The commands `generate` and `chat`; their first word comes at once, so nothing here imports pydantic."""
+"""The commands `ask`, `generate` and `chat`; their first word comes at once, so nothing here imports pydantic."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gulliver.cli.session import Session, opening
 from gulliver.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from gulliver.cli.options import AnswerOptions, ChatOptions, GenerateOptions
-    from gulliver.cli.session import Session
+    from gulliver.cli.options import AnswerOptions, AskOptions, ChatOptions, GenerateOptions
+
+
+def ask(options: AskOptions, session: Session) -> tuple[Any, list[str]]:
+    """One answer of a model of any family. ConfigError or DataError for an input that it does not understand."""
+    from gulliver.pipeline.ask import answered, open_answerer
+
+    given = _given([sys.stdin.read()] if options.input == ("-",) else list(options.input))
+    how = opening(options, slots=1)
+    with open_answerer(options.model, how, store=lambda: session.store, progress=session.progress) as answerer:
+        response = answered(answerer, given)
+        session.progress.print(f"{answerer.name} by {answerer.backend}: {answerer.why}")
+        return response.model_dump(), answerer.show(response)
+
+
+def _given(words: list[str]) -> Any:
+    """What was written after the model: a JSON object is a request, everything else is the family's to read."""
+    if len(words) == 1 and words[0].lstrip().startswith("{"):
+        try:
+            return json.loads(words[0])
+        except (ValueError, RecursionError):
+            return words  # a prompt may begin with a brace
+    return words
 
 
 # ---- generate --------------------------------------------------------------------------------------------------------
@@ -23,27 +47,21 @@ def generate(options: GenerateOptions, session: Session) -> tuple[Any, list[str]
 
     prompts = _prompts(options)
     sampling, schema = _sampling(options), _schema(options.json_schema)
-    opening = _opening(options, min(len(prompts), SLOTS))
-    with open_model(options.model, opening, store=lambda: session.store, progress=session.progress) as model:
+    how = opening(options, slots=min(len(prompts), SLOTS))
+    with open_model(options.model, how, store=lambda: session.store, progress=session.progress) as model:
         if not options.raw and not model.has_chat_template:
             session.progress.print(f"{model.folder.name} has no chat template: the prompt itself is continued")
-        limit = {} if options.max_tokens is None else {"max_tokens": options.max_tokens}
-        requests = [
-            model.request(
-                model.tokens(prompt, raw=options.raw, system=options.system),
-                sampling=sampling,
-                stop=options.stop,
-                json_schema=schema,
-                **limit,
-            )
-            for prompt in prompts
-        ]
+        asked: dict[str, Any] = {"sampling": sampling, "stop": options.stop, "json_schema": schema}
+        if options.max_tokens is not None:
+            asked["max_tokens"] = options.max_tokens
+        tokens = [model.tokens(prompt, raw=options.raw, system=options.system) for prompt in prompts]
+        requests = [model.request(one, **asked) for one in tokens]
         if options.prompts is not None:
             return _many(options, model, requests, session)
-        answer = model.answer(requests[0], (lambda text: None) if session.json else _write)
+        answer = model.answer(requests[0], _writer(session))
         document = {**asdict(answer), "timings": answer.timings(), **_how(model, raw=options.raw)}
-        if not session.json and not answer.text.endswith("\n"):
-            _write("\n")
+        if not answer.text.endswith("\n"):
+            _writer(session)("\n")
         session.progress.print(model.told(answer))
     return document, []
 
@@ -53,8 +71,7 @@ def _many(options: GenerateOptions, model: Any, requests: list[Any], session: Se
     answers = model.answers(requests)
     seconds = time.perf_counter() - began
     rows = [{"text": answer.text, "finish_reason": answer.finish_reason} for answer in answers]
-    if not session.json:
-        _write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    _writer(session)("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     tokens = sum(answer.completion_tokens for answer in answers)
     session.progress.print(f"{len(rows)} answers, {tokens} tokens, {tokens / seconds:.0f} tokens/s; {model.told()}")
     document = {"answers": rows, "completion_tokens": tokens, "tokens_per_s": round(tokens / seconds, 2)}
@@ -84,11 +101,9 @@ def _prompts(options: GenerateOptions) -> list[Any]:
         if options.prompt is not None:
             raise ConfigError("--prompt and --prompts exclude each other; give one")
         return _prompt_lines(_read(options.prompts, "--prompts"))
-    if options.prompt in (None, "-"):
-        if options.prompt is None and sys.stdin.isatty():
-            raise ConfigError("there is nothing to answer; give --prompt TEXT, --prompts FILE or text by a pipe")
-        return [_utf8(sys.stdin.read)]
-    return [options.prompt]
+    if options.prompt is None and sys.stdin.isatty():
+        raise ConfigError("there is nothing to answer; give --prompt TEXT, --prompts FILE or text by a pipe")
+    return [_read("-", "--prompt") if options.prompt in (None, "-") else options.prompt]
 
 
 def _prompt_lines(text: str) -> list[Any]:
@@ -96,17 +111,15 @@ def _prompt_lines(text: str) -> list[Any]:
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
-        wrong = ConfigError(
-            f'line {number} of --prompts is {line[:60]!r}; write "text", {{"prompt": "text"}} or {{"messages": […]}}'
-        )
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            raise wrong from None
+            row = None
         if isinstance(row, dict) and len(row) == 1:
             row = row.get("prompt", row.get("messages"))
         if not (isinstance(row, str) or (isinstance(row, list) and row and all(isinstance(m, dict) for m in row))):
-            raise wrong
+            forms = '"text", {"prompt": "text"} or {"messages": […]}'
+            raise ConfigError(f"line {number} of --prompts is {line[:60]!r}; write {forms}")
         prompts.append(row)
     if not prompts:
         raise ConfigError("--prompts holds no prompt; write one a line")
@@ -126,18 +139,11 @@ def _schema(path: str | None) -> dict[str, Any] | None:
 
 
 def _read(path: str, option: str) -> str:
-    def read() -> str:
-        return Path(path).expanduser().read_text(encoding="utf-8")
-
+    """The text of a file; of standard input for "-"."""
     try:
-        return _utf8(read)
+        return sys.stdin.read() if path == "-" else Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{option} {path} cannot be read: {error.strerror}") from None
-
-
-def _utf8(read: Any) -> str:
-    try:
-        return read()
     except UnicodeDecodeError as error:
         raise ConfigError(f"the text is not UTF-8 (byte {error.start}); convert it first") from None
 
@@ -151,15 +157,9 @@ def _sampling(options: AnswerOptions) -> Any:
     return Sampling(**{"temperature": TEMPERATURE, **given})
 
 
-def _opening(options: AnswerOptions, slots: int = 1) -> Any:
-    from gulliver.pipeline.generate import Opening
-
-    return Opening(options.threads, options.isa, options.backend, options.ram, slots)
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+def _writer(session: Session) -> Callable[[str], object]:
+    """Writes text as it comes; with --json, where stdout is for the document, it writes nothing."""
+    return (lambda text: None) if session.json else partial(print, end="", flush=True)
 
 
 # ---- chat ------------------------------------------------------------------------------------------------------------
@@ -168,16 +168,11 @@ def chat(options: ChatOptions, session: Session) -> tuple[Any, list[str]]:
     from gulliver.cli.chat import Chat
     from gulliver.pipeline.generate import open_model
 
-    sampling = _sampling(options)
-    with open_model(options.model, _opening(options), store=lambda: session.store, progress=session.progress) as model:
+    sampling, how = _sampling(options), opening(options, slots=1)
+    with open_model(options.model, how, store=lambda: session.store, progress=session.progress) as model:
         if not model.has_chat_template:
             raise ConfigError(f"{options.model} has no chat template, which a chat needs; use `gulliver generate`")
-        talk = Chat(
-            model,
-            sampling,
-            max_tokens=options.max_tokens,
-            system=options.system,
-            tell=session.progress.print,
-        )
-        talk.run((lambda text: None) if session.json else _write)
+        limit, tell = options.max_tokens, session.progress.print
+        talk = Chat(model, sampling, max_tokens=limit, system=options.system, tell=tell)
+        talk.run(_writer(session))
         return {"messages": talk.messages, **_how(model, raw=False)}, []

@@ -65,7 +65,7 @@ def _act(line: Parsed, words: list[str]) -> tuple[Any, list[str]]:
     home, database, as_json, quiet = (line.everywhere[name] for name in ("home", "database", "json_", "quiet"))
     session = Session(home, database, Progress(quiet=quiet), shlex.join(["gulliver", *words]), as_json)
     if isinstance(line.row, Step):
-        from gulliver.cli.step import run_step
+        from gulliver.cli.make import run_step
 
         return run_step(line.row, line.given, session)
     return line.row.act(line.given, session)

@@ -1,4 +1,4 @@
-"""The command `serve`."""
+"""The commands `serve` and `keys`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gulliver.cli.options import ServeOptions
-from gulliver.cli.session import Session
+from gulliver.cli.options import KeysOptions, ServeOptions
+from gulliver.cli.session import Session, opening
 from gulliver.core.errors import ConfigError
 
 
@@ -64,22 +64,12 @@ def named_models(specs: Sequence[str]) -> list[tuple[str, str]]:
 
 def opened(name: str, spec: str, options: ServeOptions, session: Session) -> Any:
     """A model, loaded and ready to be served. A folder on this machine is used in place, without a store."""
-    from gulliver.core.quantities import parse_size
     from gulliver.core.store.artifact import MANIFEST, open_artifact
     from gulliver.pipeline.ask import open_answerer
     from gulliver.serve.state import ServedModel
-    from gulliver.tasks.answerer import OpenOptions
 
-    opening = OpenOptions(
-        threads=options.threads,
-        cache_tokens=options.cache_tokens,
-        slots=options.slots,
-        queue=options.queue,
-        backend=options.backend,
-        isa=options.isa,
-        max_ram_bytes=parse_size(options.ram, "--ram") if options.ram else None,
-    )
-    answerer = open_answerer(spec, opening, store=lambda: session.store, name=name, progress=session.progress)
+    how = opening(options, slots=options.slots, cache_tokens=options.cache_tokens, queue=options.queue)
+    answerer = open_answerer(spec, how, store=lambda: session.store, name=name, progress=session.progress)
     folder = answerer.folder
     artifact = open_artifact(folder) if (folder / MANIFEST).is_file() else None
     return ServedModel(
@@ -88,3 +78,27 @@ def opened(name: str, spec: str, options: ServeOptions, session: Session) -> Any
         artifact_id=artifact.id if artifact is not None else None,
         size_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
     )
+
+
+def keys(options: KeysOptions, session: Session) -> tuple[Any, list[str]]:
+    """Make, remove or list keys. ConfigError for a name that is taken, unknown or malformed."""
+    from gulliver.serve.keys import add_key, read_keys, remove_key
+
+    del session
+    path = Path(options.file)
+    if options.add and options.remove:
+        raise ConfigError("--add and --remove exclude each other; run the command twice")
+    limits = {"requests_per_minute": options.requests_per_minute, "tokens_per_minute": options.tokens_per_minute}
+    if not options.add and any(limit is not None for limit in limits.values()):
+        raise ConfigError("limits belong to a new key; use them with --add NAME")
+    if options.add:
+        secret = add_key(path, options.add, **limits)
+        return {"name": options.add, "key": secret}, [secret, "this is shown once; keep it safe"]
+    if options.remove:
+        remove_key(path, options.remove)
+        return {"removed": options.remove}, [f"{options.remove} is removed"]
+    rows = [{name: getattr(key, name) for name in ("name", *limits)} for key in read_keys(path)]
+    lines = []
+    for name, requests, tokens in (row.values() for row in rows):
+        lines.append(f"{name}: {requests or 'any number of'} requests, {tokens or 'any number of'} tokens a minute")
+    return {"keys": rows}, lines or ["no keys yet"]

@@ -1,12 +1,13 @@
-"""The commands that look and measure: `audit`, `show`, `verify` and `list`."""
+"""The commands that look and measure: `audit`, `show`, `verify`, `list`, `doctor` and `bench`."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from importlib import import_module
 from typing import Any
 
-from gulliver.cli.options import AuditOptions, NoOptions, OneArtifact
-from gulliver.cli.session import Session
-from gulliver.cli.text import evidence_table, megabytes, table
+from gulliver.cli.options import AuditOptions, BenchOptions, NoOptions, OneArtifact
+from gulliver.cli.session import Session, evidence_table, listed, megabytes, table
 
 
 def audit(options: AuditOptions, session: Session) -> tuple[Any, list[str]]:
@@ -29,7 +30,7 @@ def show(options: OneArtifact, session: Session) -> tuple[Any, list[str]]:
         f"task {document['task']}, made by {document['step']['name']} version {document['step']['version']}",
         f"folder {document['path']}, {megabytes(document['weight_bytes'])} of weights",
         "",
-        *table(("lineage", "kind", "step", "from"), [_ancestor(manifest) for manifest in document["lineage"]]),
+        *table([("lineage", "kind", "step", "from"), *map(_ancestor, document["lineage"])]),
     ]
     return document, [*lines, "", *evidence_table(document["evidence"])]
 
@@ -53,26 +54,81 @@ def verify(options: OneArtifact, session: Session) -> tuple[Any, list[str]]:
 def list_all(options: NoOptions, session: Session) -> tuple[Any, list[str]]:
     """All artifacts of this home."""
     del options
-    held = session.store.artifacts()
-    document = [
-        {
-            "id": item.id,
-            "kind": item.kind,
-            "task": item.task,
-            "step": item.step["name"],
-            "weight_bytes": item.weight_bytes,
-            "path": str(item.path),
-        }
-        for item in held
-    ]
-    rows = [
-        (
-            item.id[:12],
-            item.kind,
-            item.task,
-            str(item.step["name"]),
-            megabytes(item.weight_bytes) if item.weight_bytes else "",
-        )
-        for item in held
-    ]
-    return document, table(("id", "kind", "task", "step", "weights"), rows) if rows else ["nothing yet"]
+    document = [{**listed(item), "step": item.step["name"]} for item in session.store.artifacts()]
+    rows = [("id", "kind", "task", "step", "weights")]
+    for item in document:
+        weights = megabytes(item["weight_bytes"]) if item["weight_bytes"] else ""
+        rows.append((item["id"][:12], item["kind"], item["task"], item["step"], weights))
+    return document, table(rows) if document else ["nothing yet"]
+
+
+def doctor(options: NoOptions, session: Session) -> tuple[Any, list[str]]:
+    """Cores, memory, instruction set, measured bandwidth and peaks, which kernels run and why."""
+    from gulliver.core.machine import describe
+
+    del options
+    document = asdict(describe(session.store.home))
+    document["kernels"] = kernels = _kernels()
+    rows = [(name, str(value)) for name, value in document.items() if name != "kernels"]
+    return document, table([*rows, *((f"kernels {row['name']}", f"{row['state']}: {row['why']}") for row in kernels)])
+
+
+def _kernels() -> list[dict[str, str]]:
+    """What can run a model here, best first: its state is "runs", "can run" or "cannot run"."""
+    from gulliver.runtime.decode import native_reason
+    from gulliver.runtime.lower import ARCHITECTURES
+
+    reason = native_reason()
+    rows: list[dict[str, str]] = []
+    if reason is None:
+        native: Any = import_module("gulliver.runtime._native")
+        for name, here, why in native.instruction_sets():
+            first = here and not any(row["state"] == "runs" for row in rows)
+            state = "runs" if first else "can run" if here else "cannot run"
+            rows.append({"name": name, "state": state, "why": f"{why}; --isa {name} forces it" if here else why})
+        rows[[row["state"] for row in rows].index("runs")]["why"] += "; it is the best that is here"
+    else:
+        rows.append({"name": "native", "state": "cannot run", "why": reason})
+    native_ones = ", ".join(name.removesuffix("ForCausalLM") for name in ARCHITECTURES)
+    what = f"what is not {native_ones}" if reason is None else "every model"
+    return [*rows, {"name": "reference", "state": "runs", "why": f"{what}: the reference path, on torch"}]
+
+
+def bench(options: BenchOptions, session: Session) -> tuple[Any, list[str]]:
+    """Measure speed and memory now; the medians and their intervals."""
+    from gulliver.pipeline.bench import bench
+
+    document = bench(**options.model_dump(), store=lambda: session.store, progress=session.progress)
+    return document, bench_table(document)
+
+
+def bench_table(document: dict[str, Any]) -> list[str]:
+    """The document as a table for people."""
+    rows = [("model", document["model"]), ("runs on", f"{document['backend']}, {document['threads']} threads")]
+    rows += [("why", document["why"])]
+    for name, value in document.items():
+        if name.endswith("_per_s"):
+            rows.append((name.removesuffix("_tokens_per_s").replace("_", " "), _shown(value, "tokens/s")))
+    for count, value in (document["streams"] or {}).items():
+        rows.append((f"{count} stream{'' if count == '1' else 's'}", _shown(value, "tokens/s")))
+    limit = document["bandwidth"]
+    if limit is not None:
+        rows.append(("bandwidth", _shown(limit["gb_per_s"], "GB/s")))
+        read = f"of what {limit['bytes_per_token'] / 1e6:.1f} MB a token allow"
+        rows.append(("share of it", _shown(limit["decode_share"], f"% {read}", 100)))
+    rows.append(("file", megabytes(document["file_bytes"])))
+    memory = document["memory"]
+    peak, beyond = (memory[name] / 1e6 for name in ("peak_ram_bytes", "peak_beyond_file_bytes"))
+    rows.append(("memory", f"{peak:.0f} MB, {beyond:.0f} MB beyond it"))
+    cold = document["cold"]
+    if cold is not None:
+        rows.append(("cold", _shown(cold["first_token_seconds"], "ms from the imports to the first token", 1e3)))
+        if cold["process_seconds"] is not None:
+            rows.append(("", _shown(cold["process_seconds"], "ms for the whole process", 1e3)))
+        rows.append(("", _shown(cold["rss_beyond_file_bytes"], "MB of memory beyond the file", 1e-6)))
+    return table(rows)
+
+
+def _shown(value: dict[str, Any], unit: str, factor: float = 1.0) -> str:
+    median, low, high = (factor * value[name] for name in ("median", "low", "high"))
+    return f"{median:,.1f} ({low:,.1f} … {high:,.1f}) {unit}"

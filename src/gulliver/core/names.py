@@ -12,10 +12,15 @@ def nearest(name: str, choices: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
-def unknown(what: str, name: object, choices: Iterable[str]) -> str:
-    """One line for an error: "unknown metric 'perplexty'; did you mean 'perplexity'?", or every choice."""
+def did_you_mean(name: object, choices: Iterable[str]) -> str:
+    """The end of an error message: "; did you mean 'bits'?", or every choice."""
     known = sorted(choices)
     near = nearest(str(name), known)
     if near is not None:
-        return f"unknown {what} {name!r}; did you mean {near!r}?"
-    return f"unknown {what} {name!r}; there are: {', '.join(known)}"
+        return f"; did you mean {near!r}?"
+    return f"; there are: {', '.join(known)}" if known else ""
+
+
+def unknown(what: str, name: object, choices: Iterable[str]) -> str:
+    """One line for an error: "unknown metric 'perplexty'; did you mean 'perplexity'?", or every choice."""
+    return f"unknown {what} {name!r}{did_you_mean(name, choices)}"

@@ -12,9 +12,10 @@ from gulliver.core.progress import Progress
 from gulliver.core.store import artifact as artifacts
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.store import Store
-from gulliver.pipeline.call import Call, call, open_store
+from gulliver.pipeline.call import Call, call
 from gulliver.pipeline.resolve import data_of, original, resolve_any, resolve_data, resolve_inputs, resolve_model
-from gulliver.pipeline.steps import fields_of, find, options_class
+from gulliver.pipeline.steps import fields_of, find
+from gulliver.tasks.family import named
 
 _LONG = ("format", "config", "seed", "files")
 """What `show` leaves out of the artifacts of a lineage."""
@@ -35,12 +36,12 @@ def step_function(name: str) -> Callable[..., Artifact]:
         progress: Progress | None = None,
         **options: Any,
     ) -> Artifact:
-        positions = (*row.needs, *row.optional) or tuple(fields_of(options_class(row)))
+        positions = (*row.needs, *row.optional) or tuple(fields_of(named(row.options)))
         if len(inputs) > len(positions):
             raise ConfigError(f"{name} takes at most {len(positions)} inputs by position: {', '.join(positions)}")
         options = {**dict(zip(positions, inputs, strict=False)), **options}
         given = {role: options.pop(role) for role in (*row.needs, *row.optional) if role in options}
-        store = open_store(home, database_url)
+        store = Store(home, database_url)
         found = resolve_inputs(row, given, options, store, progress)
         return call(name, options, found, store=store, seed=seed, progress=progress, command=f"gulliver.{name}(…)")
 
@@ -67,7 +68,7 @@ def audit(
     `parent` defaults to the model it was made from; `data` to the held-out part of the data it was made with.
     DataError if there is no data to measure quality on.
     """
-    store = store or open_store(home)
+    store = store or Store(home)
     target = resolve_model(model, store, progress=progress)
     older = original(target, store) if parent is None else resolve_model(parent, store, progress=progress)
     if data is not None:
@@ -92,7 +93,7 @@ def newest(evidence: list[Evidence]) -> list[Evidence]:
 
 def show(spec: str | Path | Artifact, *, home: Path | str | None = None, store: Store | None = None) -> dict[str, Any]:
     """Card, lineage and evidence of an artifact as a JSON object."""
-    store = store or open_store(home)
+    store = store or Store(home)
     found = resolve_any(spec, store)
     lineage = store.lineage(found.id)
     return {
@@ -111,11 +112,11 @@ def verify(spec: str | Path | Artifact, *, home: Path | str | None = None, store
     elif Path(spec).expanduser().is_dir():
         found = artifacts.open_artifact(Path(spec).expanduser())
     else:
-        found = resolve_any(spec, store or open_store(home))
+        found = resolve_any(spec, store or Store(home))
     artifacts.verify(found)
     return found
 
 
 def list_artifacts(*, home: Path | str | None = None, store: Store | None = None) -> list[Artifact]:
     """All artifacts in the store."""
-    return (store or open_store(home)).artifacts()
+    return (store or Store(home)).artifacts()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
 from gulliver.core.progress import Progress
@@ -17,15 +17,25 @@ from gulliver.runtime.packing import is_packed
 from gulliver.tasks import detect_task, family, open_model
 from gulliver.tasks.answerer import Answerer, Can, OpenOptions
 
+if TYPE_CHECKING:
+    from gulliver.core.store.store import Store
+
 Spec = str | Path | Artifact
 """What users name a model by: an artifact, its id, a folder, a .gguf file, catalog:… or hf:…"""
+
+
+def open_store(home: Path | str | None = None, database_url: str | None = None) -> Store:
+    """The store under `home` (default ~/.gulliver), its database there or at `database_url`; both are imported now."""
+    from gulliver.core.store.store import Store
+
+    return Store(home, database_url)
 
 
 def open_answerer(
     spec: Spec,
     options: OpenOptions | None = None,
     *,
-    store: Callable[[], Any],
+    store: Callable[[], Store],
     name: str | None = None,
     can: Can = "predict",
     progress: Progress | None = None,
@@ -47,11 +57,17 @@ def open_answerer(
             if (folder / MANIFEST).is_file() or is_packed(folder):
                 raise
             # An older checkpoint, whose names `pull` translates, or a damaged one, of which it says what is wrong.
+    folder, task = resolved(spec, store, progress)
+    _check(spec, task, can)
+    return open_model(folder, task, name or folder.name, options)
+
+
+def resolved(spec: Spec, store: Callable[[], Store], progress: Progress | None = None) -> tuple[Path, str]:
+    """(folder, family) of a model that must be looked up or made."""
     from gulliver.pipeline.resolve import resolve_model  # after the lines that need no store: its database takes 30 MB
 
     artifact = resolve_model(spec, store(), progress=progress)
-    _check(spec, artifact.task, can)
-    return open_model(artifact.path, artifact.task, name or artifact.path.name, options)
+    return artifact.path, artifact.task
 
 
 def _check(spec: Spec, task: str, can: Can) -> None:
@@ -93,15 +109,9 @@ def ask(
     `input` is a request of the model's family as a mapping, or what a person would write: a prompt, texts, the path of
     a picture. DataError for a request that the family does not understand, naming the field.
     """
-
-    def store() -> Any:
-        from gulliver.pipeline.call import open_store
-
-        return open_store(home)
-
     if isinstance(model, Answerer):
         return answered(model, input).model_dump()
-    with open_answerer(model, options, store=store) as answerer:
+    with open_answerer(model, options, store=lambda: open_store(home)) as answerer:
         return answered(answerer, input).model_dump()
 
 

@@ -18,9 +18,8 @@ from typing import Any
 from gulliver.audit.measure import in_fresh_process
 from gulliver.core.errors import ConfigError, GulliverError
 from gulliver.core.progress import Progress
-from gulliver.core.store.artifact import Artifact
 from gulliver.nets.files import weight_files
-from gulliver.pipeline.ask import local_folder
+from gulliver.pipeline.ask import Spec, local_folder, open_store, resolved
 
 STREAMS = (1, 4, 16)
 COLD_STARTS = 5
@@ -29,7 +28,7 @@ CONFIDENCE = 0.95
 
 
 def bench(
-    model: str | Path | Artifact,
+    model: Spec,
     *,
     repeats: int = 9,
     threads: int | None = None,
@@ -50,17 +49,15 @@ def bench(
     if threads is not None and threads < 1:
         raise ConfigError(f"threads is {threads}; it must be at least 1")
     progress = progress or Progress()
-    folder, task = _resolved(model, home, store, progress)
+    folder, task = local_folder(model) or resolved(model, store or (lambda: open_store(home)), progress)
     with progress.stage("speed", 1, "model") as bar:
         request = {"folder": str(folder), "task": task, "repeats": repeats, "threads": threads, "isa": isa}
         found = in_fresh_process({**request, "streams": STREAMS, "bandwidth": True})
         bar.advance()
-    document = _document(found, sum(path.stat().st_size for path in weight_files(folder)))
-    document["model"] = str(folder)
-    document["cold"] = None
+    document = _document(found, folder)
     if "decode_tokens_per_s" in found["rates"]:
+        starts = []
         with progress.stage("cold start", COLD_STARTS, "start") as bar:
-            starts = []
             for _ in range(COLD_STARTS):
                 starts.append(_cold(folder, found["threads"], isa))
                 bar.advance()
@@ -68,22 +65,8 @@ def bench(
     return document
 
 
-def _resolved(
-    model: str | Path | Artifact, home: Path | str | None, store: Callable[[], Any] | None, progress: Progress
-) -> tuple[Path, str]:
-    """Folder and family of the model; a local folder is used where it lies."""
-    found = local_folder(model)
-    if found is not None:
-        return found
-    from gulliver.pipeline.call import open_store
-    from gulliver.pipeline.resolve import resolve_model
-
-    artifact = resolve_model(model, store() if store is not None else open_store(home), progress=progress)
-    return artifact.path, artifact.task
-
-
-def _document(found: dict[str, Any], file_bytes: int) -> dict[str, Any]:
-    share = None
+def _document(found: dict[str, Any], folder: Path) -> dict[str, Any]:
+    share, file_bytes = None, sum(path.stat().st_size for path in weight_files(folder))
     if "bandwidth" in found:
         size, pairs = found["bytes_per_token"], found["bandwidth"]
         share = {
@@ -92,9 +75,8 @@ def _document(found: dict[str, Any], file_bytes: int) -> dict[str, Any]:
             "decode_share": summary([rate * size / (reached * 1e9) for reached, rate in pairs]),
         }
     return {
-        "backend": found["backend"],
-        "why": found["why"],
-        "threads": found["threads"],
+        "model": str(folder),
+        **{name: found[name] for name in ("backend", "why", "threads")},
         "file_bytes": file_bytes,
         **{name: summary(rates) for name, rates in found["rates"].items()},
         "streams": {name: summary(rates) for name, rates in found["streams"].items()} or None,
@@ -104,6 +86,7 @@ def _document(found: dict[str, Any], file_bytes: int) -> dict[str, Any]:
             "peak_ram_bytes": found["peak_ram_bytes"],
             "peak_beyond_file_bytes": found["peak_ram_bytes"] - file_bytes,
         },
+        "cold": None,
     }
 
 
@@ -146,40 +129,3 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 def _coverage(count: int, cut: int) -> float:
     """Chance that the median lies between the order statistics left when `cut` values go at each end."""
     return 1 - 2 * sum(comb(count, place) for place in range(cut + 1)) / 2**count
-
-
-def lines(document: dict[str, Any]) -> list[str]:
-    """The document as a table for people."""
-    rows = [("model", document["model"]), ("runs on", f"{document['backend']}, {document['threads']} threads")]
-    rows += [("why", document["why"])]
-    for name, value in document.items():
-        if name.endswith("_per_s"):
-            rows.append((name.removesuffix("_tokens_per_s").replace("_", " "), _shown(value, "tokens/s")))
-    for count, value in (document["streams"] or {}).items():
-        rows.append((f"{count} stream{'' if count == '1' else 's'}", _shown(value, "tokens/s")))
-    limit = document["bandwidth"]
-    if limit is not None:
-        rows.append(("bandwidth", _shown(limit["gb_per_s"], "GB/s")))
-        read = f"of what {limit['bytes_per_token'] / 1e6:.1f} MB a token allow"
-        rows.append(("share of it", _shown(limit["decode_share"], f"% {read}", 100)))
-    rows.append(("file", f"{document['file_bytes'] / 1e6:.1f} MB"))
-    memory = document["memory"]
-    rows.append(
-        (
-            "memory",
-            f"{memory['peak_ram_bytes'] / 1e6:.0f} MB, {memory['peak_beyond_file_bytes'] / 1e6:.0f} MB beyond it",
-        )
-    )
-    cold = document["cold"]
-    if cold is not None:
-        rows.append(("cold", _shown(cold["first_token_seconds"], "ms from the imports to the first token", 1e3)))
-        if cold["process_seconds"] is not None:
-            rows.append(("", _shown(cold["process_seconds"], "ms for the whole process", 1e3)))
-        rows.append(("", _shown(cold["rss_beyond_file_bytes"], "MB of memory beyond the file", 1e-6)))
-    width = max(len(name) for name, _ in rows)
-    return [f"{name:<{width}}  {value}" for name, value in rows]
-
-
-def _shown(value: dict[str, Any], unit: str, factor: float = 1.0) -> str:
-    median, low, high = (factor * value[name] for name in ("median", "low", "high"))
-    return f"{median:,.1f} ({low:,.1f} … {high:,.1f}) {unit}"

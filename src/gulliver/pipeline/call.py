@@ -18,11 +18,13 @@ from typing import Any
 from gulliver.core import machine, memory
 from gulliver.core.context import LIMIT, Context, noted_peak
 from gulliver.core.errors import ArtifactError, BudgetError, ConfigError
+from gulliver.core.names import did_you_mean
 from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import Artifact, canonical_json, hash_file
 from gulliver.core.store.store import RunRecord, Store
-from gulliver.pipeline.steps import INPUT_KINDS, Step, checked_config, did_you_mean, find, function
+from gulliver.pipeline.steps import INPUT_KINDS, Step, checked_config, find
 from gulliver.tasks import options_of
+from gulliver.tasks.family import named
 from gulliver.tasks.options import checked_options
 
 Inputs = Mapping[str, Artifact | tuple[Artifact, ...]]
@@ -42,14 +44,6 @@ class Call:
     reused: bool
     seconds: float
     peak_rss_bytes: int
-
-
-def open_store(home: Path | str | None = None, database_url: str | None = None) -> Store:
-    """The store under `home` (default ~/.gulliver), with its database there or at `database_url`."""
-    return Store(home, database_url)
-
-
-# ---- one call ----------------------------------------------------------------------------------------------------
 
 
 def call(
@@ -73,20 +67,22 @@ def call(
     """
     row = find(name)
     asked = checked_config(row, config)
-    store = store or open_store(home)
+    store = store or Store(home)
     given = checked_inputs(row, inputs, store)
     cfg = resolved(asked, given)
     key = reuse_key(row, cfg, given, seed)
     limit = asked.model_dump().get(LIMIT)
     started = time.monotonic()
     with store.lock(key):
-        found = _found(store, key, limit)
-        run = found
-        if run is None:
+        run = store.find_run(key, limit)
+        reused = run is not None and store.has(run.artifact_id)  # which may be gone, or damaged
+        if run is None or not reused:
+            if limit is not None and noted_peak(store.work(key)) > limit:
+                store.clear_work(key)  # what a killed call left there took more memory than is allowed now
             context = Context(
                 store=store,
                 progress=progress or Progress(),
-                work=_scratch(store, key, limit),
+                work=store.work(key),
                 step=row.name,
                 version=row.version,
                 inputs=_ids(given),
@@ -97,12 +93,12 @@ def call(
             )
             memory.reset_peak_rss()
             begun = time.monotonic()
-            made = function(row)(cfg, given, context)
+            made = named(row.function)(cfg, given, context)
             run = _recorded(row, key, asked, made, context, time.monotonic() - begun)
     artifact = store.get(run.artifact_id)
     if log is not None:
         seconds = time.monotonic() - started
-        log.append(Call(call_id or name, name, artifact, found is not None, seconds, run.peak_rss_bytes))
+        log.append(Call(call_id or name, name, artifact, reused, seconds, run.peak_rss_bytes))
     return artifact
 
 
@@ -187,27 +183,23 @@ def checked_inputs(
     for role, value in inputs.items():
         if role not in known:
             raise ConfigError(f"step {row.name!r} takes no input {role!r}{did_you_mean(role, known)}")
-        if role not in row.several:
-            if not isinstance(value, (Artifact, str)):
-                raise ConfigError(f"input {role} of step {row.name!r} must be one {INPUT_KINDS[role]}, not several")
-            given[role] = _checked_input(row, role, value, store)
-            continue
-        values = [value] if isinstance(value, (Artifact, str)) else value
-        given[role] = tuple(_checked_input(row, role, one, store) for one in values)
-        if len({artifact.id for artifact in given[role]}) < len(given[role]):
-            raise ConfigError(f"input {role} of step {row.name!r} holds the same {INPUT_KINDS[role]} twice")
+        kind = INPUT_KINDS[role]
+        if role not in row.several and not isinstance(value, (Artifact, str)):
+            raise ConfigError(f"input {role} of step {row.name!r} must be one {kind}, not several")
+        several = [value] if isinstance(value, (Artifact, str)) else value
+        artifacts = tuple(store.get(one) if isinstance(one, str) else one for one in several)
+        for other in artifacts:
+            if other.kind != kind:
+                told = f"input {role} of step {row.name!r} must be a {kind}"
+                raise ConfigError(f"{told}; {other.id[:12]} is a {other.kind}")
+        if len({artifact.id for artifact in artifacts}) < len(artifacts):
+            raise ConfigError(f"input {role} of step {row.name!r} holds the same {kind} twice")
+        if artifacts:
+            given[role] = artifacts if role in row.several else artifacts[0]
     for role in row.needs:
-        if role not in given or given[role] == ():
+        if role not in given:
             raise ConfigError(f"step {row.name!r} needs the input {role!r} (a {INPUT_KINDS[role]})")
-    return {role: value for role, value in given.items() if value != ()}
-
-
-def _checked_input(row: Step, role: str, value: Artifact | str, store: Store) -> Artifact:
-    artifact = store.get(value) if isinstance(value, str) else value
-    if artifact.kind != INPUT_KINDS[role]:
-        told = f"input {role} of step {row.name!r} must be a {INPUT_KINDS[role]}"
-        raise ConfigError(f"{told}; {artifact.id[:12]} is a {artifact.kind}")
-    return artifact
+    return given
 
 
 def _ids(inputs: Inputs) -> dict[str, list[str]]:
@@ -231,17 +223,3 @@ def _contents(value: Any) -> Any:
         files = sorted(part for part in path.rglob("*") if part.is_file())
         return {part.relative_to(path).as_posix(): hash_file(part) for part in files}
     return None
-
-
-def _found(store: Store, key: str, limit: int | None) -> RunRecord | None:
-    """The newest run with this key within the limit, unless its artifact is gone or damaged."""
-    run = store.find_run(key, limit)
-    return run if run is not None and store.has(run.artifact_id) else None
-
-
-def _scratch(store: Store, key: str, limit: int | None) -> Path:
-    """The scratch of a killed call, or an empty folder where what lies there took more memory than allowed now."""
-    work = store.work(key)
-    if limit is not None and noted_peak(work) > limit:
-        store.clear_work(key)
-    return store.work(key)

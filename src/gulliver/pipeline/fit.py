@@ -22,7 +22,7 @@ from gulliver.core.quantities import parse_fraction, parse_size
 from gulliver.core.records import Asked, FitResult, Plan, Point
 from gulliver.core.store.artifact import Artifact, copy_artifact, create, write_annotation
 from gulliver.core.store.store import Store
-from gulliver.pipeline.call import Call, call, open_store
+from gulliver.pipeline.call import Call, call
 from gulliver.pipeline.resolve import data_of, resolve_data, resolve_model
 from gulliver.report.card import write_card
 from gulliver.report.gather import gather
@@ -117,7 +117,7 @@ def fit(
         min_tokens_per_s=speed,
         max_drop=None if max_drop is None else parse_fraction(max_drop, "max_drop"),
     )
-    store, progress, began = store or open_store(home), progress or Progress(), time.monotonic()
+    store, progress, began = store or Store(home), progress or Progress(), time.monotonic()
     parent = resolve_model(model, store, progress=progress)
     budget = replace(budget, speed_metric=family(parent.task).speed_metric)
     dataset = _dataset(parent, data, eval_data, store, progress)

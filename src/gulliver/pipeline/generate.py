@@ -5,37 +5,20 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from gulliver.core.errors import ConfigError
 from gulliver.core.progress import Progress
-from gulliver.core.quantities import parse_size
-from gulliver.core.store.artifact import Artifact
-from gulliver.pipeline.ask import open_answerer
+from gulliver.pipeline.ask import Spec, open_answerer, open_store
 from gulliver.runtime.batching.records import Piece, Request, check_finish
 from gulliver.runtime.sampling import Sampling
 from gulliver.tasks.answerer import MAX_TOKENS, TEMPERATURE, Generating, OpenOptions, Prompt
 
 SLOTS = 16
 """Most prompts that are answered at once."""
-
-
-@dataclass(frozen=True)
-class Opening:
-    """How a model is opened: see `runtime.decode.open_decoder`; `ram` is a size like "1GB" for the whole process."""
-
-    threads: int | None = None
-    isa: str = "auto"
-    path: str = "auto"
-    ram: str | int | None = None
-    slots: int = 1
-
-    def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"threads is {self.threads}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -75,7 +58,7 @@ class OpenModel:
     def __enter__(self) -> OpenModel:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.engine.close()
 
     @property
@@ -119,31 +102,24 @@ class OpenModel:
 
 
 def open_model(
-    spec: str | Path | Artifact,
-    opening: Opening | None = None,
+    spec: Spec,
+    options: OpenOptions | None = None,
     *,
     store: Callable[[], Any],
     progress: Progress | None = None,
 ) -> OpenModel:
-    """The model that `spec` names, ready to answer; `store` is called only where an artifact must be looked up or made.
+    """The model that `spec` names, ready to answer, by default one request at a time; see `ask.open_answerer`.
 
-    ConfigError when it is no language model, BudgetError when `ram` is too little.
+    ConfigError when it is no language model, BudgetError when the memory limit is too little.
     """
-    opening, began = opening or Opening(), time.perf_counter()
-    options = OpenOptions(
-        threads=opening.threads,
-        slots=opening.slots,
-        backend=opening.path,
-        isa=opening.isa,
-        max_ram_bytes=None if opening.ram is None else parse_size(opening.ram, "--ram"),
-    )
-    answerer = open_answerer(spec, options, store=store, can="generate", progress=progress)
+    began = time.perf_counter()
+    answerer = open_answerer(spec, options or OpenOptions(slots=1), store=store, can="generate", progress=progress)
     assert isinstance(answerer, Generating)
     return OpenModel(answerer, time.perf_counter() - began)
 
 
 def generate(
-    model: str | Path | Artifact | OpenModel,
+    model: Spec | OpenModel,
     prompt: Prompt,
     *,
     stream: bool = False,
@@ -152,7 +128,7 @@ def generate(
     json_schema: Mapping[str, Any] | None = None,
     system: str | None = None,
     raw: bool = False,
-    opening: Opening | None = None,
+    opening: OpenOptions | None = None,
     home: Path | str | None = None,
     **sampling: Any,
 ) -> str | Iterator[str]:
@@ -161,35 +137,25 @@ def generate(
     `sampling` are the fields of `runtime.sampling.Sampling` (`temperature` = 0.7, `top_p`, `seed`, …). The model's chat
     template is used when there is one, unless `raw`. ConfigError for a wrong option.
     """
-    chosen = _sampling(sampling)
-
-    def store() -> Any:
-        from gulliver.pipeline.call import open_store
-
-        return open_store(home)
+    known = [field.name for field in fields(Sampling)]
+    for name in sampling:
+        if name not in known:
+            raise ConfigError(f"generate does not take {name!r}; how tokens are chosen: {', '.join(known)}")
+    chosen = Sampling(**{"temperature": TEMPERATURE, **sampling})
 
     def pieces() -> Iterator[str]:
-        opened = model if isinstance(model, OpenModel) else open_model(model, opening, store=store)
-        try:
+        with ExitStack() as stack:
+            opened = model
+            if not isinstance(opened, OpenModel):
+                opened = stack.enter_context(open_model(opened, opening, store=lambda: open_store(home)))
             tokens = opened.tokens(prompt, raw=raw, system=system)
             request = opened.request(tokens, sampling=chosen, max_tokens=max_tokens, stop=stop, json_schema=json_schema)
             for piece in opened.engine.stream(request):
                 check_finish(piece.finish)
                 if piece.text:
                     yield piece.text
-        finally:
-            if opened is not model:
-                opened.engine.close()
 
     return pieces() if stream else "".join(pieces())
-
-
-def _sampling(options: Mapping[str, Any]) -> Sampling:
-    known = Sampling.__dataclass_fields__
-    for name in options:
-        if name not in known:
-            raise ConfigError(f"generate does not take {name!r}; how tokens are chosen: {', '.join(known)}")
-    return Sampling(**{"temperature": TEMPERATURE, **options})
 
 
 def _answer(

@@ -14,21 +14,14 @@ from typing import Any
 
 from gulliver.core.errors import ConfigError
 from gulliver.core.evidence.gate import Gate
-from gulliver.pipeline.steps import (
-    INPUT_KINDS,
-    Step,
-    WrongKey,
-    checked_config,
-    did_you_mean,
-    fields_of,
-    find,
-    options_class,
-)
+from gulliver.core.names import did_you_mean
+from gulliver.pipeline.steps import INPUT_KINDS, Step, WrongKey, checked_config, find
 
 MAX_RECIPE_BYTES = 1_000_000
 TOP_KEYS = ("name", "home", "seed", "step", "gate")
 CALL_KEYS = ("id", "use", "inputs", "seed")
-GATE_KEYS = ("on", "metric", "at_most", "at_least")
+LIMITS = ("at_most", "at_least")
+GATE_KEYS = ("on", "metric", *LIMITS)
 
 
 @dataclass(frozen=True)
@@ -40,7 +33,6 @@ class StepCall:
     inputs: Mapping[str, str | tuple[str, ...]]
     config: Any
     seed: int
-    line: int
 
 
 @dataclass(frozen=True)
@@ -49,7 +41,6 @@ class GateCall:
 
     on: str
     gate: Gate
-    line: int
 
 
 @dataclass(frozen=True)
@@ -96,19 +87,13 @@ class _Checker:
                 raise self.error((key,), f"unknown key {key!r}{did_you_mean(key, TOP_KEYS)}")
             if key in ("name", "home"):
                 self.typed((key,), value, str, "text")
-        seed = self.seed((), self.document)
+        self.seed((), self.document)
         tables = self.tables("step") + self.tables("gate")
         if not self.document.get("step"):
             raise ConfigError(f"{self.source} has no [[step]]; a recipe is a list of steps")
-        calls: list[StepCall | GateCall] = []
-        for line, kind, index in sorted(tables):
-            table = self.document[kind][index]
-            if kind == "step":
-                calls.append(self.step((kind, index), table, line, seed))
-            else:
-                calls.append(self.gate((kind, index), table, line))
-        name = self.document.get("name", Path(self.source).stem)
-        return Recipe(name=name, home=self.document.get("home"), calls=tuple(calls))
+        checks = {"step": self.step, "gate": self.gate}
+        calls = tuple(checks[kind]((kind, index), self.document[kind][index]) for _, kind, index in sorted(tables))
+        return Recipe(self.document.get("name", Path(self.source).stem), self.document.get("home"), calls)
 
     def tables(self, kind: str) -> list[tuple[int, str, int]]:
         """(line, kind, index) of every table of `kind`; their order in the file is the order of the run."""
@@ -117,9 +102,9 @@ class _Checker:
             raise self.error((kind,), f"write each {kind} as its own [[{kind}]] table")
         return [(self.lines[(kind, index)], kind, index) for index in range(len(entries))]
 
-    def step(self, at: tuple[Any, ...], table: dict[str, Any], line: int, seed: int) -> StepCall:
-        name = self.typed((*at, "use"), self.required(at, table, "use"), str, "the name of a step")
-        identity = self.typed((*at, "id"), self.required(at, table, "id"), str, "text")
+    def step(self, at: tuple[Any, ...], table: dict[str, Any]) -> StepCall:
+        name = self.text(at, table, "use", "the name of a step")
+        identity = self.text(at, table, "id")
         if identity in self.made:
             raise self.error((*at, "id"), f"the id {identity!r} is taken by an earlier step; choose another")
         try:
@@ -128,18 +113,12 @@ class _Checker:
             raise self.error((*at, "use"), str(failure)) from None
         try:
             values = {key: value for key, value in table.items() if key not in CALL_KEYS}
-            config = checked_config(row, values)
-        except WrongKey as failure:
-            message = str(failure)
-            if failure.kind == "unknown":
-                known = (*CALL_KEYS, *fields_of(options_class(row)))
-                message = f"step {name!r} has no key {failure.key!r}{did_you_mean(failure.key, known)}"
-            raise self.error((*at, failure.key), message) from None
+            config = checked_config(row, values, also=CALL_KEYS)
         except ConfigError as failure:
-            raise self.error(at, str(failure)) from None
+            raise self.error((*at, failure.key) if isinstance(failure, WrongKey) else at, str(failure)) from None
         inputs = self.inputs((*at, "inputs"), table.get("inputs", {}), row)
         self.made[identity] = row.makes
-        return StepCall(identity, name, inputs, config, self.seed(at, table, seed), line)
+        return StepCall(identity, name, inputs, config, self.seed(at, self.document | table))
 
     def inputs(self, at: tuple[Any, ...], inputs: Any, row: Step) -> dict[str, str | tuple[str, ...]]:
         self.typed(at, inputs, dict, 'a table such as { model = "parent" }')
@@ -170,31 +149,30 @@ class _Checker:
             raise self.error(at, f"input {role} must be a {INPUT_KINDS[role]}, but {reference!r} makes a {made}")
         return reference
 
-    def gate(self, at: tuple[Any, ...], table: dict[str, Any], line: int) -> GateCall:
+    def gate(self, at: tuple[Any, ...], table: dict[str, Any]) -> GateCall:
         for key in table:
             if key not in GATE_KEYS:
                 raise self.error((*at, key), f"a gate has no key {key!r}{did_you_mean(key, GATE_KEYS)}")
-        on = self.typed((*at, "on"), self.required(at, table, "on"), str, "the id of an earlier step")
+        on = self.text(at, table, "on", "the id of an earlier step")
         if on not in self.made:
             raise self.error((*at, "on"), f"on = {on!r} is not the id of an earlier step{did_you_mean(on, self.made)}")
         if "model" not in self.made[on]:
             raise self.error((*at, "on"), f"a gate judges a model, but {on!r} makes a {' or '.join(self.made[on])}")
-        metric = self.typed((*at, "metric"), self.required(at, table, "metric"), str, "the name of a metric")
-        limits = {key: table[key] for key in ("at_most", "at_least") if key in table}
-        for key, value in limits.items():
-            self.typed((*at, key), value, (int, float), "a number")
+        metric = self.text(at, table, "metric", "the name of a metric")
+        given = [key for key in LIMITS if key in table]
+        limits = {key: self.typed((*at, key), table[key], (int, float), "a number") for key in given}
         try:
-            return GateCall(on, Gate(metric, **limits), line)
+            return GateCall(on, Gate(metric, **limits))
         except ConfigError as failure:
             raise self.error((*at, "metric"), str(failure)) from None
 
-    def seed(self, at: tuple[Any, ...], table: dict[str, Any], default: int = 0) -> int:
-        return self.typed((*at, "seed"), table.get("seed", default), int, "a whole number")
+    def seed(self, at: tuple[Any, ...], table: dict[str, Any]) -> int:
+        return self.typed((*at, "seed"), table.get("seed", 0), int, "a whole number")
 
-    def required(self, at: tuple[Any, ...], table: dict[str, Any], key: str) -> Any:
-        if key in table:
-            return table[key]
-        raise self.error(at, f"this [[{at[0]}]] has no {key!r}; add {key} = …")
+    def text(self, at: tuple[Any, ...], table: dict[str, Any], key: str, expected: str = "text") -> str:
+        if key not in table:
+            raise self.error(at, f"this [[{at[0]}]] has no {key!r}; add {key} = …")
+        return self.typed((*at, key), table[key], str, expected)
 
     def typed(self, at: tuple[Any, ...], value: Any, kind: type | tuple[type, ...], expected: str) -> Any:
         if isinstance(value, kind) and not isinstance(value, bool):
@@ -210,69 +188,55 @@ class _Checker:
 
 # ---- the line of each key (tomllib does not tell) -----------------------------------------------------------------
 
-_STRING = re.compile(r'"""(?:\\.|[^\\])*?"""|\'\'\'.*?\'\'\'|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'', re.DOTALL)
-_HEADER = re.compile(r"(\[\[?)\s*([^\[\]\n]+?)\s*\]\]?")
-_KEY = re.compile(r"""((?:[\w-]+|"[^"\n]*"|'[^'\n]*')(?:\s*\.\s*(?:[\w-]+|"[^"\n]*"|'[^'\n]*'))*)\s*=""")
+_OPAQUE = re.compile(r'"""(?:\\.|[^\\])*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|#[^\n]*', re.DOTALL)
+"""Strings and comments: brackets and line ends in them end nothing."""
 
 
 def key_lines(text: str) -> dict[tuple[Any, ...], int]:
-    """Line numbers, from 1, of every table and key of valid TOML text, by path: ("step", 0, "bits") -> 7.
-
-    Keys of inline tables are found too when they are alone on their path; values are skipped over.
-    """
+    """Line numbers, from 1, of every table and key of valid TOML text, by path: ("step", 0, "bits") -> 7."""
     lines: dict[tuple[Any, ...], int] = {}
     counts: dict[tuple[Any, ...], int] = {}
     table: tuple[Any, ...] = ()
     for line, statement in _statements(text):
-        header = _HEADER.match(statement)
-        if header:
-            path = _resolved(_parts(header[2]), counts)
-            if header[1] == "[[":
-                counts[path] = counts.get(path, -1) + 1
-                path = (*path, counts[path])
-            table = path
-            lines.setdefault(path, line)
-            continue
-        key = _KEY.match(statement)
-        if key:
-            parts = _parts(key[1])
-            for depth in range(len(parts)):
-                lines.setdefault((*table, *parts[: depth + 1]), line)
+        found = tomllib.loads(statement)
+        if statement.lstrip().startswith("["):
+            table = _table(found, counts)
+            lines.setdefault(table, line)
+        else:
+            for path in _paths(found):
+                lines.setdefault((*table, *path), line)
     return lines
 
 
 def _statements(text: str) -> Iterator[tuple[int, str]]:
     """(line, text) of every statement: a header, or a key with its value over as many lines as that takes."""
-    position, start, depth, line, first = 0, 0, 0, 1, 1
-    while position < len(text):
-        character = text[position]
-        string = _STRING.match(text, position) if character in "\"'" else None
-        if string:
-            line += string[0].count("\n")
-            position = string.end()
-            continue
-        if character == "#":
-            end = text.find("\n", position)
-            position = len(text) if end < 0 else end
-            continue
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(character, 0)
-        position += 1
-        line += character == "\n"
-        if character == "\n" and depth <= 0:
-            yield first, text[start:position].strip()
-            start, depth, first = position, 0, line
-    yield first, text[start:position].strip()
+    start, end, depth, line = 0, 0, 0, 1
+    for bare in _OPAQUE.sub(lambda found: " " * len(found[0]), text).split("\n"):
+        end += len(bare) + 1
+        depth += sum(map(bare.count, "[{")) - sum(map(bare.count, "]}"))
+        if depth == 0:
+            yield line, text[start:end]
+            line += text.count("\n", start, end)
+            start = end
 
 
-def _parts(dotted: str) -> tuple[str, ...]:
-    return tuple(part[1:-1] if part[0] in "\"'" else part for part in re.findall(r"[\w-]+|\"[^\"]*\"|'[^']*'", dotted))
-
-
-def _resolved(parts: tuple[str, ...], counts: Mapping[tuple[Any, ...], int]) -> tuple[Any, ...]:
-    """[step.inputs] belongs to the last [[step]]: put its index into the path."""
+def _table(header: dict[str, Any], counts: dict[tuple[Any, ...], int]) -> tuple[Any, ...]:
+    """The path of a header that was read alone: [step.inputs] belongs to the last [[step]], whose index is in it."""
     path: tuple[Any, ...] = ()
-    for depth, part in enumerate(parts):
-        path = (*path, part)
-        if path in counts and depth < len(parts) - 1:
+    inside: Any = header
+    while inside:
+        [(key, inside)] = inside.items()
+        path = (*path, key)
+        if isinstance(inside, list):
+            counts[path] = counts.get(path, -1) + 1
+            inside = inside[0]
+        if path in counts:
             path = (*path, counts[path])
     return path
+
+
+def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The paths of the keys in a value, those of inline tables included."""
+    for key in value if isinstance(value, dict) else ():
+        yield (*path, key)
+        yield from _paths(value[key], (*path, key))

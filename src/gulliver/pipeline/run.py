@@ -11,7 +11,7 @@ from gulliver.core.evidence.gate import Verdict, require
 from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.store import Store
-from gulliver.pipeline.call import Call, call, open_store
+from gulliver.pipeline.call import Call, call
 from gulliver.pipeline.recipe import StepCall, load
 
 
@@ -39,7 +39,7 @@ def run_recipe(
     An HTML report is written beside the last model, or to `report`, also when a gate refuses.
     """
     recipe = load(path)
-    store = store or open_store(home or recipe.home)
+    store = store or Store(home or recipe.home)
     progress = progress or Progress()
     made: dict[str, Artifact] = {}
     log: list[Call] = []

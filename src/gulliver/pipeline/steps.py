@@ -6,16 +6,17 @@ torch. This file names both as strings, so that reading the table imports no sta
 
 from __future__ import annotations
 
-import importlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from gulliver.core.errors import ConfigError
-from gulliver.core.names import nearest
+from gulliver.core.names import did_you_mean, unknown
+from gulliver.tasks import TASKS, options_of
+from gulliver.tasks.family import named
 
 INPUT_KINDS = {
     "model": "model",
@@ -56,116 +57,48 @@ class Step:
 
 
 class WrongKey(ConfigError):
-    """A key of a step's config; `key` is its name, `kind` what is wrong with it."""
+    """A key of a step's config that is unknown, missing or has a wrong value; `key` is its name."""
 
-    def __init__(self, message: str, key: str, kind: Literal["unknown", "missing", "value"] = "value") -> None:
+    def __init__(self, message: str, key: str) -> None:
         super().__init__(message)
-        self.key, self.kind = key, kind
+        self.key = key
 
 
 STEPS = (
-    Step(
-        "pull",
-        "gulliver.data.pull:run",
-        "gulliver.data.options:PullOptions",
-        needs=(),
-        makes=("model", "dataset"),
-        reads=("source",),
-        help="bring a model in: catalog:NAME, hf:ORG/NAME, a local folder or a .gguf file",
-    ),
-    Step(
-        "read",
-        "gulliver.data.read:run",
-        "gulliver.data.options:ReadOptions",
-        needs=(),
-        makes=("dataset",),
-        reads=("data", "eval_data"),
-        help="make a dataset from files or the catalog, split into parts that never overlap",
-    ),
-    Step(
-        "sample",
-        "gulliver.data.sample:run",
-        "gulliver.data.options:SampleOptions",
-        needs=("model",),
-        makes=("dataset",),
-        help="let a model write data of its own, for calibration that favours no domain",
-    ),
-    Step(
-        "train",
-        "gulliver.train.train:run",
-        "gulliver.train.options:TrainOptions",
-        needs=("dataset",),
-        makes=("model",),
-        help="train a new network on a dataset",
-    ),
-    Step(
-        "calibrate",
-        "gulliver.compress.calibrate:run",
-        "gulliver.compress.options:CalibrateOptions",
-        needs=("model", "dataset"),
-        optional=("samples",),
-        makes=("report",),
-        help="stream calibration data through a model, block by block, and keep each layer's statistics",
-    ),
-    Step(
-        "plan",
-        "gulliver.compress.plan:run",
-        "gulliver.compress.options:PlanOptions",
-        needs=("model", "calibration"),
-        makes=("report",),
-        help="choose one format per tensor: least predicted loss increase within the budget",
-    ),
-    Step(
-        "quantize",
-        "gulliver.compress.quantize:run",
-        "gulliver.compress.options:QuantizeOptions",
-        needs=("model", "calibration"),
-        optional=("plan",),
-        makes=("model",),
-        compresses=True,
-        version=2,
-        help="pack a model's weights into few bits, by the plan or in one format",
-    ),
-    Step(
-        "distill",
-        "gulliver.train.distill:run",
-        "gulliver.train.options:DistillOptions",
-        needs=("model", "parent", "dataset"),
-        optional=("samples",),
-        makes=("model",),
-        compresses=True,
-        version=3,
-        help="distil a packed model's codes, scales and norms against its parent",
-    ),
-    Step(
-        "quality",
-        "gulliver.audit.quality:run",
-        "gulliver.audit.options:QualityOptions",
-        needs=("model", "dataset"),
-        optional=("parent",),
-        makes=("report",),
-        help="measure a model on held-out data, paired against its parent",
-    ),
-    Step(
-        "speed",
-        "gulliver.audit.speed:run",
-        "gulliver.audit.options:SpeedOptions",
-        needs=("model",),
-        makes=("report",),
-        version=2,
-        help="measure a model's speed, memory and size on this machine",
-    ),
-    Step(
-        "export",
-        "gulliver.compress.export:run",
-        "gulliver.compress.options:ExportOptions",
-        needs=("model",),
-        makes=("model",),
-        compresses=True,
-        version=2,
-        help="write a model in another tool's format, exactly or not at all",
-    ),
-)
+    Step("pull", "gulliver.data.pull:run", "gulliver.data.options:PullOptions",
+         needs=(), makes=("model", "dataset"), reads=("source",),
+         help="bring a model in: catalog:NAME, hf:ORG/NAME, a local folder or a .gguf file"),
+    Step("read", "gulliver.data.read:run", "gulliver.data.options:ReadOptions",
+         needs=(), makes=("dataset",), reads=("data", "eval_data"),
+         help="make a dataset from files or the catalog, split into parts that never overlap"),
+    Step("sample", "gulliver.data.sample:run", "gulliver.data.options:SampleOptions",
+         needs=("model",), makes=("dataset",),
+         help="let a model write data of its own, for calibration that favours no domain"),
+    Step("train", "gulliver.train.train:run", "gulliver.train.options:TrainOptions",
+         needs=("dataset",), makes=("model",),
+         help="train a new network on a dataset"),
+    Step("calibrate", "gulliver.compress.calibrate:run", "gulliver.compress.options:CalibrateOptions",
+         needs=("model", "dataset"), optional=("samples",), makes=("report",),
+         help="stream calibration data through a model, block by block, and keep each layer's statistics"),
+    Step("plan", "gulliver.compress.plan:run", "gulliver.compress.options:PlanOptions",
+         needs=("model", "calibration"), makes=("report",),
+         help="choose one format per tensor: least predicted loss increase within the budget"),
+    Step("quantize", "gulliver.compress.quantize:run", "gulliver.compress.options:QuantizeOptions",
+         needs=("model", "calibration"), optional=("plan",), makes=("model",), compresses=True, version=2,
+         help="pack a model's weights into few bits, by the plan or in one format"),
+    Step("distill", "gulliver.train.distill:run", "gulliver.train.options:DistillOptions",
+         needs=("model", "parent", "dataset"), optional=("samples",), makes=("model",), compresses=True, version=3,
+         help="distil a packed model's codes, scales and norms against its parent"),
+    Step("quality", "gulliver.audit.quality:run", "gulliver.audit.options:QualityOptions",
+         needs=("model", "dataset"), optional=("parent",), makes=("report",),
+         help="measure a model on held-out data, paired against its parent"),
+    Step("speed", "gulliver.audit.speed:run", "gulliver.audit.options:SpeedOptions",
+         needs=("model",), makes=("report",), version=2,
+         help="measure a model's speed, memory and size on this machine"),
+    Step("export", "gulliver.compress.export:run", "gulliver.compress.options:ExportOptions",
+         needs=("model",), makes=("model",), compresses=True, version=2,
+         help="write a model in another tool's format, exactly or not at all"),
+)  # fmt: skip
 
 
 def find(name: str) -> Step:
@@ -173,31 +106,7 @@ def find(name: str) -> Step:
     for step in STEPS:
         if step.name == name:
             return step
-    raise ConfigError(f"unknown step {name!r}{did_you_mean(name, [step.name for step in STEPS])}")
-
-
-def function(step: Step) -> Callable[..., Any]:
-    """The step's `run`, imported now."""
-    return _named(step.function)
-
-
-def options_class(step: Step) -> type[Any]:
-    """The step's options (a frozen pydantic model), imported now: pydantic, but no stage and no torch."""
-    return _named(step.options)
-
-
-def _named(place: str) -> Any:
-    module, _, attribute = place.partition(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of an error message: "; did you mean 'bits'?", or the list of what is known."""
-    known = sorted(known)
-    close = nearest(word, known)
-    if close is not None:
-        return f"; did you mean {close!r}?"
-    return f"; known: {', '.join(known)}" if known else ""
+    raise ConfigError(unknown("step", name, [step.name for step in STEPS]))
 
 
 def fields_of(config: type[Any]) -> dict[str, Any]:
@@ -205,8 +114,6 @@ def fields_of(config: type[Any]) -> dict[str, Any]:
 
     The description of a family's option names the families that have it. Imports pydantic, no torch.
     """
-    from gulliver.tasks import TASKS, options_of
-
     own = dict(config.model_fields)
     if own.pop("family", None) is None:
         return own
@@ -219,19 +126,20 @@ def fields_of(config: type[Any]) -> dict[str, Any]:
     return own
 
 
-def checked_config(step: Step, values: Mapping[str, Any]) -> Any:
+def checked_config(step: Step, values: Mapping[str, Any], also: tuple[str, ...] = ()) -> Any:
     """The step's frozen options made from `values`; text is read as sizes where the field is in bytes.
 
-    WrongKey (a ConfigError) names the key or value that is wrong, the nearest key, and the remedy.
+    WrongKey (a ConfigError) names the key or value that is wrong, the nearest key, and the remedy; `also` are keys that
+    may be meant where an unknown one is written.
     """
     from pydantic import ValidationError  # here, because `gulliver --help` has no use for it
 
-    config = options_class(step)
+    config = named(step.options)
     try:
         values = _folded(config, {key: _with_units(key, value) for key, value in values.items()})
         return config(**values)
     except ValidationError as failure:
-        raise _explained(step, config, failure) from None
+        raise _explained(step, fields_of(config), failure, also) from None
 
 
 def _folded(config: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,10 +148,9 @@ def _folded(config: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
     family = {name: info for name, info in fields_of(config).items() if name not in config.model_fields}
     own = {key: value for key, value in values.items() if key not in family}
-    given = {key: value for key, value in values.items() if key in family}
     if not isinstance(own.get("family", {}), Mapping):
         return own
-    given = {**own.get("family", {}), **given}
+    given = {**own.get("family", {}), **{key: value for key, value in values.items() if key in family}}
     fields: Any = {name: (info.annotation, info) for name, info in family.items() if name in given}
     checked = create_model("Family", **fields)(**given).model_dump()
     return {**own, "family": {**given, **checked}} if given else own
@@ -253,41 +160,41 @@ def _with_units(key: str, value: Any) -> Any:
     """ "84MB" for a field in bytes, "5%" for a number; every other value as it is."""
     from gulliver.core.quantities import parse_fraction, parse_size
 
-    if isinstance(value, str) and key.endswith("_bytes"):
-        try:
+    try:
+        if isinstance(value, str) and key.endswith("_bytes"):
             return parse_size(value, key)
-        except ConfigError as failure:
-            raise WrongKey(str(failure), key) from None
-    if isinstance(value, str) and re.fullmatch(r"[\d.]+\s*%", value):
-        return parse_fraction(value, key)
+        if isinstance(value, str) and re.fullmatch(r"[\d.]+\s*%", value):
+            return parse_fraction(value, key)
+    except ConfigError as failure:
+        raise WrongKey(str(failure), key) from None
     return value
 
 
-def _explained(step: Step, config: type[Any], failure: Any) -> WrongKey:
+def _explained(step: Step, fields: Mapping[str, Any], failure: Any, also: tuple[str, ...]) -> WrongKey:
     """The first problem that pydantic found, as one sentence with its remedy."""
     problem = failure.errors(include_url=False)[0]
     key = str(problem["loc"][0]) if problem["loc"] else ""
-    fields = fields_of(config)
-    if problem["type"] == "extra_forbidden":
-        return WrongKey(f"step {step.name!r} has no key {key!r}{did_you_mean(key, fields)}", key, "unknown")
-    if problem["type"] == "missing":
-        return WrongKey(f"step {step.name!r} needs the key {key!r}{_described(fields.get(key))}", key, "missing")
     message = problem["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
-    if not key:
-        return WrongKey(f"step {step.name!r}: {message}", key)
-    told = f"step {step.name!r}: {key} = {problem['input']!r} is not valid: {message}"
-    return WrongKey(told + _described(fields.get(key)), key)
+    if problem["type"] == "extra_forbidden":
+        message = f"step {step.name!r} has no key {key!r}{did_you_mean(key, (*also, *fields))}"
+    elif problem["type"] == "missing":
+        message = f"step {step.name!r} needs the key {key!r}{_described(fields.get(key))}"
+    elif key:
+        value = problem["input"]
+        message = f"step {step.name!r}: {key} = {value!r} is not valid: {message}{_described(fields.get(key))}"
+    else:
+        message = f"step {step.name!r}: {message}"
+    return WrongKey(message, key)
 
 
 def _described(field: Any) -> str:
     """What a field is for and what it takes, as the end of an error message."""
     if field is None:
         return ""
-    expected = type_name(field.annotation)
     default = "" if field.is_required() else f", default {field.default!r}"
     about = f" ({field.description})" if field.description else ""
-    return f"; it takes {expected}{default}{about}"
+    return f"; it takes {type_name(field.annotation)}{default}{about}"
 
 
 def type_name(annotation: Any) -> str:

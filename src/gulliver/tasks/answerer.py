@@ -54,6 +54,10 @@ class OpenOptions:
     cache_tokens: int | None = None
     queue: int = 256
 
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads is {self.threads}; it must be at least 1")
+
 
 class Serving(Protocol):
     """What runs an answerer's requests: an Engine or a BatchQueue. Safe to call from any thread."""
