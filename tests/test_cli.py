@@ -12,13 +12,14 @@ import pytest
 from postgres import postgres_server, postgres_url  # noqa: F401 - fixtures
 
 from gulliver.cli import main as cli
-from gulliver.cli.arguments import PARSERS, arguments, model
+from gulliver.cli.arguments import PARSERS, arguments
 from gulliver.cli.commands import COMMANDS, Command
 from gulliver.cli.make import _value
 from gulliver.cli.parser import parsed
 from gulliver.core.errors import BudgetError, GateRefused
 from gulliver.core.store.store import Store
 from gulliver.pipeline.steps import STEPS, Step
+from gulliver.tasks.family import named
 
 Run = Callable[..., tuple[int, str, str]]
 pytestmark = pytest.mark.usefixtures("toy_table")
@@ -276,7 +277,7 @@ def test_what_a_parser_reads_is_what_the_model_holds(row: Command) -> None:
     needed = [record for record in arguments(row.options) if record.required]
     words = [word for record in needed for word in ([] if record.positional else [record.flag]) + ["7"]]
     line = parsed([row.name, *words])
-    options = model(row.options)(**line.given)
+    options = named(row.options)(**line.given)
     assert options.model_config["frozen"] and options.model_config["extra"] == "forbid"
     for record in arguments(row.options):
         value = getattr(options, record.name)
@@ -286,7 +287,7 @@ def test_what_a_parser_reads_is_what_the_model_holds(row: Command) -> None:
             assert value == (tuple(record.default) if record.many else record.default)
             given = {"int": "19", "float": "9.5", "switch": None, "text": "9"}[record.kind]
             again = parsed([row.name, *words, record.flag, *([given] if given else [])])
-            assert model(row.options)(**again.given) != options
+            assert named(row.options)(**again.given) != options
     assert set(line.everywhere) == {"home", "database", "json_", "quiet"}
 
 

@@ -7,12 +7,12 @@ __init__.pyi, made from the same tables, tells editors what they take.
 
 from __future__ import annotations
 
-import importlib
 import sys
 from types import ModuleType
 from typing import Any
 
 from gulliver.pipeline.steps import STEPS
+from gulliver.tasks.family import named
 
 __version__ = "0.1.0"
 
@@ -47,10 +47,7 @@ def __getattr__(name: str) -> Any:
         return NAMES
     if name not in NAMES:
         raise AttributeError(f"module 'gulliver' has no attribute {name!r}; it has: {', '.join(NAMES)}")
-    if name not in FUNCTIONS:
-        return importlib.import_module("gulliver.pipeline.api").step_function(name)
-    module, _, attribute = FUNCTIONS[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    return named(FUNCTIONS[name]) if name in FUNCTIONS else named("gulliver.pipeline.api:step_function")(name)
 
 
 def __dir__() -> list[str]:

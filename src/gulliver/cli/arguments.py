@@ -6,7 +6,6 @@ so that `--help` and a cold `generate` import no pydantic; `make docs` writes it
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from gulliver.pipeline.steps import fields_of, type_name
+from gulliver.tasks.family import named
 
 PARSERS = Path(__file__).parent / "parsers.json"
 """{"module:class of options": [the fields of each Argument that are not its defaults]}"""
@@ -69,14 +69,8 @@ def arguments(options: str) -> list[Argument]:
 
 def made(options: str) -> list[Argument]:
     """The same, always from the model itself."""
-    found = fields_of(model(options))
+    found = fields_of(named(options))
     return [_argument(name, info, first=name == next(iter(found))) for name, info in found.items()]
-
-
-def model(options: str) -> type[Any]:
-    """The class that "module:class" names, imported now."""
-    module, _, name = options.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def parsers_json(options: Iterable[str]) -> str:
@@ -97,6 +91,7 @@ def _argument(name: str, info: Any, *, first: bool) -> Argument:
     """The argument of one field; the first one, when it is required, is positional."""
     shown: dict[str, Any] = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
     kind, many = _kind(info.annotation)
+    bounds = [(bound, getattr(part, bound, None)) for part in info.metadata for bound in BOUNDS]
     default = None if info.is_required() else info.get_default(call_default_factory=True)
     positional = (first and info.is_required()) or bool(shown.get("positional"))
     values = "|".join(map(str, get_args(info.annotation))) if get_origin(info.annotation) is Literal else ""
@@ -112,12 +107,7 @@ def _argument(name: str, info: Any, *, first: bool) -> Argument:
         many=many,
         metavar=shown.get("metavar") or values or word,
         group=shown.get("group", ""),
-        bounds={
-            bound: value
-            for part in info.metadata
-            for bound in BOUNDS
-            if (value := getattr(part, bound, None)) is not None
-        },
+        bounds={bound: value for bound, value in bounds if value is not None},
     )
 
 

@@ -3,13 +3,13 @@ list imports none of them."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from gulliver.cli.arguments import arguments, model
+from gulliver.cli.arguments import arguments
+from gulliver.tasks.family import named
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,12 @@ class Command:
 
     def act(self, given: Mapping[str, Any], session: Any) -> tuple[Any, list[str]]:
         """Do it with the options that were given; the others are at their defaults."""
-        module, _, function = self.function.partition(":")
         if self.cold:
             defaults = {argument.name: argument.default for argument in arguments(self.options)}
             options: Any = SimpleNamespace(**{**defaults, **given})
         else:
-            options = model(self.options)(**given)
-        return getattr(importlib.import_module(f"gulliver.cli.{module}"), function)(options, session)
+            options = named(self.options)(**given)
+        return named(f"gulliver.cli.{self.function}")(options, session)
 
 
 COMMANDS = (
@@ -51,25 +50,14 @@ COMMANDS = (
     Command("show", "show:show", "OneArtifact", "an artifact's card, lineage and evidence"),
     Command("verify", "show:verify", "OneArtifact", "derive every hash of an artifact again"),
     Command("list", "show:list_all", "NoOptions", "all artifacts of this home"),
-    Command(
-        "doctor",
-        "show:doctor",
-        "NoOptions",
-        "cores, memory, instruction set, measured bandwidth and peaks, which kernels run and why",
-    ),
+    Command("doctor", "show:doctor", "NoOptions",
+            "cores, memory, instruction set, measured bandwidth and peaks, which kernels run and why"),
     Command("ask", "generate:ask", "AskOptions", "answer one request with a model of any family"),
-    Command(
-        "generate",
-        "generate:generate",
-        "GenerateOptions",
-        "answer a prompt, as the words come",
-        streams=True,
-        cold=True,
-    ),
+    Command("generate", "generate:generate", "GenerateOptions", "answer a prompt, as the words come",
+            streams=True, cold=True),
     Command("chat", "generate:chat", "ChatOptions", "talk with a model on the terminal", streams=True, cold=True),
-    Command(
-        "bench", "show:bench", "BenchOptions", "prefill, decode, batch, cold start and memory of a model, measured now"
-    ),
+    Command("bench", "show:bench", "BenchOptions",
+            "prefill, decode, batch, cold start and memory of a model, measured now"),
     Command("serve", "serve:serve", "ServeOptions", "answer requests over HTTP as OpenAI's API does, with a chat page"),
     Command("keys", "serve:keys", "KeysOptions", "the API keys that `gulliver serve` asks for"),
-)
+)  # fmt: skip

@@ -122,7 +122,7 @@ def _prompt_lines(text: str) -> list[Any]:
             raise ConfigError(f"line {number} of --prompts is {line[:60]!r}; write {forms}")
         prompts.append(row)
     if not prompts:
-        raise ConfigError("--prompts holds no prompt; write one a line")
+        raise ConfigError("--prompts has no prompts; write one per line")
     return prompts
 
 
@@ -134,7 +134,7 @@ def _schema(path: str | None) -> dict[str, Any] | None:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--json-schema {path} is not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"--json-schema {path} holds no JSON object; a schema is one")
+        raise ConfigError(f"--json-schema {path} must contain a JSON object")
     return found
 
 

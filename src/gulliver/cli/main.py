@@ -38,8 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 stack.enter_context(stdout_into(2))
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             document, lines = _act(line, words)
-    except GulliverError as failure:
-        return _failed(failure, as_json)
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)
         return 130
@@ -47,10 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's last flush has somewhere to go
         return 0
     except Exception as failure:
-        traceback.print_exc()
-        if as_json:
-            _print_error(failure, 1)
-        return 1
+        return _failed(failure, as_json)
     if as_json:
         lines = [json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False)]
     if lines:
@@ -71,14 +66,14 @@ def _act(line: Parsed, words: list[str]) -> tuple[Any, list[str]]:
     return line.row.act(line.given, session)
 
 
-def _failed(failure: GulliverError, as_json: bool) -> int:
-    """One message, never a traceback."""
-    print(f"error: {failure}", file=sys.stderr)
+def _failed(failure: Exception, as_json: bool) -> int:
+    """The exit code; one message for an expected error, a traceback for a bug alone."""
+    code = failure.exit_code if isinstance(failure, GulliverError) else 1
+    if isinstance(failure, GulliverError):
+        print(f"error: {failure}", file=sys.stderr)
+    else:
+        traceback.print_exception(failure)
     if as_json:
-        _print_error(failure, failure.exit_code)
-    return failure.exit_code
-
-
-def _print_error(failure: Exception, code: int) -> None:
-    document = {"error": type(failure).__name__, "message": str(failure), "exit_code": code}
-    print(json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False))
+        document = {"error": type(failure).__name__, "message": str(failure), "exit_code": code}
+        print(json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False))
+    return code

@@ -14,6 +14,7 @@ from gulliver.cli.arguments import MODEL_HELP
 from gulliver.core.options import Options
 
 ANSWERS, RUNS = "how it answers", "how it runs"
+ISA_HELP = "instruction set of the native backend, as doctor names it"
 
 
 def option(
@@ -27,16 +28,11 @@ def option(
     return Field(default, description=about, json_schema_extra=extra, **bounds)
 
 
-# ---- what several take -------------------------------------------------------------------------------------------
-
-
 class Everywhere(Options):
     """What every command takes."""
 
     home: str | None = option(None, "where artifacts and evidence are kept (default ~/.gulliver)", metavar="DIR")
-    database: str | None = option(
-        None, "keep evidence and runs there, e.g. postgresql+psycopg://…", metavar="URL", group="everywhere"
-    )
+    database: str | None = option(None, "keep evidence and runs there, e.g. postgresql+psycopg://…", metavar="URL")
     json_: bool = option(False, "print one JSON document on stdout, nothing else")
     quiet: bool = option(False, "show no progress")
 
@@ -56,9 +52,6 @@ class OneArtifact(Options):
     """Options of `show` and `verify`."""
 
     id: str = option(..., "the id of an artifact, its first 6 or more digits, or its folder")
-
-
-# ---- fit, run, audit ---------------------------------------------------------------------------------------------
 
 
 class FitOptions(Options):
@@ -93,20 +86,24 @@ class AuditOptions(Options):
     seed: int = option(0, "seed of everything random")
 
 
-# ---- ask, generate, chat, bench ----------------------------------------------------------------------------------
-
-
-class AskOptions(Options):
-    """Options of `ask`."""
+class OpeningOptions(Options):
+    """What commands share that open one model to answer."""
 
     model: str = option(..., MODEL_HELP)
+    threads: int | None = option(None, "threads (default: one per core)", metavar="N", group=RUNS, ge=1)
+    isa: str = option("auto", ISA_HELP, group=RUNS)
+    backend: str = option("auto", "what runs the model: auto, native or reference", group=RUNS)
+    ram: str | None = option(
+        None, "most memory of this whole process, e.g. 1GB; weights beyond it are read anew", group=RUNS
+    )
+
+
+class AskOptions(OpeningOptions):
+    """Options of `ask`."""
+
     input: tuple[str, ...] = option(
         ..., "a prompt, texts, a picture's path, or one request as a JSON object; - reads it", positional=True
     )
-    threads: int | None = option(None, "threads (default: one per core)", metavar="N", group=RUNS, ge=1)
-    isa: str = option("auto", "instruction set of the native backend, as doctor names it", group=RUNS)
-    backend: str = option("auto", "what runs the model: auto, native or reference", group=RUNS)
-    ram: str | None = option(None, "most memory of this whole process, e.g. 1GB", group=RUNS)
 
 
 class BenchOptions(Options):
@@ -115,20 +112,15 @@ class BenchOptions(Options):
     model: str = option(..., MODEL_HELP)
     repeats: int = option(9, "measured runs of everything, after one", ge=2)
     threads: int | None = option(None, "threads (default: one per core)", metavar="N", ge=1)
-    isa: str = option("auto", "instruction set of the native backend, as doctor names it")
+    isa: str = option("auto", ISA_HELP)
 
 
-class AnswerOptions(Options):
-    """What `generate` and `chat` share. The names of the middle group are those of runtime.sampling.Sampling."""
+class AnswerOptions(OpeningOptions):
+    """What `generate` and `chat` share. The names of the group are those of runtime.sampling.Sampling."""
 
-    model: str = option(..., MODEL_HELP)
     system: str | None = option(None, "the system message, for a model with a chat template", metavar="TEXT")
-    max_tokens: int | None = option(None, "longest answer in tokens", metavar="N", group=ANSWERS, ge=1)
     temperature: float | None = option(
-        None,
-        "how much chance there is in the choice of a token; 0 takes the likeliest (default 0.7)",
-        metavar="X",
-        group=ANSWERS,
+        None, "how much chance there is in the choice of a token; 0 takes the likeliest (default 0.7)", group=ANSWERS
     )
     top_p: float | None = option(
         None, "keep the fewest likeliest tokens that reach this probability (default 1: all)", group=ANSWERS
@@ -138,20 +130,9 @@ class AnswerOptions(Options):
         None, "keep tokens at least this fraction as likely as the likeliest (default 0: all)", group=ANSWERS
     )
     repetition_penalty: float | None = option(
-        None,
-        "above 1: tokens that are there already become less likely (default 1)",
-        metavar="X",
-        group=ANSWERS,
+        None, "above 1: tokens that are there already become less likely (default 1)", group=ANSWERS
     )
-    seed: int | None = option(
-        None, "the same seed gives the same answer (default: another each time)", metavar="N", group=ANSWERS
-    )
-    threads: int | None = option(None, "threads (default: one per core)", metavar="N", group=RUNS, ge=1)
-    isa: str = option("auto", "instruction set of the native backend, as doctor names it", group=RUNS)
-    backend: str = option("auto", "what runs the model: auto, native or reference", group=RUNS)
-    ram: str | None = option(
-        None, "most memory of this whole process, e.g. 1GB; weights beyond it are read anew", group=RUNS
-    )
+    seed: int | None = option(None, "the same seed gives the same answer (default: another each time)", group=ANSWERS)
 
 
 class GenerateOptions(AnswerOptions):
@@ -175,9 +156,6 @@ class ChatOptions(AnswerOptions):
     )
 
 
-# ---- serve, keys -------------------------------------------------------------------------------------------------
-
-
 class ServeOptions(Options):
     """Options of `serve`."""
 
@@ -198,7 +176,7 @@ class ServeOptions(Options):
         None, "most memory of the server's whole process, e.g. 1GB; weights beyond it are read anew", metavar="SIZE"
     )
     backend: str = option("auto", "what runs the models: auto, native or reference")
-    isa: str = option("auto", "instruction set of the native backend, as doctor names it")
+    isa: str = option("auto", ISA_HELP)
 
 
 class KeysOptions(Options):

@@ -13,7 +13,7 @@ from gulliver.core.store import artifact as artifacts
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.store import Store
 from gulliver.pipeline.call import Call, call
-from gulliver.pipeline.resolve import data_of, original, resolve_any, resolve_data, resolve_inputs, resolve_model
+from gulliver.pipeline.resolve import data_for, original, resolve_any, resolve_inputs, resolve_model
 from gulliver.pipeline.steps import fields_of, find
 from gulliver.tasks.family import named
 
@@ -71,10 +71,7 @@ def audit(
     store = store or Store(home)
     target = resolve_model(model, store, progress=progress)
     older = original(target, store) if parent is None else resolve_model(parent, store, progress=progress)
-    if data is not None:
-        dataset = resolve_data(data, store, eval_data=eval_data, task=target.task, progress=progress)
-    else:
-        dataset = data_of(target, store)
+    dataset = data_for(target, data, store, eval_data=eval_data, progress=progress)
     if dataset is None:
         told = "was made without data, so there is nothing to measure its quality on"
         raise DataError(f"{target.id[:12]} {told}; add --data, or run `gulliver speed` alone")

@@ -51,8 +51,7 @@ def call(
     config: Mapping[str, Any],
     inputs: Mapping[str, Artifact | str | Sequence[Artifact | str]],
     *,
-    home: Path | str | None = None,
-    store: Store | None = None,
+    store: Store,
     seed: int = 0,
     progress: Progress | None = None,
     command: str = "",
@@ -67,7 +66,6 @@ def call(
     """
     row = find(name)
     asked = checked_config(row, config)
-    store = store or Store(home)
     given = checked_inputs(row, inputs, store)
     cfg = resolved(asked, given)
     key = reuse_key(row, cfg, given, seed)

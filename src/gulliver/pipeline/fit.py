@@ -1,7 +1,7 @@
 """The budget loop: calibrate, plan, pack, distill, measure, judge; and back to the plan when the measurement misses.
 
-A built-in recipe over the steps: every call below goes through `run.call`, so it is reused by hash, resumes after a
-kill, and can be repeated alone. What an effort buys stands in EFFORTS, and nowhere else.
+A built-in recipe over the steps: every call below goes through `call.call`, so it is reused by hash, resumes after a
+kill, and can be repeated alone. What an effort buys is in EFFORTS, and nowhere else.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gulliver.core.records import Asked, FitResult, Plan, Point
 from gulliver.core.store.artifact import Artifact, copy_artifact, create, write_annotation
 from gulliver.core.store.store import Store
 from gulliver.pipeline.call import Call, call
-from gulliver.pipeline.resolve import data_of, resolve_data, resolve_model
+from gulliver.pipeline.resolve import data_for, resolve_model
 from gulliver.report.card import write_card
 from gulliver.report.gather import gather
 from gulliver.report.html import page
@@ -34,28 +34,13 @@ WRITING_COPIES, WRITING_BYTES = 3, 2_000_000_000
 """Memory that writing text takes: times the bytes of the weights, and beside them."""
 COMPRESSING = ("sample", "calibrate", "plan", "quantize", "distill")
 EFFORTS: Mapping[str, Mapping[str, Mapping[str, Any] | None]] = {
-    "fast": {
-        "sample": None,
-        "calibrate": {"examples": 16, "gradient_examples": 4},
-        "plan": {"probe_rows": 8, "gptq": False},
-        "distill": None,
-        "quality": {"share": 1 / 3},
-    },
-    "normal": {
-        "sample": {"count": 32},
-        "calibrate": {"examples": 64, "gradient_examples": 16},
-        "plan": {},
-        "distill": None,
-        "quality": {},
-    },
-    "high": {
-        "sample": {"count": 96},
-        "calibrate": {"examples": 96, "gradient_examples": 16},
-        "plan": {},
-        "distill": {"steps": 110},
-        "quality": {},
-    },
-}
+    "fast": {"sample": None, "calibrate": {"examples": 16, "gradient_examples": 4},
+             "plan": {"probe_rows": 8, "gptq": False}, "distill": None, "quality": {"share": 1 / 3}},
+    "normal": {"sample": {"count": 32}, "calibrate": {"examples": 64, "gradient_examples": 16},
+               "plan": {}, "distill": None, "quality": {}},
+    "high": {"sample": {"count": 96}, "calibrate": {"examples": 96, "gradient_examples": 16},
+             "plan": {}, "distill": {"steps": 110}, "quality": {}},
+}  # fmt: skip
 """What each step gets; None leaves a step out. `sample` is for families whose models write data of their own."""
 
 
@@ -120,7 +105,9 @@ def fit(
     store, progress, began = store or Store(home), progress or Progress(), time.monotonic()
     parent = resolve_model(model, store, progress=progress)
     budget = replace(budget, speed_metric=family(parent.task).speed_metric)
-    dataset = _dataset(parent, data, eval_data, store, progress)
+    dataset = data_for(parent, data, store, eval_data=eval_data, progress=progress)
+    if dataset is None:
+        raise DataError(f"nothing tells what data {parent.id[:12]} is for; add --data (text files or catalog:NAME)")
     shared = {"store": store, "seed": seed, "progress": progress, "command": command}
     work = Fit(parent, dataset, budget, effort, shared)
     try:
@@ -130,22 +117,11 @@ def fit(
     return _finish(work, fitted, began, out)
 
 
-def _dataset(
-    parent: Artifact, data: str | Path | Artifact | None, eval_data: str | None, store: Store, progress: Progress
-) -> Artifact:
-    """The data to calibrate on and judge by; by default those that the model was trained on."""
-    if data is not None:
-        return resolve_data(data, store, eval_data=eval_data, task=parent.task, progress=progress)
-    found = data_of(parent, store)
-    if found is None:
-        raise DataError(f"nothing tells what data {parent.id[:12]} is for; add --data (text files or catalog:NAME)")
-    return found
-
-
 # ---- the loop -------------------------------------------------------------------------------------------------------
 def _loop(work: Fit) -> Artifact:
     """Rounds of plan, pack, distill, measure and judge, at most MAX_ROUNDS. BudgetError when the last one misses."""
-    samples = work.step("sample", _sampled(work), model=work.parent) if _may_write(work) else None
+    written = {"family": dict(family(work.parent.task).sampled.get(work.effort, {}))}
+    samples = work.step("sample", written, model=work.parent) if _may_write(work) else None
     calibration = work.step("calibrate", model=work.parent, dataset=work.dataset, samples=samples)
     size_bytes = work.budget.size_bytes
     for _ in range(MAX_ROUNDS):
@@ -154,9 +130,8 @@ def _loop(work: Fit) -> Artifact:
         packed = work.step("quantize", model=work.parent, calibration=calibration, plan=plan)
         candidates = [packed]
         if EFFORTS[work.effort]["distill"] is not None:
-            candidates += [
-                work.step("distill", model=packed, parent=work.parent, dataset=work.dataset, samples=samples)
-            ]
+            inputs = {"parent": work.parent, "dataset": work.dataset, "samples": samples}
+            candidates += [work.step("distill", model=packed, **inputs)]
         drops = [_value(_measure(work, candidate), "quality_loss") for candidate in candidates]
         drop = min(drops)  # distilling must show on held-out data, or it is not kept
         fitted = candidates[drops.index(drop)]
@@ -172,11 +147,6 @@ def _loop(work: Fit) -> Artifact:
     if missed:
         raise BudgetError("; ".join(f"{verdict.rule}: {verdict.reason}" for verdict in missed))
     return fitted
-
-
-def _sampled(work: Fit) -> dict[str, Any]:
-    """The options of the parent's family for what it writes at this effort."""
-    return {"family": dict(family(work.parent.task).sampled.get(work.effort, {}))}
 
 
 def _may_write(work: Fit) -> bool:
@@ -209,9 +179,8 @@ def _value(evidence: list[Evidence], metric: str) -> float:
 def _in_drops(plan: Plan, drop: float) -> tuple[Point, ...]:
     """The plan's frontier in quality given up: its loss increases times what one measurement says a unit costs."""
     factor = max(drop, 0.0) / plan.loss_increase if plan.loss_increase > 0 else 0.0
-    return tuple(
-        Point(size_bytes=point.size_bytes, predicted_drop=factor * point.loss_increase) for point in plan.frontier
-    )
+    points = [(point.size_bytes, factor * point.loss_increase) for point in plan.frontier]
+    return tuple(Point(size_bytes=size_bytes, predicted_drop=predicted) for size_bytes, predicted in points)
 
 
 def _at(frontier: Sequence[Point], size_bytes: int) -> float:

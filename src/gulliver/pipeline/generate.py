@@ -51,8 +51,7 @@ class OpenModel:
     """A model that answers, until it is closed; use it in a `with` block."""
 
     def __init__(self, answerer: Generating, load_seconds: float) -> None:
-        self.answerer, self.load_seconds = answerer, load_seconds
-        self.engine, self.folder = answerer.engine, answerer.folder
+        self.engine, self.folder, self.load_seconds = answerer.engine, answerer.folder, load_seconds
         self.tokens, self.request = answerer.tokens, answerer.request
 
     def __enter__(self) -> OpenModel:
@@ -86,14 +85,12 @@ class OpenModel:
         backend = f"{self.folder.name} by {decoder.backend}: {decoder.why}"
         if answer is None:
             return backend
+        told = [f"{answer.prompt_tokens} + {answer.completion_tokens} tokens ({answer.finish_reason})"]
         timings = answer.timings()
-        rates = [
-            f"{timings[key]:.0f} {what} tokens/s"
-            for key, what in (("prompt_tokens_per_s", "prompt"), ("decode_tokens_per_s", "answer"))
-            if timings[key] is not None
-        ]
-        counts = f"{answer.prompt_tokens} + {answer.completion_tokens} tokens ({answer.finish_reason})"
-        return f"{', '.join([counts, *rates])}; {backend}"
+        for key, what in (("prompt_tokens_per_s", "prompt"), ("decode_tokens_per_s", "answer")):
+            if timings[key] is not None:
+                told.append(f"{timings[key]:.0f} {what} tokens/s")
+        return f"{', '.join(told)}; {backend}"
 
     def _seconds(self) -> tuple[float, float]:
         """What the engine has spent so far on reaching first tokens and on later ones."""
@@ -110,7 +107,7 @@ def open_model(
 ) -> OpenModel:
     """The model that `spec` names, ready to answer, by default one request at a time; see `ask.open_answerer`.
 
-    ConfigError when it is no language model, BudgetError when the memory limit is too little.
+    ConfigError when it is not a language model, BudgetError when the memory limit is too little.
     """
     began = time.perf_counter()
     answerer = open_answerer(spec, options or OpenOptions(slots=1), store=store, can="generate", progress=progress)

@@ -91,17 +91,25 @@ def resolve_any(spec: str | Path | Artifact, store: Store) -> Artifact:
     return artifact
 
 
-def ancestors(artifact: Artifact, store: Store) -> list[Artifact]:
-    """What an artifact was made from, nearest first, as far as it is in the store."""
-    return [store.get(manifest["id"]) for manifest in store.lineage(artifact.id)[1:] if "missing" not in manifest]
+def data_for(
+    model: Artifact,
+    data: str | Path | Artifact | None,
+    store: Store,
+    *,
+    eval_data: str | None = None,
+    progress: Progress | None = None,
+) -> Artifact | None:
+    """The dataset `data`; by default that which the model, or else the nearest of what it was made from, was made with.
 
-
-def data_of(artifact: Artifact, store: Store) -> Artifact | None:
-    """The dataset that an artifact, or else the nearest of what it was made from, was made with; None if not here."""
-    for one in (artifact, *ancestors(artifact, store)):
-        for dataset in _in_roles(one, ("dataset",), store):
-            if dataset.kind == "dataset":
-                return dataset
+    None when that is not here.
+    """
+    if data is not None:
+        return resolve_data(data, store, eval_data=eval_data, task=model.task, progress=progress)
+    for manifest in store.lineage(model.id):
+        if "missing" not in manifest:
+            for dataset in _in_roles(store.get(manifest["id"]), ("dataset",), store):
+                if dataset.kind == "dataset":
+                    return dataset
     return None
 
 

@@ -143,7 +143,7 @@ def checked_config(step: Step, values: Mapping[str, Any], also: tuple[str, ...] 
 
 
 def _folded(config: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a model's family, which stand beside the step's own, checked and put into its field `family`."""
+    """Options of a model's family, given beside the step's own, checked and put into its field `family`."""
     from pydantic import create_model
 
     family = {name: info for name, info in fields_of(config).items() if name not in config.model_fields}
