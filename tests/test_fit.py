@@ -152,7 +152,7 @@ def test_a_second_fit_does_no_work(language: Lab, monkeypatch: pytest.MonkeyPatc
     def never(*_: Any) -> Any:
         raise AssertionError("a step ran again")
 
-    monkeypatch.setattr(run, "function", never)
+    monkeypatch.setattr(run, "named", never)
     assert fit(language, effort="normal", out=tmp_path / "out").id == first.id
     assert len(steps_run(language)) == before
     with pytest.raises(AssertionError, match="ran again"):
