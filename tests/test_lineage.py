@@ -183,6 +183,26 @@ def test_a_copy_keeps_what_was_known_when_it_was_made(made: Run, tmp_path: Path)
     assert len(_metrics(copy_artifact(small, tmp_path / "out"))) == 4, "copying again renews it"
 
 
+def test_a_copy_that_the_user_names_keeps_up_and_never_takes_evidence_back(
+    made: Run, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = made("shrink", model=made("make"))
+    made("measure", model=small)
+    copy, older = copy_artifact(small, tmp_path / "out"), copy_artifact(small, tmp_path / "older")
+    named = resolve.resolve_any(str(copy.path), store)
+    made("measure", {"windows": 9}, model=named)
+    assert len(_metrics(copy)) == len(_metrics(small)) == 4
+    assert (copy.path / "README.md").read_text() == (small.path / "README.md").read_text()
+    assert resolve.resolve_any(str(older.path), store) == small
+    assert (len(_metrics(older)), len(_metrics(small))) == (2, 4), "an older folder says less, and the store keeps more"
+
+    (older.path / "evidence.json").unlink()
+    (older.path / "evidence.json").mkdir()
+    call("measure", {"windows": 3}, {"model": small}, store=store, progress=Progress())
+    assert f"the card of {small.id[:12]} was not renewed" in capsys.readouterr().err
+    assert len(_metrics(small)) == 6
+
+
 def test_a_model_outside_the_store_gets_no_card(made: Run, store: Store, tmp_path: Path) -> None:
     elsewhere = Store(tmp_path / "elsewhere")
     outside = call("make", {}, {}, store=elsewhere, progress=Progress(quiet=True))

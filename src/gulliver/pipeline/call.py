@@ -20,7 +20,7 @@ from gulliver.core.context import LIMIT, Context, noted_peak
 from gulliver.core.errors import ArtifactError, BudgetError, ConfigError
 from gulliver.core.names import did_you_mean
 from gulliver.core.progress import Progress
-from gulliver.core.store.artifact import Artifact, canonical_json, hash_file
+from gulliver.core.store.artifact import Artifact, canonical_json, hash_file, open_artifact, renew_annotations
 from gulliver.core.store.store import RunRecord, Store
 from gulliver.pipeline.steps import INPUT_KINDS, Step, checked_config, find
 from gulliver.tasks import options_of
@@ -124,7 +124,8 @@ def _recorded(row: Step, key: str, asked: Any, artifact: Artifact, context: Cont
 def renew_cards(artifact_ids: Iterable[str], store: Store, progress: Progress) -> None:
     """Write the card and evidence.json beside each of these models that is in the store, from all evidence by now.
 
-    A card that cannot be written (something in the lineage is damaged) is told, and fails nothing.
+    The same goes into the folder outside the store that the user named. A card that cannot be written (something in
+    the lineage is damaged, a folder may not be written into) is told, and fails nothing.
     """
     from gulliver.report import card  # here, because most calls record no evidence
 
@@ -133,7 +134,9 @@ def renew_cards(artifact_ids: Iterable[str], store: Store, progress: Progress) -
             try:
                 with store.lock(f"card-{one[:32]}"):
                     card.write_card(store.get(one), store.evidence(one), store)
-            except ArtifactError as failure:
+                    if one in store.copies:
+                        renew_annotations(store.get(one), open_artifact(store.copies[one]))
+            except (ArtifactError, OSError) as failure:
                 progress.print(f"the card of {one[:12]} was not renewed: {failure}")
 
 

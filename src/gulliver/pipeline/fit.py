@@ -22,9 +22,8 @@ from gulliver.core.quantities import parse_fraction, parse_size
 from gulliver.core.records import Asked, FitResult, Plan, Point
 from gulliver.core.store.artifact import Artifact, copy_artifact, create, write_annotation
 from gulliver.core.store.store import Store
-from gulliver.pipeline.call import Call, call
+from gulliver.pipeline.call import Call, call, renew_cards
 from gulliver.pipeline.resolve import data_for, resolve_model
-from gulliver.report.card import write_card
 from gulliver.report.gather import gather
 from gulliver.report.html import page
 from gulliver.tasks import family, get_task
@@ -168,6 +167,7 @@ def _measure(work: Fit, fitted: Artifact) -> list[Evidence]:
         item = measured("compress_peak_ram_bytes", peak, detail={"steps": list(COMPRESSING)})
         here = describe(work.store.home, measure=False).name
         work.store.record([item.filled(artifact_id=fitted.id, machine=here, command=work.shared["command"])])
+        renew_cards([fitted.id], work.store, work.shared["progress"])
     return work.store.evidence(fitted.id)
 
 
@@ -237,9 +237,7 @@ def _record(
 def _finish(work: Fit, fitted: Artifact, began: float, out: Path | str | None) -> Artifact:
     """Write the report and the card beside the model, and copy it out."""
     record = _record(work, fitted, began)
-    evidence = work.store.evidence(fitted.id)
     write_annotation(fitted, "report.html", page(gather(fitted, work.store, fit=record)))
-    write_card(fitted, evidence, work.store)
     return fitted if out is None else copy_artifact(fitted, out)
 
 

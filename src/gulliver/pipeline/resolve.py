@@ -10,7 +10,7 @@ from typing import Any
 from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import Artifact, copy_artifact, open_artifact, verify
-from gulliver.core.store.manifest import UNNAMED
+from gulliver.core.store.manifest import MANIFEST, UNNAMED
 from gulliver.core.store.store import Store
 from gulliver.pipeline import steps
 from gulliver.pipeline.call import call
@@ -134,10 +134,12 @@ def _known_artifact(spec: str | Path | Artifact, store: Store) -> Artifact | Non
     if isinstance(spec, Artifact):
         return spec
     path = Path(spec).expanduser()
-    if (path / "gulliver.json").is_file():
+    if (path / MANIFEST).is_file():
         artifact = open_artifact(path)
         verify(artifact)
-        return copy_artifact(artifact, store.artifacts_folder / artifact.id)
+        store.copies[artifact.id] = artifact.path
+        there = store.has(artifact.id)
+        return store.get(artifact.id) if there else copy_artifact(artifact, store.artifacts_folder / artifact.id)
     if not path.exists() and _ID.fullmatch(str(spec)):
         return store.get(str(spec))
     return None

@@ -299,8 +299,13 @@ def _keep_same(artifact: Artifact, target: Path) -> None:
     if there.id != artifact.id:
         raise ArtifactError(f"{target} holds another artifact ({there.id[:12]}); give a new or empty folder")
     verify(there)
+    renew_annotations(artifact, there)
+
+
+def renew_annotations(artifact: Artifact, there: Artifact) -> None:
+    """Write the annotations of an artifact beside the same artifact in another folder."""
     for name in _annotations(artifact.path):
-        if (artifact.path / name).resolve() != (target / name).resolve():
+        if (artifact.path / name).resolve() != (there.path / name).resolve():
             write_annotation(there, name, (artifact.path / name).read_bytes())
 
 

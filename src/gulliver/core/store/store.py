@@ -64,6 +64,7 @@ class Store:
     def __init__(self, home: Path | str | None = None, database_url: str | None = None) -> None:
         self.home = Path(home).expanduser().absolute() if home is not None else default_home()
         self.database_url = database_url
+        self.copies: dict[str, Path] = {}  # content id -> the folder outside that the user named; its card keeps up
         try:
             for name in ("artifacts", "work", "cache", "locks"):
                 (self.home / name).mkdir(parents=True, exist_ok=True)
