@@ -277,6 +277,11 @@ class Point(Row):
     predicted_drop: float | None = None
     measured_drop: float | None = None
 
+    @property
+    def drop(self) -> float | None:
+        """The measured drop; the predicted one where nothing was measured."""
+        return self.predicted_drop if self.measured_drop is None else self.measured_drop
+
 
 class FitResult(Record):
     """What a run of `fit` asked, tried and found.

@@ -47,22 +47,18 @@ def block_grid(tensors: Sequence[TensorBits]) -> BlockGrid:
     that stays unique. Models with several stacks ("encoder.0", "decoder.0") keep the stack's name in the role.
     """
     found = [(tensor, match) for tensor in tensors if tensor.parts and (match := _BLOCK.match(tensor.name))]
-    stacks = {match["before"] for _, match in found}
-    full = {}
-    for tensor, match in found:
-        role = match["role"].removesuffix(".weight")
-        full[tensor.name] = (match["index"], (match["before"] if len(stacks) > 1 else "", role))
+    several = len({match["before"] for _, match in found}) > 1
+    keys = [(match["before"] if several else "", match["role"].removesuffix(".weight")) for _, match in found]
     owners: dict[str, set[tuple[str, str]]] = {}
-    for _, key in full.values():
+    for key in keys:
         owners.setdefault(key[1].rpartition(".")[2], set()).add(key)
     cells, roles = {}, {}
-    for tensor, _ in found:
-        index, key = full[tensor.name]
-        short = key[1].rpartition(".")[2]
-        role = short if len(owners[short]) == 1 else f"{key[0]}{key[1]}"
-        cells[(index, role)] = tensor
-        roles[role] = None
-    blocks = sorted({index for index, _ in full.values()}, key=int)
+    for (tensor, match), (stack, role) in zip(found, keys, strict=True):
+        short = role.rpartition(".")[2]
+        shown = short if len(owners[short]) == 1 else f"{stack}{role}"
+        cells[(match["index"], shown)] = tensor
+        roles[shown] = None
+    blocks = sorted({match["index"] for _, match in found}, key=int)
     return BlockGrid(tuple(blocks), tuple(roles), cells)
 
 
@@ -72,7 +68,6 @@ def bits(tensors: Sequence[TensorBits]) -> Picture | None:
     if not grid.roles:
         return None
     values = [[grid.cell(block, role) for block in grid.blocks] for role in grid.roles]
-    scale = _bits_axis()
     trace = {
         "type": "heatmap",
         "x": [label(block) for block in grid.blocks],
@@ -88,14 +83,9 @@ def bits(tensors: Sequence[TensorBits]) -> Picture | None:
     layout = base_layout(150 + 26 * len(grid.roles))
     layout["xaxis"] |= {"type": "category", "title": {"text": "block"}, "showgrid": False}
     layout["yaxis"] |= {"type": "category", "autorange": "reversed", "showgrid": False, "automargin": True}
-    layout["coloraxis"] = scale
-    rows = [
-        [
-            block,
-            *(f"{tensor.bits_per_weight:.2f}" if (tensor := grid.cell(block, role)) else "–" for role in grid.roles),
-        ]
-        for block in grid.blocks
-    ]
+    layout["coloraxis"] = _bits_axis()
+    columns = [[f"{tensor.bits_per_weight:.2f}" if tensor else "–" for tensor in row] for row in values]
+    rows = [list(cells) for cells in zip(grid.blocks, *columns, strict=True)]
     heads = ["block", *grid.roles]
     numbers = Table("Bits per weight, by block and role", heads, rows, numbers=range(1, len(heads)))
     says = "Bits a weight of each tensor in the blocks, scales included; a darker cell is stored in fewer bits."
@@ -109,23 +99,16 @@ def rows_bits(tensors: Sequence[TensorBits]) -> Picture | None:
     shown = sorted(shown, key=lambda tensor: -tensor.size_bytes)[:_MAX_BARS]
     if not shown:
         return None
-    traces = [_bar(tensor.name, part) for tensor in shown for part in tensor.parts]
-    traces.append(_COLOUR_BAR)
     layout = base_layout(150 + 34 * len(shown)) | {"barmode": "stack", "showlegend": False}
     layout["uniformtext"] = {"mode": "hide", "minsize": 9}
     layout["xaxis"] |= {"title": {"text": "MB (10⁶ bytes)"}, "rangemode": "tozero"}
     layout["yaxis"] |= {"type": "category", "autorange": "reversed", "showgrid": False, "automargin": True}
     layout["coloraxis"] = _bits_axis()
+    parts = [(tensor.name, part) for tensor in shown for part in tensor.parts]
+    traces = [*(_bar(name, part) for name, part in parts), _COLOUR_BAR]
     rows = [
-        [
-            tensor.name,
-            f"{part.rows:,}",
-            part.format,
-            f"{part.bits_per_weight:.2f}",
-            format_value(part.size_bytes, "bytes"),
-        ]
-        for tensor in shown
-        for part in tensor.parts
+        [name, f"{part.rows:,}", part.format, f"{part.bits_per_weight:.2f}", format_value(part.size_bytes, "bytes")]
+        for name, part in parts
     ]
     heads = ["tensor", "rows", "format", "bits a weight", "size"]
     says = "Tensors outside the blocks, and tensors whose rows are stored in several formats; width is bytes."
@@ -185,6 +168,7 @@ def _formats(tensor: TensorBits) -> str:
 def _bits_axis() -> dict[str, Any]:
     low, high = min(_BITS_COLOURS), max(_BITS_COLOURS)
     scale = [[(bits - low) / (high - low), colour] for bits, colour in _BITS_COLOURS.items()]
+    title = {"text": f"bits a weight ({high} and more alike)", "side": "top", "font": {"size": 12}}
     bar = {
         "orientation": "h",
         "y": 1.02,
@@ -194,5 +178,4 @@ def _bits_axis() -> dict[str, Any]:
         "outlinewidth": 0,
         "dtick": 1,
     }
-    title = {"text": f"bits a weight ({high} and more alike)", "side": "top", "font": {"size": 12}}
     return {"colorscale": scale, "cmin": low, "cmax": high, "colorbar": bar | {"title": title}}

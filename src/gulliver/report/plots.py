@@ -26,33 +26,23 @@ def size_quality(data: ReportData) -> Picture | None:
     chosen = size.value if size else data.size_bytes
     if not fit.frontier and not fit.rounds and (loss is None or not chosen):
         return None
-    traces = []
-    if fit.frontier:
-        line = {"color": "var(--soft)", "width": 1.5, "dash": "dot"}
-        traces.append(_points("menu, predicted", fit.frontier, "predicted_drop", "lines+markers", "circle-open", line))
-    if fit.rounds:
-        for name, key, symbol in (
-            ("predicted", "predicted_drop", "diamond-open"),
-            ("measured", "measured_drop", "diamond"),
-        ):
-            traces.append(_points(f"rounds, {name}", fit.rounds, key, "markers", symbol, {"color": "var(--orange)"}))
+    line = {"color": "var(--soft)", "width": 1.5, "dash": "dot"}
+    traces = [_points("menu, predicted", fit.frontier, "predicted_drop", "circle-open", "soft", line)]
+    traces.append(_points("rounds, predicted", fit.rounds, "predicted_drop", "diamond-open", "orange"))
+    traces.append(_points("rounds, measured", fit.rounds, "measured_drop", "diamond", "orange"))
     if data.parent_size_bytes:
-        traces.append(_point("parent", data.parent_size_bytes, 0.0, "square", "var(--violet)"))
+        traces.append(_point("parent", data.parent_size_bytes, 0.0, "square", "violet"))
     if data.parent_download_bytes:
-        traces.append(_point("parent as downloaded", data.parent_download_bytes, 0.0, "square-open", "var(--violet)"))
+        traces.append(_point("parent as downloaded", data.parent_download_bytes, 0.0, "square-open", "violet"))
     if fit.nearest is not None:
-        drop = fit.nearest.measured_drop if fit.nearest.measured_drop is not None else fit.nearest.predicted_drop
-        if drop is not None:
-            traces.append(_point("nearest feasible point", fit.nearest.size_bytes, drop, "star", "var(--green)"))
+        if fit.nearest.drop is not None:
+            point = _point("nearest feasible point", fit.nearest.size_bytes, fit.nearest.drop, "star", "green")
+            traces.append(point)
     elif chosen and loss is not None and loss.is_number:
-        point = _point("this artifact", chosen, loss.value, "star", "var(--green)")
+        point = _point("this artifact", chosen, loss.value, "star", "green")
         if math.isfinite(loss.low) and math.isfinite(loss.high):
-            point["error_y"] = {
-                "type": "data",
-                "array": [100 * (loss.high - loss.value)],
-                "arrayminus": [100 * (loss.value - loss.low)],
-                "color": "var(--green)",
-            }
+            ends = {"array": [100 * (loss.high - loss.value)], "arrayminus": [100 * (loss.value - loss.low)]}
+            point["error_y"] = {"type": "data", "color": "var(--green)", **ends}
         traces.append(point)
     traces = [trace for trace in traces if trace["x"]]
     if not traces:
@@ -129,14 +119,8 @@ def memory(data: ReportData) -> Picture | None:
     rows = []
     for stage in stages:
         own = [(time, size) for time, name, size in samples if name == stage]
-        rows.append(
-            [
-                stage,
-                format_seconds(own[0][0]),
-                format_seconds(own[-1][0]),
-                format_value(max(s for _, s in own), "bytes"),
-            ]
-        )
+        top = format_value(max(size for _, size in own), "bytes")
+        rows.append([stage, format_seconds(own[0][0]), format_seconds(own[-1][0]), top])
     says = f"Memory of the process while the model was made; the highest sample is {format_value(peak, 'bytes')}."
     numbers = Table("Memory by stage", ["stage", "from", "to", "peak"], rows, numbers=(1, 2, 3))
     return Picture("memory", "Memory over time", says, traces, layout, numbers)
@@ -144,19 +128,15 @@ def memory(data: ReportData) -> Picture | None:
 
 def _stage_line(samples: Sequence[tuple[float, str, int]], stage: str) -> tuple[list[Any], list[Any]]:
     """Times and sizes of a stage, a None where it paused; thinned so that every peak stays."""
-    times: list[Any] = []
-    sizes: list[Any] = []
+    line: list[tuple[float | None, int | None]] = []
     bucket = max(1, len(samples) // _MAX_POINTS)
     for start in range(0, len(samples), bucket):
         own = [(time, size) for time, name, size in samples[start : start + bucket + 1] if name == stage]
         if own:
-            time, size = max(own, key=lambda pair: pair[1])
-            times.append(time)
-            sizes.append(size)
-        elif times and times[-1] is not None:
-            times.append(None)
-            sizes.append(None)
-    return times, sizes
+            line.append(max(own, key=lambda pair: pair[1]))
+        elif line and line[-1] != (None, None):
+            line.append((None, None))
+    return [time for time, _ in line], [size for _, size in line]
 
 
 def _block_labels(names: Sequence[str]) -> list[str]:
@@ -165,29 +145,28 @@ def _block_labels(names: Sequence[str]) -> list[str]:
 
 
 def _points(
-    name: str, points: Sequence[Point], key: str, mode: str, symbol: str, line: Mapping[str, Any]
+    name: str, points: Sequence[Point], key: str, symbol: str, colour: str, line: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
+    """The points that have the drop `key`, by size; joined where there is a `line`."""
     own = sorted((p.size_bytes / 1e6, 100 * getattr(p, key)) for p in points if getattr(p, key) is not None)
-    return {
-        "type": "scatter",
-        "mode": mode,
-        "name": name,
-        "x": [x for x, _ in own],
-        "y": [y for _, y in own],
-        "line": dict(line),
-        "marker": {"symbol": symbol, "size": 8 if "diamond" in symbol else 5, "color": line["color"]},
-        "hovertemplate": "%{x:.2f} MB, %{y:.2f} %",
-    }
+    style = {"line": dict(line)} if line else {}
+    size = 5 if line else 8
+    return _trace(name, own, symbol, size, colour) | style | {"mode": "lines+markers" if line else "markers"}
 
 
 def _point(name: str, size_bytes: float, drop: float, symbol: str, colour: str) -> dict[str, Any]:
+    return _trace(name, [(size_bytes / 1e6, 100 * drop)], symbol, 13, colour)
+
+
+def _trace(name: str, at: Sequence[tuple[float, float]], symbol: str, size: int, colour: str) -> dict[str, Any]:
+    """Markers at (MB, per cent)."""
     return {
         "type": "scatter",
         "mode": "markers",
         "name": name,
-        "x": [size_bytes / 1e6],
-        "y": [100 * drop],
-        "marker": {"symbol": symbol, "size": 13, "color": colour},
+        "x": [x for x, _ in at],
+        "y": [y for _, y in at],
+        "marker": {"symbol": symbol, "size": size, "color": f"var(--{colour})"},
         "hovertemplate": "%{x:.2f} MB, %{y:.2f} %",
     }
 
@@ -197,10 +176,8 @@ def _top_drop(data: ReportData) -> float:
     loss, asked = data.latest("quality_loss"), data.fit.budget.max_drop
     points = [*data.fit.rounds, *([data.fit.nearest] if data.fit.nearest else [])]
     drops = [point.measured_drop for point in points] + [point.predicted_drop for point in points]
-    drops += [
-        1.5 * asked if asked is not None else None,
-        loss.high if loss is not None and math.isfinite(loss.high) else None,
-    ]
+    drops.append(1.5 * asked if asked is not None else None)
+    drops.append(loss.high if loss is not None and math.isfinite(loss.high) else None)
     known = [drop for drop in drops if drop is not None]
     frontier = [point.predicted_drop for point in data.fit.frontier if point.predicted_drop is not None]
     if known and max(known) > 0:
@@ -231,12 +208,8 @@ def _line(axis: str, at: float, colour: str) -> dict[str, Any]:
 
 def _note(text: str, x: float, y: float, xref: str, yref: str, xanchor: str, yanchor: str) -> dict[str, Any]:
     place = {"x": x, "y": y, "xref": xref, "yref": yref, "xanchor": xanchor, "yanchor": yanchor}
-    return place | {
-        "text": label(text),
-        "showarrow": False,
-        "font": {"color": "var(--red)", "size": 12},
-        "bgcolor": "var(--paper)",
-    }
+    style = {"showarrow": False, "font": {"color": "var(--red)", "size": 12}, "bgcolor": "var(--paper)"}
+    return place | style | {"text": label(text)}
 
 
 def _log_axis(values: Sequence[float]) -> dict[str, Any]:

@@ -38,9 +38,8 @@ def sentences(data: ReportData) -> list[str]:
     lines = [f"Asked for {asked}." if asked else "No budget was stated."]
     near = data.fit.nearest
     if near is not None:
-        drop = near.measured_drop if near.measured_drop is not None else near.predicted_drop
         how = "measured" if near.measured_drop is not None else "predicted"
-        loss = f", {format_value(drop, 'fraction')} quality loss ({how})" if drop is not None else ""
+        loss = f", {format_value(near.drop, 'fraction')} quality loss ({how})" if near.drop is not None else ""
         lines.append(f"No model meets this budget. The nearest feasible point: {_bytes(near.size_bytes)}{loss}.")
     else:
         lines.append(f"Reached {_reached(data)}.")
