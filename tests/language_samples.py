@@ -58,18 +58,12 @@ def write_causal(folder: Path, name: str = "llama-tied", seed: int = 0, **change
     return folder
 
 
-def write_encoder(folder: Path, seed: int = 0) -> Path:
+def write_encoder(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """A random tiny BERT sentence encoder with a word-piece tokenizer of letters."""
     letters = "abcdefghijklmnopqrstuvwxyz."
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
-    config = transformers.BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, **(sizes | changes))
     torch.manual_seed(seed)
     model = transformers.BertModel(config)
     for parameter in model.parameters():

@@ -1,25 +1,34 @@
-"""The step `heal`: it brings a packed model nearer to its parent, in the same bytes."""
+"""The step `distill`: it brings a model, packed or dense, nearer to its parent, in the same bytes."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from compress_samples import Lab, contents, divergence
-from language_samples import write_dataset
+from language_samples import write_dataset, write_encoder
+from toy_language import write_model
 
 from gulliver.core.errors import BudgetError, ConfigError
 from gulliver.core.progress import Progress
 from gulliver.core.records import Calibration, Distillation, LossIncrease, Packing
 from gulliver.core.store.artifact import Artifact, verify
 from gulliver.core.store.store import Store
+from gulliver.nets.inception import Inception, InceptionConfig
 from gulliver.pipeline.call import call
 from gulliver.runtime.packed import PackedTensor
+from gulliver.runtime.packing import is_packed
 from gulliver.runtime.reference import read_stored
+from gulliver.tasks import get_task
 from gulliver.tasks.language.task import LanguageTask
 from gulliver.train import distill
 
 RATES = {"learning_rate": 1.5e-2, "scale_rate": 3e-4, "vector_rate": 3e-4}
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
 QUICK = {"batch_size": 8, "tokens": 64, "warmup_steps": 2, **RATES}
 
 
@@ -33,6 +42,13 @@ def healed(lab: Lab, model: Artifact, **config: Any) -> Artifact:
 @pytest.fixture(scope="module")
 def packed(language: Lab) -> Artifact:
     return language.quantize(bits=3)
+
+
+@pytest.fixture(scope="module")
+def dense(language: Lab, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A student of half the parent's width and depth, in bfloat16."""
+    folder = write_model(tmp_path_factory.mktemp("students") / "small", steps=60, dtype=torch.bfloat16, **SMALL)
+    return language.step("pull", {"source": str(folder)})
 
 
 def test_healing_brings_a_model_nearer_to_its_parent(language: Lab, packed: Artifact) -> None:
@@ -108,15 +124,15 @@ def test_samples_take_their_turn(language: Lab, packed: Artifact, monkeypatch: p
     assert len(prints) == len(contents(healed(language, packed, steps=3), Calibration.file)["fingerprints"]) + 1
 
 
-@pytest.mark.parametrize("stop", [3, 4])
+@pytest.mark.parametrize(("student", "stop"), [("packed", 3), ("packed", 4), ("dense", 3), ("dense", 4)])
 def test_an_interrupted_run_makes_the_same_model(
-    language: Lab, packed: Artifact, stop: int, monkeypatch: pytest.MonkeyPatch
+    language: Lab, student: str, stop: int, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     config = QUICK | {"steps": 6}
-    inputs = {"model": packed, "parent": language.model, "dataset": language.dataset}
+    inputs = {"model": request.getfixturevalue(student), "parent": language.model, "dataset": language.dataset}
     whole = language.step("distill", config, **inputs)
     other: dict[str, Any] = {
-        "store": Store(language.store.home.parent / f"stop-{stop}"),
+        "store": Store(language.store.home.parent / f"stop-{student}-{stop}"),
         "progress": Progress(quiet=True),
     }
     config["checkpoint_every"] = 2
@@ -152,14 +168,22 @@ def _vectors(one: Artifact, other: Artifact) -> list[Any]:
 
 
 def test_what_cannot_be_healed(language: Lab, digits: Lab, packed: Artifact) -> None:
-    with pytest.raises(ConfigError, match="no packed weights"):
-        healed(language, language.model)
-    inputs = {"model": packed, "parent": language.model, "dataset": digits.dataset}
-    with pytest.raises(ConfigError, match="must all be for language"):
-        language.step("distill", QUICK, **inputs)
     inputs = {"model": packed, "parent": language.model, "dataset": language.dataset}
-    with pytest.raises(BudgetError, match="--effort normal"):
-        call("distill", QUICK | {"max_ram_bytes": 10**9}, inputs, store=language.store, progress=Progress(quiet=True))
+    for role, other in (("dataset", digits.dataset), ("samples", digits.dataset), ("parent", digits.model)):
+        with pytest.raises(ConfigError, match=f"must all be for language, but {other.kind} {other.id[:12]} is for vis"):
+            language.step("distill", QUICK, **inputs | {role: other})
+
+
+def test_what_ran_before_does_not_decide_whether_memory_suffices(language: Lab, packed: Artifact) -> None:
+    inputs = {"model": packed, "parent": language.model, "dataset": language.dataset}
+    told = []
+    for before in (0, 300_000_000):
+        held = torch.ones(before, dtype=torch.uint8)
+        with pytest.raises(BudgetError, match=r"takes about 2\.5 GB .* 2\.4 GB.*--effort normal") as failure:
+            language.step("distill", QUICK | {"max_ram_bytes": 2_400_000_000}, **inputs)
+        told.append(str(failure.value))
+        del held
+    assert told[0] == told[1]
 
 
 def test_another_family_heals(digits: Lab) -> None:
@@ -170,3 +194,82 @@ def test_another_family_heals(digits: Lab) -> None:
     digits.step("quality", {}, model=made, dataset=digits.dataset, parent=digits.model)
     values = {item.metric: item.value for item in digits.store.evidence(made.id)}
     assert values["accuracy"] > 0.8 and values["accuracy_drop"] < 0.05
+
+
+# ---- dense students --------------------------------------------------------------------------------------------------
+def test_a_dense_student_comes_near_to_a_larger_parent(
+    language: Lab, dense: Artifact, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    words = ("distill", dense.id, "--parent", language.model.id, "--data", language.dataset.id, "--steps", "60")
+    code, out, err = command(*words, "--batch-size", 8, "--tokens", 64, "--home", language.store.home, "--json")
+    assert code == 0, err
+    made = language.store.get(json.loads(out)["id"])
+    assert divergence(language, made) < 0.7 * divergence(language, dense)
+    verify(made)
+    assert made.weight_bytes == pytest.approx(dense.weight_bytes, rel=0.01) and not is_packed(made.path)
+    assert made.inputs == {
+        role: (one.id,) for role, one in (("model", dense), ("parent", language.model), ("dataset", language.dataset))
+    }
+    assert {Packing.file, LossIncrease.file}.isdisjoint(made.files) and "tokenizer.json" in made.files
+    assert len(contents(made, Distillation.file)["losses"]) == 60
+    assert contents(made, Calibration.file)["dataset"] == language.dataset.id
+    before, after = dict(read_stored(dense.path)), dict(read_stored(made.path))
+    assert {name: tensor.dtype for name, tensor in before.items()} == {name: after[name].dtype for name in after}
+    assert not any(after[name].equal(tensor) for name, tensor in before.items() if tensor.dim() > 1)
+    language.step("quality", {"context": 64}, model=made, dataset=language.dataset, parent=language.model)
+
+
+def test_a_rate_left_out_is_resolved_by_the_student_and_recorded(
+    language: Lab, packed: Artifact, dense: Artifact
+) -> None:
+    config = {"batch_size": 2, "tokens": 64, "steps": 1}
+    for model, rate in ((packed, 7e-3), (dense, 1e-2)):
+        inputs = {"model": model, "parent": language.model, "dataset": language.dataset}
+        made = language.step("distill", config, **inputs)
+        assert made.config["learning_rate"] == rate
+        assert language.step("distill", config | {"learning_rate": rate}, **inputs).id == made.id
+
+
+def test_a_packed_student_may_be_smaller_than_its_parent(language: Lab, dense: Artifact) -> None:
+    calibration = language.step("calibrate", {"examples": 16, "tokens": 64}, model=dense, dataset=language.dataset)
+    model = language.step("quantize", {"bits": 4, "group_size": 32}, model=dense, calibration=calibration)
+    made = healed(language, model, steps=40, learning_rate=6e-2)
+    assert made.weight_bytes == model.weight_bytes
+    assert divergence(language, made) < divergence(language, model)
+
+
+def test_a_student_that_answers_otherwise_is_refused(language: Lab, tmp_path: Path) -> None:
+    other = write_model(tmp_path / "other", steps=1, vocab_size=352, **SMALL)
+    model = language.step("pull", {"source": str(other)})
+    with pytest.raises(ConfigError, match=r"vocab_size is 352 in model .* and 320 in its parent .*; take a model with"):
+        healed(language, model, steps=1)
+    folder = write_model(tmp_path / "words", steps=1, **SMALL)
+    words = json.loads((folder / "tokenizer.json").read_text())
+    known = words["model"]["vocab"]
+    words["model"]["vocab"] = {name: number ^ 1 if number > 1 else number for name, number in known.items()}
+    (folder / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(ConfigError, match="different tokens; take a model with the parent's tokenizer"):
+        healed(language, language.step("pull", {"source": str(folder)}), steps=1)
+
+
+def test_a_dense_classifier_is_distilled(digits: Lab, tmp_path: Path) -> None:
+    training = {"size": 1, "steps": 2, "batch_size": 32, "warmup_steps": 2}
+    student = digits.step("train", training, seed=3, dataset=digits.dataset)
+    made = healed(digits, student, steps=40, batch_size=16, learning_rate=1e-2)
+    assert divergence(digits, made, 30) < 0.8 * divergence(digits, student, 30)
+    other = Inception(InceptionConfig(1, classes=7))
+    get_task("vision").save(other, tmp_path / "seven")
+    with pytest.raises(ConfigError, match=r"classes is 7 in model .* and 10 in its parent"):
+        healed(digits, digits.step("pull", {"source": str(tmp_path / "seven")}), steps=1)
+
+
+def test_a_dense_encoder_is_distilled(language: Lab, tmp_path: Path) -> None:
+    pulled = [
+        language.step("pull", {"source": str(write_encoder(tmp_path / f"{seed}", seed, **changes))})
+        for seed, changes in ((0, {}), (1, {"num_hidden_layers": 1}), (2, {"hidden_size": 16}))
+    ]
+    lab = Lab(language.store, pulled[0], language.dataset)
+    made = lab.step("distill", {"batch_size": 8, "steps": 30}, model=pulled[1], parent=lab.model, dataset=lab.dataset)
+    assert divergence(lab, made) < 0.8 * divergence(lab, pulled[1])
+    with pytest.raises(ConfigError, match="hidden_size is 16 in model"):
+        lab.step("distill", {"steps": 1}, model=pulled[2], parent=lab.model, dataset=lab.dataset)

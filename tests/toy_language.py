@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -31,21 +32,24 @@ def write_text(path: Path, count: int = 3000, seed: int = 1) -> Path:
     return path
 
 
-def write_model(folder: Path, steps: int = 120) -> Path:
-    """A Hugging Face folder: config, weights (float32, tied embedding), tokenizer. Deterministic; a few seconds."""
+def write_model(folder: Path, steps: int = 120, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """A Hugging Face folder: config, weights (tied embedding), tokenizer. Deterministic; a few seconds."""
     tokenizer = _tokenizer()
     torch.manual_seed(0)
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
+        **(sizes | changes),
     )
     model = LlamaForCausalLM(config)
     tokens = torch.tensor(tokenizer(sentences(2000))["input_ids"])
@@ -58,7 +62,7 @@ def write_model(folder: Path, steps: int = 120) -> Path:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    model.eval().save_pretrained(folder)
+    model.eval().to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

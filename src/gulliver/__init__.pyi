@@ -162,7 +162,7 @@ def distill(
     *,
     steps: int = 100,
     batch_size: int = 2,
-    learning_rate: float = 0.007,
+    learning_rate: float | None = None,
     scale_rate: float = 0.0005,
     vector_rate: float = 0.0003,
     warmup_steps: int = 5,
@@ -180,7 +180,7 @@ def distill(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Artifact:
-    """distil a packed model's codes, scales and norms against its parent"""
+    """train a model, packed or dense, to answer like its parent"""
 
 def quality(
     model: _Source,

@@ -88,7 +88,7 @@ STEPS = (
          help="pack a model's weights into few bits, by the plan or in one format"),
     Step("distill", "gulliver.train.distill:run", "gulliver.train.options:DistillOptions",
          needs=("model", "parent", "dataset"), optional=("samples",), makes=("model",), compresses=True, version=3,
-         help="distil a packed model's codes, scales and norms against its parent"),
+         help="train a model, packed or dense, to answer like its parent"),
     Step("quality", "gulliver.audit.quality:run", "gulliver.audit.options:QualityOptions",
          needs=("model", "dataset"), optional=("parent",), makes=("report",),
          help="measure a model on held-out data, paired against its parent"),

@@ -32,6 +32,7 @@ TASKS: Mapping[str, Family] = {
         examples="text",
         speed_metric="decode_tokens_per_s",
         can=("generate", "predict"),
+        alike=("vocab_size",),
         sampled={"normal": {"tokens": 256}, "high": {"tokens": 384}},
     ),
     "encoder": Family(
@@ -42,6 +43,7 @@ TASKS: Mapping[str, Family] = {
         examples="text",
         speed_metric="examples_per_s",
         can=("embed", "predict"),
+        alike=("vocab_size", "hidden_size"),
         own_loss=False,
     ),
     "vision": Family(
@@ -52,6 +54,7 @@ TASKS: Mapping[str, Family] = {
         examples="images",
         speed_metric="examples_per_s",
         can=("predict",),
+        alike=("classes", "channels", "height", "width"),
     ),
 }
 """The last row that claims a folder has it: a config without `architectures` is a causal language model's."""

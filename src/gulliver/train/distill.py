@@ -1,20 +1,22 @@
-"""Step `distill`: distil a packed model against its parent, so that what rounding broke is made good where it matters.
+"""Step `distill`: train a model, packed or dense, to answer like its parent.
 
-Every packed weight becomes latent values and trainable scales (learning/latent.py); these and the vectors that are not
-packed (norms, biases) follow the gradient of the task's divergence from the parent on calibration data, in the one
-training loop. Formats and sizes stay as they are. Distillation on data is quantization-aware training with the parent
-as teacher (LLM-QAT, 2023, arXiv 2305.17888); codes move only where the latent crosses a border, which learns rounding.
+Parameters follow the gradient of the task's divergence from the parent on calibration data (Distilling the knowledge in
+a neural network, 2015, arXiv 1503.02531), in the one training loop. A packed model keeps its formats and sizes: its
+weights become latent values and trainable scales (learning/latent.py), trained with the vectors that are not packed
+(norms, biases); codes move only where a latent crosses a border, which learns rounding (LLM-QAT, 2023, arXiv
+2305.17888). A dense model keeps its dtypes and is trained whole, each matrix at a rate relative to its root mean square
+(Adafactor, 2018, arXiv 1804.04235), so that one rate suits every width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from gulliver.core import memory
 from gulliver.core.context import Context
 from gulliver.core.errors import BudgetError, ConfigError
 from gulliver.core.overlap import fingerprints
@@ -26,46 +28,46 @@ from gulliver.learning.loop import run_loop
 from gulliver.learning.optim import OptimizerConfig
 from gulliver.learning.schedule import Schedule
 from gulliver.nets.files import copy_companions
-from gulliver.nets.weights import aliases, owners
+from gulliver.nets.weights import canonical_names, owners
 from gulliver.runtime.packed import PackedTensor
 from gulliver.runtime.packing import is_packed
 from gulliver.runtime.reference import packing_entry, read_stored, stored_form
-from gulliver.runtime.shards import PACKED_SHARD_BYTES, ShardWriter
-from gulliver.tasks import get_task, same_examples
+from gulliver.runtime.shards import PACKED_SHARD_BYTES, SHARD_BYTES, ShardWriter
+from gulliver.tasks import family, get_task, same_examples
 from gulliver.tasks.base import Batch, Task
 from gulliver.train.options import DistillOptions
 
-COPIES = 7
-"""float32 copies of all weights in memory: parent, model, latent, gradient, two moments, and what is in flight."""
-BATCH_BYTES = 2_000_000_000
+COPIES = 6
+"""float32 copies of the student in memory: model, latent, gradient, two moments, and what is in flight."""
+ROOM_BYTES = 2_500_000_000
+"""Memory for the process and one batch, forward and backward, beside the weights."""
 TURNS = (0, 1, 1, 1)
 """Whose batch is next: 0 the user's data, 1 the parent's own. A model comes to favour what it is distilled on."""
+LEAST_RMS = 1e-3
+"""A matrix of smaller values is trained as if this were their root mean square."""
 
 
 def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
-    """The distilled model, packed in the same formats. ConfigError for a model that is not packed."""
-    model, parent, datasets = inputs["model"], inputs["parent"], [inputs["dataset"]]
-    if not is_packed(model.path):
-        raise ConfigError(f"model {model.id[:12]} has no packed weights; `gulliver quantize` it first")
-    if parent.task != model.task or not same_examples(datasets[0].task, model.task):
-        raise ConfigError(f"model, parent and dataset must all be for {model.task}")
-    datasets += [inputs["samples"]] if "samples" in inputs else []
+    """The distilled model, packed in the same formats or dense in the same dtypes.
+
+    ConfigError for a model that does not read and answer like its parent, BudgetError beyond the memory limit.
+    """
+    model, parent = inputs["model"], inputs["parent"]
+    datasets = [inputs[role] for role in ("dataset", "samples") if role in inputs]
     task = get_task(model.task)
-    _refuse_too_large(parent, ctx)
+    _refuse_other(task, model, parent, datasets, ctx)
+    batch_at = _batches(task, cfg, datasets, model, ctx)
+    _refuse_other_tokens(batch_at, _batches(task, cfg, datasets, parent, ctx), model, parent)
     teacher = task.load(parent.path).requires_grad_(False)
     student = task.load(model.path).requires_grad_(False)
-    latents, vectors = _trainable(student, teacher, model)
-    batch_at = _batches(task, cfg, datasets, model, ctx)
+    canonical, packed = canonical_names(student), is_packed(model.path)
+    latents, dense = _trainable(student, teacher, model)
 
     bfloat16 = torch.autocast("cpu", dtype=torch.bfloat16)
     loss = bfloat16(lambda index: task.loss(_use(student, latents), batch_at(index), teacher))
-    parts = [part for latent in latents.values() for part in latent.parts]
+    assert cfg.learning_rate is not None, "a call resolves it"
     result = run_loop(
-        parameters=[
-            *({"params": [part.latent], "learning_rate": cfg.learning_rate * part.spacing()} for part in parts),
-            {"params": [part.change for part in parts], "learning_rate": cfg.scale_rate},
-            {"params": list(vectors.values()), "learning_rate": cfg.vector_rate},
-        ],
+        parameters=_groups(cfg, cfg.learning_rate, latents, list(dense.values())),
         loss=loss,
         steps=cfg.steps,
         optimizer=OptimizerConfig("adamw", cfg.learning_rate),
@@ -78,15 +80,17 @@ def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
     )
     with ctx.writer(kind="model", task=model.task, config=cfg) as writer:
         entries = {}
-        with ShardWriter(writer.path, PACKED_SHARD_BYTES) as shards:
+        with ShardWriter(writer.path, PACKED_SHARD_BYTES if packed else SHARD_BYTES) as shards:
             for name, tensor in read_stored(model.path):
+                trained = dense.get(canonical.get(name, name))
                 if isinstance(tensor, PackedTensor):
-                    packed = latents[name].packed()
-                    entries[name] = packing_entry(packed)
-                    shards.add(stored_form(name, packed))
+                    now = latents[name].packed()
+                    entries[name] = packing_entry(now)
+                    shards.add(stored_form(name, now))
                 else:
-                    shards.add({name: vectors[name].detach().to(tensor.dtype) if name in vectors else tensor})
-        Packing(tensors=entries).write(writer.path)
+                    shards.add({name: tensor if trained is None else trained.detach().to(tensor.dtype)})
+        if packed:
+            Packing(tensors=entries).write(writer.path)
         Distillation(losses=tuple(result.losses)).write(writer.path)
         known = fingerprints(unit for part in datasets for unit in task.units_of(part.path, "train"))
         Calibration(dataset=datasets[0].id, fingerprints=tuple(known)).write(writer.path)
@@ -96,8 +100,23 @@ def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
         return writer.commit()
 
 
-def _refuse_too_large(parent: Artifact, ctx: Context) -> None:
-    needed = memory.current_rss_bytes() + COPIES * 2 * parent.weight_bytes + BATCH_BYTES
+# ---- what is refused ------------------------------------------------------------------------------------------------
+def _refuse_other(task: Task, model: Artifact, parent: Artifact, datasets: list[Artifact], ctx: Context) -> None:
+    """ConfigError for inputs of other families or answers, BudgetError for networks too large for the limit."""
+    pairs = [(parent, parent.task == model.task), *((one, same_examples(one.task, model.task)) for one in datasets)]
+    for other in (one for one, fits in pairs if not fits):
+        told = f"{other.kind} {other.id[:12]} is for {other.task}"
+        raise ConfigError(f"model, parent and dataset must all be for {model.task}, but {told}")
+    ours, theirs = (task.load(one.path, empty=True) for one in (model, parent))
+    for key in family(model.task).alike:
+        mine, wanted = getattr(ours.config, key), getattr(theirs.config, key)
+        if mine != wanted:
+            raise ConfigError(
+                f"{key} is {mine} in model {model.id[:12]} and {wanted} in its parent {parent.id[:12]}; "
+                f"take a model with {wanted}, or a parent with {mine}"
+            )
+    weights = [sum(parameter.numel() for parameter in network.parameters()) for network in (ours, theirs)]
+    needed = 4 * (COPIES * weights[0] + weights[1]) + ROOM_BYTES
     if ctx.max_ram_bytes is not None and needed > ctx.max_ram_bytes:
         raise BudgetError(
             f"distilling this model takes about {needed / 1e9:.1f} GB of memory; the limit is "
@@ -105,30 +124,62 @@ def _refuse_too_large(parent: Artifact, ctx: Context) -> None:
         )
 
 
+def _refuse_other_tokens(
+    batch_at: Callable[[int], Batch], theirs: Callable[[int], Batch], model: Artifact, parent: Artifact
+) -> None:
+    """ConfigError when another tokenizer gives other tokens for the first batch."""
+    if model.files.get("tokenizer.json") == parent.files.get("tokenizer.json"):
+        return
+    ours, others = batch_at(0), theirs(0)
+    if any(not torch.equal(tensor, others[name]) for name, tensor in ours.items()):
+        raise ConfigError(
+            f"model {model.id[:12]} and its parent {parent.id[:12]} turn the same text into different tokens; "
+            "take a model with the parent's tokenizer"
+        )
+
+
+# ---- what is trained ------------------------------------------------------------------------------------------------
 def _trainable(
     student: nn.Module, teacher: nn.Module, model: Artifact
 ) -> tuple[dict[str, LatentTensor], dict[str, nn.Parameter]]:
-    """Latents of the packed weights, taken out of the network's parameters; and the vectors, which stay there."""
-    parents = dict(teacher.named_parameters())
-    latents = {
-        name: LatentTensor(tensor, parents[name].detach())
-        for name, tensor in read_stored(model.path)
-        if isinstance(tensor, PackedTensor)
-    }
-    vectors = {
+    """Latents of the packed weights, taken out of the network's parameters; and what is trained as it is.
+
+    That is all of a dense student, and the vectors of a packed one. Latents start at the parent's weights where the
+    student was quantized from it, else at what is stored.
+    """
+    theirs = dict(teacher.named_parameters())
+    latents = {}
+    for name, tensor in read_stored(model.path) if is_packed(model.path) else ():
+        if isinstance(tensor, PackedTensor):
+            known = name in theirs and theirs[name].shape == tensor.shape
+            latents[name] = LatentTensor(tensor, theirs[name].detach() if known else tensor.dequantize())
+    dense = {
         name: parameter
         for name, parameter in student.named_parameters()
-        if name not in latents and parameter.dim() == 1
+        if name not in latents and (parameter.dim() == 1 or not latents)
     }
-    for parameter in vectors.values():
+    for parameter in dense.values():
         parameter.requires_grad_(True)
-    shared = {name: owners(student, name) for name in latents}
-    for pairs in shared.values():
-        for _, module in pairs:
-            del module._parameters["weight"]
-    student.__dict__["latent_owners"] = {name: [module for _, module in pairs] for name, pairs in shared.items()}
-    assert set(parents) == set(aliases(teacher)), "a parent's parameters are named by their first names"
-    return latents, vectors
+    users = {name: [module for _, module in owners(student, name)] for name in latents}
+    for module in (module for modules in users.values() for module in modules):
+        del module._parameters["weight"]
+    student.__dict__["latent_owners"] = users
+    return latents, dense
+
+
+def _groups(
+    cfg: DistillOptions, rate: float, latents: dict[str, LatentTensor], dense: list[nn.Parameter]
+) -> list[dict[str, Any]]:
+    """What the optimizer is given: each matrix with a rate of its own, then scales, then vectors."""
+    parts = [part for latent in latents.values() for part in latent.parts]
+    matrices = [parameter for parameter in dense if parameter.dim() > 1]
+    sizes = [max(float(matrix.detach().square().mean().sqrt()), LEAST_RMS) for matrix in matrices]
+    return [
+        *({"params": [part.latent], "learning_rate": rate * part.spacing()} for part in parts),
+        *({"params": [one], "learning_rate": rate * size} for one, size in zip(matrices, sizes, strict=True)),
+        {"params": [part.change for part in parts], "learning_rate": cfg.scale_rate},
+        {"params": [one for one in dense if one.dim() <= 1], "learning_rate": cfg.vector_rate},
+    ]
 
 
 def _use(student: nn.Module, latents: dict[str, LatentTensor]) -> nn.Module:
@@ -143,14 +194,13 @@ def _use(student: nn.Module, latents: dict[str, LatentTensor]) -> nn.Module:
 
 
 def _batches(
-    task: Task, cfg: DistillOptions, datasets: list[Artifact], model: Artifact, ctx: Context
+    task: Task, cfg: DistillOptions, datasets: list[Artifact], reader: Artifact, ctx: Context
 ) -> Callable[[int], Batch]:
-    """Batch k, from the data sets in the order of `TURNS`."""
+    """Batch k, from the data sets in the order of `TURNS`, as the model `reader` reads them."""
     options = task.chosen(cfg.family)
 
     def stream(dataset: Artifact, step: int) -> Iterator[Batch]:
-        return task.batches(dataset, "train", cfg.batch_size, ctx.seed + 1, step, folder=model.path, options=options)
+        return task.batches(dataset, "train", cfg.batch_size, ctx.seed + 1, step, folder=reader.path, options=options)
 
-    return in_turns(
-        [partial(stream, dataset) for dataset in datasets], [turn for turn in TURNS if turn < len(datasets)]
-    )
+    turns = [turn for turn in TURNS if turn < len(datasets)]
+    return in_turns([partial(stream, dataset) for dataset in datasets], turns)

@@ -8,6 +8,10 @@ from typing import Any, Literal, Self
 from pydantic import Field
 
 from gulliver.core.options import MaxRam, Options
+from gulliver.runtime.packing import is_packed
+
+PACKED_RATE, DENSE_RATE = 7e-3, 1e-2
+"""Defaults of `distill`."""
 
 
 class TrainOptions(Options):
@@ -36,12 +40,23 @@ class DistillOptions(Options):
     steps: int = Field(100, ge=1, description="updates")
     batch_size: int = Field(2, ge=1, description="examples per update")
     family: dict[str, Any] = Field(default_factory=dict, description="options of the model's family")
-    learning_rate: float = Field(
-        7e-3, gt=0, allow_inf_nan=False, description="peak rate of the latent weights, in distances between grid values"
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="peak rate of the weights: packed, in distances between grid values (auto: 7e-3); dense, as a "
+        "share of a matrix's root mean square (auto: 1e-2)",
     )
-    scale_rate: float = Field(5e-4, ge=0, allow_inf_nan=False, description="peak rate of the scales, as a ratio")
+    scale_rate: float = Field(
+        5e-4, ge=0, allow_inf_nan=False, description="peak rate of the scales, as a ratio; packed models only"
+    )
     vector_rate: float = Field(3e-4, ge=0, allow_inf_nan=False, description="peak rate of norms and biases")
     warmup_steps: int = Field(5, ge=0, description="steps of linear warmup")
     max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False, description="gradients longer than this are clipped")
     checkpoint_every: int = Field(25, ge=1, description="steps between checkpoints; no effect on the result")
     max_ram_bytes: MaxRam = None
+
+    def resolved(self, inputs: Mapping[str, Any]) -> Self:
+        """The weights' rate by whether they are packed."""
+        rate = self.learning_rate or (PACKED_RATE if is_packed(inputs["model"].path) else DENSE_RATE)
+        return self.model_copy(update={"learning_rate": rate})
