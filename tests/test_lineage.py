@@ -121,10 +121,10 @@ def test_the_data_of_a_model_are_not_what_a_model_wrote(made: Run, store: Store,
     own, given = (made("read", {"data": str(text), "task": "toy"}) for text in texts)
     base = made("make")
     student = made("teach", model=base, parent=base, samples=own, dataset=given)
-    assert resolve.data_of(student, store) == given
-    assert resolve.data_of(made("shrink", model=student), store) == given
-    assert resolve.data_of(made("teach", {"bits": 2}, model=base, parent=base, samples=own), store) is None
-    assert resolve.data_of(base, store) is None
+    assert resolve.data_for(student, None, store) == given
+    assert resolve.data_for(made("shrink", model=student), None, store) == given
+    assert resolve.data_for(made("teach", {"bits": 2}, model=base, parent=base, samples=own), None, store) is None
+    assert resolve.data_for(base, None, store) is None
 
 
 def test_artifacts_that_recorded_no_roles_are_still_understood(made: Run, store: Store, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_artifacts_that_recorded_no_roles_are_still_understood(made: Run, store:
         return copy_artifact(open_artifact(folder), store.artifacts_folder / open_artifact(folder).id)
 
     old = as_format_1([small.id, base.id, data.id])
-    assert resolve.original(old, store) == base and resolve.data_of(old, store) == data
+    assert resolve.original(old, store) == base and resolve.data_for(old, None, store) == data
     assert store.lineage(old.id)[0]["parents"] == [small.id, base.id, data.id]
 
 

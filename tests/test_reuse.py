@@ -6,6 +6,7 @@ what an earlier call took. Both orders, in one home, as users call it.
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +21,9 @@ from gulliver.core.errors import BudgetError, ConfigError
 from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.store import Store
+from gulliver.data.options import SampleOptions
 from gulliver.pipeline import fit as fits
-from gulliver.pipeline.call import Call, call
+from gulliver.pipeline.call import Call, call, resolved
 
 FEW = {"examples": 8, "batch_size": 4, "family": {"tokens": 32}, "gradient_examples": 4}
 
@@ -223,3 +225,12 @@ def test_fit_with_a_limit_and_then_without(asked: Any, language: Lab) -> None:
     }
     assert sensitivities == {"power", "gradient"}, "each has the calibration of its own limit"
     assert free.weight_bytes <= 58_000
+
+
+def test_the_family_is_that_of_the_models_whatever_their_role_is_called() -> None:
+    given = {
+        "notes": SimpleNamespace(kind="dataset", task="vision"),
+        "models": (SimpleNamespace(kind="model", task="language"),) * 2,
+    }
+    assert resolved(SampleOptions(), given).family["tokens"] == 512
+    assert "tokens" not in resolved(SampleOptions(), {"notes": given["notes"]}).family

@@ -149,8 +149,9 @@ def resolved(asked: Any, inputs: Inputs) -> Any:
     values = dict(cfg)
     if "family" not in values:
         return cfg
-    first = next((inputs[role] for role in ("model", "dataset") if role in inputs), None)
-    task = values.get("task") or (first[0] if isinstance(first, tuple) else first).task  # type: ignore[union-attr]
+    given = (one for value in inputs.values() for one in (value if isinstance(value, tuple) else (value,)))
+    of_kind = {one.kind: one for one in reversed(list(given))}
+    task = values.get("task") or (of_kind.get("model") or of_kind["dataset"]).task
     family = checked_options(task, options_of(task), values["family"])
     return cfg.model_copy(update={"family": family.model_dump(mode="json")})
 
