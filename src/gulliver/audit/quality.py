@@ -32,10 +32,11 @@ def run(cfg: QualityOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
     task = get_task(model.task)
     refuse_calibration_data(model, list(task.units_of(dataset.path, "eval")), ctx)
     options = task.chosen(cfg.family)
-    with ctx.progress.stage("quality", unit="model"):
+    with ctx.progress.stage("quality", unit="model") as bar:
         network = task.load(model.path)
         reference = None if parent is None else task.load(parent.path)
         evidence = task.score(network, dataset, reference, folder=model.path, options=options, share=cfg.share)
+        bar.advance(1 if parent is None else 2)
         weights = sum(parameter.numel() for parameter in network.parameters())
     evidence = [*evidence, *size(model, parent, weights)]
     owner = None if parent is None else parent.id

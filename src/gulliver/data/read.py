@@ -18,6 +18,7 @@ from gulliver.core import catalog
 from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.overlap import excerpt, fingerprints, first_overlap
+from gulliver.core.progress import Bar
 from gulliver.core.records import EXAMPLES, Sources, SplitSource
 from gulliver.core.store.artifact import Artifact, hash_file
 from gulliver.data.options import ReadOptions
@@ -35,20 +36,20 @@ def make_dataset(cfg: ReadOptions, ctx: Context) -> Artifact:
     """The dataset artifact of `cfg`."""
     task = get_task(cfg.task)
     options = task.chosen(cfg.family)
-    with ctx.progress.stage("read", unit="part"):
+    with ctx.progress.stage("read", unit="example") as bar:
         data = locate(cfg.data, cfg.task, ctx)
         held_out = data if cfg.eval_data is None else locate(cfg.eval_data, cfg.task, ctx)
         names = {"train": "train", "eval": "eval"} if cfg.eval_data is None else {"train": "all", "eval": "all"}
         parts = {"train": (data, names["train"]), "eval": (held_out, names["eval"])}
         refuse_overlap(*(task.units_of(path, name, options) for path, name in parts.values()))
-    with ctx.writer(kind="dataset", task=task.name, config=portable(cfg)) as writer:
-        counts = _write(writer.path / EXAMPLES, task, parts, options)
-        sources = {split: SplitSource(examples=counts[split], files=_files(parts[split][0])) for split in parts}
-        Sources(**sources).write(writer.path)
-        return writer.commit()
+        with ctx.writer(kind="dataset", task=task.name, config=portable(cfg)) as writer:
+            counts = _write(writer.path / EXAMPLES, task, parts, options, bar)
+            sources = {split: SplitSource(examples=counts[split], files=_files(parts[split][0])) for split in parts}
+            Sources(**sources).write(writer.path)
+            return writer.commit()
 
 
-def _write(file: Path, task: Task, parts: dict[str, tuple[Path, str]], options: Any) -> dict[str, int]:
+def _write(file: Path, task: Task, parts: dict[str, tuple[Path, str]], options: Any, bar: Bar) -> dict[str, int]:
     """Stream the parts into one Parquet file with the columns `source` and `split`; the examples of each part."""
     counts: dict[str, int] = {}
     with contextlib.ExitStack() as stack:
@@ -64,6 +65,7 @@ def _write(file: Path, task: Task, parts: dict[str, tuple[Path, str]], options: 
                     writer = stack.enter_context(pyarrow.parquet.ParquetWriter(file, table.schema))
                 writer.write_table(table.cast(writer.schema))
                 counts[split] += len(table)
+                bar.advance(len(table))
     return counts
 
 

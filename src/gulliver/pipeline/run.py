@@ -44,36 +44,24 @@ def run_recipe(
     made: dict[str, Artifact] = {}
     log: list[Call] = []
     judged: list[tuple[Artifact, Verdict]] = []
-    refused: GateRefused | None = None
-    for item in recipe.calls:
-        if isinstance(item, StepCall):
-            inputs: dict[str, Any] = {
-                role: made[ids] if isinstance(ids, str) else tuple(made[one] for one in ids)
-                for role, ids in item.inputs.items()
-            }
-            made[item.id] = call(
-                item.use,
-                item.config.model_dump(),
-                inputs,
-                store=store,
-                seed=item.seed,
-                progress=progress,
-                command=command or f"gulliver run {path}",
-                log=log,
-                call_id=item.id,
-            )
-            continue
-        target = made[item.on]
-        verdict = item.gate.judge(store.evidence(target.id), target.id)
-        judged.append((target, verdict))
-        try:
-            require([verdict])
-        except GateRefused as failure:
-            refused = failure
-            break
+    shared: dict[str, Any] = {"store": store, "progress": progress, "command": command or f"gulliver run {path}"}
+    try:
+        for item in recipe.calls:
+            if isinstance(item, StepCall):
+                inputs: dict[str, Any] = {
+                    role: made[ids] if isinstance(ids, str) else [made[one] for one in ids]
+                    for role, ids in item.inputs.items()
+                }
+                options = item.config.model_dump()
+                made[item.id] = call(item.use, options, inputs, seed=item.seed, log=log, call_id=item.id, **shared)
+            else:
+                target = made[item.on]
+                judged.append((target, item.gate.judge(store.evidence(target.id), target.id)))
+                require([judged[-1][1]])
+    except GateRefused:
+        _write_report(log, judged, store, progress, report)
+        raise
     written = _write_report(log, judged, store, progress, report)
-    if refused is not None:
-        raise refused
     return RecipeRun(recipe.name, tuple(log), tuple(verdict for _, verdict in judged), written)
 
 
