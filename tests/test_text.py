@@ -167,10 +167,10 @@ def test_chats_are_rendered_as_by_transformers(template: str, number: int, tools
             right = tokenizer.apply_chat_template(chat, tokenize=False, **options)
         except Exception as error:
             with pytest.raises(ConfigError) as caught:
-                text.render_chat(chat, **options)
+                text.template.render(chat, **options)
             assert str(error).splitlines()[0] in str(caught.value)
             continue
-        assert text.render_chat(chat, **options) == right
+        assert text.template.render(chat, **options) == right
         assert text.encode_chat(chat, **options) == tokenizer.apply_chat_template(chat, **options)["input_ids"]
 
 
@@ -194,12 +194,12 @@ def test_a_template_for_tools_beside_the_default_one(tmp_path: Path) -> None:
         text = Text(folder)
         for tools in (None, TOOLS):
             right = theirs(folder).apply_chat_template(CHATS[0], tools=tools, tokenize=False)
-            assert text.render_chat(CHATS[0], tools) == right
+            assert text.template.render(CHATS[0], tools) == right
         assert text.shows_tools and text.has_chat_template
     plain = Text(write(tmp_path / "none", byte_level()))
     assert not plain.has_chat_template and not plain.shows_tools
     with pytest.raises(ConfigError, match="no chat template"):
-        plain.render_chat(CHATS[0])
+        plain.template.render(CHATS[0])
 
 
 @pytest.mark.parametrize(

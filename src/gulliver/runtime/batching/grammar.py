@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from threading import Lock
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tokenizers
@@ -18,29 +19,20 @@ from numpy.typing import NDArray
 
 from gulliver.core.errors import ConfigError
 
-LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON on one line, as most of it is written: small models tend to emit endless whitespace where it is allowed."""
 STUCK = "the grammar allows no next token"
 KEPT = 64
 """Compiled grammars kept for the next request with the same form."""
 
 
-class _Core(Protocol):
-    """What is used of llguidance's LLMatcher."""
-
-    def deep_copy(self) -> _Core: ...
-    def is_error(self) -> bool: ...
-    def get_error(self) -> str: ...
-    def is_stopped(self) -> bool: ...
-    def is_accepting(self) -> bool: ...
-    def consume_token(self, sampled_token: int) -> bool: ...
-    def unsafe_compute_mask_ptr(self, trg_pointer: int, trg_byte_size: int) -> None: ...
-
-
 class Matcher:
     """The state of one answer in its grammar."""
 
-    def __init__(self, core: _Core, vocabulary: int) -> None:
+    def __init__(self, core: LLMatcher, vocabulary: int) -> None:
         self._core = core
         self._vocabulary = vocabulary
         self._bits = np.zeros((vocabulary + 31) // 32, np.int32)
@@ -70,16 +62,16 @@ class Matcher:
             raise ConfigError(f"{STUCK}: {_first_line(self._core.get_error())}")
 
 
+@dataclass(frozen=True)
 class Grammar:
     """A compiled form of answers."""
 
-    def __init__(self, core: _Core, vocabulary: int) -> None:
-        self._core = core
-        self._vocabulary = vocabulary
+    core: LLMatcher
+    vocabulary: int
 
     def matcher(self) -> Matcher:
         """A matcher at the beginning of an answer."""
-        return Matcher(self._core.deep_copy(), self._vocabulary)
+        return Matcher(self.core.deep_copy(), self.vocabulary)
 
 
 class Grammars:
@@ -119,9 +111,8 @@ class Grammars:
         if self._core is None:
             ends: Any = self._end_tokens or None
             self._core = llguidance.LLTokenizer(self._tokenizer.to_str(), n_vocab=self._vocabulary, eos_token=ends)
-        layout: Any = LAYOUT
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=layout)
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=LAYOUT)
         except ValueError as error:
             raise ConfigError(f"the JSON schema is not supported: {_first_line(str(error))}") from error
         core = llguidance.LLMatcher(self._core, grammar, log_level=0)

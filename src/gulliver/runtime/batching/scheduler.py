@@ -1,4 +1,4 @@
-"""Who computes what in the next step.
+"""Which rows the next step computes.
 
 Every sequence that is being continued gets one row (and a few more for its draft when the step is small). What is left
 of the step's rows goes to prompts: half of it to the oldest, so that nothing starves, the rest to the shortest first,
@@ -13,7 +13,6 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gulliver.runtime.batching.cache import BlockPool, Key
 from gulliver.runtime.batching.sequence import Sequence
@@ -86,13 +85,12 @@ class Scheduler:
         sequence.blocks, sequence.slot = [], -1
         sequence.computed = sequence.published = 0
 
-    def _preempt_youngest(self, waiting: deque[Sequence]) -> Sequence:
+    def _preempt_youngest(self, waiting: deque[Sequence]) -> None:
         sequence = self.running[-1]
         waiting.appendleft(sequence)
         self.leave(sequence)
         sequence.restarted = True
         self.preempted += 1
-        return sequence
 
     # ---- a step ----
     def plan(self, waiting: deque[Sequence]) -> list[Chunk]:
@@ -154,22 +152,20 @@ class Scheduler:
                 self._adopt(sequence)
         oldest = prompts[0]
         others = sorted(prompts[1:], key=lambda sequence: sequence.missing)
-        given: dict[int, int] = {}
+        given: dict[int, int] = dict.fromkeys((sequence.number for sequence in prompts), 0)
         claimed: set[Key] = set()
         left = budget
         half = max(left // 2, min(self.block_tokens, left)) if others else left
         for sequence, share in [(oldest, half), *((other, budget) for other in others), (oldest, budget)]:
-            before = given.get(sequence.number, 0)
-            rows = self._chunk(sequence, before, min(share, left), claimed)
-            given[sequence.number] = before + rows
+            rows = self._chunk(sequence, given[sequence.number], min(share, left), claimed)
+            given[sequence.number] += rows
             left -= rows
-        return [
-            self._prompt_part(sequence, given[sequence.number]) for sequence in prompts if given.get(sequence.number)
-        ]
-
-    def _prompt_part(self, sequence: Sequence, rows: int) -> Chunk:
-        last = sequence.computed + rows == len(sequence.tokens)
-        return Chunk(sequence, sequence.computed, rows, [], rows if sequence.echo else int(last))
+        parts: list[Chunk] = []
+        for sequence in prompts:
+            if rows := given[sequence.number]:
+                last = sequence.computed + rows == len(sequence.tokens)
+                parts.append(Chunk(sequence, sequence.computed, rows, [], rows if sequence.echo else int(last)))
+        return parts
 
     def _chunk(self, sequence: Sequence, before: int, share: int, claimed: set[Key]) -> int:
         """How many rows after the `before` it has already a prompt gets of a share, with blocks taken for them.
@@ -221,25 +217,18 @@ class Scheduler:
 
     def batch(self, parts: list[Chunk]) -> StepBatch:
         """The parts as a decoder takes them."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        places: list[int] = []
+        wanted: list[int] = []
+        for place, part in enumerate(parts):
+            stop = part.first + part.count
+            tokens += part.sequence.tokens[part.first : stop]
+            tokens += part.draft
+            positions += range(part.first, stop)
+            places += [place] * part.count
+            wanted += range(len(tokens) - part.wanted, len(tokens))
         most = max(len(part.sequence.blocks) for part in parts)
-        return _step_batch(parts, self._table[[part.sequence.slot for part in parts], :most])
-
-
-def _step_batch(parts: list[Chunk], blocks: NDArray[np.int32]) -> StepBatch:
-    """The rows of all parts; `blocks` [parts, most of one]."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    places: list[int] = []
-    wanted: list[int] = []
-    for place, part in enumerate(parts):
-        stop = part.first + part.count
-        tokens += part.sequence.tokens[part.first : stop]
-        tokens += part.draft
-        positions += range(part.first, stop)
-        places += [place] * part.count
-        wanted += range(len(tokens) - part.wanted, len(tokens))
-    return StepBatch(_int32(tokens), _int32(positions), _int32(places), blocks, _int32(wanted))
-
-
-def _int32(values: list[int]) -> NDArray[np.int32]:
-    return np.array(values, np.int32)
+        blocks = self._table[[part.sequence.slot for part in parts], :most]
+        rows = [np.array(column, np.int32) for column in (tokens, positions, places)]
+        return StepBatch(*rows, blocks=blocks, wanted=np.array(wanted, np.int32))

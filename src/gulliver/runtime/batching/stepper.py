@@ -13,7 +13,7 @@ from collections import deque
 import numpy as np
 from numpy.typing import NDArray
 
-from gulliver.core.errors import GulliverError
+from gulliver.core.errors import ArtifactError, GulliverError
 from gulliver.runtime.batching.counters import Counters
 from gulliver.runtime.batching.records import Piece
 from gulliver.runtime.batching.scheduler import Chunk, Scheduler
@@ -21,10 +21,6 @@ from gulliver.runtime.batching.sequence import Sequence as Running
 from gulliver.runtime.decoder import Decoder
 
 log = logging.getLogger("gulliver.serve")
-
-
-class _Damaged(GulliverError):
-    """The model's own numbers are wrong."""
 
 
 class Stepper:
@@ -41,7 +37,9 @@ class Stepper:
         counters, now = self.counters, time.monotonic()
         for part in parts:
             if not part.sequence.begun:
-                self._begin(part.sequence, now)
+                part.sequence.begun = True
+                counters.queue_seconds.add(now - part.sequence.submitted)
+                counters.prompt_tokens += part.sequence.prompt_length
         batch = self.scheduler.batch(parts)
         logits = self.decoder.step(batch)
         best = logits.argmax(axis=1)
@@ -52,7 +50,7 @@ class Stepper:
             stop = row + part.wanted
             try:
                 if not all_finite and not finite[row:stop].all():
-                    raise _Damaged("the model's logits are not finite; its file is damaged: see gulliver verify")
+                    raise ArtifactError("the model's logits are not finite; its file is damaged: see gulliver verify")
                 self._advance(part, logits[row:stop], choices[row:stop], now)
             except BaseException as error:  # a library in another language may raise past Exception
                 self._fail(part.sequence, error)
@@ -61,11 +59,6 @@ class Stepper:
         counters.steps += 1
         counters.rows += rows
         counters.rows_per_step.add(rows)
-
-    def _begin(self, running: Running, now: float) -> None:
-        running.begun = True
-        self.counters.queue_seconds.add(now - running.submitted)
-        self.counters.prompt_tokens += running.prompt_length
 
     def _advance(self, part: Chunk, logits: NDArray[np.float32], choices: list[int], now: float) -> None:
         """Take the logits of a part's wanted rows: draw tokens as far as the draft agrees, then deliver."""
@@ -116,8 +109,7 @@ class Stepper:
         counters.drawn(drawn)
         running.last_time = now
 
-    # ---- ends --------------------------------------------------------------------------------------------------------
-
+    # ---- ends ----
     def sweep(self) -> None:
         """End what was cancelled or took too long."""
         now = time.monotonic()

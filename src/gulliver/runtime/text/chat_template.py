@@ -134,7 +134,11 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """The chat as text. ConfigError when the template refuses the messages, or there is no template."""
+        """The text of a chat, as transformers' `apply_chat_template` renders it.
+
+        `messages`: role, content, tool_calls, …; `tools`: JSON schemas of functions. ConfigError when the template
+        refuses them or there is none.
+        """
         name = "tool_use" if tools is not None and "tool_use" in self._compiled else "default"
         if name not in self._compiled:
             raise ConfigError("this model has no chat template; ask it for plain completions instead")

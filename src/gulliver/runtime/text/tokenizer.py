@@ -28,7 +28,7 @@ class Text:
         tokens = _special_tokens(settings, _read(folder / "special_tokens_map.json"))
         self.tokenizer = _open(folder, settings, tokens)
         self._bytes = TokenBytes(self.tokenizer)
-        self._template = ChatTemplate(_templates(folder, settings), tokens)
+        self.template = ChatTemplate(_templates(folder, settings), tokens)
         self.end_tokens = frozenset(_end_tokens(folder, self.tokenizer.token_to_id(tokens.get("eos_token", ""))))
 
     # ---- in ----
@@ -42,38 +42,18 @@ class Text:
         except (UnicodeEncodeError, TypeError) as error:
             raise ConfigError(f"the text holds half a character (a lone surrogate): {str(error)[:200]}") from error
 
-    def render_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        **variables: Any,
-    ) -> str:
-        """The text of a chat by the model's template, as transformers' `apply_chat_template` renders it.
-
-        `messages`: role, content, tool_calls, …; `tools`: JSON schemas of functions. ConfigError when the template
-        refuses them or there is none.
-        """
-        return self._template.render(messages, tools, add_generation_prompt, **variables)
-
-    def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        **variables: Any,
-    ) -> list[int]:
-        """The tokens of a chat; the template itself writes the special ones."""
-        return self.encode(self.render_chat(messages, tools, add_generation_prompt, **variables), special=False)
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """The tokens of a chat; `options` are those of `ChatTemplate.render`, which writes the special tokens."""
+        return self.encode(self.template.render(messages, **options), special=False)
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self._template.sources)
+        return bool(self.template.sources)
 
     @property
     def shows_tools(self) -> bool:
         """Whether the chat template tells the model about tools."""
-        return self._template.mentions("tools")
+        return self.template.mentions("tools")
 
     # ---- out ----
     def decode(self, tokens: Sequence[int]) -> str:
