@@ -48,9 +48,8 @@ def fit_codebook_grid(groups: Tensor, importance: Tensor, codebook: Tensor, refi
     best_scale, best_error = peak / top, torch.full_like(peak, torch.inf)
     for shrink in SHRINKS:
         scale = peak * (shrink / top)
-        error = ((codebook[nearest(groups / scale[:, None], borders)] * scale[:, None] - groups) ** 2 * importance).sum(
-            1
-        )
+        values = codebook[nearest(groups / scale[:, None], borders)] * scale[:, None]
+        error = ((values - groups) ** 2 * importance).sum(1)
         better = error < best_error
         best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
     for _ in range(refine):

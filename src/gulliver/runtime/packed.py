@@ -17,7 +17,7 @@ what an 8-bit dot-product instruction takes. docs/artifact.md states the format 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -79,15 +79,9 @@ def joined(parts: list[RowGroup]) -> RowGroup:
     """Parts of one format and one codebook as one, rows in order."""
     if len(parts) == 1:
         return parts[0]
-    zeros = None if parts[0].zeros is None else torch.cat([part.zeros for part in parts if part.zeros is not None])
-    return RowGroup(
-        parts[0].format,
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.scales for part in parts]),
-        torch.cat([part.factors for part in parts]),
-        zeros,
-        parts[0].codebook,
-    )
+    first, names = parts[0], ("codes", "scales", "factors", "zeros")
+    columns = {name: [getattr(part, name) for part in parts] for name in names if getattr(first, name) is not None}
+    return replace(first, **{name: torch.cat(tensors) for name, tensors in columns.items()})
 
 
 @dataclass
@@ -115,7 +109,8 @@ def pack(part: RowGroup) -> Tensor:
     """The tiles of a part, uint8 [tiles, tile_bytes]."""
     fmt, (rows, columns) = part.format, part.shape
     tiles, groups = -(-rows // TILE_ROWS), fmt.groups(columns)
-    codes = _padded(part.codes, tiles * TILE_ROWS, groups * fmt.group_size)
+    padding = (0, groups * fmt.group_size - columns, 0, tiles * TILE_ROWS - rows)
+    codes = torch.nn.functional.pad(part.codes, padding)
     codes = codes.view(tiles, TILE_ROWS, groups, fmt.group_size)
     planes, shift = [], 0
     for width in PLANES[fmt.bits]:
@@ -158,30 +153,24 @@ def unpack(tiles: Tensor, fmt: Format, rows: int, columns: int, codebook: Tensor
         for field in range(fields):
             view[..., field, :] |= ((plane >> (width * field)) & ((1 << width) - 1)) << shift
         start, shift = start + size, shift + width
-    offset = groups * group_bytes
-    sides = 2 if fmt.kind == "uniform" else 1  # scales, and zero points where the format has them
-    beside = tiles[:, offset : offset + sides * groups * TILE_ROWS].reshape(count, sides, groups, TILE_ROWS)
-    found = [side.transpose(1, 2).reshape(-1, groups)[:rows].contiguous() for side in beside.unbind(1)]
-    scales, zeros = found[0], found[1] if sides == 2 else None
-    offset += sides * groups * TILE_ROWS
-    factors = tiles[:, offset : offset + 2 * TILE_ROWS].contiguous().view(torch.bfloat16).view(-1)[:rows].clone()
+    at, factors_at = groups * group_bytes, fmt.factors_at(columns)  # scales, zero points where there are any, factors
+    beside = tiles[:, at:factors_at].reshape(count, -1, groups, TILE_ROWS)
+    scales, *zeros = (side.transpose(1, 2).reshape(-1, groups)[:rows].contiguous() for side in beside.unbind(1))
+    factors = (
+        tiles[:, factors_at : factors_at + 2 * TILE_ROWS].contiguous().view(torch.bfloat16).view(-1)[:rows].clone()
+    )
     if not torch.isfinite(factors).all():
         raise ArtifactError("a packed weight has a row factor that is not finite; the file is damaged")
     flat = codes.view(count * TILE_ROWS, -1)[:rows, :columns].contiguous()
-    return RowGroup(fmt, flat, scales, factors, zeros, codebook)
+    return RowGroup(fmt, flat, scales, factors, zeros[0] if zeros else None, codebook)
 
 
 def _check_codebook(fmt: Format, codebook: Tensor | None) -> None:
     if (fmt.kind == "codebook") != (codebook is not None):
         raise ArtifactError(f"a {fmt.name} part {'lacks' if codebook is None else 'has no use for'} a codebook")
     if codebook is not None and (codebook.dtype != torch.int8 or tuple(codebook.shape) != (fmt.levels,)):
-        raise ArtifactError(
-            f"a {fmt.name} codebook must be int8 [{fmt.levels}], not {codebook.dtype} {list(codebook.shape)}"
-        )
-
-
-def _padded(codes: Tensor, rows: int, columns: int) -> Tensor:
-    return torch.nn.functional.pad(codes, (0, columns - codes.shape[1], 0, rows - codes.shape[0]))
+        found = f"{codebook.dtype} {list(codebook.shape)}"
+        raise ArtifactError(f"a {fmt.name} codebook must be int8 [{fmt.levels}], not {found}")
 
 
 def _by_tile(per_group: Tensor, tiles: int) -> Tensor:

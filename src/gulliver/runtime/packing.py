@@ -69,19 +69,21 @@ def _entry(row: Any, what: str) -> tuple[tuple[int, ...], list[tuple[Format, int
         raise ArtifactError(f"{what}: shape is {str(shape)[:80]}; it must be 2 to {MAX_DIMENSIONS} positive sizes")
     if not isinstance(parts, list) or not 1 <= len(parts) <= MAX_PARTS:
         raise ArtifactError(f"{what} must have 1 to {MAX_PARTS} parts; the file is damaged")
-    found = []
-    for part in parts:
-        if not isinstance(part, dict) or set(part) != {"format", "rows"}:
-            raise ArtifactError(f"{what}: a part must hold format and rows; the file is damaged")
-        if not isinstance(part["format"], str) or type(part["rows"]) is not int:
-            raise ArtifactError(f"{what}: a part's format must be text and its rows a number; the file is damaged")
-        try:
-            found.append((Format.parse(part["format"]), part["rows"]))
-        except ConfigError as error:
-            raise ArtifactError(f"{what}: {error}") from error
+    found = [_part(part, what) for part in parts]
     if min(rows for _, rows in found) < 1 or sum(rows for _, rows in found) != shape[0]:
         raise ArtifactError(f"{what}: its parts have {[rows for _, rows in found]} rows, the weight has {shape[0]}")
     return tuple(shape), found
+
+
+def _part(part: Any, what: str) -> tuple[Format, int]:
+    match part:
+        case {"format": str(name), "rows": int(rows)} if len(part) == 2 and not isinstance(rows, bool):
+            try:
+                return Format.parse(name), rows
+            except ConfigError as error:
+                raise ArtifactError(f"{what}: {error}") from error
+    told = "a part must hold format and rows; its format must be text, its rows a number"
+    raise ArtifactError(f"{what}: {told}; the file is damaged")
 
 
 def stored_names(name: str, parts: list[tuple[Format, int]]) -> Iterator[str]:

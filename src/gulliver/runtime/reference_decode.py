@@ -72,7 +72,6 @@ class ReferenceDecoder:
         self.cache_blocks = max(1, -(-wanted // BLOCK_TOKENS))
         self.why = f"transformers computes it in float32 {why}"
         self._held: dict[int, _Held] = {}  # by the first block
-        self._owner: dict[int, int] = {}  # block -> the first block of the sequence it belongs to
 
     def step(self, batch: StepBatch) -> NDArray[np.float32]:
         """Logits [answers, vocabulary]; see `Decoder.step`."""
@@ -92,43 +91,32 @@ class ReferenceDecoder:
         return np.concatenate(found) if found else np.empty((0, self.vocabulary), np.float32)
 
     def _sequence(self, blocks: tuple[int, ...], first: int) -> _Held:
-        """The sequence that begins in blocks[0], cut to its first `first` tokens; who had these blocks is forgotten."""
+        """The sequence that begins in blocks[0], cut to its first `first` tokens; others in these blocks have ended."""
+        others = {start: held for start, held in self._held.items() if start != blocks[0]}
+        for start in [start for start, held in others.items() if not set(blocks).isdisjoint(held.blocks)]:
+            del self._held[start]
         if first == 0:
-            self._forget(blocks[0])
             self._held[blocks[0]] = _Held(cache=DynamicCache())
         held = self._held[blocks[0]]
-        assert len(held.tokens) >= first, f"position {first} follows a sequence of {len(held.tokens)} tokens"
-        for block in set(blocks) - set(held.blocks):
-            owner = self._owner.get(block)
-            if owner is not None and owner != blocks[0]:
-                self._forget(owner)
-            self._owner[block] = blocks[0]
-        held.blocks = blocks
         beyond = len(held.tokens) - first
+        assert beyond >= 0, f"position {first} follows a sequence of {len(held.tokens)} tokens"
+        held.blocks = blocks
         if beyond:
             del held.tokens[first:]
             if self._keeps:
                 held.cache.crop(-beyond)
         return held
 
-    def _forget(self, first_block: int) -> None:
-        held = self._held.pop(first_block, None)
-        for block in held.blocks if held is not None else ():
-            self._owner.pop(block, None)
-
     def _forward(self, held: _Held, tokens: list[int], keep: int) -> torch.Tensor:
         """Logits of the last `keep` of the new tokens, [keep, vocabulary]."""
         held.tokens += tokens
         options: dict[str, Any] = {"logits_to_keep": keep} if self._cuts_logits else {}
         if self._keeps:
-            ids = torch.tensor([tokens])
-            output = self._model(input_ids=ids, past_key_values=held.cache, use_cache=True, **options)
-        else:
-            output = self._model(input_ids=torch.tensor([held.tokens]), use_cache=False, **options)
-        return output.logits[0, -keep:]
+            options |= {"past_key_values": held.cache}
+        ids = torch.tensor([tokens if self._keeps else held.tokens])
+        return self._model(input_ids=ids, use_cache=self._keeps, **options).logits[0, -keep:]
 
     def close(self) -> None:
         """Free the weights and the cache."""
         self._held.clear()
-        self._owner.clear()
         self._model = None

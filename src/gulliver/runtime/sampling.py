@@ -40,27 +40,26 @@ class Sampling:
     seed: int | None = None  # None: drawn
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0 <= self.temperature <= 100, "lie between 0 (greedy) and 100")
-        _check("top_k", self.top_k, self.top_k >= 0, "be 0 (all) or more")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "lie above 0 and at most at 1")
-        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "lie between 0 and 1")
-        good = 0.01 <= self.repetition_penalty <= 100
-        _check("repetition_penalty", self.repetition_penalty, good, "lie between 0.01 and 100; 1 is none")
-        for name in ("presence_penalty", "frequency_penalty"):
-            _check(name, getattr(self, name), abs(getattr(self, name)) <= 100, "lie between -100 and 100")
+        for name, good, rule in (
+            ("temperature", 0 <= self.temperature <= 100, "lie between 0 (greedy) and 100"),
+            ("top_k", self.top_k >= 0, "be 0 (all) or more"),
+            ("top_p", 0 < self.top_p <= 1, "lie above 0 and at most at 1"),
+            ("min_p", 0 <= self.min_p <= 1, "lie between 0 and 1"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "lie between 0.01 and 100; 1 is none"),
+            ("presence_penalty", abs(self.presence_penalty) <= 100, "lie between -100 and 100"),
+            ("frequency_penalty", abs(self.frequency_penalty) <= 100, "lie between -100 and 100"),
+        ):
+            if not good:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must {rule}")
         for token, bias in self.logit_bias:
-            _check(f"logit_bias of token {token}", bias, math.isfinite(bias), "be a finite number")
+            if not math.isfinite(bias):
+                raise ConfigError(f"logit_bias of token {token} is {bias}; it must be a finite number")
 
     @property
     def plain_greedy(self) -> bool:
         """Whether the token is just the one with the largest logit."""
         changed = self.logit_bias or self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
         return self.temperature == 0 and not changed
-
-
-def _check(name: str, value: float, good: bool, rule: str) -> None:
-    if not good:
-        raise ConfigError(f"{name} is {value}; it must {rule}")
 
 
 class Sampler:
@@ -79,8 +78,8 @@ class Sampler:
                 self._bias[token] = bias
         self._counts: dict[int, int] = {}  # of the answer
         self._seen: dict[int, None] = dict.fromkeys(prompt) if sampling.repetition_penalty != 1 else {}
-        repetition = sampling.repetition_penalty != 1
-        self._counting = bool(sampling.presence_penalty or sampling.frequency_penalty or repetition)
+        penalties = sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty - 1
+        self._counting = any(penalties)
 
     def observe(self, token: int) -> None:
         """Tell the sampler the answer's next token, after each `draw`."""
