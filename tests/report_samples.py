@@ -158,7 +158,8 @@ def fitted(
     """(store, fitted model) of 71.9 "megabytes" of `megabyte` bytes, audited, with fit.json and lineage."""
     store = Store(home)
     origin = Origin(
-        source="smollm2",
+        source=source,
+        license="Apache-2.0" if source.startswith("catalog:") else None,
         original_file="smollm2.gguf",
         original_format="GGUF Q4_1",
         original_bytes=round(94.1 * megabyte),

@@ -15,11 +15,11 @@ from report_samples import artifact, fit, fitted, plan, tensor, tensors
 from gulliver.core.errors import ArtifactError
 from gulliver.core.evidence.evidence import measured
 from gulliver.core.evidence.gate import Gate
-from gulliver.core.records import Asked, FitResult, PackedPart, PackedWeight, Packing, Plan, Point, TensorBits
+from gulliver.core.records import Asked, FitResult, Origin, PackedPart, PackedWeight, Packing, Plan, Point, TensorBits
 from gulliver.core.store.store import Store
 from gulliver.report import bits, plots, rows, verdict
 from gulliver.report.gather import gather, of_packing, oldest_first
-from gulliver.report.html import content_policy, page, plotly_library, script, script_hash, write_report
+from gulliver.report.html import content_policy, page, plotly_library, script, script_hash
 from gulliver.report.records import ReportData
 
 HOSTILE = "<script>alert(1)</script>\"'&`|</title>\u2028${x}"
@@ -100,14 +100,6 @@ def test_every_table_has_a_caption_and_every_plot_a_text_alternative(sample: Rep
     assert len(re.findall("<details><summary>[^<]+: the numbers", text)) == 5
 
 
-def test_write_report_writes_one_whole_file(tmp_path: Path) -> None:
-    store, model = fitted(tmp_path / "home")
-    write_report(model.path / "report.html", model, store)
-    written = (model.path / "report.html").read_text(encoding="utf-8")
-    assert written.endswith("</html>\n")
-    assert sorted(path.name for path in model.path.iterdir()) == ["gulliver.json", "model.safetensors", "report.html"]
-
-
 def test_sizes_say_what_they_are_compared_with(sample: ReportData) -> None:
     """A download that was packed already is not the size in bfloat16: both are named wherever a size is compared."""
     text = page(sample).replace("\u00a0", " ")
@@ -176,9 +168,13 @@ def test_an_infeasible_fit_is_told_only_where_it_is_given(tmp_path: Path) -> Non
     nearest = Point(size_bytes=84_000, predicted_drop=0.061)
     told = fit(72_000).model_copy(update={"nearest": nearest, "reason": "Too small."})
     made = artifact(store, "report", "fit", {FitResult.file: told}, [parent.id])
-    write_report(tmp_path / "report.html", parent, store, fit=made)
-    text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<strong>INFEASIBLE</strong>" in text and "nearest feasible point" in text and "Too small." in text
+    text = page(gather(parent, store, fit=made))
+    assert (
+        text.endswith("</html>\n")
+        and "<strong>INFEASIBLE</strong>" in text
+        and "nearest feasible point" in text
+        and "Too small." in text
+    )
     assert '<dl class="figures">' not in text
     assert gather(parent, store).outcome == "NOT JUDGED"
 
@@ -202,9 +198,8 @@ def test_missing_parts_are_absent_and_never_invented() -> None:
 
 def test_a_plain_model_without_evidence_has_a_report(tmp_path: Path) -> None:
     store = Store(tmp_path / "home")
-    model = artifact(store, "model", "pull", {"model.safetensors": 1000}, config={"source": "/some/where/toy"})
-    write_report(tmp_path / "report.html", model, store)
-    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    files = {"model.safetensors": 1000, Origin.file: Origin(source="/some/where/toy")}
+    text = page(gather(artifact(store, "model", "pull", files), store))
     assert "Gulliver report: toy" in text and "/some/where" not in text.split("<h2>Lineage")[0] and "NOT JUDGED" in text
 
 

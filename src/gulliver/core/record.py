@@ -55,9 +55,7 @@ class Record(Row):
     @classmethod
     def read(cls, folder: Path) -> Self:
         """The record in a folder. ArtifactError when there is none, or a bad one."""
-        name = cls.file
-        if cls.former is not None and not (folder / name).is_file():
-            name = cls.former if (folder / cls.former).is_file() else name
+        name = next((name for name in (cls.file, cls.former) if name and (folder / name).is_file()), cls.file)
         return cls.parse(_bounded(folder / name, cls), str(folder / name))
 
     @classmethod

@@ -10,6 +10,7 @@ from gulliver.core.errors import GateRefused
 from gulliver.core.evidence.gate import Verdict, require
 from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.files import write_atomic
 from gulliver.core.store.store import Store
 from gulliver.pipeline.call import Call, call
 from gulliver.pipeline.recipe import StepCall, load
@@ -77,7 +78,8 @@ def _write_report(
     models = [entry.artifact for entry in log if entry.artifact.kind == "model"]
     if not models:
         return None
-    from gulliver.report.html import write_report
+    from gulliver.report.gather import gather
+    from gulliver.report.html import page
     from gulliver.report.records import OtherGates
 
     verdicts: dict[str, list[Verdict]] = {models[-1].id: []}
@@ -86,5 +88,5 @@ def _write_report(
     own = verdicts.pop(models[-1].id)
     others = [OtherGates(names[key], key, tuple(rows)) for key, rows in verdicts.items()]
     path = Path(report) if report else models[-1].path / "report.html"
-    write_report(path, models[-1], store, memory=progress.memory, verdicts=own, others=others)
+    write_atomic(path, page(gather(models[-1], store, progress.memory, own, others)))
     return path

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
-from gulliver.core import catalog
 from gulliver.core.errors import ArtifactError
 from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.records import TensorBits
@@ -56,12 +55,11 @@ def evidence_json(artifact_id: str, evidence: Sequence[Evidence]) -> str:
 
 def card(data: ReportData, architecture: str = "") -> str:
     """The model card as Markdown with YAML front matter; `architecture` is the class named in config.json."""
-    source, licence = _source(data)
     measured_on = (data.data_name(row.data_hash) for row in data.evidence if row.data_hash)
     return _template().render(
         data=data,
-        source=source,
-        licence=licence,
+        source=data.origin.source if data.origin else "",
+        licence=data.origin.license if data.origin else None,
         pipeline=next((name for ending, name in _PIPELINES if architecture.endswith(ending)), ""),
         sentences=verdict.sentences(data),
         downloaded=verdict.downloaded(data),
@@ -108,16 +106,6 @@ def _formats(tensors: Sequence[TensorBits]) -> list[tuple[str, int, int, int]]:
             held = part.rows * math.prod(tensor.shape[1:])
             sums[part.format] = (parts + 1, weights + held, size + part.size_bytes)
     return sorted(((name, *total) for name, total in sums.items()), key=lambda row: -row[3])
-
-
-def _source(data: ReportData) -> tuple[str, str]:
-    """(where the first model of the lineage came from, its licence); empty where not known."""
-    for manifest in data.manifests:
-        source = manifest.get("config", {}).get("source")
-        if manifest.get("kind") == "model" and isinstance(source, str):
-            entry = catalog.entries().get(source.removeprefix("catalog:")) if source.startswith("catalog:") else None
-            return source, entry.license if entry else ""
-    return "", ""
 
 
 def _architecture(artifact: Artifact) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,13 @@ def gather(
     evidence: Sequence[Evidence] | None = None,
     fit: Artifact | None = None,
 ) -> ReportData:
-    """All records about `model` that the store holds, as one frozen record; `evidence` replaces the store's."""
+    """All records about `model` that the store holds. ArtifactError if a plan, fit or packing file is malformed.
+
+    `memory` holds (seconds, stage, resident bytes) where no fit recorded any; `verdicts` those that a recipe judged on
+    this model, and `others` those on its other models; `evidence` replaces the store's. `fit` is the report artifact
+    with fit.json; by default the newest in the store that made this model. For an infeasible budget give the parent as
+    `model` and the fit, whose fit.json then names the `nearest` point.
+    """
     manifests = oldest_first(store.lineage(model.id))
     evidence = tuple(store.evidence(model.id) if evidence is None else evidence)
     parent_id = _parent_id(model, manifests, evidence)
@@ -41,7 +48,7 @@ def gather(
     judged = tuple(dict.fromkeys([*verdicts, *told.verdicts]))
     origin, origin_id = _origin(manifests, store)
     return ReportData(
-        title=model_name(manifests) or short_id(model.id),
+        title=_called(origin.source) if origin is not None else short_id(model.id),
         artifact_id=model.id,
         task=model.task,
         step=str(model.step["name"]),
@@ -63,28 +70,14 @@ def gather(
 
 def oldest_first(manifests: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """A lineage ordered so that every artifact comes after all it was made from."""
-    waiting = {str(manifest["id"]): manifest for manifest in reversed(manifests)}
-    ordered: dict[str, Mapping[str, Any]] = {}
-
-    def place(identifier: str) -> None:
-        manifest = waiting.pop(identifier, None)
-        if manifest is not None:
-            for parent in manifest.get("parents", ()):
-                place(parent)
-            ordered[identifier] = manifest
-
-    while waiting:
-        place(next(iter(waiting)))
-    return list(ordered.values())
+    known = {str(manifest["id"]): manifest for manifest in manifests}
+    order = TopologicalSorter({one: manifest.get("parents", ()) for one, manifest in known.items()}).static_order()
+    return [known[one] for one in order if one in known]
 
 
-def model_name(manifests: Sequence[Mapping[str, Any]]) -> str:
-    """The name under which the first model of a lineage was fetched: "catalog:…", "hf:…", or a file's last part."""
-    for manifest in manifests:
-        source = manifest.get("config", {}).get("source")
-        if manifest.get("kind") == "model" and isinstance(source, str):
-            return source if source.startswith(("catalog:", "hf:")) else Path(source).name
-    return ""
+def _called(source: str) -> str:
+    """What people call a source: "catalog:…" and "hf:…" as they are, of a path the last part."""
+    return source if source.startswith(("catalog:", "hf:")) else Path(source).name
 
 
 def _newest_fit(model: Artifact, store: Store) -> FitResult | None:
@@ -141,8 +134,7 @@ def _data_names(store: Store, hashes: set[str]) -> dict[str, str]:
         own = {entry.sha256 for entry in found.files.values()} & hashes if found.kind == "dataset" else set()
         source = found.config.get("eval_data") or found.config.get("data") or found.config.get("source")
         if own and isinstance(source, str):
-            shown = source if source.startswith(("catalog:", "hf:")) else Path(source).name
-            names |= dict.fromkeys(own, shown)
+            names |= dict.fromkeys(own, _called(source))
     return names
 
 

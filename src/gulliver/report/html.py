@@ -1,8 +1,7 @@
 """One self-contained HTML page about one artifact: the verdict first, then all that it rests on.
 
-`page` fills page.html.j2 with the records that report/gather.py reads, `write_report` does both and writes the file.
-Every value is escaped by the template. Nothing here reads a network or the clock, so the same records give the same
-bytes.
+`page` fills page.html.j2 with the records that report/gather.py reads. Every value is escaped by the template. Nothing
+here reads a network or the clock, so the same records give the same bytes.
 
 plotly's Python package ships only the whole of plotly.js (version 4.1.1: 4.82 MB). Compressed and in base64 it takes
 1.96 MB of the page, and every browser since 2023 can decompress it (DecompressionStream); in an older one the page
@@ -15,45 +14,20 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gulliver.core.evidence.evidence import METRICS
-from gulliver.core.evidence.gate import Verdict
-from gulliver.core.store.artifact import Artifact
-from gulliver.core.store.files import write_atomic
-from gulliver.core.store.store import Store
 from gulliver.report import bits, plots, rows, verdict
-from gulliver.report.gather import gather
 from gulliver.report.picture import Picture
-from gulliver.report.records import OtherGates, ReportData
+from gulliver.report.records import ReportData
 from gulliver.report.units import format_value, short_id
 
 if TYPE_CHECKING:
     from jinja2 import Environment, Template
 
 FOLDER = Path(__file__).parent
-
-
-def write_report(
-    path: Path | str,
-    model: Artifact,
-    store: Store,
-    memory: Sequence[tuple[float, str, int]] = (),
-    verdicts: Sequence[Verdict] = (),
-    others: Sequence[OtherGates] = (),
-    fit: Artifact | None = None,
-) -> None:
-    """Write the page about `model` to `path`, atomically. ArtifactError if a plan, fit or packing file is malformed.
-
-    `memory` holds (seconds, stage, resident bytes) where no fit recorded any; `verdicts` those that a recipe judged on
-    this model, and `others` those on its other models. `fit` is the report artifact with fit.json; by default the
-    newest in the store that made this model. For an infeasible budget give the parent as `model` and the fit, whose
-    fit.json then names the `nearest` point.
-    """
-    write_atomic(path, page(gather(model, store, memory, verdicts, others, fit=fit)))
 
 
 def page(data: ReportData) -> str:

@@ -158,19 +158,9 @@ def measured(
     detail: Mapping[str, Any] | None = None,
 ) -> Evidence:
     """Evidence whose unit and direction come from METRICS; without `low` and `high` it is an exact count."""
-    row = metric(name)
-    return Evidence(
-        metric=name,
-        value=float(value),
-        low=float(value if low is None else low),
-        high=float(value if high is None else high),
-        unit=row.unit,
-        direction=row.direction,
-        n=n,
-        seed=seed,
-        data_hash=data_hash,
-        detail=detail or {},
-    )
+    row, low, high = metric(name), value if low is None else low, value if high is None else high
+    ends = float(value), float(low), float(high)
+    return Evidence(name, *ends, row.unit, row.direction, n, seed, data_hash, detail=detail or {})
 
 
 def paired_interval(

@@ -34,7 +34,8 @@ def open_database(home: Path, database_url: str | None) -> Engine:
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     try:
-        engine = sqlalchemy.create_engine(parsed, poolclass=NullPool, **_options(parsed.get_backend_name()))
+        options = {"timeout": BUSY_TIMEOUT_S} if parsed.get_backend_name() == "sqlite" else {}
+        engine = sqlalchemy.create_engine(parsed, poolclass=NullPool, connect_args=options)
     except ModuleNotFoundError:
         raise MissingExtra(f"the database {parsed.render_as_string()}", "postgres") from None
     except NoSuchModuleError:
@@ -57,7 +58,7 @@ def open_database(home: Path, database_url: str | None) -> Engine:
 def write(engine: Engine) -> Iterator[sqlalchemy.Connection]:
     """A transaction that writes: all of it or nothing, and one at a time, so that row numbers follow commit order.
 
-    SQLite's write lock is taken at once; PostgreSQL, whose sequences stand outside transactions, takes an advisory one.
+    SQLite's write lock is taken at once; PostgreSQL, whose sequences are outside transactions, takes an advisory one.
     """
     with engine.connect().execution_options(gulliver_write=True) as connection, connection.begin():
         if engine.dialect.name == "postgresql":
@@ -92,10 +93,6 @@ def _wait_for(descriptor: int, path: Path, deadline: float) -> None:
             if time.monotonic() >= deadline:
                 raise ConfigError(f"another process holds {path}; wait for it to finish, or stop it") from None
             time.sleep(0.05)
-
-
-def _options(backend: str) -> dict[str, object]:
-    return {"connect_args": {"timeout": BUSY_TIMEOUT_S}} if backend == "sqlite" else {}
 
 
 def _prepare_sqlite(connection, record) -> None:
