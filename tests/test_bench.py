@@ -17,7 +17,7 @@ from gulliver.core.errors import ConfigError, GulliverError
 from gulliver.nets.files import stored_tensors, weight_files
 from gulliver.pipeline import bench
 from gulliver.runtime.decode import native_reason
-from gulliver.tasks.language.workloads import bytes_per_token, workloads
+from gulliver.runtime.workloads import bytes_per_token, workloads
 
 Run = Callable[..., tuple[int, str, str]]
 native_only = pytest.mark.skipif(native_reason() is not None, reason=str(native_reason()))

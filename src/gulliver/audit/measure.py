@@ -20,8 +20,8 @@ from gulliver.core.machine import bandwidth_gb_s, identify, usable_cores
 from gulliver.core.memory import current_rss_bytes, peak_rss_bytes
 from gulliver.runtime.decode import NativeDecoder, native_reason
 from gulliver.runtime.lower import NotLowered
+from gulliver.runtime.workloads import CACHE_TOKENS, MAX_STREAMS, bytes_per_token, workloads
 from gulliver.tasks import family, get_task
-from gulliver.tasks.language.workloads import CACHE_TOKENS, MAX_STREAMS, bytes_per_token, workloads
 
 BANDWIDTH_BYTES = 2**27
 """Bytes that each core reads to measure the bandwidth."""

@@ -15,11 +15,11 @@ from gulliver.core.store.artifact import Artifact
 from gulliver.nets.linear_kl import linear_kl
 from gulliver.runtime.network import load_network
 from gulliver.runtime.reference_decode import ReferenceDecoder
+from gulliver.runtime.workloads import workloads
 from gulliver.tasks.base import Batch, Block, Coupling, Task
 from gulliver.tasks.language import network, text
 from gulliver.tasks.language.options import LanguageOptions
 from gulliver.tasks.language.score import score_causal
-from gulliver.tasks.language.workloads import workloads
 from gulliver.tasks.language.writing import write_texts
 from gulliver.tasks.text.couplings import transformer_couplings
 from gulliver.tasks.text.files import paragraphs, text_batches
