@@ -159,18 +159,9 @@ def resolved(asked: Any, inputs: Inputs) -> Any:
 def reuse_key(row: Step, cfg: Any, inputs: Inputs, seed: int) -> str:
     """SHA-256 over all that decides the result of a call; `cfg` is resolved."""
     values = cfg.model_dump(mode="json", exclude={LIMIT})
-    return hashlib.sha256(
-        canonical_json(
-            {
-                "step": row.name,
-                "version": row.version,
-                "config": values,
-                "inputs": _ids(inputs),
-                "seed": seed,
-                "files": {field: _contents(values.get(field)) for field in row.reads},
-            }
-        )
-    ).hexdigest()
+    parts = {"step": row.name, "version": row.version, "config": values, "inputs": _ids(inputs), "seed": seed}
+    parts["files"] = {field: _contents(values.get(field)) for field in row.reads}
+    return hashlib.sha256(canonical_json(parts)).hexdigest()
 
 
 def checked_inputs(

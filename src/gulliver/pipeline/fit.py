@@ -14,7 +14,7 @@ from typing import Any
 
 from gulliver.core.errors import BudgetError, ConfigError, DataError
 from gulliver.core.evidence.budget import Budget
-from gulliver.core.evidence.evidence import Evidence, measured
+from gulliver.core.evidence.evidence import measured
 from gulliver.core.evidence.gate import Verdict
 from gulliver.core.machine import describe
 from gulliver.core.progress import Progress
@@ -113,7 +113,9 @@ def fit(
         fitted = _loop(work)
     except BudgetError as failure:
         raise _infeasible(work, failure, began) from None
-    return _finish(work, fitted, began, out)
+    record = _record(work, fitted, began)
+    write_annotation(fitted, "report.html", page(gather(fitted, work.store, fit=record)))
+    return fitted if out is None else copy_artifact(fitted, out)
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -131,7 +133,7 @@ def _loop(work: Fit) -> Artifact:
         if EFFORTS[work.effort]["distill"] is not None:
             inputs = {"parent": work.parent, "dataset": work.dataset, "samples": samples}
             candidates += [work.step("distill", model=packed, **inputs)]
-        drops = [_value(_measure(work, candidate), "quality_loss") for candidate in candidates]
+        drops = [_measured_drop(work, candidate) for candidate in candidates]
         drop = min(drops)  # distilling must show on held-out data, or it is not kept
         fitted = candidates[drops.index(drop)]
         work.verdicts = [gate.judge(work.store.evidence(fitted.id), fitted.id) for gate in work.budget.gates()]
@@ -156,8 +158,8 @@ def _may_write(work: Fit) -> bool:
     return limit is None or WRITING_COPIES * work.parent.weight_bytes + WRITING_BYTES <= limit
 
 
-def _measure(work: Fit, fitted: Artifact) -> list[Evidence]:
-    """All evidence about the fitted model after measuring it now."""
+def _measured_drop(work: Fit, fitted: Artifact) -> float:
+    """The quality that the fitted model gives up; everything that the budget limits is measured now."""
     work.step("quality", model=fitted, dataset=work.dataset, parent=work.parent)
     if work.budget.min_tokens_per_s is not None:
         work.step("speed", model=fitted)
@@ -168,11 +170,8 @@ def _measure(work: Fit, fitted: Artifact) -> list[Evidence]:
         here = describe(work.store.home, measure=False).name
         work.store.record([item.filled(artifact_id=fitted.id, machine=here, command=work.shared["command"])])
         renew_cards([fitted.id], work.store, work.shared["progress"])
-    return work.store.evidence(fitted.id)
-
-
-def _value(evidence: list[Evidence], metric: str) -> float:
-    return next(item.value for item in reversed(evidence) if item.metric == metric)
+    evidence = work.store.evidence(fitted.id)
+    return next(item.value for item in reversed(evidence) if item.metric == "quality_loss")
 
 
 # ---- predictions ----------------------------------------------------------------------------------------------------
@@ -232,13 +231,6 @@ def _record(
     ) as writer:
         result.write(writer.path)
         return writer.commit()
-
-
-def _finish(work: Fit, fitted: Artifact, began: float, out: Path | str | None) -> Artifact:
-    """Write the report and the card beside the model, and copy it out."""
-    record = _record(work, fitted, began)
-    write_annotation(fitted, "report.html", page(gather(fitted, work.store, fit=record)))
-    return fitted if out is None else copy_artifact(fitted, out)
 
 
 def _infeasible(work: Fit, failure: BudgetError, began: float) -> BudgetError:
