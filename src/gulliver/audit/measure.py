@@ -30,10 +30,15 @@ BANDWIDTH_BYTES = 2**27
 def in_fresh_process(request: Mapping[str, Any]) -> dict[str, Any]:
     """The answer of `measure` to `request`, its arguments. GulliverError when the process fails."""
     command = [sys.executable, "-m", "gulliver.audit.measure", json.dumps(request)]
+    return printed(command, f"measuring {request['folder']}")
+
+
+def printed(command: list[str], what: str) -> dict[str, Any]:
+    """The JSON object that a new process prints. GulliverError, saying that `what` failed, when it ends badly."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or [f"the process ended with {done.returncode}"]
-        raise GulliverError(f"measuring {request['folder']} failed: {last[0]}")
+        raise GulliverError(f"{what} failed: {last[0].removeprefix('error: ')}")
     return json.loads(done.stdout)
 
 

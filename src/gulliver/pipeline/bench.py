@@ -6,17 +6,15 @@ generate` itself in a process of its own.
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from math import comb
 from pathlib import Path
 from typing import Any
 
-from gulliver.audit.measure import in_fresh_process
-from gulliver.core.errors import ConfigError, GulliverError
+from gulliver.audit.measure import in_fresh_process, printed
+from gulliver.core.errors import ConfigError
 from gulliver.core.progress import Progress
 from gulliver.nets.files import weight_files
 from gulliver.pipeline.ask import Spec, local_folder, open_store, resolved
@@ -94,11 +92,7 @@ def _cold(folder: Path, threads: int, isa: str) -> dict[str, Any]:
     """What `gulliver generate` says of itself in a new process that answers with one token."""
     command = [sys.executable, "-m", "gulliver", "generate", str(folder), "--prompt", TWENTY_TOKENS, "--raw"]
     command += ["--max-tokens", "1", "--temperature", "0", "--threads", str(threads), "--isa", isa, "--json", "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or [f"the process ended with {done.returncode}"]
-        raise GulliverError(f"a cold start of {folder} failed: {last[0].removeprefix('error: ')}")
-    return json.loads(done.stdout)
+    return printed(command, f"a cold start of {folder}")
 
 
 def _summed(starts: Sequence[dict[str, Any]], file_bytes: int) -> dict[str, Any]:
