@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 import toys
 
+import gulliver
+from gulliver.cli import options
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
 from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import Artifact
@@ -125,3 +128,13 @@ def test_data_is_read_for_the_task_of_the_model(store: Store, quiet: Progress, t
     assert found["dataset"].task == "toy"
     again = api.resolve_inputs(row, {"dataset": found["dataset"].id, "model": model}, {}, store, quiet)
     assert again["dataset"] == found["dataset"]
+
+
+@pytest.mark.parametrize("name", ["audit", "bench", "fit"])
+def test_a_function_takes_the_options_of_its_command(name: str) -> None:
+    takes = inspect.signature(getattr(gulliver, name)).parameters
+    for field, about in options.__dict__[f"{name.capitalize()}Options"].model_fields.items():
+        assert field in takes, (name, field)
+        if field != "out":  # the command line always writes a folder
+            default = inspect.Parameter.empty if about.is_required() else about.default
+            assert takes[field].default == default, (name, field)

@@ -295,8 +295,8 @@ def test_what_was_calibrated_on_is_never_measured_on(language: Lab) -> None:
     scored: dict[str, Any] = {"windows": 2, "context": 16}
     with pytest.raises(DataError, match="was calibrated on text of the eval part"):
         language.step("quality", scored, model=packed, dataset=mixed)
-    healed = {"model": packed, "parent": language.model, "dataset": language.dataset}
-    grandchild = language.step("distill", {"steps": 1, "tokens": TOKENS}, **healed)
+    distilled = {"model": packed, "parent": language.model, "dataset": language.dataset}
+    grandchild = language.step("distill", {"steps": 1, "tokens": TOKENS}, **distilled)
     with pytest.raises(DataError, match="was calibrated on text of the eval part"):
         language.step("quality", scored, model=grandchild, dataset=mixed)
     language.step("quality", scored, model=packed, dataset=write_dataset(folder, [passage], [other]))

@@ -32,7 +32,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
 QUICK = {"batch_size": 8, "tokens": 64, "warmup_steps": 2, **RATES}
 
 
-def healed(lab: Lab, model: Artifact, **config: Any) -> Artifact:
+def distilled(lab: Lab, model: Artifact, **config: Any) -> Artifact:
     options = QUICK | config
     if lab.model.task != "language":
         del options["tokens"]
@@ -51,8 +51,8 @@ def dense(language: Lab, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return language.step("pull", {"source": str(folder)})
 
 
-def test_healing_brings_a_model_nearer_to_its_parent(language: Lab, packed: Artifact) -> None:
-    made = healed(language, packed, steps=30)
+def test_distilling_brings_a_model_nearer_to_its_parent(language: Lab, packed: Artifact) -> None:
+    made = distilled(language, packed, steps=30)
     before, after = divergence(language, packed), divergence(language, made)
     assert after < 0.85 * before
     losses = contents(made, Distillation.file)["losses"]
@@ -61,7 +61,7 @@ def test_healing_brings_a_model_nearer_to_its_parent(language: Lab, packed: Arti
 
 
 def test_sizes_and_formats_stay(language: Lab, packed: Artifact) -> None:
-    made = healed(language, packed, steps=30)
+    made = distilled(language, packed, steps=30)
     assert made.weight_bytes == packed.weight_bytes
     assert contents(made, Packing.file) == contents(packed, Packing.file)
     assert contents(made, LossIncrease.file) == contents(packed, LossIncrease.file)
@@ -84,12 +84,12 @@ def test_sizes_and_formats_stay(language: Lab, packed: Artifact) -> None:
 
 def test_a_rate_of_nearly_nothing_changes_nearly_nothing(language: Lab, packed: Artifact) -> None:
     tiny = {"learning_rate": 1e-12, "scale_rate": 0.0, "vector_rate": 0.0}
-    made = healed(language, packed, steps=3, **tiny)
+    made = distilled(language, packed, steps=3, **tiny)
     before, after = divergence(language, packed), divergence(language, made)
     assert after == pytest.approx(before, rel=0.05)  # scales are cut into 8 bits once more
 
 
-def test_rows_of_several_formats_heal(language: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_several_formats_are_distilled(language: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     from gulliver.compress import plan as planning
 
     monkeypatch.setattr(planning, "MIN_CLASS_ROWS", 8)
@@ -100,7 +100,7 @@ def test_rows_of_several_formats_heal(language: Lab, monkeypatch: pytest.MonkeyP
             break
     else:
         pytest.fail("no plan gave a table parts of its own")
-    made = healed(language, model, steps=12, learning_rate=5e-3)
+    made = distilled(language, model, steps=12, learning_rate=5e-3)
     assert contents(made, Packing.file) == contents(model, Packing.file)
     assert divergence(language, made) < divergence(language, model)
 
@@ -121,7 +121,7 @@ def test_samples_take_their_turn(language: Lab, packed: Artifact, monkeypatch: p
     assert asked == [(language.dataset.id, 0), *((own.id, n) for n in range(3)), (language.dataset.id, 1), (own.id, 3)]
     assert made.inputs == {role: (artifact.id,) for role, artifact in inputs.items()}
     prints = contents(made, Calibration.file)["fingerprints"]
-    assert len(prints) == len(contents(healed(language, packed, steps=3), Calibration.file)["fingerprints"]) + 1
+    assert len(prints) == len(contents(distilled(language, packed, steps=3), Calibration.file)["fingerprints"]) + 1
 
 
 @pytest.mark.parametrize(("student", "stop"), [("packed", 3), ("packed", 4), ("dense", 3), ("dense", 4)])
@@ -167,7 +167,7 @@ def _vectors(one: Artifact, other: Artifact) -> list[Any]:
     return list(zip(*pairs, strict=True))
 
 
-def test_what_cannot_be_healed(language: Lab, digits: Lab, packed: Artifact) -> None:
+def test_what_cannot_be_distilled(language: Lab, digits: Lab, packed: Artifact) -> None:
     inputs = {"model": packed, "parent": language.model, "dataset": language.dataset}
     for role, other in (("dataset", digits.dataset), ("samples", digits.dataset), ("parent", digits.model)):
         with pytest.raises(ConfigError, match=f"must all be for language, but {other.kind} {other.id[:12]} is for vis"):
@@ -186,9 +186,9 @@ def test_what_ran_before_does_not_decide_whether_memory_suffices(language: Lab, 
     assert told[0] == told[1]
 
 
-def test_another_family_heals(digits: Lab) -> None:
+def test_another_family_is_distilled(digits: Lab) -> None:
     model = digits.quantize(bits=2, group_size=64)
-    made = healed(digits, model, steps=60, batch_size=32)
+    made = distilled(digits, model, steps=60, batch_size=32)
     assert made.weight_bytes == model.weight_bytes
     assert divergence(digits, made, 60) < 0.6 * divergence(digits, model, 60)
     digits.step("quality", {}, model=made, dataset=digits.dataset, parent=digits.model)
@@ -233,7 +233,7 @@ def test_a_rate_left_out_is_resolved_by_the_student_and_recorded(
 def test_a_packed_student_may_be_smaller_than_its_parent(language: Lab, dense: Artifact) -> None:
     calibration = language.step("calibrate", {"examples": 16, "tokens": 64}, model=dense, dataset=language.dataset)
     model = language.step("quantize", {"bits": 4, "group_size": 32}, model=dense, calibration=calibration)
-    made = healed(language, model, steps=40, learning_rate=6e-2)
+    made = distilled(language, model, steps=40, learning_rate=6e-2)
     assert made.weight_bytes == model.weight_bytes
     assert divergence(language, made) < divergence(language, model)
 
@@ -242,25 +242,25 @@ def test_a_student_that_answers_otherwise_is_refused(language: Lab, tmp_path: Pa
     other = write_model(tmp_path / "other", steps=1, vocab_size=352, **SMALL)
     model = language.step("pull", {"source": str(other)})
     with pytest.raises(ConfigError, match=r"vocab_size is 352 in model .* and 320 in its parent .*; take a model with"):
-        healed(language, model, steps=1)
+        distilled(language, model, steps=1)
     folder = write_model(tmp_path / "words", steps=1, **SMALL)
     words = json.loads((folder / "tokenizer.json").read_text())
     known = words["model"]["vocab"]
     words["model"]["vocab"] = {name: number ^ 1 if number > 1 else number for name, number in known.items()}
     (folder / "tokenizer.json").write_text(json.dumps(words))
     with pytest.raises(ConfigError, match="different tokens; take a model with the parent's tokenizer"):
-        healed(language, language.step("pull", {"source": str(folder)}), steps=1)
+        distilled(language, language.step("pull", {"source": str(folder)}), steps=1)
 
 
 def test_a_dense_classifier_is_distilled(digits: Lab, tmp_path: Path) -> None:
     training = {"size": 1, "steps": 2, "batch_size": 32, "warmup_steps": 2}
     student = digits.step("train", training, seed=3, dataset=digits.dataset)
-    made = healed(digits, student, steps=40, batch_size=16, learning_rate=1e-2)
+    made = distilled(digits, student, steps=40, batch_size=16, learning_rate=1e-2)
     assert divergence(digits, made, 30) < 0.8 * divergence(digits, student, 30)
     other = Inception(InceptionConfig(1, classes=7))
     get_task("vision").save(other, tmp_path / "seven")
     with pytest.raises(ConfigError, match=r"classes is 7 in model .* and 10 in its parent"):
-        healed(digits, digits.step("pull", {"source": str(tmp_path / "seven")}), steps=1)
+        distilled(digits, digits.step("pull", {"source": str(tmp_path / "seven")}), steps=1)
 
 
 def test_a_dense_encoder_is_distilled(language: Lab, tmp_path: Path) -> None:

@@ -94,16 +94,16 @@ def test_one_file_is_sorted_whatever_order_tensors_come_in(tmp_path: Path) -> No
     assert names == [name for name in IN_ORDER if "norm" not in name] + [name for name in IN_ORDER if "norm" in name]
 
 
-def test_what_quantize_and_heal_write_is_laid_out(language: Lab) -> None:
+def test_what_quantize_and_distill_write_is_laid_out(language: Lab) -> None:
     packed = language.quantize(bits=4)
-    healed = language.step(
+    distilled = language.step(
         "distill",
         {"steps": 1, "batch_size": 1, "tokens": 8},
         model=packed,
         parent=language.model,
         dataset=language.dataset,
     )
-    for model in (packed, healed):
+    for model in (packed, distilled):
         assert_laid_out(model.path)
 
 

@@ -88,13 +88,13 @@ def test_every_effort_fits_a_language_model(language: Lab, effort: str, tmp_path
 
 
 @pytest.mark.parametrize(("rate", "kept"), [(0.01, "distill"), (50.0, "quantize")])
-def test_healing_is_kept_only_where_it_helps(
+def test_distilling_is_kept_only_where_it_helps(
     language: Lab, rate: float, kept: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gulliver.pipeline import fit as efforts
 
-    healing = {"steps": 60, "batch_size": 8, "learning_rate": rate, "scale_rate": 1e-4, "vector_rate": 1e-4}
-    monkeypatch.setattr(efforts, "EFFORTS", efforts.EFFORTS | {"high": efforts.EFFORTS["high"] | {"distill": healing}})
+    settings = {"steps": 60, "batch_size": 8, "learning_rate": rate, "scale_rate": 1e-4, "vector_rate": 1e-4}
+    monkeypatch.setattr(efforts, "EFFORTS", efforts.EFFORTS | {"high": efforts.EFFORTS["high"] | {"distill": settings}})
     before = len(steps_run(language))
     made = fit(language, 48_000, effort="high")
     assert made.manifest["step"]["name"] == kept

@@ -43,7 +43,7 @@ def test_values_and_gradients_equal_the_plain_formula(inputs, upstream):
 
 
 def test_the_head_may_be_made_from_a_learned_tensor(inputs):
-    """As when healing: the weight is a function of learned scales, not a leaf."""
+    """As when distilling: the weight is a function of learned scales, not a leaf."""
     found = []
     for function in (plain, lambda *tensors: linear_kl(*tensors, dtype=torch.float32)):
         scale = torch.ones(VOCABULARY, 1, requires_grad=True)

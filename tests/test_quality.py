@@ -88,10 +88,10 @@ def test_calibration_data_is_never_measured_on(store, ctx, dataset):
     model = add_model(store, calibration=listed(f"elsewhere\n\n{PASSAGE}"))
     with pytest.raises(DataError, match="the giant measures every island"):
         run(SMALL, {"model": model, "dataset": dataset}, ctx)
-    healed = add_model(store, parents=[model.id], note="healed")
+    distilled = add_model(store, parents=[model.id], note="distilled")
     with pytest.raises(DataError, match=model.id[:12]):
-        run(SMALL, {"model": healed, "dataset": dataset}, ctx)
-    assert store.evidence(model.id) == store.evidence(healed.id) == []
+        run(SMALL, {"model": distilled, "dataset": dataset}, ctx)
+    assert store.evidence(model.id) == store.evidence(distilled.id) == []
     other = add_model(store, calibration=listed(PASSAGE.replace("giant", "sailor")))
     run(SMALL, {"model": other, "dataset": dataset}, ctx)
 
