@@ -227,7 +227,7 @@ def test_what_a_closed_engine_refuses_is_given_up() -> None:
             return SimpleNamespace(cancel=lambda: None)
 
         engine = SimpleNamespace(submit=submit)
-        run = Generation(engine, [Request((1,), max_tokens=1)] * (IN_FLIGHT + 2), Bridge(), streamed=True)
+        run = Generation(engine, [Request((1,), max_tokens=1)] * (IN_FLIGHT + 2), Bridge(), True, 60)
         run.start()
         for deliver in delivered:
             deliver(Piece("", finish="stop"))

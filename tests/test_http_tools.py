@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from gulliver.core.errors import ConfigError
 from gulliver.serve.openai import response_schemas as answers
-from gulliver.serve.openai.request_schemas import ChatRequest, Tool
-from gulliver.serve.openai.tools import Called, ToolReader, call_schema, read_calls
+from gulliver.serve.openai.request_schemas import Called, ChatRequest, Tool
+from gulliver.serve.openai.tools import ToolReader, call_schema, read_calls
 
 NAMES = ("weather", "add")
 CALL = '{"name": "weather", "arguments": {"city": "Delft"}}'
-DELFT = Called("weather", '{"city":"Delft"}')
+DELFT = Called(name="weather", arguments='{"city":"Delft"}')
 
 READINGS = [
     ("plain text", "plain text", []),
@@ -30,8 +30,8 @@ READINGS = [
     (f"[TOOL_CALLS][{CALL}, {CALL}]", "", [DELFT, DELFT]),
     (f"<|python_tag|>{CALL}", "", [DELFT]),
     ('{"name": "weather", "parameters": {"city": "Delft"}}', "", [DELFT]),
-    ('  {"type": "function", "function": {"name": "add"}}', "", [Called("add", "{}")]),
-    ('{"name": "add", "arguments": "{\\"a\\": 1}"}', "", [Called("add", '{"a": 1}')]),
+    ('  {"type": "function", "function": {"name": "add"}}', "", [Called(name="add", arguments="{}")]),
+    ('{"name": "add", "arguments": "{\\"a\\": 1}"}', "", [Called(name="add", arguments='{"a": 1}')]),
     ('{"name": "nobody", "arguments": {}}', '{"name": "nobody", "arguments": {}}', []),
     ('<tool_call>{"name": "add", "argu', '<tool_call>{"name": "add", "argu', []),
     ('{"answer": 42}', '{"answer": 42}', []),

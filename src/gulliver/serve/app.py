@@ -20,13 +20,13 @@ from gulliver.serve.inference import predict
 from gulliver.serve.keys import KeyRing
 from gulliver.serve.metrics import Metrics
 from gulliver.serve.middleware import Middleware
-from gulliver.serve.openai import chat, completions, embeddings
+from gulliver.serve.openai import embeddings, language
 from gulliver.serve.openai.request_schemas import ChatRequest, CompletionRequest, EmbeddingRequest
 from gulliver.serve.state import Route, ServedModel, Settings, State
 
 ROUTES = (
-    Route("/v1/chat/completions", chat.router, can="generate", body=ChatRequest, costs=True),
-    Route("/v1/completions", completions.router, can="generate", body=CompletionRequest, costs=True),
+    Route("/v1/chat/completions", language.router, can="generate", body=ChatRequest, costs=True),
+    Route("/v1/completions", language.router, can="generate", body=CompletionRequest, costs=True),
     Route("/v1/embeddings", embeddings.router, can="embed", body=EmbeddingRequest, costs=True),
     Route("/v1/predict", predict.router, can="predict", body=predict.PredictRequest, costs=True),
     Route("/v1/models", pages.router),

@@ -14,15 +14,13 @@ from gulliver.core.errors import ConfigError, DataError, GulliverError
 from gulliver.core.names import nearest
 from gulliver.runtime.batching.records import EngineClosed, QueueFull
 
-CLIENT_CLOSED = 499
-"""The status that is logged when a client went away before its answer."""
+CLIENT_CLOSED = 499  # the status that is logged when a client went away before its answer
 INVALID = "invalid_request_error"
-KINDS: Mapping[int, str] = {
+KINDS: Mapping[int, str] = {  # OpenAI's `type` of an error by its status
     HTTPStatus.UNAUTHORIZED: "authentication_error",
     HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
     HTTPStatus.GATEWAY_TIMEOUT: "timeout_error",
 }
-"""OpenAI's `type` of an error by its status."""
 
 
 class Problem(BaseModel):
@@ -40,7 +38,7 @@ class ErrorAnswer(BaseModel):
     error: Problem
 
 
-RESPONSES: dict[int | str, dict[str, Any]] = {
+RESPONSES: dict[int | str, dict[str, Any]] = {  # of every route, for the OpenAPI document
     400: {"model": ErrorAnswer, "description": "Invalid request; `param` names the field"},
     401: {"model": ErrorAnswer, "description": "The key is missing or wrong"},
     404: {"model": ErrorAnswer, "description": "Model not found"},
@@ -52,7 +50,6 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     504: {"model": ErrorAnswer, "description": "The request timed out"},
     "default": {"model": ErrorAnswer, "description": "Any other error"},
 }
-"""Of every route, for the OpenAPI document."""
 
 
 class ApiError(HTTPException):

@@ -90,7 +90,7 @@ class _Models(Collector):
     def collect(self) -> Iterator[Metric]:
         families: dict[str, Any] = {}
 
-        def family(name: str, kind: type[Metric]) -> Any:
+        def family(name: str, kind: Any) -> Any:
             shown = NAMES.get(name, name)
             text = HELP.get(shown, shown.replace("_", " "))
             return families.setdefault(shown, kind(f"gulliver_{shown}", text, labels=("model",)))

@@ -26,8 +26,7 @@ from gulliver.serve.state import State
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL_SECONDS = 0.05
-CLOSE_SECONDS = 5.0
-"""For connections to close once nothing runs any more."""
+CLOSE_SECONDS = 5.0  # for connections to close once nothing runs any more
 
 
 class Server(uvicorn.Server):

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from gulliver.tasks.answerer import Answerer, Can
 
 CALL = "gulliver.call"
-INLINE_CHARACTERS = 4096
-"""Prompts longer than this are read in a thread, so that others' answers are not delayed."""
+INLINE_CHARACTERS = 4096  # longer prompts are read in a thread, so that others' answers are not delayed
 
 Result = TypeVar("Result")
 

@@ -11,22 +11,19 @@ import orjson
 
 from gulliver.runtime.batching.records import Piece, TokenChoice
 from gulliver.serve.openai.generation import Generation, failure_of
-from gulliver.serve.openai.request_schemas import ChatRequest, CompletionRequest, GenerationFields
-from gulliver.serve.openai.tools import Called, ToolReader, usable
+from gulliver.serve.openai.request_schemas import Called, ChatRequest, CompletionRequest, GenerationFields
+from gulliver.serve.openai.tools import ToolReader, usable
 from gulliver.serve.state import RequestRecord, ServedModel
 
 DONE = b"data: [DONE]\n\n"
-LOWEST = -9999.0
-"""How a probability of zero is written: JSON cannot hold infinity."""
+LOWEST = -9999.0  # how a probability of zero is written: JSON cannot hold infinity
 
 
 class AnswerWriter:
     """Writes the answer to one request, whole or as server-sent events. `count` comes before `closing` and `whole`."""
 
-    prefix: ClassVar[str]
-    """Of the answer's id."""
-    kinds: ClassVar[tuple[str, str]]
-    """`object` of a whole answer, and of an event."""
+    prefix: ClassVar[str]  # of the answer's id
+    kinds: ClassVar[tuple[str, str]]  # `object` of a whole answer, and of an event
 
     def __init__(self, model: ServedModel, call: RequestRecord, body: GenerationFields) -> None:
         self.text = model.engine.text
@@ -176,7 +173,7 @@ def _token_json(text: bytes, logprob: float | None) -> dict[str, Any]:
 
 
 def _call_json(call: Called) -> dict[str, Any]:
-    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": call}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": call.model_dump()}
 
 
 class CompletionAnswer(AnswerWriter):

@@ -25,8 +25,7 @@ STREAMS: dict[int | str, dict[str, Any]] = {
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
     }
 }
-INLINE_TOKENS = 256
-"""Answers with more tokens, and perhaps their logprobs, are written in a thread: others are not delayed."""
+INLINE_TOKENS = 256  # answers with more tokens are written in a thread, so that others are not delayed
 
 
 class EventStream(Response):

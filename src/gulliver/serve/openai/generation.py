@@ -23,8 +23,7 @@ from gulliver.runtime.batching.records import EngineClosed, Piece, QueueFull, Re
 from gulliver.serve.errors import ApiError, bad_request, draining, engine_failed, refused, timed_out
 from gulliver.serve.inference.future import disconnected
 
-IN_FLIGHT = 16
-"""Completions of one HTTP request that are with the engine at one time: a long list must not fill the queue."""
+IN_FLIGHT = 16  # completions of one HTTP request with the engine at one time: a long list must not fill the queue
 RETRY_SECONDS = 0.2
 
 
@@ -61,22 +60,21 @@ class Bridge:
 class Generation:
     """Some requests to one engine, answered together. Everything but `_deliver` happens in the event loop."""
 
-    def __init__(self, engine: Any, requests: Sequence[Request], bridge: Bridge, *, streamed: bool) -> None:
+    def __init__(
+        self, engine: Any, requests: Sequence[Request], bridge: Bridge, streamed: bool, timeout_seconds: float
+    ) -> None:
         self.requests = requests
         self.streamed = streamed
-        self.last: list[Piece | None] = [None] * len(requests)
-        """The piece that ended each."""
-        self.first_token: float | None = None
-        """When the first text of all came, on the monotonic clock, in seconds."""
-        self.gone = False
-        """Whether the client disconnected."""
+        self.last: list[Piece | None] = [None] * len(requests)  # the piece that ended each
+        self.first_token: float | None = None  # when the first text of all came, on the monotonic clock, in seconds
+        self.gone = False  # whether the client disconnected
         self._engine = engine
         self._bridge = bridge
         self._pending = deque(range(len(requests)))
         self._tickets: dict[int, Any] = {}
         self._arrived: list[tuple[int, Piece]] = []
         self._left = len(requests)
-        self._began = time.monotonic()
+        self._end = time.monotonic() + timeout_seconds
         self._waiter: asyncio.Future[None] | None = None
 
     def start(self) -> None:
@@ -115,8 +113,6 @@ class Generation:
             self.gone = True
             self.cancel()
 
-    # ---- from the engine ---------------------------------------------------------------------------------------------
-
     def _deliver(self, index: int, piece: Piece) -> None:
         """In the engine's thread."""
         if self.first_token is None and piece.completion_tokens:
@@ -140,14 +136,11 @@ class Generation:
 
     def _submit(self) -> None:
         while self._pending and len(self._tickets) < IN_FLIGHT:
-            index = self._pending[0]
-            request = self.requests[index]
-            if request.timeout_seconds is not None:
-                left = request.timeout_seconds - (time.monotonic() - self._began)
-                if left <= 0:
-                    self._give_up("timeout")
-                    return
-                request = replace(request, timeout_seconds=left)
+            left, index = self._end - time.monotonic(), self._pending[0]
+            if left <= 0:
+                self._give_up("timeout")
+                return
+            request = replace(self.requests[index], timeout_seconds=left)
             try:
                 self._tickets[index] = self._engine.submit(request, partial(self._deliver, index))
             except QueueFull:

@@ -35,9 +35,6 @@ class Lenient(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
 
-# ---- what both kinds of completion share -----------------------------------------------------------------------------
-
-
 class StreamOptions(Body):
     """`include_usage`: one more chunk at the end, with the counts of tokens."""
 
@@ -67,9 +64,6 @@ class GenerationFields(Body):
     user: Ignored = None
 
 
-# ---- chat ------------------------------------------------------------------------------------------------------------
-
-
 class ContentPart(Lenient):
     """A part of a message; text alone, for these models read nothing else."""
 
@@ -78,7 +72,7 @@ class ContentPart(Lenient):
     refusal: str | None = None
 
 
-class CalledFunction(Lenient):
+class Called(Lenient):
     """What the model called: a name, and arguments as JSON text."""
 
     name: str = Field(max_length=256)
@@ -90,7 +84,7 @@ class ToolCall(Lenient):
 
     id: str | None = None
     type: Literal["function"] = "function"
-    function: CalledFunction
+    function: Called
 
 
 class Message(Lenient):
@@ -172,8 +166,6 @@ class ChatRequest(GenerationFields):
     store: Ignored = None
     verbosity: Ignored = None
 
-
-# ---- completions and embeddings --------------------------------------------------------------------------------------
 
 Tokens = Annotated[list[TokenId], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True, max_length=MAX_PROMPTS)]

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from gulliver.serve.openai.tools import Called
+from gulliver.serve.openai.request_schemas import ToolCall
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -61,21 +61,13 @@ class ChatLogprobs(BaseModel):
     content: list[TokenLogprob]
 
 
-class ToolCallAnswer(BaseModel):
-    """A call that the model made."""
-
-    id: str
-    type: Literal["function"]
-    function: Called
-
-
 class AnswerMessage(BaseModel):
     """What the model wrote."""
 
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    tool_calls: list[ToolCallAnswer] | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(BaseModel):

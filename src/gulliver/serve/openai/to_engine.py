@@ -13,15 +13,11 @@ from gulliver.serve.openai.request_schemas import GenerationFields
 from gulliver.serve.state import ServedModel
 
 LARGEST_SEED = 2**63 - 1
-SMALLEST_TEMPERATURE = 1e-3
-"""Below it the likeliest token is taken: dividing logits by less gains nothing and may overflow."""
-SMALLEST_TOP_P = 1e-9
-"""What top_p = 0, which OpenAI allows, means: the likeliest token alone."""
+SMALLEST_TEMPERATURE = 1e-3  # below it the likeliest token is taken: dividing logits by less may overflow
+SMALLEST_TOP_P = 1e-9  # what top_p = 0, which OpenAI allows, means: the likeliest token alone
 
 
-def engine_request(
-    body: GenerationFields, prompt: Sequence[int], model: ServedModel, timeout_seconds: float
-) -> Request:
+def engine_request(body: GenerationFields, prompt: Sequence[int], model: ServedModel) -> Request:
     """What chats and completions state alike. ApiError for a bias on a token that does not exist."""
     return Request(
         prompt=tuple(prompt),
@@ -29,7 +25,6 @@ def engine_request(
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         stop_tokens=tuple(body.stop_token_ids or ()),
         ignore_end=bool(body.ignore_eos),
-        timeout_seconds=timeout_seconds,
     )
 
 

@@ -9,25 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
 from gulliver.core.errors import ConfigError
-from gulliver.serve.openai.request_schemas import ChatRequest, Message, Tool
+from gulliver.serve.openai.request_schemas import Called, ChatRequest, Message, Tool
 
 MARKS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
 BEGINNINGS = [mark[:size] for mark in MARKS for size in range(1, len(mark))]
 CLOSE = "</tool_call>"
-
-
-@dataclass(frozen=True)
-class Called:
-    """A call: the function's name, and its arguments as JSON text."""
-
-    name: str
-    arguments: str
 
 
 class ToolReader:
@@ -112,7 +103,7 @@ def _calls(value: Any, names: Collection[str]) -> list[Called]:
         arguments = row.get("arguments", row.get("parameters", {}))
         text = arguments if isinstance(arguments, str) else _json(arguments)
         text.encode()  # ValueError: half a character (a lone surrogate) cannot be sent
-        found.append(Called(name, text))
+        found.append(Called(name=name, arguments=text))
     return found
 
 
@@ -122,9 +113,6 @@ def _no_number(constant: str) -> float:
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-# ---- what a request says of tools ------------------------------------------------------------------------------------
 
 
 def usable(body: ChatRequest) -> list[Tool]:
@@ -162,9 +150,6 @@ def _call_schema(tool: Tool) -> dict[str, Any]:
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }
-
-
-# ---- what the template is given --------------------------------------------------------------------------------------
 
 
 def template_message(message: Message) -> dict[str, Any]:

@@ -1,0 +1,171 @@
+"""POST /v1/chat/completions and /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from gulliver.core.errors import ConfigError
+from gulliver.runtime.batching.records import Request
+from gulliver.serve.errors import bad_request
+from gulliver.serve.json_route import JsonRoute
+from gulliver.serve.openai import tools
+from gulliver.serve.openai.answers import ChatAnswer, CompletionAnswer
+from gulliver.serve.openai.events import STREAMS, answered
+from gulliver.serve.openai.generation import Bridge, Generation
+from gulliver.serve.openai.request_schemas import MAX_PROMPTS, ChatRequest, CompletionRequest, Message, Tool
+from gulliver.serve.openai.response_schemas import ChatCompletion, Completion
+from gulliver.serve.openai.to_engine import engine_request, fitted, repeated, rows_of
+from gulliver.serve.state import ServedModel, State, record_of
+
+DEFAULT_TOKENS = 16
+MESSAGE_CHARACTERS = 16  # what a template writes around a message, about
+
+
+def router(state: State) -> APIRouter:
+    """The routes, for one server."""
+    routes, bridge = APIRouter(route_class=JsonRoute, tags=["language"], responses=STREAMS), Bridge()
+    timeout = state.settings.timeout_seconds
+
+    @routes.post("/v1/chat/completions", operation_id="create_chat_completion", response_model=ChatCompletion)
+    async def chat(body: ChatRequest, request: HttpRequest) -> Response:
+        """Answer a conversation, whole or streamed."""
+        model = state.model(body.model, "generate")
+        call = record_of(request)
+        call.model = model.name
+        _check_chat(body)
+        slow = bool(body.tools or body.response_format)
+        size = 1 << 30 if slow else sum(map(_characters, body.messages))
+        asked = await state.prepared(size, _chat_request, body, model)
+        run = Generation(model.engine, repeated([asked], body.n or 1), bridge, bool(body.stream), timeout)
+        return await answered(run, request, ChatAnswer(model, call, body))
+
+    @routes.post("/v1/completions", operation_id="create_completion", response_model=Completion)
+    async def complete(body: CompletionRequest, request: HttpRequest) -> Response:
+        """Continue a text, or several, whole or streamed."""
+        model = state.model(body.model, "generate")
+        call = record_of(request)
+        call.model = model.name
+        _check_completion(body)
+        rows, times = rows_of(body.prompt, "prompt"), body.n or 1
+        if len(rows) * times > MAX_PROMPTS:
+            message = f"{len(rows) * times} completions were requested; a request may ask for at most {MAX_PROMPTS}"
+            raise bad_request(message, "n")
+        prompts = await state.prepared(sum(map(len, rows)), _prompts, rows, model, bool(body.echo))
+        asked = [_completion_request(body, tokens, model) for tokens, _ in prompts]
+        run = Generation(model.engine, repeated(asked, times), bridge, bool(body.stream), timeout)
+        echoes = [text for _, text in prompts for _ in range(times)]
+        return await answered(run, request, CompletionAnswer(model, call, body, echoes))
+
+    return routes
+
+
+def _characters(message: Message) -> int:
+    """How much there is to read; a message costs something even when it is empty."""
+    calls = sum(len(call.function.arguments) for call in message.tool_calls or ())
+    return MESSAGE_CHARACTERS + len(message.text) + calls
+
+
+def _check_chat(body: ChatRequest) -> None:
+    """Reject combinations that are not possible."""
+    if body.top_logprobs is not None and not body.logprobs:
+        raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
+    if body.stream_options is not None and not body.stream:
+        raise bad_request("stream_options needs stream to be true", "stream_options")
+    if body.tool_choice not in (None, "none", "auto") and not body.tools:
+        raise bad_request("tool_choice needs tools; give at least one", "tool_choice")
+    if body.response_format is not None and body.response_format.type != "text" and tools.usable(body):
+        raise bad_request("response_format and tools exclude each other; set tool_choice to 'none'", "response_format")
+    for place, message in enumerate(body.messages):
+        if message.content is None and not message.tool_calls:
+            raise bad_request(f"messages.{place} needs content or tool_calls", f"messages.{place}.content")
+    names = [tool.function.name for tool in body.tools or []]
+    if len(set(names)) < len(names):
+        raise bad_request("duplicate tool name; give each tool its own", "tools")
+    if isinstance(body.tool_choice, Tool) and not tools.forced(body):
+        name = body.tool_choice.function.name
+        raise bad_request(f"tool_choice names {name!r}, which is not among the tools", "tool_choice")
+
+
+def _chat_request(body: ChatRequest, model: ServedModel) -> Request:
+    """Render and tokenize, and compile the grammar. ApiError when template or schema refuse."""
+    text = model.engine.text
+    messages = list(map(tools.template_message, body.messages))
+    usable = tools.usable(body)
+    try:
+        if not usable:
+            tokens = text.encode_chat(messages)
+        elif text.shows_tools:
+            tokens = text.encode_chat(messages, tools=tools.template_tools(usable))
+        else:
+            tokens = text.encode_chat(tools.told_of_tools(messages, usable))
+    except ConfigError as error:
+        raise bad_request(str(error), "messages") from None
+    except RecursionError:
+        raise bad_request("the request is nested too deep for the model's chat template", "messages") from None
+    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    return replace(
+        engine_request(body, tokens, model),
+        max_tokens=fitted(tokens, asked, model, "messages"),
+        top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        grammar=_grammar(body, model),
+    )
+
+
+def _grammar(body: ChatRequest, model: ServedModel) -> Any:
+    grammars, form, required = model.engine.grammars, body.response_format, tools.forced(body)
+    try:
+        if required:
+            return grammars.json_schema(tools.call_schema(required))
+        if form is not None and form.type == "json_schema":
+            return grammars.json_schema(form.json_schema.schema_)
+        return grammars.json_object() if form is not None and form.type == "json_object" else None
+    except ConfigError as error:
+        raise bad_request(str(error), "tools" if required else "response_format") from None
+    except RecursionError:
+        raise bad_request("the schema is nested too deep", "tools" if required else "response_format") from None
+
+
+def _check_completion(body: CompletionRequest) -> None:
+    """Reject combinations that are not possible or not supported."""
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise bad_request("best_of must equal n; every answer is returned", "best_of", "unsupported_value")
+    if body.suffix:
+        raise bad_request("suffix is not supported: these models do not support fill-in-the-middle", "suffix")
+    if body.max_tokens == 0 and not body.echo:
+        raise bad_request("max_tokens is 0; without echo it must be at least 1", "max_tokens")
+    if body.stream_options is not None and not body.stream:
+        raise bad_request("stream_options needs stream to be true", "stream_options")
+
+
+def _prompts(rows: Sequence[str | list[int]], model: ServedModel, echo: bool) -> list[tuple[Sequence[int], str]]:
+    """(tokens, text) of every prompt; the text of tokens where they are repeated. ApiError when one has no tokens."""
+    found, text, vocabulary = [], model.engine.text, model.engine.decoder.vocabulary
+    for row in rows:
+        try:
+            tokens = text.encode(row) if isinstance(row, str) else row
+        except ConfigError as error:
+            raise bad_request(str(error), "prompt") from None
+        if not tokens:
+            why = ", and this model's tokenizer adds no token" if isinstance(row, str) else ""
+            raise bad_request(f"a prompt is empty{why}; give at least one word or token", "prompt")
+        if (largest := max(tokens)) >= vocabulary:
+            raise bad_request(f"token {largest} does not exist; ids go from 0 to {vocabulary - 1}", "prompt")
+        found.append((tokens, row if isinstance(row, str) else text.decode(tokens) if echo else ""))
+    return found
+
+
+def _completion_request(body: CompletionRequest, tokens: Sequence[int], model: ServedModel) -> Request:
+    asked = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
+    only_prompt = asked == 0  # an engine gives no answer of no tokens; then the prompt's logprobs are all it does
+    return replace(
+        engine_request(body, tokens, model),
+        max_tokens=fitted(tokens, asked, model, "prompt"),
+        top_logprobs=0 if body.logprobs is None and only_prompt else body.logprobs,
+        echo_logprobs=bool(body.echo) and (body.logprobs is not None or only_prompt),
+    )
