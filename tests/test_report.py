@@ -18,9 +18,8 @@ from gulliver.core.evidence.gate import Gate
 from gulliver.core.records import Asked, FitResult, Origin, PackedPart, PackedWeight, Packing, Plan, Point, TensorBits
 from gulliver.core.store.store import Store
 from gulliver.report import bits, plots, rows, verdict
-from gulliver.report.gather import gather, of_packing, oldest_first
-from gulliver.report.html import content_policy, page, plotly_library, script, script_hash
-from gulliver.report.records import ReportData
+from gulliver.report.gather import ReportData, gather, of_packing, oldest_first
+from gulliver.report.html import asset, content_policy, page, plotly_library, script_hash
 
 HOSTILE = "<script>alert(1)</script>\"'&`|</title>\u2028${x}"
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -84,7 +83,7 @@ def test_page_asks_no_other_host_and_embeds_plotly_once(sample: ReportData) -> N
     assert set(outline.links) == {"data:,"}
     assert "http://" not in text and "https://" not in text
     assert text.count('id="plotly"') == 1 and len(text) < 2_300_000
-    assert f"script-src {script_hash(script().encode())} {plotly_library()[1]}" in content_policy(drawn=True)
+    assert f"script-src {script_hash(asset('page.js').encode())} {plotly_library()[1]}" in content_policy(drawn=True)
     assert [script.get("type") for script in outline.scripts].count(None) == 1
 
 

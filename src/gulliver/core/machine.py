@@ -11,7 +11,7 @@ import json
 import math
 import os
 import platform
-import time
+import timeit
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -166,13 +166,7 @@ def _gemm_peaks(cores: int, rows: int) -> dict[str, float]:
 
 def _best(work: Callable[[], object]) -> float:
     """The shortest of several times, in seconds: other work on the machine can only make a time longer."""
-    work()
-    times = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(timeit.repeat(work, number=1, repeat=1 + _REPEATS))
 
 
 def _cpu() -> tuple[str, frozenset[str]]:

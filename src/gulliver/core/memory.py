@@ -78,9 +78,5 @@ def cgroup_ram_bytes(root: Path = Path("/sys/fs/cgroup"), membership: Path = Pat
 
 
 def _status(key: str) -> int | None:
-    if not _STATUS.is_file():
-        return None
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    return None
+    lines = _STATUS.read_text().splitlines() if _STATUS.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)

@@ -78,9 +78,8 @@ def _write_report(
     models = [entry.artifact for entry in log if entry.artifact.kind == "model"]
     if not models:
         return None
-    from gulliver.report.gather import gather
+    from gulliver.report.gather import OtherGates, gather
     from gulliver.report.html import page
-    from gulliver.report.records import OtherGates
 
     verdicts: dict[str, list[Verdict]] = {models[-1].id: []}
     for target, verdict in judged:

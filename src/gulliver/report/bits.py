@@ -36,9 +36,6 @@ class BlockGrid:
     def names(self) -> set[str]:
         return {tensor.name for tensor in self.cells.values()}
 
-    def cell(self, block: str, role: str) -> TensorBits | None:
-        return self.cells.get((block, role))
-
 
 def block_grid(tensors: Sequence[TensorBits]) -> BlockGrid:
     """Tensors whose name holds a block's number ("model.layers.3.mlp.up_proj.weight": block 3, role up_proj).
@@ -67,7 +64,7 @@ def bits(tensors: Sequence[TensorBits]) -> Picture | None:
     grid = block_grid(tensors)
     if not grid.roles:
         return None
-    values = [[grid.cell(block, role) for block in grid.blocks] for role in grid.roles]
+    values = [[grid.cells.get((block, role)) for block in grid.blocks] for role in grid.roles]
     trace = {
         "type": "heatmap",
         "x": [label(block) for block in grid.blocks],

@@ -19,9 +19,8 @@ from gulliver.core.store.artifact import Artifact, write_annotation
 from gulliver.core.store.manifest import read_json
 from gulliver.core.store.store import Store
 from gulliver.report import rows, verdict
-from gulliver.report.gather import gather
+from gulliver.report.gather import ReportData, gather
 from gulliver.report.html import environment
-from gulliver.report.records import ReportData
 from gulliver.report.units import short_id
 
 if TYPE_CHECKING:

@@ -1,23 +1,108 @@
-"""The records about one model, read from a store: what the page, the card and the console show."""
+"""What a report is drawn from: the records about one model, read from a store, for the page and the card.
+
+A part that is absent stays absent (an empty tuple or None): nothing is made up.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from gulliver.core import machine
 from gulliver.core.errors import ArtifactError, ConfigError
-from gulliver.core.evidence.evidence import Evidence
+from gulliver.core.evidence.evidence import METRICS, Evidence
 from gulliver.core.evidence.gate import Verdict
-from gulliver.core.records import Asked, FitResult, Origin, PackedWeight, Packing, PartBits, Plan, TensorBits
+from gulliver.core.machine import Machine, kept
+from gulliver.core.records import Asked, FitResult, Origin, Packing, PartBits, Plan, TensorBits
 from gulliver.core.store.artifact import WEIGHT_SUFFIXES, Artifact
 from gulliver.core.store.store import Store
-from gulliver.report.records import OtherGates, ReportData
 from gulliver.report.units import short_id
 from gulliver.runtime.formats import Format
+
+INFEASIBLE, REFUSED, PASS, NOT_JUDGED = "INFEASIBLE", "REFUSED", "PASS", "NOT JUDGED"
+
+
+@dataclass(frozen=True)
+class OtherGates:
+    """The gates that a recipe judged on another of its models; `name` is the id of the call that made it."""
+
+    name: str
+    artifact_id: str
+    verdicts: tuple[Verdict, ...]
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """All that one page shows. `manifests` is the lineage, oldest first, this model last.
+
+    `tensors` are its weights as stored, or as planned; `fit` what a run of `fit` tells about it, or a plan alone.
+    `others` are the gates on other models of the same recipe: one that refused refuses the recipe and so this model.
+    `origin` says what was downloaded, for the model `origin_id` of the lineage. `parent_evidence` is evidence about the
+    model's parent (the baseline drawn beside ours); `data_names` maps data hashes to what people call the data.
+    """
+
+    title: str
+    artifact_id: str
+    task: str
+    step: str
+    size_bytes: int | None
+    parent_id: str | None = None
+    parent_size_bytes: int | None = None
+    evidence: tuple[Evidence, ...] = ()
+    parent_evidence: tuple[Evidence, ...] = ()
+    tensors: tuple[TensorBits, ...] = ()
+    fit: FitResult = field(default_factory=FitResult)
+    manifests: tuple[Mapping[str, Any], ...] = ()
+    machine: Machine | None = None
+    data_names: Mapping[str, str] = field(default_factory=dict)
+    others: tuple[OtherGates, ...] = ()
+    origin: Origin | None = None
+    origin_id: str = ""
+
+    @property
+    def outcome(self) -> str:
+        """The verdict in one word. A gate that has no data refuses; no gate at all is NOT JUDGED."""
+        if self.fit.nearest is not None:
+            return INFEASIBLE
+        judged = [*self.fit.verdicts, *(verdict for other in self.others for verdict in other.verdicts)]
+        if not all(verdict.passed for verdict in judged):
+            return REFUSED
+        return PASS if self.fit.verdicts else NOT_JUDGED
+
+    @property
+    def parent_download_bytes(self) -> int | None:
+        """Bytes of the parent as it was downloaded; None where that is not recorded, or the same as its weights."""
+        came = self.origin.original_bytes if self.origin and self.origin_id == self.parent_id else None
+        return came if came != self.parent_size_bytes else None
+
+    @property
+    def ram_metric(self) -> str:
+        """The metric that the asked memory limits: the one that a gate is on, else what was measured."""
+        return self._judged_or_measured("peak_ram_bytes", "compress_peak_ram_bytes") or "peak_ram_bytes"
+
+    @property
+    def speed_metric(self) -> str | None:
+        """The metric of its speed: the one that a gate is on, else the first of METRICS that was measured."""
+        return self._judged_or_measured(*(name for name, row in METRICS.items() if row.unit.endswith("/s")))
+
+    def _judged_or_measured(self, *metrics: str) -> str | None:
+        gated_on = {gate.metric for gate in self.fit.verdicts}
+        return next((name for name in metrics if name in gated_on), next(filter(self.latest, metrics), None))
+
+    def data_name(self, data_hash: str) -> str:
+        """What people call the data with this hash; the hash's first figures when it has no name."""
+        return self.data_names.get(data_hash, data_hash[:12])
+
+    def latest(self, metric: str) -> Evidence | None:
+        """The newest evidence of `metric` about this artifact; of several data sets the worst, as gates judge."""
+        newest = {row.data_hash: row for row in self.evidence if row.metric == metric}
+        if not newest:
+            return None
+        sign = -1.0 if next(iter(newest.values())).direction == "higher" else 1.0
+        return max(newest.values(), key=lambda row: sign * row.worse_end if math.isfinite(row.worse_end) else math.inf)
 
 
 def gather(
@@ -60,7 +145,7 @@ def gather(
         tensors=_tensors(model, plan),
         fit=told.model_copy(update={"memory": tuple(memory) or told.memory, "verdicts": judged}),
         manifests=tuple(manifests),
-        machine=machine.kept(store.home),
+        machine=kept(store.home),
         data_names=_data_names(store, {row.data_hash for row in evidence}),
         others=tuple(others),
         origin=origin,
@@ -104,20 +189,19 @@ def of_packing(packing: Packing) -> tuple[TensorBits, ...]:
 
     Bits per weight are those of the tiles on disk, padding included. ArtifactError for a format that does not exist.
     """
-    return tuple(_held(name, weight) for name, weight in packing.tensors.items())
-
-
-def _held(name: str, weight: PackedWeight) -> TensorBits:
-    columns, parts = math.prod(weight.shape[1:]), []
-    for part in weight.parts:
-        try:
-            size = Format.parse(part.format).packed_bytes(part.rows, columns)
-        except ConfigError as error:
-            raise ArtifactError(f"{Packing.file}: {name!r}: {error}") from None
-        bits = 8 * size / (part.rows * columns)
-        parts.append(PartBits(rows=part.rows, format=part.format, bits_per_weight=bits, size_bytes=size))
-    size = sum(part.size_bytes for part in parts)
-    return TensorBits(name=name, shape=weight.shape, size_bytes=size, parts=tuple(parts))
+    tensors = []
+    for name, weight in packing.tensors.items():
+        columns, parts = math.prod(weight.shape[1:]), []
+        for part in weight.parts:
+            try:
+                size = Format.parse(part.format).packed_bytes(part.rows, columns)
+            except ConfigError as error:
+                raise ArtifactError(f"{Packing.file}: {name!r}: {error}") from None
+            bits = 8 * size / (part.rows * columns)
+            parts.append(PartBits(rows=part.rows, format=part.format, bits_per_weight=bits, size_bytes=size))
+        size = sum(part.size_bytes for part in parts)
+        tensors.append(TensorBits(name=name, shape=weight.shape, size_bytes=size, parts=tuple(parts)))
+    return tuple(tensors)
 
 
 def _same_formats(planned: TensorBits | None, held: TensorBits) -> TensorBits:

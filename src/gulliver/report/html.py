@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from gulliver.core.evidence.evidence import METRICS
 from gulliver.report import bits, plots, rows, verdict
+from gulliver.report.gather import ReportData
 from gulliver.report.picture import Picture
-from gulliver.report.records import ReportData
 from gulliver.report.units import format_value, short_id
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def page(data: ReportData) -> str:
         machines=sorted({row.machine for row in data.evidence if row.machine}),
         commands=list(dict.fromkeys(row.command for row in data.evidence if row.command)),
         policy=content_policy(bool(drawn)),
-        style=Markup(_asset("style.css")),
-        script=Markup(script()),
+        style=Markup(asset("style.css")),
+        script=Markup(asset("page.js")),
         plotly=Markup(plotly_library()[0] if drawn else ""),
     )
 
@@ -75,11 +75,6 @@ def plotly_library() -> tuple[str, str]:
     return base64.b64encode(gzip.compress(source, 6, mtime=0)).decode(), script_hash(source)
 
 
-def script() -> str:
-    """The script that draws the pictures, page.js."""
-    return _asset("page.js")
-
-
 def script_hash(source: bytes) -> str:
     """The source expression that lets exactly this script run."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(source).digest()).decode()}'"
@@ -87,12 +82,13 @@ def script_hash(source: bytes) -> str:
 
 def content_policy(drawn: bool) -> str:
     """The content security policy of a page: our scripts if pictures are `drawn`, inline styles, and nothing else."""
-    scripts = f"{script_hash(script().encode())} {plotly_library()[1]}" if drawn else "'none'"
+    scripts = f"{script_hash(asset('page.js').encode())} {plotly_library()[1]}" if drawn else "'none'"
     return f"default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data: blob:"
 
 
 @cache
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """The text of a file of this folder: style.css, or page.js, which draws the pictures."""
     return (FOLDER / name).read_text(encoding="utf-8")
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from gulliver.core.records import Point
 from gulliver.report.bits import loss_by_block
+from gulliver.report.gather import ReportData
 from gulliver.report.picture import Picture, Table, base_layout, label
-from gulliver.report.records import ReportData
 from gulliver.report.units import format_seconds, format_value
 
 _STAGE_COLOURS = ("blue", "orange", "green", "violet", "teal", "soft")

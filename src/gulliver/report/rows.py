@@ -8,25 +8,16 @@ from dataclasses import dataclass
 
 from gulliver.core.evidence.evidence import METRICS, Evidence
 from gulliver.core.machine import Machine
+from gulliver.report.gather import ReportData
 from gulliver.report.picture import Table
-from gulliver.report.records import ReportData
 from gulliver.report.units import NOT_MEASURED, format_measured, format_value
 
 _MACHINE_LABELS = {
-    "cpu": "processor",
-    "cores": "cores",
-    "isa": "instruction sets",
-    "ram_bytes": "memory",
-    "cgroup_ram_bytes": "memory limit of the control group",
-    "bandwidth_gb_s": "memory bandwidth, GB/s",
-    "fp32_gflop_s": "fp32 peak, GFLOP/s",
-    "bf16_gflop_s": "bf16 peak, GFLOP/s",
-    "int8_gop_s": "int8 peak, GOP/s",
-    "load_average": "load while measuring",
-    "os": "operating system",
-    "python": "Python",
-    "versions": "versions",
-}
+    "cpu": "processor", "cores": "cores", "isa": "instruction sets", "ram_bytes": "memory",
+    "cgroup_ram_bytes": "memory limit of the control group", "bandwidth_gb_s": "memory bandwidth, GB/s",
+    "fp32_gflop_s": "fp32 peak, GFLOP/s", "bf16_gflop_s": "bf16 peak, GFLOP/s", "int8_gop_s": "int8 peak, GOP/s",
+    "load_average": "load while measuring", "os": "operating system", "python": "Python", "versions": "versions",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gulliver.core.evidence.evidence import METRICS
 from gulliver.core.evidence.gate import Verdict
-from gulliver.report.records import INFEASIBLE, NOT_JUDGED, PASS, ReportData
+from gulliver.report.gather import INFEASIBLE, NOT_JUDGED, PASS, ReportData
 from gulliver.report.units import NOT_MEASURED, format_limit, format_measured, format_seconds, format_value, short_id
 
 _RAM_TILES = {"peak_ram_bytes": "Memory to answer", "compress_peak_ram_bytes": "Memory to compress"}

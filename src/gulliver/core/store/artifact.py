@@ -240,19 +240,16 @@ def _lock_folder(folder: Path) -> int | None:
 
 def _walk(folder: Path) -> Iterator[str]:
     """Relative POSIX names of all regular files below `folder`. ArtifactError for links and special files."""
+    unfinished = tuple(f"{name}{TEMPORARY}" for name in (*ANNOTATIONS, MANIFEST))
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
             raise ArtifactError(f"{folder}: {name} is a symbolic link; an artifact may hold plain files only")
-        if path.is_dir() or _is_unfinished_annotation(name):
+        if path.is_dir() or name.startswith(unfinished):
             continue
         if not path.is_file():
             raise ArtifactError(f"{folder}: {name} is neither a file nor a folder")
         yield name
-
-
-def _is_unfinished_annotation(name: str) -> bool:
-    return any(name.startswith(f"{annotation}{TEMPORARY}") for annotation in (*ANNOTATIONS, MANIFEST))
 
 
 def _shape_problem(folder: Path, name: str, entry: FileEntry) -> str | None:

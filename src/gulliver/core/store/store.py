@@ -13,7 +13,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
@@ -117,11 +117,11 @@ class Store:
 
     def artifacts(self) -> list[Artifact]:
         """All readable artifacts, oldest first. Those that cannot be read are in `damaged()`."""
-        return [artifact for artifact, error in self._scan() if artifact is not None]
+        return self._scan()[0]
 
     def damaged(self) -> list[ArtifactError]:
         """Why each folder here that is not a readable artifact cannot be read."""
-        return [error for artifact, error in self._scan() if error is not None]
+        return self._scan()[1]
 
     def lineage(self, artifact_id: str) -> list[dict[str, Any]]:
         """Manifests of the artifact and all it was made from, nearest first, each once, "inputs" and "parents" in each.
@@ -217,16 +217,15 @@ class Store:
     def _folders(self) -> list[Path]:
         return [path for path in self.artifacts_folder.iterdir() if re.fullmatch(r"[0-9a-f]{64}", path.name)]
 
-    def _scan(self) -> Iterator[tuple[Artifact | None, ArtifactError | None]]:
-        found: list[tuple[tuple[int, str], Artifact]] = []
+    def _scan(self) -> tuple[list[Artifact], list[ArtifactError]]:
+        found: list[Artifact] = []
+        damaged: list[ArtifactError] = []
         for folder in sorted(self._folders()):
             try:
-                artifact = self.get(folder.name)
-                found.append((((artifact.path / MANIFEST).stat().st_mtime_ns, artifact.id), artifact))
+                found.append(self.get(folder.name))
             except ArtifactError as error:
-                yield None, error
-        for _, artifact in sorted(found, key=lambda pair: pair[0]):
-            yield artifact, None
+                damaged.append(error)
+        return sorted(found, key=lambda one: ((one.path / MANIFEST).stat().st_mtime_ns, one.id)), damaged
 
 
 def _check_key(key: str) -> str:
