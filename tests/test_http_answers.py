@@ -13,7 +13,7 @@ from http_samples import FakeEngine, Running, serving
 
 from gulliver.runtime.batching.records import Request
 from gulliver.serve.errors import ErrorAnswer
-from gulliver.serve.openai import events as stream
+from gulliver.serve.openai import answers as stream
 from gulliver.serve.openai import language
 from gulliver.serve.openai import response_schemas as answers
 from gulliver.serve.openai.answers import CompletionAnswer

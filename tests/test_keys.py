@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,7 @@ from hypothesis import strategies as st
 
 from gulliver.core.errors import ConfigError
 from gulliver.serve import keys
-from gulliver.serve.keys import KeyRing, add_key, hash_key, read_keys, remove_key
-from gulliver.serve.limits import Bucket, Limiter
+from gulliver.serve.keys import Bucket, Caller, Key, KeyRing, add_key, hash_key, read_keys, remove_key
 
 
 def test_a_key_is_kept_as_a_hash_alone(tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_a_key_is_kept_as_a_hash_alone(tmp_path: Path) -> None:
     assert key.startswith("gk-") and len(key) >= 43
     assert key not in path.read_text() and hash_key(key) in path.read_text()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert read_keys(path) == [keys.Key(name="ann", sha256=hash_key(key), requests_per_minute=5)]
+    assert read_keys(path) == [Key(name="ann", sha256=hash_key(key), requests_per_minute=5)]
     assert add_key(path, "bob") != key
 
 
@@ -66,7 +66,7 @@ def test_a_changed_file_keeps_the_debts_of_keys_that_stay(tmp_path: Path, monkey
     ring = KeyRing(path, print)
     caller = ring.find(secret)
     assert caller is not None
-    caller.limiter.charge(1000)
+    caller.charge(1000)
     add_key(path, "bob")
     assert len(ring) == 1 and ring.find(secret) is caller and len(ring) == 2
 
@@ -142,9 +142,13 @@ def test_a_bucket_fills_at_its_rate_and_holds_a_minutes_worth() -> None:
     assert bucket.level() == 60
 
 
+def limited(requests: int | None, tokens: int | None, clock: Callable[[], float] = time.monotonic) -> Caller:
+    return Caller(Key(**GOOD, requests_per_minute=requests, tokens_per_minute=tokens), clock)
+
+
 def test_a_debt_of_tokens_must_be_paid_first() -> None:
     now = [0.0]
-    limiter = Limiter(None, 60, lambda: now[0])
+    limiter = limited(None, 60, lambda: now[0])
     assert limiter.admit() is None
     limiter.charge(180)
     assert limiter.admit() == ("tokens", pytest.approx(121))
@@ -154,19 +158,19 @@ def test_a_debt_of_tokens_must_be_paid_first() -> None:
 
 def test_a_refused_request_is_not_counted() -> None:
     now = [0.0]
-    limiter = Limiter(1, None, lambda: now[0])
+    limiter = limited(1, None, lambda: now[0])
     assert limiter.admit() is None
     for _ in range(5):
         assert limiter.admit() == ("requests", pytest.approx(60))
     now[0] = 60.001
     assert limiter.admit() is None
-    assert Limiter(None, None).admit() is None
+    assert limited(None, None).admit() is None
 
 
 @given(st.integers(1, 500), st.lists(st.tuples(st.floats(0, 30), st.integers(0, 400)), max_size=60))
 def test_over_time_no_more_tokens_pass_than_the_rate_allows(rate: int, events: list[tuple[float, int]]) -> None:
     now = [0.0]
-    limiter = Limiter(None, rate, lambda: now[0])
+    limiter = limited(None, rate, lambda: now[0])
     passed, last = 0, 0
     for wait, tokens in events:
         now[0] += wait

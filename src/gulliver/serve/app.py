@@ -36,7 +36,7 @@ ROUTES = (
     Route("/readyz", pages.router, quiet=True),
     Route("/metrics", pages.router, quiet=True),
     Route("/openapi.json", pages.router),
-    Route("/", pages.page_router),
+    Route("/", pages.router),
 )
 """Everything there is. A new route is a row and its file."""
 MESSAGES = {

@@ -24,7 +24,7 @@ KINDS: Mapping[int, str] = {  # OpenAI's `type` of an error by its status
 
 
 class Problem(BaseModel):
-    """What went wrong; `param` is the invalid field."""
+    """What went wrong; `param` is the invalid field. With status 429, `retry-after` says when to retry."""
 
     message: str
     type: str
@@ -39,16 +39,7 @@ class ErrorAnswer(BaseModel):
 
 
 RESPONSES: dict[int | str, dict[str, Any]] = {  # of every route, for the OpenAPI document
-    400: {"model": ErrorAnswer, "description": "Invalid request; `param` names the field"},
-    401: {"model": ErrorAnswer, "description": "The key is missing or wrong"},
-    404: {"model": ErrorAnswer, "description": "Model not found"},
-    408: {"model": ErrorAnswer, "description": "The body did not arrive in time"},
-    413: {"model": ErrorAnswer, "description": "The body is too long"},
-    429: {"model": ErrorAnswer, "description": "Rate limit or queue length reached; `retry-after` says when to retry"},
-    500: {"model": ErrorAnswer, "description": "The server failed"},
-    503: {"model": ErrorAnswer, "description": "The server is shutting down"},
-    504: {"model": ErrorAnswer, "description": "The request timed out"},
-    "default": {"model": ErrorAnswer, "description": "Any other error"},
+    status: {"model": ErrorAnswer} for status in (400, 401, 404, 408, 413, 429, 500, 503, 504, "default")
 }
 
 

@@ -25,11 +25,11 @@ from pydantic import Field
 from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.record import Record, Row
 from gulliver.core.store.files import write_atomic
-from gulliver.serve.limits import Limiter
 
 PREFIX = "gk-"
 MAX_KEY_CHARACTERS = 256
 REREAD_SECONDS = 1.0
+MINUTE = 60.0
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$"
 Limit = Annotated[int, Field(ge=1)] | None
@@ -54,14 +54,68 @@ class KeyFile(Record):
     keys: list[Key]
 
 
-@dataclass
+class Bucket:
+    """A bucket of `per_minute` units. `clock` gives seconds and never goes back."""
+
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.per_minute = per_minute
+        self._clock = clock
+        self._level = float(per_minute)
+        self._then = clock()
+
+    def level(self) -> float:
+        """What is in it now; negative is a debt."""
+        now = self._clock()
+        self._level = min(float(self.per_minute), self._level + (now - self._then) * self.per_minute / MINUTE)
+        self._then = now
+        return self._level
+
+    def take(self, amount: float) -> None:
+        """Take out, whatever the level is."""
+        self._level = self.level() - amount
+
+    def seconds_until(self, amount: float) -> float:
+        """Seconds until it holds `amount`; 0 if it does."""
+        return max(0.0, (amount - self.level()) * MINUTE / self.per_minute)
+
+
 class Caller:
-    """A key in use: what it may still ask for."""
+    """A key in use, with a bucket for each of its limits: full at first, filled again at the stated rate.
 
-    key: Key
+    A request takes one from the bucket of requests before it is read. What its tokens will be is not known then, so it
+    is let in while the bucket of tokens is above zero and charged afterwards, prompt and completion; the bucket may
+    fall below zero, and nothing more is let in until the debt is paid by time. Over a long time the rate holds exactly.
+    """
 
-    def __post_init__(self) -> None:
-        self.limiter = Limiter(self.key.requests_per_minute, self.key.tokens_per_minute)
+    def __init__(self, key: Key, clock: Callable[[], float] = time.monotonic) -> None:
+        self.key = key
+        limits = {"requests": key.requests_per_minute, "tokens": key.tokens_per_minute}
+        self._buckets = {name: Bucket(limit, clock) for name, limit in limits.items() if limit}
+
+    def admit(self) -> tuple[str, float] | None:
+        """None, and the request is counted; or the limit reached ("requests", "tokens") and seconds until a retry."""
+        for name, bucket in self._buckets.items():
+            if (wait := bucket.seconds_until(1.0)) > 0:
+                return name, wait
+        self._take("requests", 1)
+        return None
+
+    def charge(self, tokens: int) -> None:
+        """Count the tokens of a request that was let in."""
+        self._take("tokens", tokens)
+
+    def _take(self, name: str, count: int) -> None:
+        if name in self._buckets:
+            self._buckets[name].take(count)
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """OpenAI's x-ratelimit-* headers for what is limited."""
+        found = []
+        for name, bucket in self._buckets.items():
+            left = max(0, int(bucket.level()))
+            found.append((f"x-ratelimit-limit-{name}".encode(), str(bucket.per_minute).encode()))
+            found.append((f"x-ratelimit-remaining-{name}".encode(), str(left).encode()))
+        return found
 
 
 @dataclass

@@ -12,8 +12,7 @@ from gulliver.serve import logs
 from gulliver.serve.errors import CLIENT_CLOSED, ApiError, draining
 from gulliver.serve.state import CALL, RequestRecord, Route, State
 
-GUARDED = ("/v1/", "/api/")
-"""Paths that need a key where there are keys; the page, /healthz, /readyz, /metrics and /openapi.json do not."""
+GUARDED = ("/v1/", "/api/")  # paths that need a key where there are keys; the page, health and metrics do not
 
 
 class Middleware:
@@ -40,11 +39,10 @@ class Middleware:
             await send(message)
 
         try:
-            problem = self._problem(scope, call, works)
-            if problem is not None:
-                await problem.response()(scope, receive, sent)
-            else:
-                await self._app(scope, self._limited(scope, receive), sent)
+            self._admit(scope, call, works)
+            await self._app(scope, self._limited(scope, receive), sent)
+        except ApiError as error:
+            await error.response()(scope, receive, sent)
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a library in another language may raise past Exception
@@ -57,28 +55,27 @@ class Middleware:
             self._state.active -= works
             self._note(scope, call, route)
 
-    def _problem(self, scope: Scope, call: RequestRecord, works: bool) -> ApiError | None:
-        """Why the request is refused before its body is read, if it is."""
+    def _admit(self, scope: Scope, call: RequestRecord, works: bool) -> None:
+        """ApiError when the request is refused before its body is read."""
         headers = {name: value for name, value in scope["headers"] if name in (b"authorization", b"content-length")}
         keys = self._state.keys
         if keys is not None and scope["path"].startswith(GUARDED):
-            call.caller = keys.find(_presented(headers.get(b"authorization", b"")))
+            kind, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+            call.caller = keys.find(key.strip() if kind.lower() == "bearer" else "")
             if call.caller is None:
                 message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
-                return ApiError(HTTPStatus.UNAUTHORIZED, message, code="invalid_api_key")
+                raise ApiError(HTTPStatus.UNAUTHORIZED, message, code="invalid_api_key")
         if not works or scope["method"] != "POST":
-            return None
+            return
         if self._state.draining:
-            return draining()
+            raise draining()
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length[:20]) > self._state.settings.max_body_bytes:
-            return self._too_long()
-        short = call.caller.limiter.admit() if call.caller is not None else None
-        if short is not None:
+            raise self._too_long()
+        if call.caller is not None and (short := call.caller.admit()) is not None:
             message = f"rate limit reached for this key ({short[0]} per minute); retry in {short[1]:.0f} s"
             code = "rate_limit_exceeded"
-            return ApiError(HTTPStatus.TOO_MANY_REQUESTS, message, code=code, retry_after=short[1])
-        return None
+            raise ApiError(HTTPStatus.TOO_MANY_REQUESTS, message, code=code, retry_after=short[1])
 
     def _too_long(self) -> ApiError:
         message = f"the body is longer than {self._state.settings.max_body_bytes} bytes"
@@ -121,7 +118,7 @@ class Middleware:
         metrics.seconds.labels(path).observe(seconds)
         tokens = call.prompt_tokens + call.completion_tokens
         if call.caller is not None and tokens:
-            call.caller.limiter.charge(tokens)
+            call.caller.charge(tokens)
         if route is not None and route.quiet and status < HTTPStatus.BAD_REQUEST:
             return
         fields = {"request": call.id, "method": _method(scope), "path": path, "status": status}
@@ -136,16 +133,10 @@ class Middleware:
         logs.event("request", **fields)
 
 
-def _presented(header: bytes) -> str:
-    """The key in an Authorization header; "" without one."""
-    kind, _, key = header.decode("latin-1").partition(" ")
-    return key.strip() if kind.lower() == "bearer" else ""
-
-
 def _headers(call: RequestRecord) -> list[tuple[bytes, bytes]]:
     """What every answer carries."""
     headers = [(b"x-request-id", call.id.encode()), (b"x-content-type-options", b"nosniff")]
-    return headers + call.caller.limiter.headers() if call.caller is not None else headers
+    return headers + call.caller.headers() if call.caller is not None else headers
 
 
 def _shown(route: Route | None) -> str:

@@ -92,22 +92,8 @@ class PageFiles(StaticFiles):
         return response
 
 
-def page_router(state: State) -> APIRouter:
-    """`/` and the files beside it."""
-    del state
-    routes = APIRouter(include_in_schema=False)
-    files = PageFiles(directory=Path(__file__).parent / "console")
-
-    async def serve(request: HttpRequest) -> Response:
-        return await files.get_response(request.path_params.get("name", "index.html"), request.scope)
-
-    routes.add_api_route("/", serve, methods=["GET", "HEAD"])
-    routes.add_api_route("/{name}", serve, methods=["GET", "HEAD"])
-    return routes
-
-
 def router(state: State) -> APIRouter:
-    """Models, cards, health and metrics."""
+    """Models, cards, health and metrics; the page and the files beside it."""
     routes = APIRouter()
 
     @routes.get("/v1/models", operation_id="list_models", tags=["models"])
@@ -143,6 +129,13 @@ def router(state: State) -> APIRouter:
         state.metrics.active.set(state.active)
         return Response(state.metrics.text(), headers={"content-type": metrics.CONTENT_TYPE})
 
+    files = PageFiles(directory=Path(__file__).parent / "console")
+
+    async def page(request: HttpRequest) -> Response:
+        return await files.get_response(request.path_params.get("name", "index.html"), request.scope)
+
+    for path in ("/", "/{name}"):
+        routes.add_api_route(path, page, methods=["GET", "HEAD"], include_in_schema=False)
     return routes
 
 
@@ -177,11 +170,8 @@ def _annotation(path: Path) -> str | None:
 
 def _evidence(path: Path) -> list[dict[str, Any]]:
     """The rows of evidence.json; none when it is missing or damaged (`gulliver verify` says what is wrong)."""
-    text = _annotation(path)
-    if text is None:
-        return []
     try:
-        body = read_json(text.encode(), path.name)
+        body = read_json((_annotation(path) or "{}").encode(), path.name)
     except ArtifactError:
         return []
     rows = body.get("evidence") if isinstance(body, dict) else None

@@ -15,8 +15,7 @@ from gulliver.runtime.batching.records import Request
 from gulliver.serve.errors import bad_request
 from gulliver.serve.json_route import JsonRoute
 from gulliver.serve.openai import tools
-from gulliver.serve.openai.answers import ChatAnswer, CompletionAnswer
-from gulliver.serve.openai.events import STREAMS, answered
+from gulliver.serve.openai.answers import STREAMS, ChatAnswer, CompletionAnswer, answered
 from gulliver.serve.openai.generation import Bridge, Generation
 from gulliver.serve.openai.request_schemas import MAX_PROMPTS, ChatRequest, CompletionRequest, Message, Tool
 from gulliver.serve.openai.response_schemas import ChatCompletion, Completion

@@ -62,7 +62,7 @@ def _open_tail(text: str) -> int:
 
 def read_calls(text: str, names: Collection[str]) -> tuple[str, list[Called]]:
     """(text outside calls, calls). JSON that is not a call of one of `names` stays in the text."""
-    decoder = json.JSONDecoder(parse_constant=_no_number)
+    decoder = json.JSONDecoder()
     calls: list[Called] = []
     kept: list[str] = []
     position = 0
@@ -91,7 +91,7 @@ def read_calls(text: str, names: Collection[str]) -> tuple[str, list[Called]]:
 
 
 def _calls(value: Any, names: Collection[str]) -> list[Called]:
-    """The calls that a JSON value is; [] when any part of it is not a call. ValueError for text that is not Unicode."""
+    """The calls that a JSON value is; [] when any part of it is not a call. ValueError when not JSON, nor Unicode."""
     rows = value if isinstance(value, list) else [value]
     found = []
     for row in rows:
@@ -107,12 +107,8 @@ def _calls(value: Any, names: Collection[str]) -> list[Called]:
     return found
 
 
-def _no_number(constant: str) -> float:
-    raise ValueError(f"{constant} is not JSON")
-
-
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def usable(body: ChatRequest) -> list[Tool]:
