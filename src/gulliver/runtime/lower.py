@@ -152,22 +152,22 @@ def _windows(config: Mapping[str, Any], architecture: str, layers: int) -> tuple
     window = 0
     if config.get("sliding_window", _WINDOW) is not None:
         window = _whole(config, "sliding_window", 2**31 - 1, default=_WINDOW, least=0)
+    full, sliding = "full_attention", "sliding_attention"
+    qwen = architecture.startswith("Qwen")
     kinds = config.get("layer_types")
-    if kinds is None and architecture == "Gemma3ForCausalLM":
+    if architecture == "MistralForCausalLM":
+        kinds = [sliding] * layers
+    elif architecture == "LlamaForCausalLM" or (qwen and not config.get("use_sliding_window")):
+        kinds = [full] * layers
+    elif kinds is None and architecture == "Gemma3ForCausalLM":
         pattern = _whole(config, "sliding_window_pattern", MAX_LAYERS, default=6)
-        kinds = ["full_attention" if (layer + 1) % pattern == 0 else "sliding_attention" for layer in range(layers)]
-    elif architecture == "MistralForCausalLM":
-        kinds = ["sliding_attention"] * layers
-    elif architecture.startswith("Qwen") and not config.get("use_sliding_window"):
-        kinds = ["full_attention"] * layers
-    elif kinds is None and architecture.startswith("Qwen"):
+        kinds = [full if (layer + 1) % pattern == 0 else sliding for layer in range(layers)]
+    elif kinds is None:
         first = _whole(config, "max_window_layers", MAX_LAYERS, default=28, least=0)
-        kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
-    elif kinds is None or architecture == "LlamaForCausalLM":
-        kinds = ["full_attention"] * layers
-    if len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        kinds = [sliding if layer >= first else full for layer in range(layers)]
+    if len(kinds) != layers or not set(kinds) <= {full, sliding}:
         raise NotLowered(f"it has {len(kinds)} layers of these kinds: {', '.join(sorted(set(map(str, kinds))))[:80]}")
-    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+    return tuple(window if kind == sliding else 0 for kind in kinds)
 
 
 Arrays = dict[str, NDArray[np.uint8]]

@@ -70,8 +70,7 @@ class Engine:
         self._queue = queue
         self._waiting: deque[Running] = deque()
         self._stepper = Stepper(decoder, self._scheduler, self._waiting, self.counters)
-        self._changed = threading.Condition()  # guards _waiting's growth, _arrivals, _draining, _closing
-        self._arrivals = 0
+        self._changed = threading.Condition()  # guards _waiting's growth, _draining, _closing
         self._draining = False
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
@@ -131,8 +130,6 @@ class Engine:
     def _enqueue(self, running: Running) -> None:
         if self._draining:
             raise EngineClosed(f"{self.name} is shutting down and takes no new requests")
-        running.number = self._arrivals
-        self._arrivals += 1
         self.counters.requests += 1
         self._waiting.append(running)
         self._changed.notify_all()

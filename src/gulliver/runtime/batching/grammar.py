@@ -7,9 +7,9 @@ says which tokens may come next, and takes the one that came.
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,7 @@ class Grammars:
         self._end_tokens = sorted(end_tokens)
         self._lock = Lock()
         self._core: Any = None
-        self._kept: OrderedDict[str, Grammar] = OrderedDict()
+        self._compiled = lru_cache(KEPT)(self._compile)
 
     def json_object(self) -> Grammar:
         """Any JSON object."""
@@ -97,13 +97,7 @@ class Grammars:
         except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"the JSON schema is not JSON: {_first_line(str(error))}") from error
         with self._lock:
-            found = self._kept.get(text)
-            if found is None:
-                found = self._kept[text] = self._compile(text)
-                if len(self._kept) > KEPT:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(text)
-            return found
+            return self._compiled(text)
 
     def _compile(self, schema: str) -> Grammar:
         import llguidance  # a native library of 20 MB, for those requests alone that ask for a form

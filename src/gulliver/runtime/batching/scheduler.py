@@ -152,17 +152,17 @@ class Scheduler:
                 self._adopt(sequence)
         oldest = prompts[0]
         others = sorted(prompts[1:], key=lambda sequence: sequence.missing)
-        given: dict[int, int] = dict.fromkeys((sequence.number for sequence in prompts), 0)
+        given = dict.fromkeys(prompts, 0)
         claimed: set[Key] = set()
         left = budget
         half = max(left // 2, min(self.block_tokens, left)) if others else left
         for sequence, share in [(oldest, half), *((other, budget) for other in others), (oldest, budget)]:
-            rows = self._chunk(sequence, given[sequence.number], min(share, left), claimed)
-            given[sequence.number] += rows
+            rows = self._chunk(sequence, given[sequence], min(share, left), claimed)
+            given[sequence] += rows
             left -= rows
         parts: list[Chunk] = []
         for sequence in prompts:
-            if rows := given[sequence.number]:
+            if rows := given[sequence]:
                 last = sequence.computed + rows == len(sequence.tokens)
                 parts.append(Chunk(sequence, sequence.computed, rows, [], rows if sequence.echo else int(last)))
         return parts

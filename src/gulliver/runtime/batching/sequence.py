@@ -35,27 +35,22 @@ class WrittenText:
         choice = TokenChoice(token, self._table.token_bytes(token), logprob, top)
         if self._stops is None:
             self._tokens.append(choice)
-            if text:
-                self._ready.append(text)
+            self._ready.append(text)
             return False
         self._held.append((choice, self._written, self._written + len(text)))
         self._written += len(text)
         certain, met = self._stops.add(text)
         self._release(certain)
-        kept = [entry for entry in self._held if met and entry[1] < self._released]
-        self._tokens += [choice for choice, _, _ in kept]
-        self._held = [] if met else self._held
+        if met:
+            self._tokens += [choice for choice, begin, _ in self._held if begin < self._released]
+            self._held = []
         return met
 
     def _release(self, text: str) -> None:
-        if text:
-            self._ready.append(text)
-            self._released += len(text)
-        count = 0
-        while count < len(self._held) and self._held[count][2] <= self._released:
-            self._tokens.append(self._held[count][0])
-            count += 1
-        del self._held[:count]
+        self._ready.append(text)
+        self._released += len(text)
+        while self._held and self._held[0][2] <= self._released:
+            self._tokens.append(self._held.pop(0)[0])
 
     def end(self) -> None:
         """No more tokens come and no stop text was met: what was held back is certain now."""
@@ -88,7 +83,6 @@ class Sequence:
         self.deliver = deliver
         self.submitted = time.monotonic()
         self.deadline = self.submitted + (request.timeout_seconds or float("inf"))
-        self.number = 0  # place in the order of arrival
         self.limit = limit
         self.tokens = list(request.prompt)
         self.prompt_length = len(request.prompt)
@@ -168,7 +162,7 @@ class Sequence:
         if not self.echoed:
             self.echoed.append(TokenChoice(self.tokens[0], self._text.token_bytes(self.tokens[0])))
         top = self.request.top_logprobs or 0
-        for row, position in enumerate(range(first, first + len(logits)), 0):
+        for row, position in enumerate(range(first, first + len(logits))):
             if len(self.echoed) == position + 1 < self.prompt_length:
                 token = self.tokens[position + 1]
                 logprob, others = _logprobs_of(token, logits[row], top)

@@ -64,10 +64,7 @@ class _Generation(jinja2.ext.Extension):
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
-
-    def _body(self, caller: Any) -> str:
-        return caller()
+        return jinja2.nodes.Scope(body).set_lineno(line)
 
 
 def _raise_exception(message: str) -> None:
@@ -93,6 +90,12 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(("*", "**"))
 
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+        self.filters["tojson"] = _to_json
+        self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        self.globals |= {"dict": _Dict(), "namespace": _Namespace}
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         for value, times in ((left, right), (right, left)):
             long = hasattr(value, "__len__") and isinstance(times, int) and len(value) * times > LIMIT_CHARACTERS
@@ -101,25 +104,13 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
-def _environment() -> _Sandbox:
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {
-        "raise_exception": _raise_exception,
-        "strftime_now": _strftime_now,
-        "dict": _Dict(),
-        "namespace": _Namespace,
-    }
-    return environment
-
-
 class ChatTemplate:
     """A model's templates: `sources` by name ("default", "tool_use", …), `tokens` like bos_token -> "<s>"."""
 
     def __init__(self, sources: Mapping[str, str], tokens: Mapping[str, str]) -> None:
         self.sources = dict(sources)
         self._tokens = dict(tokens)
-        environment = _environment()
+        environment = _Sandbox()
         self._compiled: dict[str, jinja2.Template] = {}
         for name, source in self.sources.items():
             try:

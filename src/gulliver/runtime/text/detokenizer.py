@@ -41,10 +41,8 @@ class TokenBytes:
         text = self._tokenizer.id_to_token(token)
         if text is None:
             return b""  # logits may have more columns than the tokenizer has tokens
-        if self._kind == "bytes":
-            if all(character in _CHARACTER_BYTE for character in text):
-                return bytes(_CHARACTER_BYTE[character] for character in text)
-            return text.encode("utf-8", "replace")
+        if self._kind == "bytes" and all(character in _CHARACTER_BYTE for character in text):
+            return bytes(_CHARACTER_BYTE[character] for character in text)
         if self._kind == "pieces" and (byte := _BYTE.fullmatch(text)):
             return bytes([int(byte[1], 16)])
         return (text.replace(self._space, " ") if self._space else text).encode("utf-8", "replace")
@@ -69,14 +67,10 @@ def _kind(tokenizer: tokenizers.Tokenizer) -> tuple[str, str]:
     return "other", ""
 
 
-def _character_bytes() -> dict[str, int]:
-    """The byte behind each of GPT-2's printable stand-ins."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
-
-
-_CHARACTER_BYTE = _character_bytes()
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_CHARACTER_BYTE = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
+"""GPT-2's printable characters -> the bytes that they represent."""
 
 
 class Detokenizer:
@@ -99,8 +93,7 @@ class Detokenizer:
             return self._stream.step(self._tokenizer, token) or ""
         text = self._utf8(self._table[token])
         if self._strip and text:
-            self._strip = False
-            return text.removeprefix(" ")
+            self._strip, text = False, text.removeprefix(" ")
         return text
 
 
@@ -120,8 +113,6 @@ class StopFinder:
 
     def add(self, text: str) -> tuple[str, bool]:
         """(text that is certain, whether a stop text was met); what follows the earliest stop text is dropped."""
-        if not self._stops:
-            return text, False
         held = self._held + text
         places = [place for stop in self._stops if (place := held.find(stop)) >= 0]
         if places:
