@@ -1,6 +1,6 @@
 """What runs a decoder one step at a time: tokens of several sequences in, logits out.
 
-A key/value cache is cut into blocks of `block_tokens` tokens. Who calls `step` says which blocks hold each sequence, in
+A key/value cache is cut into blocks of `block_tokens` tokens. The caller of `step` names the blocks of each sequence in
 order of position, so that two sequences with the same beginning can share blocks.
 """
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The tokens of one step. Rows of one sequence stand together, positions ascending without a gap."""
+    """The tokens of one step. Rows of one sequence are neighbours, positions ascending without a gap."""
 
     tokens: NDArray[np.int32]  # [rows]
     positions: NDArray[np.int32]  # [rows], from 0
@@ -25,7 +25,7 @@ class StepBatch:
 
 
 class Decoder(Protocol):
-    """A model that answers `step`; of several threads that call it, one waits for the other."""
+    """A model that answers `step`; threads that call it wait for each other."""
 
     vocabulary: int
     """Columns of the logits."""
@@ -46,9 +46,7 @@ class Decoder(Protocol):
     def step(self, batch: StepBatch) -> NDArray[np.float32]:
         """Logits [answers, vocabulary] of the wanted rows, until the next step.
 
-        Keys and values of all rows are written to the cache first.
-
-        A row's position may lie before what the cache holds of its sequence: what stood there is overwritten.
+        Keys and values of all rows are written to the cache first, over those of the same or later positions.
         """
         ...
 

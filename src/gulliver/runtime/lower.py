@@ -1,6 +1,6 @@
 """Lowering: a model folder to a static native program.
 
-Nothing is repacked: the native code reads tiles as they stand in the file. What cannot be lowered raises NotLowered
+Nothing is repacked: the native code reads tiles as they lie in the file. What cannot be lowered raises NotLowered
 with the reason, and runs on the reference backend.
 """
 
@@ -30,7 +30,7 @@ ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}
 _HEAD_DIM = {"Qwen3ForCausalLM": 128, "Gemma3ForCausalLM": 256}
 """Where a config does not say it, and it is not the hidden size over the heads."""
 _WINDOW = 4096
-"""Keys that a layer with a window sees where a config does not say it; null is no window."""
+"""Keys that a layer with a window sees where a config does not say it; null: no window."""
 _KINDS = {"BF16": 0, "F16": 1, "F32": 2}
 MAX_CONFIG_BYTES = 16 * 2**20
 MAX_LAYERS = 10_000
@@ -190,7 +190,7 @@ def read_into_huge_pages(stored: Mapping[str, Stored]) -> Arrays:
     One core reads such memory up to half faster than a mapped file: there are fewer address lookups, the prefetcher
     (which stops at the end of a page) seldom stops, and a load of 64 bytes never touches two cache lines.
 
-    BudgetError when there is no such memory.
+    BudgetError when the system has too little memory.
     """
     places, size = {}, 0
     for name, tensor in sorted(stored.items(), key=lambda row: order_of_use(row[0])):

@@ -141,7 +141,11 @@ def unpack(tiles: Tensor, fmt: Format, rows: int, columns: int, codebook: Tensor
             f"packed tiles are {tiles.dtype} {tuple(tiles.shape)}, but {rows} x {columns} weights as {fmt.name} "
             f"need uint8 {expected}; the file is damaged"
         )
-    _check_codebook(fmt, codebook)
+    if (fmt.kind == "codebook") != (codebook is not None):
+        raise ArtifactError(f"a {fmt.name} part {'lacks' if codebook is None else 'has no use for'} a codebook")
+    if codebook is not None and (codebook.dtype != torch.int8 or tuple(codebook.shape) != (fmt.levels,)):
+        found = f"{codebook.dtype} {list(codebook.shape)}"
+        raise ArtifactError(f"a {fmt.name} codebook must be int8 [{fmt.levels}], not {found}")
     codes = torch.zeros(count, TILE_ROWS, groups, fmt.group_size, dtype=torch.uint8)
     group_bytes = fmt.group_size * TILE_ROWS * fmt.bits // 8
     body = tiles[:, : groups * group_bytes].view(count, groups, group_bytes)
@@ -163,14 +167,6 @@ def unpack(tiles: Tensor, fmt: Format, rows: int, columns: int, codebook: Tensor
         raise ArtifactError("a packed weight has a row factor that is not finite; the file is damaged")
     flat = codes.view(count * TILE_ROWS, -1)[:rows, :columns].contiguous()
     return RowGroup(fmt, flat, scales, factors, zeros[0] if zeros else None, codebook)
-
-
-def _check_codebook(fmt: Format, codebook: Tensor | None) -> None:
-    if (fmt.kind == "codebook") != (codebook is not None):
-        raise ArtifactError(f"a {fmt.name} part {'lacks' if codebook is None else 'has no use for'} a codebook")
-    if codebook is not None and (codebook.dtype != torch.int8 or tuple(codebook.shape) != (fmt.levels,)):
-        found = f"{codebook.dtype} {list(codebook.shape)}"
-        raise ArtifactError(f"a {fmt.name} codebook must be int8 [{fmt.levels}], not {found}")
 
 
 def _by_tile(per_group: Tensor, tiles: int) -> Tensor:

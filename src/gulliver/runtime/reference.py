@@ -1,8 +1,8 @@
-"""Packed model folders: how tensors stand in the files, and the slow, obvious way to read them back.
+"""Packed model folders: how tensors are stored in the files, and the slow, obvious way to read them back.
 
 `packing.json` lists every packed weight: its shape and its parts. For a weight NAME the weight files hold NAME.tiles.K
 (uint8 [tiles, tile_bytes]) and, where the format has one, NAME.codebook.K (int8) for part K, and NAME.rows (uint8
-[rows]) when there is more than one part. All other tensors stand under their own names. docs/artifact.md has the rules.
+[rows]) when there is more than one part. All other tensors have their own names. docs/artifact.md has the rules.
 """
 
 from __future__ import annotations

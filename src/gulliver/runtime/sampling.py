@@ -35,7 +35,7 @@ class Sampling:
     min_p: float = 0.0  # keep tokens at least this fraction as likely as the likeliest
     repetition_penalty: float = 1.0  # divides (or multiplies) logits of tokens in the prompt or the answer
     presence_penalty: float = 0.0  # taken off the logits of tokens in the answer
-    frequency_penalty: float = 0.0  # taken off for every time a token stands in the answer
+    frequency_penalty: float = 0.0  # taken off for every occurrence of a token in the answer
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, added to its logit)
     seed: int | None = None  # None: drawn
 

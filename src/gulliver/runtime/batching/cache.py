@@ -2,11 +2,11 @@
 
 A full block whose tokens are certain is *published* under a key, the hash of its tokens and of the key of the block
 before it; so a key identifies all tokens from the sequence's beginning. A sequence whose tokens begin alike takes the
-block over instead of computing it. A published block that is not in use stays until its room is needed or too many are
-kept; the one unused for longest goes first. A decoder's cache takes memory when a block is first written. So blocks
-that were written before are dealt out before fresh ones; and once as many were written as may be kept, what is kept
-makes room first: memory follows the most that running sequences ever needed at once. Keys are cryptographic (BLAKE2b of
-16 bytes): no request can be made to meet another's.
+block over instead of computing it. A published block that is not in use is kept until its room is needed or too many
+are kept; the least recently used is dropped first. A cache takes memory when a block is first written. So blocks that
+were written before are dealt out before fresh ones; and once as many were written as may be kept, kept blocks are
+reused first: memory follows the most that running sequences ever needed at once. Keys are cryptographic (BLAKE2b,
+16 bytes), so that different tokens never share a key.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class BlockPool:
         """`kept`: most published blocks without a user."""
         self.count = count
         self._kept = kept
-        self._empty: list[int] = []  # written before, and of no worth
+        self._empty: list[int] = []  # written before, not published
         self._written = 0  # blocks from this one on are fresh
         self._users = [0] * count
         self._keys: list[Key | None] = [None] * count
@@ -86,7 +86,7 @@ class BlockPool:
     def release(self, blocks: Sequence[int]) -> None:
         """One user less for each of a sequence's blocks, given in order of position.
 
-        The last is forgotten first, since a beginning is worth more than what follows it.
+        The last is forgotten first, since more prompts share a beginning than what follows it.
         """
         for block in reversed(blocks):
             self._users[block] -= 1

@@ -1,7 +1,7 @@
 """Answers of a given form: any JSON object, or JSON that meets a schema (by llguidance).
 
-A `Grammar` is compiled once, outside the engine's thread; every request that uses it gets its own `Matcher`, which
-says which tokens may come next, and takes the one that came.
+A `Grammar` is compiled once, outside the engine's thread; every request gets its own `Matcher`, which says which tokens
+may come next and takes the token that was drawn.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Matcher:
 
     @property
     def finished(self) -> bool:
-        """Whether the answer is whole and nothing can follow."""
+        """Whether the answer is complete: no token can follow."""
         return self._core.is_stopped()
 
     def _check(self) -> None:

@@ -1,4 +1,4 @@
-"""Prompt lookup: what followed the last words when they stood there before, offered as a draft of what comes next.
+"""Prompt lookup: what followed an earlier occurrence of the last words is offered as a draft of what comes next.
 
 A language model often repeats its prompt or itself (names, quotations, code, lists). The continuation of the latest
 earlier occurrence of the last three tokens, else of the last two, is put into the same step as further rows; the

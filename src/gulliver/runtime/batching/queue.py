@@ -98,7 +98,7 @@ class BatchQueue(Generic[Item, Answer]):
         self._cost = cost
         self._unit = unit
         self._jobs: deque[_Job] = deque()  # with items that are not in a batch yet
-        self._running: list[_Job] = []  # in the batch that runs
+        self._open: set[_Job] = set()  # accepted and not ended yet
         self._changed = threading.Condition()  # guards all that is above and below
         self._draining = False
         self._closing = False
@@ -133,8 +133,7 @@ class BatchQueue(Generic[Item, Answer]):
         with self._changed:
             waiting = self._waiting()
             open_jobs = len({id(job) for job in (*self._jobs, *self._running)})
-            gauges = {"requests_running": float(open_jobs - waiting), "requests_waiting": float(waiting)}
-            return gauges | self._numbers
+            return {"requests_running": open_jobs - waiting, "requests_waiting": waiting} | self._numbers
 
     def histograms(self) -> dict[str, Histogram]:
         """request_seconds and queue_seconds (from submit), rows_per_step (items in a batch)."""

@@ -1,10 +1,9 @@
 """Which rows the next step computes.
 
-Every sequence that is being continued gets one row (and a few more for its draft when the step is small). What is left
-of the step's rows goes to prompts: half of it to the oldest, so that nothing starves, the rest to the shortest first,
-so that a long prompt stalls no other request. Cache blocks are taken as sequences grow. When none is left, the youngest
-sequence gives its blocks back and waits to be computed again; the oldest is never touched, and alone it always
-fits, so all come to their end.
+Every sequence that is being continued gets one row (and a few more for its draft when the step is small). Prompts get
+the remaining rows: the oldest gets half of them and cannot starve, the shortest come next, so that a long prompt stalls
+no other request. Cache blocks are taken as sequences grow. When all are taken, the youngest sequence gives its blocks
+back and waits to be computed again; the oldest is never preempted, and alone it always fits, so every request ends.
 """
 
 from __future__ import annotations

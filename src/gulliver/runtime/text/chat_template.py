@@ -156,7 +156,7 @@ class ChatTemplate:
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message for templates: keys without a value are left out, reasoning stands under the names that are read."""
+    """A message for templates: keys without a value are left out, reasoning has the names that are read."""
     plain = {key: value for key, value in _plain(message).items() if value is not None}
     reasoning = next((plain[name] for name in REASONING if name in plain), None)
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}

@@ -11,6 +11,7 @@ import codecs
 import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 
 import tokenizers
 from tokenizers.decoders import DecodeStream
@@ -31,6 +32,13 @@ class TokenBytes:
         self.exact = self._kind != "other"
         self._known: dict[int, bytes] = {}
 
+    @cached_property
+    def strips(self) -> bool:
+        """Whether the decoder takes a space off the beginning of a text."""
+        probe = self._tokenizer.encode("a", add_special_tokens=False)
+        spaced = bool(probe.tokens) and probe.tokens[0].startswith("▁")
+        return spaced and not self._tokenizer.decode(probe.ids).startswith(" ")
+
     def __getitem__(self, token: int) -> bytes:
         found = self._known.get(token)
         if found is None:
@@ -49,7 +57,7 @@ class TokenBytes:
 
 
 def _kind(tokenizer: tokenizers.Tokenizer) -> tuple[str, str]:
-    """("bytes", ""), ("pieces", what stands for a space), or ("other", "")."""
+    """("bytes", ""), ("pieces", what represents a space), or ("other", "")."""
     if tokenizer.decoder is None:
         return "other", ""
     decoder = json.loads(tokenizer.decoder.__getstate__())
@@ -74,7 +82,7 @@ _CHARACTER_BYTE = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte
 
 
 class Detokenizer:
-    """The text of one answer. `prompt` tells where it goes on: a word's leading space stays after other text."""
+    """The text of one answer. `prompt` is the text before it: after other text a word keeps its leading space."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, table: TokenBytes, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
@@ -82,7 +90,7 @@ class Detokenizer:
         self._special = table.special
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace").decode
         before = [token for token in prompt[-4 * WINDOW :] if token not in table.special]
-        self._strip = table.exact and not before and _strips(tokenizer)
+        self._strip = table.exact and not before and table.strips
         self._stream = None if table.exact else DecodeStream(before[-WINDOW:], skip_special_tokens=True)
 
     def add(self, token: int) -> str:
@@ -95,13 +103,6 @@ class Detokenizer:
         if self._strip and text:
             self._strip, text = False, text.removeprefix(" ")
         return text
-
-
-def _strips(tokenizer: tokenizers.Tokenizer) -> bool:
-    """Whether the decoder takes a space off the beginning of a text."""
-    probe = tokenizer.encode("a", add_special_tokens=False)
-    first = tokenizer.id_to_token(probe.ids[0]) if probe.ids else None
-    return first is not None and first.startswith("▁") and not tokenizer.decode(probe.ids).startswith(" ")
 
 
 class StopFinder:

@@ -70,7 +70,7 @@ class Text:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object, {} when there is no such file."""
+    """A JSON object, {} when the file is missing."""
     if not path.is_file():
         return {}
     try:
@@ -127,13 +127,11 @@ def _converted(folder: Path) -> tokenizers.Tokenizer:
 
 def _templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """Name -> source of the folder's chat templates; files win over what the settings hold."""
-    found: dict[str, str] = {}
+    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
-        found["default"] = _utf8(folder / "chat_template.jinja")
-    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        found[path.stem] = _utf8(path)
-    if found:
-        return found
+        files = {"default": folder / "chat_template.jinja"} | files
+    if files:
+        return {name: _utf8(path) for name, path in files.items()}
     older = _read(folder / "chat_template.json").get("chat_template")
     given = settings.get("chat_template") if older is None else older
     if isinstance(given, str):
