@@ -7,7 +7,7 @@ import math
 import pytest
 
 from gulliver.core.errors import ConfigError
-from gulliver.core.evidence.budget import Budget
+from gulliver.core.evidence.gate import Budget
 from gulliver.core.quantities import parse_fraction, parse_size
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from gulliver.core import catalog
-from gulliver.core.catalog import Entry, entries, fetch, fetch_entry, lookup, pip_download
+from gulliver.core.catalog import Entry, entries, fetch, lookup, pip_download
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
 from gulliver.core.store.manifest import check_file_name
 
@@ -93,7 +93,7 @@ def test_only_listed_files_come_out_and_only_once(tmp_path: Path, pack: Any, nam
     archive = pack({**below("thing/data/"), "thing/__init__.py": b"print('run me')", "thing/data/other": b"x"})
     source = Source(archive)
     for _ in range(2):
-        folder = fetch_entry(entry(archive, name), tmp_path, source)
+        folder = fetch(entry(archive, name), tmp_path, source)
         found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
         assert {file: path.read_bytes() for file, path in found.items()} == FILES
     assert source.asked == 1
@@ -103,14 +103,14 @@ def test_only_listed_files_come_out_and_only_once(tmp_path: Path, pack: Any, nam
 def test_one_file_is_given_as_the_file(tmp_path: Path) -> None:
     archive = zipped(below("thing/data/"))
     one = entry(archive, files={"model.bin": sha256(b"weights")})
-    assert fetch_entry(one, tmp_path, Source(archive)).read_bytes() == b"weights"
+    assert fetch(one, tmp_path, Source(archive)).read_bytes() == b"weights"
 
 
 def test_a_wrong_hash_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = zipped(below("thing/data/"))
     monkeypatch.setattr(catalog, "_extract", lambda *_: pytest.fail("it was opened"))
     with pytest.raises(DataError, match="it was not opened"):
-        fetch_entry(entry(good), tmp_path, Source(good + b"\0"))
+        fetch(entry(good), tmp_path, Source(good + b"\0"))
     assert [path.name for path in tmp_path.iterdir()] == ["thing.lock"]
 
 
@@ -119,7 +119,7 @@ def test_traversal_entries_stay_in_the_archive(tmp_path: Path, pack: Any, name: 
     hostile = {"../../evil": b"x", "/tmp/gulliver-evil": b"x", "thing/data/../../../evil": b"x"}
     archive = pack({**hostile, **below("thing/data/")})
     cache = tmp_path / "a" / "b" / "cache"
-    fetch_entry(entry(archive, name), cache, Source(archive))
+    fetch(entry(archive, name), cache, Source(archive))
     assert not list(tmp_path.rglob("*evil*")) and not Path("/tmp/gulliver-evil").exists()
 
 
@@ -127,7 +127,7 @@ def test_traversal_entries_stay_in_the_archive(tmp_path: Path, pack: Any, name: 
 def test_an_entry_that_lists_a_hostile_name_is_refused(tmp_path: Path, file: str) -> None:
     archive = zipped({"thing/data/" + file: b"x"})
     with pytest.raises(ArtifactError, match=r"leaves the folder|is absolute|backslash"):
-        fetch_entry(entry(archive, files={file: sha256(b"x")}), tmp_path / "cache", Source(archive))
+        fetch(entry(archive, files={file: sha256(b"x")}), tmp_path / "cache", Source(archive))
     assert not list(tmp_path.rglob("*evil*"))
 
 
@@ -135,34 +135,34 @@ def test_an_entry_that_lists_a_hostile_name_is_refused(tmp_path: Path, file: str
 def test_a_link_in_place_of_a_file_is_refused(tmp_path: Path, pack: Any, name: str) -> None:
     archive = pack(below("thing/data/"), link="thing/data/model.bin")
     with pytest.raises(DataError, match=r"does not hold model\.bin once, as a plain file"):
-        fetch_entry(entry(archive, name), tmp_path, Source(archive))
+        fetch(entry(archive, name), tmp_path, Source(archive))
 
 
 @pytest.mark.parametrize(("pack", "name"), PACKERS)
 def test_a_missing_file_and_a_changed_file_are_named(tmp_path: Path, pack: Any, name: str) -> None:
     short = pack(below("thing/data/", {"model.bin": b"weights"}))
     with pytest.raises(DataError, match=r"does not hold sub/config\.json"):
-        fetch_entry(entry(short, name), tmp_path, Source(short))
+        fetch(entry(short, name), tmp_path, Source(short))
     changed = pack(below("thing/data/", {**FILES, "model.bin": b"WEIGHTS"}))
     with pytest.raises(DataError, match=r"model\.bin has SHA-256 .* it is not what was pinned"):
-        fetch_entry(entry(changed, name), tmp_path, Source(changed))
+        fetch(entry(changed, name), tmp_path, Source(changed))
     assert [path.name for path in tmp_path.iterdir()] == ["thing.lock"]
 
 
 def test_an_archive_that_is_none_is_named(tmp_path: Path) -> None:
     for data in (b"", b"not an archive", tarred(below("thing/data/"))[:60]):
         with pytest.raises(DataError, match="cannot be read"):
-            fetch_entry(entry(data, "thing-1.0.tar.gz"), tmp_path, Source(data))
+            fetch(entry(data, "thing-1.0.tar.gz"), tmp_path, Source(data))
 
 
 def test_a_damaged_cache_is_fetched_again(tmp_path: Path) -> None:
     archive = zipped(below("thing/data/"))
     source = Source(archive)
-    folder = fetch_entry(entry(archive), tmp_path, source)
+    folder = fetch(entry(archive), tmp_path, source)
     (folder / "model.bin").write_bytes(b"WEIGHTS")
-    fetch_entry(entry(archive), tmp_path, source)
+    fetch(entry(archive), tmp_path, source)
     (folder / "sub/config.json").unlink()
-    fetch_entry(entry(archive), tmp_path, source)
+    fetch(entry(archive), tmp_path, source)
     assert source.asked == 3 and (folder / "model.bin").read_bytes() == b"weights"
 
 
@@ -174,11 +174,11 @@ def test_without_a_network_the_error_says_where_to_put_the_file(tmp_path: Path) 
         raise DataError("no network")
 
     with pytest.raises(DataError, match=f"put it into {tmp_path}"):
-        fetch_entry(row, tmp_path, offline)
+        fetch(row, tmp_path, offline)
     with pytest.raises(DataError, match=r"brought no thing-1\.0"):
-        fetch_entry(row, tmp_path, lambda row, folder: folder / "nothing")
+        fetch(row, tmp_path, lambda row, folder: folder / "nothing")
     (tmp_path / row.archive).write_bytes(archive)
-    assert (fetch_entry(row, tmp_path, offline) / "model.bin").is_file()
+    assert (fetch(row, tmp_path, offline) / "model.bin").is_file()
 
 
 def test_pip_is_asked_for_the_pinned_hash_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,10 +205,10 @@ def test_digits_come_from_the_installed_library(tmp_path: Path) -> None:
     assert path.name == "digits.csv.gz" and path.is_relative_to(tmp_path)
     absent = replace(entries()["digits"], folder="no_such_library_here/data/")
     with pytest.raises(DataError, match="pip install scikit-learn"):
-        fetch_entry(absent, tmp_path / "b", Source(b""))
+        fetch(absent, tmp_path / "b", Source(b""))
     moved = replace(entries()["digits"], folder="sklearn/nowhere/")
     with pytest.raises(DataError, match="the installed scikit-learn has no"):
-        fetch_entry(moved, tmp_path / "b", Source(b""))
+        fetch(moved, tmp_path / "b", Source(b""))
 
 
 def test_names_are_looked_up_with_and_without_the_prefix() -> None:

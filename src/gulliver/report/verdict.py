@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gulliver.core.evidence.evidence import METRICS
 from gulliver.core.evidence.gate import Verdict
-from gulliver.report.gather import INFEASIBLE, NOT_JUDGED, PASS, ReportData
+from gulliver.report.gather import INFEASIBLE, NOT_JUDGED, ReportData
 from gulliver.report.units import NOT_MEASURED, format_limit, format_measured, format_seconds, format_value, short_id
 
 _RAM_TILES = {"peak_ram_bytes": "Memory to answer", "compress_peak_ram_bytes": "Memory to compress"}
@@ -46,17 +46,12 @@ def sentences(data: ReportData) -> list[str]:
     if data.outcome == NOT_JUDGED:
         where = " on this model" if data.others else ""
         lines.append(f"No gate was judged{where}, so nothing is proven; the numbers below are measurements only.")
-    if data.outcome not in (PASS, NOT_JUDGED):
-        judged = [("", data.fit.verdicts)]
-        for other in data.others:
-            where = f" on {other.name} ({short_id(other.artifact_id)}), another model of this recipe"
-            judged.append((where, other.verdicts))
-        lines += [
-            f"Gate refused: {gate_rule(gate)}{where}; {gate_reason(gate)}."
-            for where, gates in judged
-            for gate in gates
-            if not gate.passed
-        ]
+    judged = [("", gate) for gate in data.fit.verdicts]
+    for other in data.others:
+        where = f" on {other.name} ({short_id(other.artifact_id)}), another model of this recipe"
+        judged += [(where, gate) for gate in other.verdicts]
+    refused = [(where, gate) for where, gate in judged if not gate.passed]
+    lines += [f"Gate refused: {gate_rule(gate)}{where}; {gate_reason(gate)}." for where, gate in refused]
     if data.fit.reason:
         lines.append(data.fit.reason)
     return lines
@@ -73,7 +68,9 @@ def key_figures(data: ReportData) -> list[Figure]:
         Figure(_RAM_TILES[ram], _value(data, ram), _limit("at most", asked.max_ram_bytes, "bytes")),
     ]
     if speed is not None:
-        figures.append(Figure("Speed", _value(data, speed), _limit("at least", asked.min_tokens_per_s, _unit(speed))))
+        figures.append(
+            Figure("Speed", _value(data, speed), _limit("at least", asked.min_tokens_per_s, METRICS[speed].unit))
+        )
     compress = data.latest("compress_peak_ram_bytes") if ram != "compress_peak_ram_bytes" else None
     note = f"peak memory {_bytes(compress.value)}" if compress else ""
     return [*figures, Figure("Time to make it", format_seconds(seconds_taken(data)), note)]
@@ -97,7 +94,7 @@ def downloaded(data: ReportData) -> str:
 
 def gate_rule(gate: Verdict) -> str:
     """ "perplexity ratio at most 1.05"."""
-    return f"{metric_name(gate.metric)} {gate.limit} {format_limit(gate.threshold, _unit(gate.metric))}"
+    return f"{metric_name(gate.metric)} {gate.limit} {format_limit(gate.threshold, METRICS[gate.metric].unit)}"
 
 
 def gate_reason(gate: Verdict) -> str:
@@ -121,7 +118,7 @@ def metric_name(name: str) -> str:
 
 def _asked(data: ReportData) -> str:
     asked = data.fit.budget
-    speed = _unit(data.speed_metric) if data.speed_metric else "per s"
+    speed = METRICS[data.speed_metric].unit if data.speed_metric else "per s"
     parts = [
         ("at most", asked.size_bytes, "bytes", ""),
         ("at most", asked.max_drop, "fraction", " quality loss"),
@@ -180,10 +177,6 @@ def _bytes(size: float | None) -> str:
 
 def _limit(limit: str, value: float | None, unit: str) -> str:
     return f"asked {limit} {format_limit(value, unit)}" if value is not None else ""
-
-
-def _unit(metric: str) -> str:
-    return METRICS[metric].unit if metric in METRICS else ""
 
 
 def _listed(parts: Sequence[str]) -> str:

@@ -122,15 +122,9 @@ def create(
     Leaving the `with` block without a commit deletes its folder, which is locked while its process lives, so that
     `sweep` can tell unfinished work from the leavings of a killed process.
     """
-    body = {
-        "format": FORMAT,
-        "kind": kind,
-        "task": task,
-        "inputs": {role: list(ids) for role, ids in (inputs or {}).items()},
-        "step": dict(step),
-        "config": dict(config),
-        "seed": seed,
-    }
+    named = {role: list(ids) for role, ids in (inputs or {}).items()}
+    made = {"inputs": named, "step": dict(step), "config": dict(config), "seed": seed}
+    body = {"format": FORMAT, "kind": kind, "task": task, **made}
     parse(canonical_json({**body, "files": {}, "id": manifest_id({**body, "files": {}})}), "new artifact")
     parent = Path(parent_folder)
     parent.mkdir(parents=True, exist_ok=True)

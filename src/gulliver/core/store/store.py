@@ -59,10 +59,14 @@ def default_home() -> Path:
 
 
 class Store:
-    """Artifacts on disk and a database of evidence and runs. ConfigError when either cannot be used."""
+    """Artifacts on disk and a database of evidence and runs. ConfigError when either cannot be used.
+
+    `artifacts_folder` is home/artifacts; `cache` is home/cache, for downloads: all in it can be fetched again.
+    """
 
     def __init__(self, home: Path | str | None = None, database_url: str | None = None) -> None:
         self.home = Path(home).expanduser().absolute() if home is not None else default_home()
+        self.artifacts_folder, self.cache = self.home / "artifacts", self.home / "cache"
         self.database_url = database_url
         self.copies: dict[str, Path] = {}  # content id -> the folder outside that the user named; its card keeps up
         try:
@@ -74,16 +78,6 @@ class Store:
             ) from None
         self._engine = open_database(self.home, database_url)
         sweep(self.artifacts_folder)
-
-    @property
-    def artifacts_folder(self) -> Path:
-        """home/artifacts."""
-        return self.home / "artifacts"
-
-    @property
-    def cache(self) -> Path:
-        """home/cache, for downloads; everything in it can be fetched again."""
-        return self.home / "cache"
 
     # ---- artifacts --------------------------------------------------------------------------------------------
     def resolve(self, id_or_prefix: str) -> str:
