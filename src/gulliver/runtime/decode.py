@@ -29,15 +29,12 @@ except ImportError as _error:
     _native = None
     _native_missing = f"the native module is not there ({_error}); install a C++ compiler, then Gulliver again"
 
-MAX_ROWS = 256
-"""Most tokens of one step: a chunk of a prompt."""
+MAX_ROWS = 256  # most tokens of one step: a chunk of a prompt
 CACHE_BYTES = 2**31
 """Most address space for keys and values when the number of tokens is not stated; only what is used takes memory."""
-SPARE_BYTES = 32 * 2**20
-"""What Python, the tokenizer and the allocator may come to take once a model runs."""
+SPARE_BYTES = 32 * 2**20  # what Python, the tokenizer and the allocator may come to take once a model runs
 MAX_CACHE_TOKENS = 2**30
-LEAST_CACHE_TOKENS = 512
-"""Tokens that the cache holds under any memory limit, if the model's context is not shorter."""
+LEAST_CACHE_TOKENS = 512  # tokens that the cache holds under any memory limit, if the model's context is not shorter
 NATIVE_FIELDS = (
     *("hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocabulary", "positions"),
     *("epsilon", "attention_scale", "embedding_scale", "gelu"),

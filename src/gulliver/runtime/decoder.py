@@ -27,21 +27,14 @@ class StepBatch:
 class Decoder(Protocol):
     """A model that answers `step`; threads that call it wait for each other."""
 
-    vocabulary: int
-    """Columns of the logits."""
-    positions: int
-    """Longest sequence it can hold, in tokens."""
+    vocabulary: int  # columns of the logits
+    positions: int  # longest sequence it can hold, in tokens
     block_tokens: int
-    cache_blocks: int
-    """Blocks there are, numbered from 0."""
-    max_rows: int
-    """Most rows of one step."""
-    shares_blocks: bool
-    """False when a block belongs to the sequence that wrote it: the first block then names the sequence."""
-    backend: str
-    """What runs: "avx512-vnni", "avx2", …, or "reference"."""
-    why: str
-    """Why this backend and not another, as one sentence."""
+    cache_blocks: int  # blocks there are, numbered from 0
+    max_rows: int  # most rows of one step
+    shares_blocks: bool  # False: a block belongs to the sequence that wrote it, whose first block names it
+    backend: str  # what runs: "avx512-vnni", "avx2", …, or "reference"
+    why: str  # why this backend and not another, as one sentence
 
     def step(self, batch: StepBatch) -> NDArray[np.float32]:
         """Logits [answers, vocabulary] of the wanted rows, until the next step.

@@ -29,15 +29,12 @@ ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}
 """Activation of the gate -> whether it is GELU's tanh form (the other is SiLU)."""
 _HEAD_DIM = {"Qwen3ForCausalLM": 128, "Gemma3ForCausalLM": 256}
 """Where a config does not say it, and it is not the hidden size over the heads."""
-_WINDOW = 4096
-"""Keys that a layer with a window sees where a config does not say it; null: no window."""
+_WINDOW = 4096  # keys that a layer with a window sees where a config does not say it; null: no window
 _KINDS = {"BF16": 0, "F16": 1, "F32": 2}
 MAX_CONFIG_BYTES = 16 * 2**20
 MAX_LAYERS = 10_000
-MAX_WIDTH = 2**18
-"""Most numbers of a layer's input or output; several times what the largest models have."""
-MAX_LENGTH = 2**24
-"""Most tokens of a vocabulary or a context."""
+MAX_WIDTH = 2**18  # most numbers of a layer's input or output; several times what the largest models have
+MAX_LENGTH = 2**24  # most tokens of a vocabulary or a context
 
 
 class NotLowered(Exception):
@@ -170,8 +167,7 @@ def _windows(config: Mapping[str, Any], architecture: str, layers: int) -> tuple
     return tuple(window if kind == sliding else 0 for kind in kinds)
 
 
-Arrays = dict[str, NDArray[np.uint8]]
-"""Name of a stored tensor -> its bytes."""
+Arrays = dict[str, NDArray[np.uint8]]  # name of a stored tensor -> its bytes
 
 
 def mapped(stored: Mapping[str, Stored]) -> tuple[Arrays, dict[Path, mmap.mmap]]:

@@ -16,8 +16,7 @@ MAX_PARTS = 16
 MAX_DIMENSIONS = 8
 MAX_PACKING_BYTES = 64 * 2**20
 
-PIECE = re.compile(r"\.(?:(?:tiles|codebook)\.\d+|rows)$")
-"""The end of a stored name that belongs to a packed weight."""
+PIECE = re.compile(r"\.(?:(?:tiles|codebook)\.\d+|rows)$")  # the end of a stored name that belongs to a packed weight
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.(.*)")
 _LAYER_ORDER = (
     *("input_layernorm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj", "post_attention_layernorm"),

@@ -20,10 +20,8 @@ from gulliver.core.errors import ConfigError
 from gulliver.runtime.decoder import StepBatch
 from gulliver.runtime.network import load_network
 
-MAX_ROWS = 512
 BLOCK_TOKENS = 16
-NO_LIMIT = 32768
-"""Positions of a model whose config names no limit."""
+NO_LIMIT = 32768  # positions of a model whose config names no limit
 
 
 @dataclass
@@ -40,7 +38,7 @@ class ReferenceDecoder:
 
     shares_blocks = False
     block_tokens = BLOCK_TOKENS
-    max_rows = MAX_ROWS
+    max_rows = 512
     backend = "reference"
 
     def __init__(

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from gulliver.core.errors import ArtifactError
 
-LEAST, MOST = 1e-6, 1e30
-"""What a base, factor or length may be, so that all frequencies are finite in float32."""
+LEAST, MOST = 1e-6, 1e30  # what a base, factor or length may be, so that all frequencies are finite in float32
 
 
 class UnknownRope(Exception):

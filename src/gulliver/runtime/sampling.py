@@ -19,10 +19,8 @@ from numpy.typing import NDArray
 
 from gulliver.core.errors import ConfigError
 
-FEW = 2048
-"""As many candidates are sorted and summed one by one."""
-RUN = 256
-"""Tokens whose probabilities are summed as one when more may be drawn."""
+FEW = 2048  # as many candidates are sorted and summed one by one
+RUN = 256  # tokens whose probabilities are summed as one when more may be drawn
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,7 @@ from gulliver.runtime.packing import order_of_use
 
 SHARD_BYTES = 1_000_000_000
 PACKED_SHARD_BYTES = 150_000_000
-PLAIN: Mapping[str, str] = {"format": "pt"}
-"""What a weight file says about itself: transformers asks for it."""
+PLAIN: Mapping[str, str] = {"format": "pt"}  # what a weight file says about itself: transformers asks for it
 
 
 class ShardWriter:

@@ -18,8 +18,7 @@ from hashlib import blake2b
 import numpy as np
 
 Key = bytes
-START: Key = b""
-"""The key before the first block."""
+START: Key = b""  # the key before the first block
 
 
 def next_key(before: Key, tokens: Sequence[int]) -> Key:

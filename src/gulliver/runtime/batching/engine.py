@@ -30,8 +30,7 @@ from gulliver.runtime.text.tokenizer import Text
 
 __all__ = ["Engine", "EngineClosed", "Piece", "QueueFull", "Request", "Sampling", "TokenChoice"]
 
-LAST_SECONDS = 10.0
-"""How long `drain` waits, after its time is up, for cancelled requests to end."""
+LAST_SECONDS = 10.0  # how long `drain` waits, after its time is up, for cancelled requests to end
 log = logging.getLogger("gulliver.serve")
 
 

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON on one line, as most of it is written: small models tend to emit endless whitespace where it is allowed."""
 STUCK = "the grammar allows no next token"
-KEPT = 64
-"""Compiled grammars kept for the next request with the same form."""
+KEPT = 64  # compiled grammars kept for the next request with the same form
 
 
 class Matcher:

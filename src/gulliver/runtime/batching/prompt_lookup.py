@@ -12,10 +12,8 @@ from __future__ import annotations
 LONGEST = 3
 SHORTEST = 2
 MOST_DRAFT = 16
-MIN_RATE = 0.3
-"""Share of drafted tokens that must have come true lately; below it, drafting rests."""
-REST = 32
-"""Tokens that drafting rests for the first time; twice as many each time after that, up to `MOST_REST`."""
+MIN_RATE = 0.3  # share of drafted tokens that must have come true lately; below it, drafting rests
+REST = 32  # tokens that drafting rests for the first time; twice as many each time after that, up to `MOST_REST`
 MOST_REST = 512
 
 

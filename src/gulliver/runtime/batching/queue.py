@@ -45,8 +45,7 @@ class _Job:
         return self.future.cancelled() or (self.stop is not None and self.stop.is_set())
 
 
-_Batch = list[tuple[_Job, range]]
-"""Jobs, and which of each one's items are in the batch."""
+_Batch = list[tuple[_Job, range]]  # jobs, and which of each one's items are in the batch
 
 
 def _next_batch(jobs: deque[_Job], most: int) -> tuple[_Batch, deque[_Job]]:

@@ -17,10 +17,8 @@ from gulliver.runtime.batching.cache import BlockPool, Key
 from gulliver.runtime.batching.sequence import Sequence
 from gulliver.runtime.decoder import Decoder, StepBatch
 
-ECHO_ROWS = 64
-"""Most rows of a step for a prompt whose logprobs are asked for, since each returns all its logits."""
-MARGIN_BLOCKS = 2
-"""Free blocks that each running sequence should find when another is let in."""
+ECHO_ROWS = 64  # most rows of a step for a prompt whose logprobs are asked for, since each returns all its logits
+MARGIN_BLOCKS = 2  # free blocks that each running sequence should find when another is let in
 
 
 @dataclass

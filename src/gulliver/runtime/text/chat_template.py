@@ -18,8 +18,8 @@ import jinja2.sandbox
 
 from gulliver.core.errors import ArtifactError, ConfigError
 
-LIMIT_CHARACTERS = 4_000_000
-"""A rendered chat longer than this is refused: a template could loop without end."""
+Objects = Sequence[Mapping[str, Any]]
+LIMIT_CHARACTERS = 4_000_000  # a rendered chat longer than this is refused: a template could loop without end
 REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What a template raises on messages that it was not made for."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -76,11 +76,7 @@ def _strftime_now(form: str) -> str:
 
 
 def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
@@ -119,11 +115,7 @@ class ChatTemplate:
                 raise ArtifactError(f"the model's chat template {name!r} cannot be read: {error}") from error
 
     def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        **variables: Any,
+        self, messages: Objects, tools: Objects | None = None, add_generation_prompt: bool = True, **variables: Any
     ) -> str:
         """The text of a chat, as transformers' `apply_chat_template` renders it.
 

@@ -16,8 +16,7 @@ from functools import cached_property
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
-WINDOW = 8
-"""Tokens before the new one that a decoder without fixed bytes is shown."""
+WINDOW = 8  # tokens before the new one that a decoder without fixed bytes is shown
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
