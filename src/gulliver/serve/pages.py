@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastapi import APIRouter
+from prometheus_client import generate_latest
 from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.requests import Request as HttpRequest
@@ -127,7 +128,7 @@ def router(state: State) -> APIRouter:
     async def measures() -> Response:
         """Metrics for Prometheus."""
         state.metrics.active.set(state.active)
-        return Response(state.metrics.text(), headers={"content-type": metrics.CONTENT_TYPE})
+        return Response(generate_latest(state.metrics.registry), headers={"content-type": metrics.CONTENT_TYPE})
 
     files = PageFiles(directory=Path(__file__).parent / "console")
 

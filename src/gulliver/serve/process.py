@@ -87,8 +87,7 @@ def run(state: State, sock: socket.socket) -> None:
 
 
 async def _serve(server: Server, state: State, sock: socket.socket) -> None:
-    asked = asyncio.Event()
-    hurried = asyncio.Event()
+    asked, hurried = asyncio.Event(), asyncio.Event()
 
     def stop() -> None:
         (hurried if asked.is_set() else asked).set()
@@ -122,9 +121,8 @@ async def drain(state: State, hurried: asyncio.Event) -> None:
     end = loop.time() + state.settings.grace_seconds
     while state.active and loop.time() < end and not hurried.is_set():
         await asyncio.sleep(POLL_SECONDS)
-    left = state.active
-    if left:
-        logs.event("grace_over", level=logs.WARNING, active=left)
+    if state.active:
+        logs.event("grace_over", level=logs.WARNING, active=state.active)
         await asyncio.gather(*(asyncio.to_thread(model.engine.drain, 0.0) for model in state.models.values()))
         end = loop.time() + CLOSE_SECONDS
         while state.active and loop.time() < end:

@@ -72,13 +72,10 @@ class Counters:
 
     def numbers(self) -> dict[str, float]:
         """The totals by name, `finished` as finished_REASON."""
-        names = ("requests", "rejected", "preemptions", "steps", "rows", "prompt_tokens", "cached_tokens")
-        names += ("completion_tokens", "draft_offered", "draft_accepted")
-        totals = {name: float(getattr(self, name)) for name in names}
+        totals = {name: float(value) for name, value in vars(self).items() if isinstance(value, int)}
         reasons = {"stop": 0, "length": 0, "cancelled": 0, "timeout": 0, "error": 0} | self.finished
         return totals | {f"finished_{reason}": float(count) for reason, count in reasons.items()}
 
     def histograms(self) -> dict[str, Histogram]:
         """The histograms by name; seconds but for rows_per_step."""
-        names = ("first_token_seconds", "between_tokens_seconds", "queue_seconds", "request_seconds", "rows_per_step")
-        return {name: getattr(self, name) for name in names}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Histogram)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import Future
 from threading import Event
 from typing import Any
@@ -17,11 +17,11 @@ from gulliver.serve.state import RequestRecord, State
 
 
 async def result_of(
-    submit: Callable[[Event], Awaitable[Future[Any]]], request: HttpRequest, state: State, call: RequestRecord
+    submit: Callable[[Event], Future[Any]], request: HttpRequest, state: State, call: RequestRecord
 ) -> Any:
-    """What the future of `submit` gives.
+    """What the future of `submit` gives, which is called in a thread.
 
-    The event given to `submit` is set when the result is no longer wanted. ApiError when the model refuses the request
+    The event given to it is set when the result is no longer wanted. ApiError when the model refuses the request
     or fails on it, at the server's time limit, and when the client disconnected before.
     """
     stop = Event()
@@ -29,7 +29,7 @@ async def result_of(
     future: asyncio.Future[Any] | None = None
     try:
         async with asyncio.timeout(state.settings.timeout_seconds):
-            future = asyncio.wrap_future(await submit(stop))
+            future = asyncio.wrap_future(await state.in_thread(submit, stop))
             await asyncio.wait((future, watch), return_when=asyncio.FIRST_COMPLETED)
         if not future.done():
             call.finish = "gone"

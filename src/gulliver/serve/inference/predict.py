@@ -43,8 +43,7 @@ def router(state: State) -> APIRouter:
         model = state.model(body.model, "predict")
         call = record_of(request)
         call.model, call.choices = model.name, 1
-        submit = partial(state.in_thread, _submitted, model.answerer, body.input)
-        response = await result_of(submit, request, state, call)
+        response = await result_of(partial(_submitted, model.answerer, body.input), request, state, call)
         return Response(await state.in_thread(_written, response, call), media_type="application/json")
 
     return routes

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import base64
-import threading
 from collections.abc import Sequence
-from concurrent.futures import Future
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -47,11 +46,7 @@ def router(state: State) -> APIRouter:
             raise bad_request(f"this model's vectors have {width} dimensions; leave out dimensions", "dimensions")
         texts = await state.in_thread(_tokens, body, answerer)
         call.choices = len(texts)
-
-        async def submit(stop: threading.Event) -> Future[list[NDArray[np.float32]]]:
-            return answerer.embed(texts, stop)
-
-        vectors = await result_of(submit, request, state, call)
+        vectors = await result_of(partial(answerer.embed, texts), request, state, call)
         call.prompt_tokens = sum(map(len, texts))
         return Response(_body(vectors, body, model, call.prompt_tokens), media_type="application/json")
 

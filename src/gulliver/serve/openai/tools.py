@@ -126,7 +126,11 @@ def forced(body: ChatRequest) -> list[Tool]:
 
 def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
     """The JSON schema of one call of one of `tools`. ConfigError when definitions in their parameters collide."""
-    calls = [_call_schema(tool) for tool in tools]
+    fixed = {"type": "object", "required": ["name", "arguments"], "additionalProperties": False}
+    calls: list[dict[str, Any]] = [
+        {**fixed, "properties": {"name": {"const": tool.function.name}, "arguments": _parameters(tool)}}
+        for tool in tools
+    ]
     definitions: dict[str, dict[str, Any]] = {"$defs": {}, "definitions": {}}
     for call in calls:
         parameters = call["properties"]["arguments"]
@@ -137,15 +141,6 @@ def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
                     raise ConfigError(f"two tools define {place}/{name} differently; give them different names")
     schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
     return schema | {place: rows for place, rows in definitions.items() if rows}
-
-
-def _call_schema(tool: Tool) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": {"name": {"const": tool.function.name}, "arguments": _parameters(tool)},
-        "required": ["name", "arguments"],
-        "additionalProperties": False,
-    }
 
 
 def template_message(message: Message) -> dict[str, Any]:
