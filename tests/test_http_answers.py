@@ -14,10 +14,9 @@ from http_samples import FakeEngine, Running, serving
 from gulliver.runtime.batching.records import Request
 from gulliver.serve.errors import ErrorAnswer
 from gulliver.serve.openai import answers as stream
-from gulliver.serve.openai import language
 from gulliver.serve.openai import response_schemas as answers
 from gulliver.serve.openai.answers import CompletionAnswer
-from gulliver.serve.openai.request_schemas import ChatRequest
+from gulliver.serve.openai.request_schemas import MESSAGE_CHARACTERS, ChatRequest
 
 HELLO = [{"role": "user", "content": "hi"}]
 
@@ -344,4 +343,4 @@ def test_earlier_calls_count_as_something_to_read() -> None:
         {"role": "user", "content": [{"type": "text", "text": "ab"}]},
     ]
     body = ChatRequest.model_validate({"model": "fake", "messages": messages})
-    assert [language._characters(message) - language.MESSAGE_CHARACTERS for message in body.messages] == [5000, 2]
+    assert [message.characters - MESSAGE_CHARACTERS for message in body.messages] == [5000, 2]

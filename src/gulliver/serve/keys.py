@@ -132,9 +132,6 @@ class KeyRing:
         self._seen = _stamp(self.path)
         self._read()
 
-    def __len__(self) -> int:
-        return len(self._callers)
-
     def find(self, presented: str) -> Caller | None:
         """The caller, or None. Every stored hash is compared, whichever matches."""
         self._refresh()

@@ -29,15 +29,10 @@ class PredictRequest(Body):
 
 def router(state: State) -> APIRouter:
     """The route, for one server."""
-    routes = APIRouter(route_class=JsonRoute)
+    routes = APIRouter(route_class=JsonRoute, tags=["models"])
+    about = "What the model answers: `response` of /api/models/{id} is its JSON schema"
 
-    @routes.post(
-        "/v1/predict",
-        operation_id="predict",
-        tags=["models"],
-        response_model=dict[str, Any],
-        response_description="What the model answers: `response` of /api/models/{id} is its JSON schema",
-    )
+    @routes.post("/v1/predict", operation_id="predict", response_model=dict[str, Any], response_description=about)
     async def predict(body: PredictRequest, request: HttpRequest) -> Response:
         """Ask any model: a picture gives classes with probabilities, texts give vectors, a prompt gives text."""
         model = state.model(body.model, "predict")

@@ -19,22 +19,17 @@ from gulliver.serve.errors import bad_request
 from gulliver.serve.inference.future import result_of
 from gulliver.serve.json_route import JsonRoute
 from gulliver.serve.openai import response_schemas
+from gulliver.serve.openai.language import rows_of
 from gulliver.serve.openai.request_schemas import EmbeddingRequest
-from gulliver.serve.openai.to_engine import rows_of
 from gulliver.serve.state import ServedModel, State, record_of
 from gulliver.tasks.answerer import Embedding
 
 
 def router(state: State) -> APIRouter:
     """The route, for one server."""
-    routes = APIRouter(route_class=JsonRoute)
+    routes = APIRouter(route_class=JsonRoute, tags=["language"])
 
-    @routes.post(
-        "/v1/embeddings",
-        operation_id="create_embeddings",
-        tags=["language"],
-        response_model=response_schemas.EmbeddingList,
-    )
+    @routes.post("/v1/embeddings", operation_id="create_embeddings", response_model=response_schemas.EmbeddingList)
     async def create(body: EmbeddingRequest, request: HttpRequest) -> Response:
         """A vector for every text."""
         model = state.model(body.model, "embed")

@@ -12,18 +12,20 @@ from starlette.responses import Response
 
 from gulliver.core.errors import ConfigError
 from gulliver.runtime.batching.records import Request
+from gulliver.runtime.sampling import Sampling
 from gulliver.serve.errors import bad_request
 from gulliver.serve.json_route import JsonRoute
 from gulliver.serve.openai import tools
 from gulliver.serve.openai.answers import STREAMS, ChatAnswer, CompletionAnswer, answered
 from gulliver.serve.openai.generation import Bridge, Generation
-from gulliver.serve.openai.request_schemas import MAX_PROMPTS, ChatRequest, CompletionRequest, Message, Tool
+from gulliver.serve.openai.request_schemas import MAX_PROMPTS, ChatRequest, CompletionRequest, GenerationFields, Tool
 from gulliver.serve.openai.response_schemas import ChatCompletion, Completion
-from gulliver.serve.openai.to_engine import engine_request, fitted, repeated, rows_of
 from gulliver.serve.state import ServedModel, State, record_of
 
 DEFAULT_TOKENS = 16
-MESSAGE_CHARACTERS = 16  # what a template writes around a message, about
+LARGEST_SEED = 2**63 - 1
+SMALLEST_TEMPERATURE = 1e-3  # below it the likeliest token is taken: dividing logits by less may overflow
+SMALLEST_TOP_P = 1e-9  # what top_p = 0, which OpenAI allows, means: the likeliest token alone
 
 
 def router(state: State) -> APIRouter:
@@ -39,9 +41,9 @@ def router(state: State) -> APIRouter:
         call.model = model.name
         _check_chat(body)
         slow = bool(body.tools or body.response_format)
-        size = 1 << 30 if slow else sum(map(_characters, body.messages))
+        size = 1 << 30 if slow else sum(message.characters for message in body.messages)
         asked = await state.prepared(size, _chat_request, body, model)
-        run = Generation(model.engine, repeated([asked], body.n or 1), bridge, bool(body.stream), timeout)
+        run = Generation(model.engine, _repeated([asked], body.n or 1), bridge, bool(body.stream), timeout)
         return await answered(run, request, ChatAnswer(model, call, body))
 
     @routes.post("/v1/completions", operation_id="create_completion", response_model=Completion)
@@ -57,17 +59,11 @@ def router(state: State) -> APIRouter:
             raise bad_request(message, "n")
         prompts = await state.prepared(sum(map(len, rows)), _prompts, rows, model, bool(body.echo))
         asked = [_completion_request(body, tokens, model) for tokens, _ in prompts]
-        run = Generation(model.engine, repeated(asked, times), bridge, bool(body.stream), timeout)
+        run = Generation(model.engine, _repeated(asked, times), bridge, bool(body.stream), timeout)
         echoes = [text for _, text in prompts for _ in range(times)]
         return await answered(run, request, CompletionAnswer(model, call, body, echoes))
 
     return routes
-
-
-def _characters(message: Message) -> int:
-    """How much there is to read; a message costs something even when it is empty."""
-    calls = sum(len(call.function.arguments) for call in message.tool_calls or ())
-    return MESSAGE_CHARACTERS + len(message.text) + calls
 
 
 def _check_chat(body: ChatRequest) -> None:
@@ -109,8 +105,8 @@ def _chat_request(body: ChatRequest, model: ServedModel) -> Request:
         raise bad_request("the request is nested too deep for the model's chat template", "messages") from None
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     return replace(
-        engine_request(body, tokens, model),
-        max_tokens=fitted(tokens, asked, model, "messages"),
+        _engine_request(body, tokens, model),
+        max_tokens=_fitted(tokens, asked, model, "messages"),
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         grammar=_grammar(body, model),
     )
@@ -163,8 +159,74 @@ def _completion_request(body: CompletionRequest, tokens: Sequence[int], model: S
     asked = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
     only_prompt = asked == 0  # an engine gives no answer of no tokens; then the prompt's logprobs are all it does
     return replace(
-        engine_request(body, tokens, model),
-        max_tokens=fitted(tokens, asked, model, "prompt"),
+        _engine_request(body, tokens, model),
+        max_tokens=_fitted(tokens, asked, model, "prompt"),
         top_logprobs=0 if body.logprobs is None and only_prompt else body.logprobs,
         echo_logprobs=bool(body.echo) and (body.logprobs is not None or only_prompt),
     )
+
+
+def _engine_request(body: GenerationFields, prompt: Sequence[int], model: ServedModel) -> Request:
+    """What chats and completions state alike. ApiError for a bias on a token that does not exist."""
+    biases, vocabulary = [], model.engine.decoder.vocabulary
+    for token, bias in (body.logit_bias or {}).items():
+        if not (token.isascii() and token.isdigit() and len(token) <= 10 and int(token) < vocabulary):
+            message = f"logit_bias names token {token[:32]!r}; ids go from 0 to {vocabulary - 1}"
+            raise bad_request(message, "logit_bias")
+        biases.append((int(token), float(bias)))
+    temperature = _or(body.temperature, 1.0)
+    sampling = Sampling(
+        temperature=temperature if temperature >= SMALLEST_TEMPERATURE else 0.0,
+        top_k=max(0, body.top_k or 0),
+        top_p=max(_or(body.top_p, 1.0), SMALLEST_TOP_P),
+        min_p=_or(body.min_p, 0.0),
+        repetition_penalty=_or(body.repetition_penalty, 1.0),
+        presence_penalty=_or(body.presence_penalty, 0.0),
+        frequency_penalty=_or(body.frequency_penalty, 0.0),
+        logit_bias=tuple(biases),
+        seed=None if body.seed is None else body.seed & LARGEST_SEED,
+    )
+    return Request(
+        prompt=tuple(prompt),
+        sampling=sampling,
+        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+        stop_tokens=tuple(body.stop_token_ids or ()),
+        ignore_end=bool(body.ignore_eos),
+    )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else float(value)
+
+
+def _fitted(prompt: Sequence[int], max_tokens: int | None, model: ServedModel, param: str) -> int | None:
+    """`max_tokens`, at most what the context leaves. ApiError when the prompt leaves room for no token at all."""
+    context = model.engine.context
+    room = context - len(prompt)
+    if room < (0 if max_tokens == 0 else 1):
+        raise bad_request(
+            f"the prompt has {len(prompt)} tokens; with its answer it must fit the context of {context}; shorten it",
+            param,
+            "context_length_exceeded",
+        )
+    return None if max_tokens is None else min(max_tokens, room)
+
+
+def _repeated(requests: Sequence[Request], times: int) -> list[Request]:
+    """Each request `times` times, one after the other, each with a random stream of its own."""
+    found = []
+    for request in requests:
+        seed = request.sampling.seed
+        for turn in range(times):
+            changed = seed if seed is None or turn == 0 else (seed + turn) & LARGEST_SEED
+            found.append(replace(request, sampling=replace(request.sampling, seed=changed)) if turn else request)
+    return found
+
+
+def rows_of(given: str | Sequence[str] | Sequence[int] | Sequence[list[int]], param: str) -> list[Any]:
+    """The texts, or lists of tokens, of a field that may hold one or several. ApiError for an empty list."""
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        return [given]
+    if not given:
+        raise bad_request(f"{param} is an empty list; give at least one text or token", param)
+    return list(given)

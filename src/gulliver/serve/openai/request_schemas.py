@@ -15,6 +15,7 @@ MAX_PROMPTS = 2048
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 2**31 - 1
+MESSAGE_CHARACTERS = 16  # what a template writes around a message, about
 
 Ignored = Annotated[Any, Field(description="accepted and ignored")]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
@@ -101,6 +102,12 @@ class Message(Lenient):
         """The content as one text."""
         parts = self.content or ""
         return parts if isinstance(parts, str) else "".join(part.text or part.refusal or "" for part in parts)
+
+    @property
+    def characters(self) -> int:
+        """How much there is to read; a message costs something even when it is empty."""
+        calls = sum(len(call.function.arguments) for call in self.tool_calls or ())
+        return MESSAGE_CHARACTERS + len(self.text) + calls
 
 
 class Function(Lenient):
