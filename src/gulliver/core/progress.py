@@ -52,7 +52,7 @@ class Progress:
                 if self._open == 0:
                     self._bars.stop()
                     self._bars = None
-            self.print(f"{name}: {plural(bar.done, unit)} in {_clock(bar.seconds)}, {_memory()}")
+            self.print(f"{name}: {plural(bar.done, unit)} in {_clock(time.monotonic() - bar.started)}, {_memory()}")
 
     def sample(self, stage: str, *, force: bool = False) -> None:
         """Note the present memory under `stage`; at most four times a second unless forced."""
@@ -105,11 +105,6 @@ class Bar:
         self.progress._show(self, note)
 
     @property
-    def seconds(self) -> float:
-        """Seconds since the stage began."""
-        return time.monotonic() - self.started
-
-    @property
     def count(self) -> str:
         """ "3 of 30", or "3" when the total is unknown."""
         return f"{self.done} of {self.total}" if self.total is not None else str(self.done)
@@ -119,7 +114,8 @@ class Bar:
         """ ", 0:42 left" once it can be told."""
         if self.total is None or not 0 < self.done <= self.total:
             return ""
-        return f", {_clock(self.seconds / self.done * (self.total - self.done))} left"
+        seconds = time.monotonic() - self.started
+        return f", {_clock(seconds / self.done * (self.total - self.done))} left"
 
 
 def _rich_bars(stream: TextIO) -> Any:

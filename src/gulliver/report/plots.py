@@ -22,9 +22,7 @@ _MAX_POINTS = 600
 def size_quality(data: ReportData) -> Picture | None:
     """The size-quality plane: what the plan could choose, the rounds, the chosen point, the parent, the budget."""
     fit, loss = data.fit, data.latest("quality_loss")
-    size = data.latest("size_bytes")
-    chosen = size.value if size else data.size_bytes
-    if not fit.frontier and not fit.rounds and (loss is None or not chosen):
+    if not fit.frontier and not fit.rounds and (loss is None or not data.size_bytes):
         return None
     line = {"color": "var(--soft)", "width": 1.5, "dash": "dot"}
     traces = [_points("menu, predicted", fit.frontier, "predicted_drop", "circle-open", "soft", line)]
@@ -38,8 +36,8 @@ def size_quality(data: ReportData) -> Picture | None:
         if fit.nearest.drop is not None:
             point = _point("nearest feasible point", fit.nearest.size_bytes, fit.nearest.drop, "star", "green")
             traces.append(point)
-    elif chosen and loss is not None and loss.is_number:
-        point = _point("this artifact", chosen, loss.value, "star", "green")
+    elif data.size_bytes and loss is not None and loss.is_number:
+        point = _point("this artifact", data.size_bytes, loss.value, "star", "green")
         if math.isfinite(loss.low) and math.isfinite(loss.high):
             ends = {"array": [100 * (loss.high - loss.value)], "arrayminus": [100 * (loss.value - loss.low)]}
             point["error_y"] = {"type": "data", "color": "var(--green)", **ends}
@@ -98,18 +96,12 @@ def memory(data: ReportData) -> Picture | None:
     traces = []
     for index, stage in enumerate(stages):
         times, sizes = _stage_line(samples, stage)
-        colour = f"var(--{_STAGE_COLOURS[index % len(_STAGE_COLOURS)]})"
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": label(stage),
-                "x": [None if time is None else time / unit for time in times],
-                "y": [None if size is None else size / 1e6 for size in sizes],
-                "line": {"color": colour, "width": 2, "dash": "solid" if index < len(_STAGE_COLOURS) else "dash"},
-                "hovertemplate": "%{x:.1f} " + unit_name + "<br>%{y:.0f} MB",
-            }
-        )
+        again, colour = divmod(index, len(_STAGE_COLOURS))
+        line = {"color": f"var(--{_STAGE_COLOURS[colour]})", "width": 2, "dash": "dash" if again else "solid"}
+        drawn = {"type": "scatter", "mode": "lines", "name": label(stage), "line": line}
+        drawn["x"] = [None if time is None else time / unit for time in times]
+        drawn["y"] = [None if size is None else size / 1e6 for size in sizes]
+        traces.append(drawn | {"hovertemplate": "%{x:.1f} " + unit_name + "<br>%{y:.0f} MB"})
     layout = base_layout(340)
     layout["xaxis"] |= {"title": {"text": f"time, {unit_name}"}}
     layout["yaxis"] |= {"title": {"text": "resident memory, MB"}, "rangemode": "tozero"}
@@ -217,13 +209,11 @@ def _points_table(data: ReportData) -> Table:
         for name, points in groups
         for point in points
     ]
-    loss, size = data.latest("quality_loss"), data.latest("size_bytes")
+    loss = data.latest("quality_loss")
     if data.fit.nearest is None:
-        shown = format_value(size.value if size else data.size_bytes, "bytes")
-        rows.append(["this artifact", shown, "–", drop(loss.value if loss else None)])
-    if data.parent_size_bytes:
-        rows.append(["parent", format_value(data.parent_size_bytes, "bytes"), "–", drop(0.0)])
-    if data.parent_download_bytes:
-        rows.append(["parent as downloaded", format_value(data.parent_download_bytes, "bytes"), "–", drop(0.0)])
+        rows.append(["this artifact", format_value(data.size_bytes, "bytes"), "–", drop(loss.value if loss else None)])
+    for name, size in (("parent", data.parent_size_bytes), ("parent as downloaded", data.parent_download_bytes)):
+        if size:
+            rows.append([name, format_value(size, "bytes"), "–", drop(0.0)])
     heads = ["point", "size", "predicted", "measured"]
     return Table("Size and quality loss", heads, rows, numbers=(1, 2, 3))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gulliver.core.evidence.evidence import METRICS
+from gulliver.core.evidence.evidence import METRICS, Evidence
 from gulliver.core.evidence.gate import Verdict
 from gulliver.report.gather import INFEASIBLE, NOT_JUDGED, ReportData
+from gulliver.report.rows import measured_texts
 from gulliver.report.units import NOT_MEASURED, format_limit, format_measured, format_seconds, format_value, short_id
 
 _RAM_TILES = {"peak_ram_bytes": "Memory to answer", "compress_peak_ram_bytes": "Memory to compress"}
@@ -63,13 +64,13 @@ def key_figures(data: ReportData) -> list[Figure]:
         return []
     asked, ram, speed = data.fit.budget, data.ram_metric, data.speed_metric
     figures = [
-        Figure("Size", _size(data), _limit("at most", asked.size_bytes, "bytes")),
+        Figure("Size", _bytes(data.size_bytes), _limit("at most", asked.size_bytes, "bytes")),
         Figure("Quality loss", *_loss(data)),
-        Figure(_RAM_TILES[ram], _value(data, ram), _limit("at most", asked.max_ram_bytes, "bytes")),
+        Figure(_RAM_TILES[ram], _shown(data.latest(ram)), _limit("at most", asked.max_ram_bytes, "bytes")),
     ]
     if speed is not None:
         figures.append(
-            Figure("Speed", _value(data, speed), _limit("at least", asked.min_tokens_per_s, METRICS[speed].unit))
+            Figure("Speed", _shown(data.latest(speed)), _limit("at least", asked.min_tokens_per_s, METRICS[speed].unit))
         )
     compress = data.latest("compress_peak_ram_bytes") if ram != "compress_peak_ram_bytes" else None
     note = f"peak memory {_bytes(compress.value)}" if compress else ""
@@ -125,36 +126,24 @@ def _asked(data: ReportData) -> str:
         ("at most", asked.max_ram_bytes, "bytes", " of memory"),
         ("at least", asked.min_tokens_per_s, speed, ""),
     ]
-    return _listed(
-        [f"{limit} {format_limit(value, unit)}{of}" for limit, value, unit, of in parts if value is not None]
-    )
+    return _listed([f"{side} {format_limit(value, unit)}{of}" for side, value, unit, of in parts if value is not None])
 
 
 def _reached(data: ReportData) -> str:
-    loss, parts = data.latest("quality_loss"), [_size(data) + _shares(data)]
-    if loss is not None:
-        value, bounds = format_measured(loss.value, loss.low, loss.high, loss.unit)
-        parts.append(f"{value} quality loss (95 % interval {bounds})")
-    else:
-        parts.append(f"quality loss {NOT_MEASURED}")
-    ram, speed = data.latest(data.ram_metric), data.latest(data.speed_metric) if data.speed_metric else None
+    loss, parts = data.latest("quality_loss"), [_bytes(data.size_bytes) + _shares(data)]
+    value, bounds = measured_texts(loss)
+    parts.append(f"{value} quality loss (95 % interval {bounds})" if loss else f"quality loss {NOT_MEASURED}")
+    ram, speed = data.latest(data.ram_metric), data.latest(data.speed_metric or "")
     parts += [f"{_bytes(ram.value)} peak memory"] if ram else []
-    parts += [format_value(speed.value, speed.unit)] if speed else []
+    parts += [_shown(speed)] if speed else []
     taken = seconds_taken(data)
     return _listed(parts) + (f", in {format_seconds(taken)}" if taken is not None else "")
 
 
 def _loss(data: ReportData) -> tuple[str, str]:
-    row, limit = data.latest("quality_loss"), _limit("at most", data.fit.budget.max_drop, "fraction")
-    if row is None:
-        return NOT_MEASURED, limit
-    value, bounds = format_measured(row.value, row.low, row.high, row.unit)
-    return value, "; ".join(filter(None, [f"95 % interval {bounds}", limit]))
-
-
-def _size(data: ReportData) -> str:
-    row = data.latest("size_bytes")
-    return _bytes(row.value if row else data.size_bytes)
+    value, bounds = measured_texts(data.latest("quality_loss"))
+    limit = _limit("at most", data.fit.budget.max_drop, "fraction")
+    return value, "; ".join(filter(None, [f"95 % interval {bounds}" if bounds else "", limit]))
 
 
 def _shares(data: ReportData) -> str:
@@ -166,8 +155,7 @@ def _shares(data: ReportData) -> str:
     return f" ({', '.join(f'{size / whole:.0%} of {name}' for whole, name in wholes if whole)})".replace("%", "\u00a0%")
 
 
-def _value(data: ReportData, metric: str) -> str:
-    row = data.latest(metric)
+def _shown(row: Evidence | None) -> str:
     return format_value(row.value, row.unit) if row else NOT_MEASURED
 
 

@@ -144,10 +144,9 @@ class Store:
         rows = []
         for item in evidence:
             check_id(item.artifact_id, f"the artifact of the evidence for {item.metric}")
-            row = {name: getattr(item, name) for name in _EVIDENCE_FIELDS}
-            for name in ("value", "low", "high"):
-                row[name] = None if math.isnan(row[name]) else float(row[name])
-            rows.append({**row, "detail": canonical_json(item.detail).decode(), "recorded_at": _now()})
+            numbers = {"value": item.value, "low": item.low, "high": item.high}
+            known = {name: None if math.isnan(number) else float(number) for name, number in numbers.items()}
+            rows.append({**vars(item), **known, "detail": canonical_json(item.detail).decode(), "recorded_at": _now()})
         if rows:
             with write(self._engine) as connection:
                 connection.execute(_insert("evidence", (*_EVIDENCE_FIELDS, "recorded_at")), rows)
