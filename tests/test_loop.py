@@ -13,8 +13,7 @@ from torch import nn
 from gulliver.core.errors import ConfigError, GulliverError
 from gulliver.learning.checkpoint import open_checkpoint
 from gulliver.learning.loop import run_loop
-from gulliver.learning.optim import OptimizerConfig
-from gulliver.learning.schedule import Schedule
+from gulliver.learning.optim import OptimizerConfig, Schedule
 
 STEPS = 12
 
@@ -161,7 +160,7 @@ def test_it_learns_and_clipping_bounds_the_update():
         loss=lambda index: (weight * 100.0).sum(),
         steps=1,
         optimizer=OptimizerConfig("sgd", learning_rate=1.0),
-        schedule=Schedule(shape="constant"),
+        schedule=Schedule(),
         max_grad_norm=0.5,
     )
     assert weight.detach().norm().item() == pytest.approx(0.5, rel=1e-4)

@@ -17,7 +17,7 @@ from torch import Tensor
 from gulliver.core.errors import ArtifactError
 from gulliver.core.records import Packing
 from gulliver.core.store.manifest import PACKING
-from gulliver.nets.weights import stored_names
+from gulliver.nets.files import stored_tensors
 from gulliver.runtime.formats import Format
 from gulliver.runtime.packed import PackedTensor
 from gulliver.runtime.packing import MAX_PACKING_BYTES, is_packed
@@ -291,6 +291,6 @@ def test_a_weight_in_two_files_is_refused(folder: Path) -> None:
 
 def test_nothing_comes_out_of_a_folder_with_a_stray_tensor(folder: Path) -> None:
     save_file({"w": torch.zeros(40, 64)}, folder / "other.safetensors")
-    assert "w" in stored_names(folder)
+    assert "w" in stored_tensors(folder)
     with pytest.raises(ArtifactError, match="both packed and plain"):
         next(read_stored(folder))

@@ -58,19 +58,25 @@ def measure(
     the reference path. Every workload runs once unmeasured, then `repeats` times. With `bandwidth`, on the native path:
     "bytes_per_token", and "bandwidth": [[GB/s, tokens per second right after]].
     """
-    threads = threads or usable_cores()
+    threads, path = threads or usable_cores(), Path(folder)
     start = time.perf_counter()
     generates = "generate" in family(task).can
-    decoder = native(Path(folder), threads=threads, isa=isa) if generates else f"{task} models run by torch alone"
+    decoder = native(path, threads=threads, isa=isa) if generates else f"{task} models run by torch alone"
     if isinstance(decoder, str):
-        return _reference(Path(folder), task, repeats, threads, decoder)
+        import torch
+
+        torch.set_num_threads(threads)
+        start, backend, why = time.perf_counter(), "reference", f"it does not run natively, because {decoder}"
+        network, streams, bandwidth = get_task(task).load(path), (), False
+        work = get_task(task).workloads(network, path)
+    else:
+        work, backend, why = workloads(decoder, tuple(streams)), decoder.backend, decoder.why
     found = {"load_seconds": time.perf_counter() - start, "load_ram_bytes": current_rss_bytes()}
-    work = workloads(decoder, tuple(streams))
     rates = _rates(work, repeats)
-    found |= {"peak_ram_bytes": peak_rss_bytes(), "threads": threads, "backend": decoder.backend, "why": decoder.why}
+    found |= {"peak_ram_bytes": peak_rss_bytes(), "threads": threads, "backend": backend, "why": why}
     found["streams"] = {str(count): rates.pop(str(count)) for count in streams}
     if bandwidth:
-        found["bytes_per_token"] = bytes_per_token(Path(folder))
+        found["bytes_per_token"] = bytes_per_token(path)
         found["bandwidth"] = [_beside_bandwidth(work["decode_tokens_per_s"]) for _ in range(repeats)]
     return {**found, "rates": rates}
 
@@ -80,9 +86,8 @@ def native(folder: Path, *, threads: int, isa: str) -> NativeDecoder | str:
     reason = native_reason()
     if reason is None:
         try:
-            return NativeDecoder(
-                folder, threads=threads, cache_tokens=CACHE_TOKENS, slots=MAX_STREAMS, isa=isa, max_ram_bytes=None
-            )
+            room = {"cache_tokens": CACHE_TOKENS, "slots": MAX_STREAMS, "max_ram_bytes": None}
+            return NativeDecoder(folder, threads=threads, isa=isa, **room)
         except NotLowered as error:
             reason = str(error)
         except ValueError as error:
@@ -92,28 +97,12 @@ def native(folder: Path, *, threads: int, isa: str) -> NativeDecoder | str:
     return reason
 
 
-def _reference(folder: Path, task_name: str, repeats: int, threads: int, reason: str) -> dict[str, Any]:
-    import torch
-
-    torch.set_num_threads(threads)
-    start = time.perf_counter()
-    task = get_task(task_name)
-    model = task.load(folder)
-    found = {"load_seconds": time.perf_counter() - start, "load_ram_bytes": current_rss_bytes()}
-    rates = _rates(task.workloads(model, folder), repeats)
-    found |= {"peak_ram_bytes": peak_rss_bytes(), "threads": torch.get_num_threads(), "rates": rates, "streams": {}}
-    return {**found, "backend": "reference", "why": f"it does not run natively, because {reason}"}
-
-
 def _rates(work: Mapping[str, Callable[[], int]], repeats: int) -> dict[str, list[float]]:
     """Units per second of every workload, in turn, so that a change of the machine's pace meets all of them."""
     for once in work.values():
         once()
-    rates: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(repeats):
-        for name, once in work.items():
-            rates[name].append(_rate(once))
-    return rates
+    rounds = [{name: _rate(once) for name, once in work.items()} for _ in range(repeats)]
+    return {name: [rates[name] for rates in rounds] for name in work}
 
 
 def _rate(work: Callable[[], int]) -> float:
@@ -130,14 +119,9 @@ def _beside_bandwidth(decode: Callable[[], int]) -> tuple[float, float]:
     return reached, _rate(decode)
 
 
-def main(request: str) -> None:
-    """Answer one request, a JSON object of `measure`'s arguments, on stdout."""
+if __name__ == "__main__":
     try:
-        answer = measure(**json.loads(request))
+        answer = measure(**json.loads(sys.argv[1]))
     except GulliverError as error:
         raise SystemExit(f"{error}") from None
     print(json.dumps(answer))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -7,8 +7,6 @@ of its calibration data, and one of them in the eval part is enough to refuse.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from gulliver.audit.options import QualityOptions
 from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError, DataError
@@ -26,8 +24,10 @@ def run(cfg: QualityOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
     DataError when the eval part holds data that the model was calibrated on; ConfigError when families differ.
     """
     model, dataset, parent = inputs["model"], inputs["dataset"], inputs.get("parent")
-    for other, fits in ((dataset, same_examples(dataset.task, model.task)), (parent, _same_task(parent, model))):
-        if other is not None and not fits:
+    pairs = [(dataset, same_examples(dataset.task, model.task))]
+    pairs += [(parent, parent.task == model.task)] if parent is not None else []
+    for other, fits in pairs:
+        if not fits:
             raise ConfigError(f"the model is for {model.task}, but {other.kind} {other.id[:12]} is for {other.task}")
     task = get_task(model.task)
     refuse_calibration_data(model, list(task.units_of(dataset.path, "eval")), ctx)
@@ -38,7 +38,12 @@ def run(cfg: QualityOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
         evidence = task.score(network, dataset, reference, folder=model.path, options=options, share=cfg.share)
         bar.advance(1 if parent is None else 2)
         weights = sum(parameter.numel() for parameter in network.parameters())
-    evidence = [*evidence, *size(model, parent, weights)]
+    evidence += [
+        measured("size_bytes", model.weight_bytes),
+        measured("parameter_count", weights),
+        measured("bits_per_weight", 8 * model.weight_bytes / weights),
+    ]
+    evidence += [] if parent is None else [measured("size_ratio", model.weight_bytes / parent.weight_bytes)]
     owner = None if parent is None else parent.id
     evidence = [item.filled(artifact_id=model.id, parent_id=owner) for item in evidence]
     report = write_report(QualityReport, evidence, inputs, cfg, ctx)
@@ -46,28 +51,13 @@ def run(cfg: QualityOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
     return report
 
 
-def _same_task(parent: Artifact | None, model: Artifact) -> bool:
-    return parent is None or parent.task == model.task
-
-
-def size(model: Artifact, parent: Artifact | None, weights: int) -> list[Evidence]:
-    """Bytes of the weight files, exactly; `weights` is the number of weights in the network."""
-    evidence = [
-        measured("size_bytes", model.weight_bytes),
-        measured("parameter_count", weights),
-        measured("bits_per_weight", 8 * model.weight_bytes / weights),
-    ]
-    if parent is not None:
-        evidence.append(measured("size_ratio", model.weight_bytes / parent.weight_bytes))
-    return evidence
-
-
 def refuse_calibration_data(model: Artifact, held_out: list[str], ctx: Context) -> None:
     """DataError naming the first passage of `held_out` that the model, or one it was made from, was calibrated on."""
-    for owner in _made_from(model, ctx):
-        if Calibration.name_in(owner.files) is None:
-            continue
-        found = first_overlap(held_out, Calibration.of(owner).fingerprints)
+    lineage = ctx.store.lineage(model.id)[1:] if ctx.store.has(model.id) else []
+    models = [row["id"] for row in lineage if row.get("kind") == "model" and ctx.store.has(row["id"])]
+    for owner in (model, *(ctx.store.get(one) for one in models)):
+        calibrated = Calibration.name_in(owner.files) is not None
+        found = first_overlap(held_out, Calibration.of(owner).fingerprints) if calibrated else None
         if found is not None:
             raise DataError(
                 f'{owner.id[:12]} was calibrated on text of the eval part: "{excerpt(found)}". '
@@ -76,11 +66,7 @@ def refuse_calibration_data(model: Artifact, held_out: list[str], ctx: Context) 
 
 
 def write_report(
-    record: type[Measured],
-    evidence: list[Evidence],
-    inputs: dict[str, Artifact],
-    cfg: Options,
-    ctx: Context,
+    record: type[Measured], evidence: list[Evidence], inputs: dict[str, Artifact], cfg: Options, ctx: Context
 ) -> Artifact:
     """A report artifact whose one file, a `record`, holds the evidence and the ids of what was measured."""
     filled = tuple(item.filled(machine=ctx.machine_name, command=ctx.command) for item in evidence)
@@ -88,13 +74,3 @@ def write_report(
     with ctx.writer(kind="report", task=inputs["model"].task, config=cfg) as writer:
         record(evidence=filled, **measured_on).write(writer.path)
         return writer.commit()
-
-
-def _made_from(model: Artifact, ctx: Context) -> Iterator[Artifact]:
-    """The model, then every model in its lineage that is still in the store."""
-    yield model
-    if not ctx.store.has(model.id):
-        return
-    for manifest in ctx.store.lineage(model.id):
-        if manifest["kind"] == "model" and manifest["id"] != model.id and ctx.store.has(manifest["id"]):
-            yield ctx.store.get(manifest["id"])

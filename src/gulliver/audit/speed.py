@@ -8,13 +8,11 @@ machine was at that moment.
 
 from __future__ import annotations
 
-from typing import Any
-
 from gulliver.audit.measure import in_fresh_process
 from gulliver.audit.options import SpeedOptions
 from gulliver.audit.quality import write_report
 from gulliver.core.context import Context
-from gulliver.core.evidence.evidence import Evidence, measured, paired_interval
+from gulliver.core.evidence.evidence import measured, paired_interval
 from gulliver.core.records import SpeedReport
 from gulliver.core.store.artifact import Artifact
 
@@ -24,19 +22,13 @@ def run(cfg: SpeedOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifac
     model = inputs["model"]
     with ctx.progress.stage("speed", unit="model"):
         found = in_fresh_process({"folder": str(model.path), "task": model.task, "repeats": cfg.repeats})
-    evidence = [item.filled(artifact_id=model.id) for item in evidence_of(found, cfg.repeats)]
-    report = write_report(SpeedReport, evidence, inputs, cfg, ctx)
-    ctx.record(evidence)
-    return report
-
-
-def evidence_of(found: dict[str, Any], repeats: int) -> list[Evidence]:
-    """Evidence from what `measure` returned; the lower end of a rate is cut at zero."""
-    detail = {"backend": found["backend"], "why": found["why"], "threads": found["threads"], "repeats": repeats}
-    evidence = [
-        measured(name, found[name], detail=detail) for name in ("load_seconds", "load_ram_bytes", "peak_ram_bytes")
-    ]
+    detail = {"backend": found["backend"], "why": found["why"], "threads": found["threads"], "repeats": cfg.repeats}
+    once = ("load_seconds", "load_ram_bytes", "peak_ram_bytes")
+    evidence = [measured(name, found[name], detail=detail) for name in once]
     for metric, rates in sorted(found["rates"].items()):
         mean, low, high = paired_interval(rates)
         evidence.append(measured(metric, mean, low=max(low, 0.0), high=high, n=len(rates), detail=detail))
-    return evidence
+    evidence = [item.filled(artifact_id=model.id) for item in evidence]
+    report = write_report(SpeedReport, evidence, inputs, cfg, ctx)
+    ctx.record(evidence)
+    return report

@@ -29,7 +29,7 @@ from gulliver.core.store.files import temporary_name
 from gulliver.nets.weights import assign, canonical_names, owners, read_safetensors, release, unfilled
 from gulliver.runtime.packing import is_packed
 from gulliver.tasks import get_task, same_examples
-from gulliver.tasks.base import Batch, Block, Task, Weight
+from gulliver.tasks.base import Batch, Block, Task
 
 SENSITIVITY = "sensitivity.safetensors"
 
@@ -43,13 +43,18 @@ def run(cfg: CalibrateOptions, inputs: dict[str, Artifact], ctx: Context) -> Art
         raise ConfigError(f"model {model.id[:12]} is packed already; calibrate the plain model that it came from")
     ctx.check_ram("the start")
     task = get_task(model.task)
-    batches = calibration_batches(task, cfg, [dataset, *([samples] if samples else [])], model, ctx)
+    datasets, options = [part for part in (dataset, samples) if part], task.chosen(cfg.family)
+    streams = [
+        task.batches(part, "train", cfg.batch_size, ctx.seed, 0, folder=model.path, options=options)
+        for part in datasets
+    ]
+    batches = [next(streams[index % len(streams)]) for index in range(-(-cfg.examples // cfg.batch_size))]
     network = task.load(model.path, empty=True)
     blocks = task.blocks(network, batches)
     chosen = _sensitivity(cfg, task, model, blocks, batches, ctx)
     with torch.no_grad():
         _stream(network, model, blocks, batches, cfg, ctx)
-    known = fingerprints(unit for part in (dataset, samples) if part for unit in task.units_of(part.path, "train"))
+    known = fingerprints(unit for part in datasets for unit in task.units_of(part.path, "train"))
     with ctx.writer(kind="report", task=task.name, config=cfg) as writer:
         weights = _collect(network, blocks, chosen, ctx.work, writer.path)
         StatisticsTable(
@@ -61,18 +66,6 @@ def run(cfg: CalibrateOptions, inputs: dict[str, Artifact], ctx: Context) -> Art
         ).write(writer.path)
         Calibration(dataset=dataset.id, fingerprints=tuple(known)).write(writer.path)
         return writer.commit()
-
-
-def calibration_batches(
-    task: Task, cfg: CalibrateOptions, datasets: list[Artifact], model: Artifact, ctx: Context
-) -> list[Batch]:
-    """`cfg.examples` examples as batches, dealt out evenly over the data sets, batch by batch."""
-    options = task.chosen(cfg.family)
-    streams = [
-        task.batches(dataset, "train", cfg.batch_size, ctx.seed, 0, folder=model.path, options=options)
-        for dataset in datasets
-    ]
-    return [next(streams[index % len(streams)]) for index in range(-(-cfg.examples // cfg.batch_size))]
 
 
 # ---- how much outputs matter ----------------------------------------------------------------------------------------
@@ -92,8 +85,8 @@ def _sensitivity(
         with output_gradients(whole, watched) as sums:
             for batch in some:
                 with torch.autocast("cpu", dtype=torch.bfloat16):
-                    losses = task.loss(whole, batch)
-                losses.sum().backward()
+                    loss = task.loss(whole, batch).sum()
+                loss.backward()
                 bar.advance()
         examples = sum(next(iter(batch.values())).shape[0] for batch in some)
         found = {name: total / examples for name, total in sums.items()}
@@ -122,7 +115,7 @@ def _stream(
             moments.close()
             release(network, block.prefixes)
             ctx.check_ram(block.name)
-            _save(_tensors_of(moments), ctx.work / f"block-{number:04}.safetensors")
+            _save(moments.stored(), ctx.work / f"block-{number:04}.safetensors")
             passed.rename(_after(ctx.work, number))
             shutil.rmtree(_after(ctx.work, number - 1), ignore_errors=True)
             bar.advance(note=block.name)
@@ -152,14 +145,6 @@ def _pass(block: Block, batches: list[Batch], before: Path | None, moments: Mome
     return folder
 
 
-def _tensors_of(moments: Moments) -> dict[str, Tensor]:
-    """What one block's file holds: "moment:KEY", "count:NAME" and scalars "power:NAME"."""
-    tensors = {f"moment:{key}": moments.sums.pop(key).div_(moments.positions[key]) for key in list(moments.sums)}
-    tensors |= {f"leader:{key}:{name}": torch.zeros(1) for name, key in moments.shared.items()}
-    tensors |= {f"count:{name}": counts for name, counts in moments.tables.items()}
-    return tensors | {f"power:{name}": torch.tensor([power]) for name, power in moments.output_power.items()}
-
-
 def _after(work: Path, number: int) -> Path:
     return work / f"after-{number:04}"
 
@@ -176,8 +161,7 @@ def _collect(
 ) -> dict[str, WeightRow]:
     """Move the blocks' moments into the artifact, write the row weights beside them; returns the rows of the table."""
     home: dict[str, tuple[str, str]] = {}
-    counts: dict[str, Tensor] = {}
-    power: dict[str, float] = {}
+    found: dict[str, dict[str, Tensor]] = {"count": {}, "power": {}}
     for number in range(len(blocks)):
         path = work / f"block-{number:04}.safetensors"
         stored = load_file(path)
@@ -186,10 +170,8 @@ def _collect(
             if kind == "leader":
                 leader, _, name = name.partition(":")
                 home[name] = (path.name, f"moment:{leader}")
-            elif kind == "count":
-                counts[name] = counts.get(name, 0) + tensor
-            elif kind == "power":
-                power[name] = power.get(name, 0.0) + float(tensor)
+            elif kind in found:
+                found[kind][name] = found[kind].get(name, 0) + (tensor.double() if kind == "power" else tensor)
         kept = {key: tensor for key, tensor in stored.items() if key.startswith("moment:")}
         if kept:
             _save(kept, folder / path.name)
@@ -198,40 +180,33 @@ def _collect(
     for block in blocks:
         for weight in block.weights:
             shape = tuple(network.get_parameter(weight.name).shape)
-            uses = _uses(network, weight, home, counts, power, chosen, rows)
+            uses = []
+            for name, module in owners(network, weight.name):
+                table = isinstance(module, nn.Embedding)
+                if name in (found["count"] if table else home):
+                    outputs = _outputs(name, shape[1] if table else shape[0], chosen, found["power"])
+                    uses.append(_use(name, outputs, found["count"][name] if table else None, home, rows))
             if not uses:
                 raise DataError(f"no calibration data passed through {weight.name}; nothing is known about it")
-            weights[weight.name] = WeightRow(shape=shape, block=block.name, uses=uses)
+            weights[weight.name] = WeightRow(shape=shape, block=block.name, uses=tuple(uses))
     _save(rows, folder / ROWS)
     return weights
 
 
-def _uses(
-    network: nn.Module,
-    weight: Weight,
-    home: Mapping[str, tuple[str, str]],
-    counts: Mapping[str, Tensor],
-    power: Mapping[str, float],
-    chosen: Mapping[str, Tensor] | None,
-    rows: dict[str, Tensor],
-) -> tuple[tuple[str, str, str], ...]:
-    """(file, moment key, rows key) of each use of a weight; adds their row weights to `rows`."""
-    uses = []
-    shape = network.get_parameter(weight.name).shape
-    for name, module in owners(network, weight.name):
-        table = isinstance(module, nn.Embedding)
-        width = shape[1] if table else shape[0]
-        if name not in (counts if table else home):
-            continue
-        if chosen is not None:
-            outputs = chosen.get(name, torch.zeros(width))
-        else:
-            outputs = torch.full((width,), 1.0 / (width * max(power.get(name, 0.0), 1e-20)))
-        if table:
-            rows[f"moment:{name}"] = outputs
-            rows[f"rows:{name}"] = (counts[name] + 0.5) / (counts[name] + 0.5).sum()
-            uses.append((ROWS, f"moment:{name}", f"rows:{name}"))
-        else:
-            rows[f"rows:{name}"] = outputs
-            uses.append((*home[name], f"rows:{name}"))
-    return tuple(uses)
+def _outputs(name: str, width: int, chosen: Mapping[str, Tensor] | None, power: Mapping[str, Tensor]) -> Tensor:
+    """How much each output of a module matters, float32 [width]."""
+    if chosen is not None:
+        return chosen.get(name, torch.zeros(width))
+    return torch.full((width,), 1.0 / (width * max(float(power.get(name, 0.0)), 1e-20)))
+
+
+def _use(
+    name: str, outputs: Tensor, counts: Tensor | None, home: Mapping[str, tuple[str, str]], rows: dict[str, Tensor]
+) -> tuple[str, str, str]:
+    """(file, moment key, rows key) of one use of a weight; adds its row weights to `rows`. `counts` of a table."""
+    if counts is None:
+        rows[f"rows:{name}"] = outputs
+        return *home[name], f"rows:{name}"
+    rows[f"moment:{name}"] = outputs
+    rows[f"rows:{name}"] = (counts + 0.5) / (counts + 0.5).sum()
+    return ROWS, f"moment:{name}", f"rows:{name}"

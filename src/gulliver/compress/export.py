@@ -1,7 +1,7 @@
 """Step `export`: write a model as another tool reads it, exactly or not at all.
 
 `safetensors` is the plain Hugging Face layout in bfloat16: packed weights are dequantized. bfloat16 keeps 8 significant
-bits, so a value is rounded by at most 2^-9 of itself; the largest such error stands in the artifact's config as
+bits, so a value is rounded by at most 2^-9 of itself; the largest such error is in the artifact's config as
 `max_relative_rounding`. `compressed-tensors` keeps integer codes and is bit-exact (see export_compressed.py). `gguf` is
 one file for llama.cpp, exact unless another type is asked for (tasks/language/gguf/write.py).
 """

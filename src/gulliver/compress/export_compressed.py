@@ -18,8 +18,8 @@ What the format lacks, and what is done about it:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
@@ -88,11 +88,10 @@ def plan_layout(tensors: Iterable[tuple[str, PackedTensor | Tensor]], network: n
                 f"and this model has {', '.join(map(str, widths))}"
             )
             raise _refusal(embedding, needs[embedding].formats, reason)
-        top = max(scheme.bits for scheme in schemes.values())
-        widened |= {name for name, scheme in schemes.items() if scheme.bits < top}
-        schemes = {name: replace(scheme, bits=top) for name, scheme in schemes.items()}
+    top = max(scheme.bits for scheme in schemes.values())
+    widened |= {name for name, scheme in schemes.items() if scheme.bits < top}
     common = gcd(*(scheme.group_size for scheme in schemes.values()))
-    schemes = {name: replace(scheme, group_size=common) for name, scheme in schemes.items()}
+    schemes = dict.fromkeys(schemes, Scheme(top, common))
     return Layout("group", schemes, tuple(sorted(widened)))
 
 
@@ -102,21 +101,17 @@ def _need(name: str, tensor: PackedTensor, network: nn.Module) -> _Need:
     owner, _, leaf = name.rpartition(".")
     module = network.get_submodule(owner)
     if leaf != "weight" or not isinstance(module, nn.Linear | nn.Embedding) or len(tensor.shape) != 2:
-        reason = (
-            f"compressed-tensors packs the weight of a Linear or an Embedding, and this is a {type(module).__name__}"
+        raise ConfigError(
+            f"{name} ({formats}) cannot be expressed: compressed-tensors packs the weight of a Linear or an Embedding, "
+            f"and this is a {type(module).__name__}; use --format safetensors"
         )
-        raise ConfigError(f"{name} ({formats}) cannot be expressed: {reason}; use --format safetensors")
     columns = tensor.shape[1]
     group_size = gcd(columns, *(part.format.group_size for part in tensor.parts))
-    bits = max(_bits_needed(part) for part in tensor.parts)
+    bits = max(
+        MAX_BITS if part.zeros is None else max(part.format.bits, int(part.zeros.max()).bit_length())
+        for part in tensor.parts
+    )
     return _Need(Scheme(bits, group_size), _too_narrow(tensor, bits), formats, isinstance(module, nn.Embedding))
-
-
-def _bits_needed(part: RowGroup) -> int:
-    if part.format.kind == "codebook":
-        return MAX_BITS
-    assert part.zeros is not None
-    return max(part.format.bits, int(part.zeros.max()).bit_length() if part.zeros.numel() else 0)
 
 
 def _too_narrow(tensor: PackedTensor, bits: int) -> str:
@@ -126,9 +121,7 @@ def _too_narrow(tensor: PackedTensor, bits: int) -> str:
     own = {part.format.bits for part in tensor.parts}
     if len(own) > 1:
         return f"all rows of a tensor have codes of one width, and these have {', '.join(map(str, sorted(own)))} bits"
-    if bits > max(own):
-        return f"its zero points have the codes' {max(own)} bits, and these reach beyond"
-    return ""
+    return f"its zero points have the codes' {max(own)} bits, and these reach beyond" if bits > max(own) else ""
 
 
 def _refusal(name: str, formats: str, reason: str) -> ConfigError:
@@ -152,7 +145,8 @@ def compressed_tensors(name: str, tensor: PackedTensor, layout: Layout) -> dict[
     codes = torch.empty(rows, columns, dtype=torch.uint8)
     scales = torch.empty(rows, groups)
     zeros = torch.empty(rows, groups, dtype=torch.uint8)
-    for part, where in _places(tensor):
+    for index, part in enumerate(tensor.parts):
+        where = slice(None) if tensor.row_part is None else tensor.row_part == index
         codes[where], scales[where], zeros[where] = _integers(part, scheme)
     offset = 1 << (scheme.bits - 1)
     if layout.strategy == "group":
@@ -165,12 +159,6 @@ def compressed_tensors(name: str, tensor: PackedTensor, layout: Layout) -> dict[
         f"{name}_zero_point": stored,
         f"{name}_shape": torch.tensor([rows, columns]),
     }
-
-
-def _places(tensor: PackedTensor) -> Iterator[tuple[RowGroup, Tensor | slice]]:
-    """Each part and the rows it fills."""
-    for index, part in enumerate(tensor.parts):
-        yield part, slice(None) if tensor.row_part is None else tensor.row_part == index
 
 
 def _integers(part: RowGroup, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,42 +187,30 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
 
 def compressed_config(layout: Layout, network: nn.Module) -> dict[str, Any]:
     """`quantization_config` for config.json."""
-    names = aliases(network)
+    names, one = aliases(network), layout.strategy == "group"
     groups: dict[Scheme, list[str]] = {}
     for name, scheme in sorted(layout.schemes.items()):
         groups.setdefault(scheme, []).extend(alias.removesuffix(".weight") for alias in names[name])
     packed = {module for modules in groups.values() for module in modules}
     kinds = {type(network.get_submodule(module)).__name__ for module in packed}
-    dense = [
-        path
-        for path, module in network.named_modules()
-        if path not in packed and isinstance(module, nn.Linear | nn.Embedding)
-    ]
-    config: dict[str, Any] = {
+    matrices = nn.Linear | nn.Embedding
+    dense = [path for path, module in network.named_modules() if path not in packed and isinstance(module, matrices)]
+    groups_of_scheme = {}
+    for index, (scheme, modules) in enumerate(sorted(groups.items())):
+        size = {"group_size": scheme.group_size} if one else {"block_structure": [1, scheme.group_size]}
+        weights = {"num_bits": scheme.bits, "type": "int", "symmetric": False, "strategy": layout.strategy, **size}
+        groups_of_scheme[f"group_{index}"] = {
+            "targets": sorted(kinds) if one else modules,
+            "weights": weights,
+            "input_activations": None,
+            "output_activations": None,
+            "format": "pack-quantized",
+        }
+    return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "ignore": dense,
-        "config_groups": {
-            f"group_{index}": _config_group(scheme, sorted(kinds) if layout.strategy == "group" else modules, layout)
-            for index, (scheme, modules) in enumerate(sorted(groups.items()))
-        },
-    }
-    if layout.strategy == "group":
-        config["dequantize"] = True
-    return config
-
-
-def _config_group(scheme: Scheme, targets: list[str], layout: Layout) -> dict[str, Any]:
-    weights: dict[str, Any] = {"num_bits": scheme.bits, "type": "int", "symmetric": False, "strategy": layout.strategy}
-    if layout.strategy == "group":
-        weights["group_size"] = scheme.group_size
-    else:
-        weights["block_structure"] = [1, scheme.group_size]
-    return {
-        "targets": targets,
-        "weights": weights,
-        "input_activations": None,
-        "output_activations": None,
-        "format": "pack-quantized",
+        "config_groups": groups_of_scheme,
+        **({"dequantize": True} if one else {}),
     }

@@ -76,16 +76,6 @@ def _widest(groups: Tensor, fmt: Format, codebook: Tensor | None) -> Tensor:
     return (groups.amax(2).clamp_min(0) - groups.amin(2).clamp_max(0)) / (fmt.levels - 1)
 
 
-def _fit_all(groups: Tensor, importance: Tensor, fmt: Format, codebook: Tensor | None) -> Grid:
-    scales, zeros, fit = torch.empty(groups.shape[:2]), torch.empty(groups.shape[:2]), _fitter(fmt, codebook)
-    for index in range(groups.shape[1]):
-        grid = fit(groups[:, index], importance[index][None])
-        scales[:, index] = grid.scales
-        if grid.zeros is not None:
-            zeros[:, index] = grid.zeros
-    return Grid(scales, None if codebook is not None else zeros)
-
-
 def _fitter(fmt: Format, codebook: Tensor | None) -> Callable[[Tensor, Tensor], Grid]:
     """(group [rows, group_size], importance [1, group_size]) -> its grid."""
     if codebook is None:
@@ -93,19 +83,30 @@ def _fitter(fmt: Format, codebook: Tensor | None) -> Callable[[Tensor, Tensor], 
     return partial(fit_codebook_grid, codebook=codebook.float())
 
 
+def _fit_all(groups: Tensor, importance: Tensor, fmt: Format, codebook: Tensor | None) -> Grid:
+    fit = _fitter(fmt, codebook)
+    grids = [fit(groups[:, index], importance[index][None]) for index in range(groups.shape[1])]
+    zeros = [grid.zeros for grid in grids if grid.zeros is not None]
+    return Grid(torch.stack([grid.scales for grid in grids], 1), torch.stack(zeros, 1) if zeros else None)
+
+
+def _codes(scaled: Tensor, fmt: Format, zeros: Tensor, borders: Tensor | None) -> Tensor:
+    """The code nearest to each of `scaled`, in units of the scale: by the codebook's borders, else plus `zeros`."""
+    if borders is not None:
+        return nearest(scaled, borders)
+    return torch.round(scaled + zeros).clamp_(0, fmt.levels - 1)
+
+
 def _round(weight: Tensor, fmt: Format, grid: Grid, factors: Tensor, codebook: Tensor | None) -> RowGroup:
     rows, columns = weight.shape
     codes_of_scale = split_scales(grid.scales, factors)
     scales = codes_of_scale.float() * factors.float()[:, None]
-    scaled = as_groups(weight, fmt) / scales[:, :, None]
-    if codebook is not None:
-        codes = nearest(scaled, midpoints(codebook))
-    else:
-        assert grid.zeros is not None
-        codes = torch.round(scaled + grid.zeros[:, :, None]).clamp_(0, fmt.levels - 1)
+    zeros = torch.zeros(1) if grid.zeros is None else grid.zeros[:, :, None]
+    borders = None if codebook is None else midpoints(codebook)
+    codes = _codes(as_groups(weight, fmt) / scales[:, :, None], fmt, zeros, borders)
     codes = codes.to(torch.uint8).view(rows, -1)[:, :columns].contiguous()
-    zeros = None if grid.zeros is None else grid.zeros.to(torch.uint8)
-    return RowGroup(fmt, codes, codes_of_scale, factors, zeros, codebook)
+    stored = None if grid.zeros is None else grid.zeros.to(torch.uint8)
+    return RowGroup(fmt, codes, codes_of_scale, factors, stored, codebook)
 
 
 def inverse_factor(moment: Tensor, damping: float = DAMPING) -> Tensor:
@@ -167,21 +168,15 @@ def _solve(
         grid = fit(work[start:stop].t(), importance[order[start:stop]][None])
         scale_codes[:, group] = split_scales(grid.scales[:, None], factors)[:, 0]
         scale = scale_codes[:, group].float() * factors.float()
+        zeros = torch.zeros(1) if grid.zeros is None else grid.zeros
         if zero_codes is not None:
-            assert grid.zeros is not None
-            zero_codes[:, group] = grid.zeros.to(torch.uint8)
+            zero_codes[:, group] = zeros.to(torch.uint8)
         errors = torch.empty(stop - start, rows)
         local = work[start:stop]
         for index in range(stop - start):
             column = local[index]
-            if entries is not None:
-                assert borders is not None
-                code = nearest(column / scale, borders)
-                value = entries[code] * scale
-            else:
-                assert grid.zeros is not None
-                code = torch.round(column / scale + grid.zeros).clamp_(0, fmt.levels - 1)
-                value = (code - grid.zeros) * scale
+            code = _codes(column / scale, fmt, zeros, borders)
+            value = (code - zeros) * scale if entries is None else entries[code] * scale
             codes[start + index] = code.to(torch.uint8)
             error = (column - value) / upper[start + index, start + index]
             errors[index] = error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ class Moments:
             hook
             for name, module in watched
             for hook in (
-                module.register_forward_pre_hook(self._reader(name), with_kwargs=True),
-                module.register_forward_hook(self._writer(name)),
+                module.register_forward_pre_hook(partial(self._read, name), with_kwargs=True),
+                module.register_forward_hook(partial(self._written, name)),
             )
         ]
 
@@ -48,31 +49,32 @@ class Moments:
         for hook in self._hooks:
             hook.remove()
 
-    def moment(self, name: str) -> Tensor:
-        """H of the module with the weight `name`, the mean over positions: [columns, columns] or diagonal [columns]."""
-        key = self.shared[name]
-        return self.sums[key] / self.positions[key]
+    def stored(self) -> dict[str, Tensor]:
+        """What one block's file holds, given away: means "moment:KEY" [columns, columns] or [columns], empty marks
 
-    def _reader(self, name: str) -> Any:
-        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if "forward" in module.__dict__:
-                return  # a stand-in of the streamer: nothing real passes through
-            x = args[0] if args else next(iter(kwargs.values()))
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                if isinstance(module, nn.Embedding):
-                    ids = x[self.mask] if self.mask is not None and x.shape == self.mask.shape else x.flatten()
-                    counts = torch.bincount(ids, minlength=module.num_embeddings).float()
-                    self.tables[name] = self.tables.get(name, 0) + counts
-                elif self._leads(name, x):
-                    rows = self._rows(as_rows(module, x.detach().float()), x)
-                    added = rows.T @ rows if self.full else rows.square().sum(0)
-                    if name in self.sums:
-                        self.sums[name] += added
-                    else:
-                        self.sums[name] = added
-                    self.positions[name] = self.positions.get(name, 0) + len(rows)
+        "leader:KEY:NAME" of who shares which, "count:NAME" [rows of the table] and scalars "power:NAME" [1].
+        """
+        tensors = {f"moment:{key}": self.sums.pop(key).div_(self.positions[key]) for key in list(self.sums)}
+        tensors |= {f"leader:{key}:{name}": torch.zeros(1) for name, key in self.shared.items()}
+        tensors |= {f"count:{name}": counts for name, counts in self.tables.items()}
+        return tensors | {f"power:{name}": torch.tensor([power]) for name, power in self.output_power.items()}
 
-        return read
+    def _read(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if "forward" in module.__dict__:
+            return  # a stand-in of the streamer: nothing real passes through
+        x = args[0] if args else next(iter(kwargs.values()))
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            if isinstance(module, nn.Embedding):
+                ids = x[self.mask] if self.mask is not None and x.shape == self.mask.shape else x.flatten()
+                counts = torch.bincount(ids, minlength=module.num_embeddings).float()
+                self.tables[name] = self.tables.get(name, 0) + counts
+            elif self._leads(name, x):
+                rows = as_rows(module, x.detach().float())
+                if self.mask is not None and x.shape[: self.mask.dim()] == self.mask.shape:
+                    rows = rows[self.mask.flatten()]
+                added = rows.T @ rows if self.full else rows.square().sum(0)
+                self.sums[name] = self.sums[name].add_(added) if name in self.sums else added
+                self.positions[name] = self.positions.get(name, 0) + len(rows)
 
     def _leads(self, name: str, x: Tensor) -> bool:
         """Whether x must be added to the module's own H: no module before it in this batch has read the same x."""
@@ -84,19 +86,11 @@ class Moments:
         self.shared[name] = name
         return True
 
-    def _rows(self, rows: Tensor, x: Tensor) -> Tensor:
-        if self.mask is None or x.shape[: self.mask.dim()] != self.mask.shape:
-            return rows
-        return rows[self.mask.flatten()]
-
-    def _writer(self, name: str) -> Any:
-        def written(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if "forward" not in module.__dict__ and isinstance(output, Tensor):
-                with torch.no_grad():
-                    power = float(output.float().square().mean())
-                self.output_power[name] = self.output_power.get(name, 0.0) + power
-
-        return written
+    def _written(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if "forward" not in module.__dict__ and isinstance(output, Tensor):
+            with torch.no_grad():
+                power = float(output.float().square().mean())
+            self.output_power[name] = self.output_power.get(name, 0.0) + power
 
 
 def as_rows(module: nn.Module, x: Tensor) -> Tensor:
@@ -117,23 +111,18 @@ def output_gradients(model: nn.Module, watched: Sequence[tuple[str, nn.Module]])
     """
     found: dict[str, Tensor] = {}
 
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            if not output.requires_grad:
-                output.requires_grad_(True)
-            output.register_hook(lambda grad: add(name, module, grad))
-            return output
+    def watch(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if not output.requires_grad:
+            output.requires_grad_(True)
+        output.register_hook(partial(add, name, 1 if isinstance(module, nn.Conv2d) else output.dim() - 1))
+        return output
 
-        return hook
-
-    def add(name: str, module: nn.Module, grad: Tensor) -> None:
-        channel = 1 if isinstance(module, nn.Conv2d) else grad.dim() - 1
-        others = [axis for axis in range(grad.dim()) if axis != channel]
-        total = grad.float().square().sum(others)
+    def add(name: str, channel: int, grad: Tensor) -> None:
+        total = grad.float().square().sum([axis for axis in range(grad.dim()) if axis != channel])
         found[name] = found[name] + total if name in found else total
 
     model.requires_grad_(False)
-    hooks = [module.register_forward_hook(watch(name)) for name, module in watched]
+    hooks = [module.register_forward_hook(partial(watch, name)) for name, module in watched]
     try:
         yield found
     finally:

@@ -14,9 +14,12 @@ they cost does.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +30,6 @@ from torch import Tensor
 
 from gulliver.compress.gptq import quantize_matrix
 from gulliver.compress.options import PlanOptions
-from gulliver.compress.sizes import overhead_bytes, packed_overhead_bytes
 from gulliver.compress.statistics import Statistics, Use, joint_moment, loss_increase, open_statistics
 from gulliver.compress.threads import each, workers
 from gulliver.core.context import Context
@@ -35,6 +37,7 @@ from gulliver.core.errors import ArtifactError, BudgetError, ConfigError
 from gulliver.core.records import BlockLoss, PartBits, Plan, PlannedPoint, TensorBits
 from gulliver.core.stdout import stdout_into
 from gulliver.core.store.artifact import Artifact
+from gulliver.nets.files import ITEM_BYTES, stored_tensors
 from gulliver.nets.weights import canonical_names, read_safetensors
 from gulliver.runtime.formats import CODEBOOK_BITS, GROUP_SIZES, PLANES, TILE_ROWS, Format
 from gulliver.tasks import get_task
@@ -46,17 +49,9 @@ CLASSES = (1 / 24, 1 / 8, 1 / 3, 1.0)
 MIN_CLASS_ROWS = 64
 FRONTIER_POINTS = 12
 GAP = 1e-4
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A class of rows of a weight: its loss increase in the reference format, and each format's divided by that."""
-
-    name: str
-    rows: int
-    columns: int
-    loss_increase: float
-    ratios: list[float]
+ENTRY_BYTES = 96
+"""Room for one tensor's entry in a safetensors header beside its name: dtype, shape and offsets, written out."""
+FILE_BYTES, SHARDS = 128, 16
 
 
 @dataclass(frozen=True)
@@ -69,15 +64,13 @@ class Item:
     loss_increases: tuple[float, ...]
 
     def bytes(self, fmt: Format) -> int:
-        """Bytes in the weight files, the header's entries included."""
-        return fmt.packed_bytes(self.rows, self.columns) + packed_overhead_bytes(self.name, fmt)
+        """Bytes in the weight files, at most, the header's entries (tiles, codebook, list of rows) included."""
+        entries = (len(self.name) + 16 + ENTRY_BYTES) * (3 if fmt.kind == "codebook" else 2)
+        return fmt.packed_bytes(self.rows, self.columns) + entries
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What a weight is stored in: (rows, format) of each part, most important rows first."""
-
-    parts: tuple[tuple[int, Format], ...]
+Parts = tuple[tuple[int, Format], ...]
+"""What a weight is stored in: (rows, format) of each part, most important rows first."""
 
 
 def run(cfg: PlanOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
@@ -88,11 +81,14 @@ def run(cfg: PlanOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact
     job, measured = measurer(model, statistics, formats, cfg), []
     with ctx.progress.stage("plan", total=len(statistics.weights), unit="weight") as bar:
         for rows in each(job, sorted(statistics.weights), workers(ctx)):
-            ctx.check_ram(rows[0].name)
+            name = rows[0][0].name
+            ctx.check_ram(name)
             measured.extend(rows)
-            bar.advance(note=rows[0].name)
+            bar.advance(note=name)
     items = items_of(measured, formats)
-    fixed = overhead_bytes(model, set(statistics.weights)) + row_lists(items)
+    classes = Counter(item.name for item in items)
+    fixed = overhead_bytes(model, set(statistics.weights))
+    fixed += sum(item.rows for item in items if classes[item.name] > 1)  # lists that say which part a row is in
     smallest = fixed + sum(min(item.bytes(fmt) for fmt in formats) for item in items)
     chosen = solve(items, formats, cfg.size_bytes - fixed)
     if chosen is None:
@@ -118,37 +114,52 @@ def menu(kind: str, min_bits: int) -> list[Format]:
 # ---- what each choice costs -----------------------------------------------------------------------------------------
 def measurer(
     model: Artifact, statistics: Statistics, formats: Sequence[Format], cfg: PlanOptions
-) -> Callable[[str], list[Measured]]:
-    """A function from a weight's name to what was measured of each class of its rows; thread-safe."""
-    empty = get_task(model.task).load(model.path, empty=True)
-    canonical = canonical_names(empty)
+) -> Callable[[str], list[tuple[Item, list[float]]]]:
+    """A function, thread-safe, from a weight's name to each class of its rows: an item with its loss increase in the
+
+    reference format alone, and, for some weights, those of all formats divided by it.
+    """
+    canonical = canonical_names(get_task(model.task).load(model.path, empty=True))
     names = sorted(statistics.weights)
     probes = set(names[:: max(1, len(names) // PROBES)])
 
-    def job(name: str) -> list[Measured]:
+    def job(name: str) -> list[tuple[Item, list[float]]]:
         matrix, uses = read_weight(model.path, name, canonical).flatten(1), statistics.uses(name)
         moment, measured = joint_moment(uses), []
         for rows in row_classes(uses, matrix):
-            some, scale = sampled(rows, cfg.probe_rows)
+            some = rows[:: max(1, len(rows) // cfg.probe_rows)][: cfg.probe_rows]
             found: list[float] = []
             for fmt in [REFERENCE, *(formats if name in probes else [])]:
                 part = quantize_matrix(matrix[some], fmt, moment, gptq=cfg.gptq)
                 found.append(loss_increase(matrix[some], part, uses, some))
             base, others = found[0], found[1:]
             ratios = [one / base for one in others] if base > 0 else []
-            measured.append(Measured(name, len(rows), matrix.shape[1], scale * base, ratios))
+            increase = len(rows) / len(some) * base
+            measured.append((Item(name, len(rows), matrix.shape[1], (increase,)), ratios))
         return measured
 
     return job
 
 
-def items_of(measured: Sequence[Measured], formats: Sequence[Format]) -> list[Item]:
+def overhead_bytes(model: Artifact, packed: Set[str]) -> int:
+    """Bytes of what stays plain (16 bits where it had 32), and of the files' headers; never too few."""
+    canonical = canonical_names(get_task(model.task).load(model.path, empty=True))
+    plain = {canonical.get(stored, stored): tensor for stored, tensor in stored_tensors(model.path).items()}
+    total = FILE_BYTES * SHARDS
+    for name, tensor in plain.items():
+        if name not in packed:
+            item_bytes = 2 if tensor.dtype == "F32" else ITEM_BYTES[tensor.dtype]
+            total += math.prod(tensor.shape) * item_bytes + len(name) + ENTRY_BYTES
+    return total
+
+
+def items_of(measured: Sequence[tuple[Item, list[float]]], formats: Sequence[Format]) -> list[Item]:
     """Items with a loss increase for every format: that in the reference format, times the other's typical ratio."""
-    table = np.array([row.ratios for row in measured if row.ratios])
+    table = np.array([ratios for _, ratios in measured if ratios])
     typical = np.exp(np.mean(np.log(np.maximum(table, 1e-12)), 0)) if len(table) else np.ones(len(formats))
     return [
-        Item(row.name, row.rows, row.columns, tuple(float(row.loss_increase * one) for one in typical))
-        for row in measured
+        replace(item, loss_increases=tuple(float(item.loss_increases[0] * one) for one in typical))
+        for item, _ in measured
     ]
 
 
@@ -157,19 +168,6 @@ def read_weight(folder: Path, name: str, canonical: Mapping[str, str]) -> Tensor
     for _, tensor in read_safetensors(folder, only=lambda stored: canonical.get(stored) == name):
         return tensor
     raise ConfigError(f"{folder} holds no weights for {name}; compress a plain model as `gulliver pull` makes it")
-
-
-def row_lists(items: Sequence[Item]) -> int:
-    """Bytes of the lists that say which rows are in which part: one a row where a weight may have several parts."""
-    names = [item.name for item in items]
-    return sum(item.rows for item in items if names.count(item.name) > 1)
-
-
-def sampled(rows: Tensor, count: int) -> tuple[Tensor, float]:
-    """At most `count` of `rows`, int64 [rows] of indices, evenly spread; and how many rows each stands for."""
-    step = max(1, len(rows) // count)
-    some = rows[::step][:count]
-    return some, len(rows) / len(some)
 
 
 def importance(uses: list[Use], matrix: Tensor) -> Tensor:
@@ -242,11 +240,17 @@ def plan_of(
     """The record of a plan; loss increases are in the unit of the statistics."""
     groups: dict[str, list[PartBits]] = {}
     blocks = dict.fromkeys(statistics.table.blocks, 0.0)
-    for item, index in zip(items, chosen, strict=True):
-        parts = groups.setdefault(item.name, [])
-        before = parts.pop() if parts and parts[-1].format == formats[index].name else None
-        parts.append(_part(item, formats[index], item.loss_increases[index], before))
-        blocks[statistics.weights[item.name].block] += item.loss_increases[index]
+    rows = [(item, formats[index], item.loss_increases[index]) for item, index in zip(items, chosen, strict=True)]
+    for item, _, increase in rows:
+        blocks[statistics.weights[item.name].block] += increase
+    for (name, fmt), run in groupby(rows, lambda row: (row[0].name, row[1])):  # neighbours of one format are one part
+        classes = list(run)
+        size = sum(fmt.packed_bytes(item.rows, item.columns) for item, _, _ in classes)
+        count = sum(item.rows for item, _, _ in classes)
+        bits = 8 * size / (count * classes[0][0].columns)
+        increase = sum(increase for _, _, increase in classes)
+        part = PartBits(rows=count, format=fmt.name, bits_per_weight=bits, size_bytes=size, loss_increase=increase)
+        groups.setdefault(name, []).append(part)
     used = {row.block for row in statistics.weights.values()}
     return Plan(
         budget_bytes=cfg.size_bytes,
@@ -263,16 +267,6 @@ def plan_of(
         blocks=tuple(BlockLoss(name=name, loss_increase=cost) for name, cost in blocks.items() if name in used),
         frontier=tuple(frontier(items, formats, fixed)),
     )
-
-
-def _part(item: Item, fmt: Format, increase: float, before: PartBits | None) -> PartBits:
-    """A class of rows in a format, together with the classes before it that have the same one."""
-    rows, size = item.rows, fmt.packed_bytes(item.rows, item.columns)
-    if before is not None:
-        rows, size = rows + before.rows, size + before.size_bytes
-        increase += before.loss_increase or 0.0
-    bits = 8 * size / (rows * item.columns)
-    return PartBits(rows=rows, format=fmt.name, bits_per_weight=bits, size_bytes=size, loss_increase=increase)
 
 
 def _point(items: Sequence[Item], formats: Sequence[Format], chosen: Sequence[int], fixed: int) -> PlannedPoint:
@@ -294,24 +288,20 @@ def frontier(items: Sequence[Item], formats: Sequence[Format], fixed: int) -> It
         yield _point(items, formats, chosen, fixed)
 
 
-def planned(plan: Artifact, statistics: Statistics) -> dict[str, Choice]:
-    """The choices in a report of `plan` for every weight of the statistics. ArtifactError when they do not fit."""
+def planned(plan: Artifact, statistics: Statistics) -> dict[str, Parts]:
+    """The parts in a report of `plan` for every weight of the statistics. ArtifactError when they do not fit."""
     try:
         found = {
-            row.name: Choice(tuple((part.rows, Format.parse(part.format)) for part in row.parts))
+            row.name: tuple((part.rows, Format.parse(part.format)) for part in row.parts)
             for row in Plan.of(plan).tensors
         }
     except ConfigError as error:
         raise ArtifactError(f"{Plan.file} of {plan.id[:12]}: {error}; plan again") from error
-    _check(found, statistics, plan)
-    return found
-
-
-def _check(found: Mapping[str, Choice], statistics: Statistics, plan: Artifact) -> None:
     odd = set(found) ^ set(statistics.weights)
     if odd:
         raise ArtifactError(f"plan {plan.id[:12]} and the calibration disagree about {min(odd)}; plan again")
-    for name, choice in found.items():
+    for name, parts in found.items():
         rows = statistics.weights[name].shape[0]
-        if min((count for count, _ in choice.parts), default=0) < 1 or sum(n for n, _ in choice.parts) != rows:
+        if min((count for count, _ in parts), default=0) < 1 or sum(count for count, _ in parts) != rows:
             raise ArtifactError(f"plan {plan.id[:12]}: the parts of {name} do not make up its {rows} rows; plan again")
+    return found

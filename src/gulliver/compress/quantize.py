@@ -8,19 +8,19 @@ written to scratch as soon as it is done, so a killed run resumes with the next 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gulliver.compress.gptq import quantize_matrix
 from gulliver.compress.options import QuantizeOptions
-from gulliver.compress.plan import Choice, planned, read_weight, rows_of_classes
+from gulliver.compress.plan import Parts, planned, read_weight, rows_of_classes
 from gulliver.compress.statistics import Statistics, joint_moment, loss_increase, open_statistics
 from gulliver.compress.threads import each, workers
 from gulliver.core.context import Context
@@ -50,9 +50,8 @@ def run(cfg: QuantizeOptions, inputs: dict[str, Artifact], ctx: Context) -> Arti
         choices = planned(plan, statistics)
     else:
         fixed = Format(cfg.bits, cfg.group_size, cfg.kind)
-        choices = {name: Choice(((statistics.weights[name].shape[0], fixed),)) for name in names}
-    empty = get_task(model.task).load(model.path, empty=True)
-    canonical = canonical_names(empty)
+        choices = {name: ((statistics.weights[name].shape[0], fixed),) for name in names}
+    canonical = canonical_names(get_task(model.task).load(model.path, empty=True))
     files = {name: ctx.work / f"weight-{index:05}.safetensors" for index, name in enumerate(names)}
     job = _Job(model.path, canonical, statistics, choices, cfg.method == "gptq", files)
     with ctx.progress.stage("quantize", total=len(names), unit="weight") as bar:
@@ -75,7 +74,7 @@ class _Job:
     folder: Path
     canonical: Mapping[str, str]
     statistics: Statistics
-    choices: Mapping[str, Choice]
+    choices: Mapping[str, Parts]
     gptq: bool
     files: Mapping[str, Path]
 
@@ -84,12 +83,12 @@ def _pack(job: _Job, name: str) -> str:
     """Quantize a weight and leave it, as stored, in its file with what is known about it; returns the name."""
     if job.files[name].is_file():
         return name
-    weight, choice = read_weight(job.folder, name, job.canonical), job.choices[name]
+    weight, wanted = read_weight(job.folder, name, job.canonical), job.choices[name]
     matrix, uses = weight.flatten(1), job.statistics.uses(name)
-    classes = rows_of_classes(uses, matrix, [count for count, _ in choice.parts])
+    classes = rows_of_classes(uses, matrix, [count for count, _ in wanted])
     row_part = torch.empty(len(matrix), dtype=torch.uint8) if len(classes) > 1 else None
     moment, increase, parts = joint_moment(uses), 0.0, []
-    for index, (rows, (_, fmt)) in enumerate(zip(classes, choice.parts, strict=True)):
+    for index, (rows, (_, fmt)) in enumerate(zip(classes, wanted, strict=True)):
         chosen = matrix if row_part is None else matrix[rows]
         part = quantize_matrix(chosen, fmt, moment, gptq=job.gptq)
         increase += loss_increase(chosen, part, uses, None if row_part is None else rows)
@@ -111,8 +110,6 @@ def assemble(
 
     Returns the packing row and the predicted loss increase of each packed weight. What stays plain has 16 bits at most.
     """
-    from safetensors import safe_open
-
     entries: dict[str, tuple[PackedWeight, float]] = {}
     with ShardWriter(folder, PACKED_SHARD_BYTES) as shards:
         for name in sorted(files, key=order_of_use):
@@ -121,22 +118,11 @@ def assemble(
                 facts = json.loads(opened.metadata()["facts"])
             entries[name] = PackedWeight.model_validate(facts["packing"], strict=False), facts["loss_increase"]
             shards.add(load_file(path))
-        for name, tensor in plain_tensors(model.path, canonical, files):
-            shards.add({name: tensor})
+        for stored, tensor in read_safetensors(model.path, only=lambda one: canonical.get(one, one) not in files):
+            name = canonical.get(stored, stored)
+            if name not in shards.names:  # tied tensors once, by their first name
+                shards.add({name: narrow(tensor)})
     return entries
-
-
-def plain_tensors(
-    folder: Path, canonical: Mapping[str, str], packed: Mapping[str, Any]
-) -> Iterator[tuple[str, Tensor]]:
-    """What is not packed, of any shape, tied tensors once and by their first name; float32 as float16 where it fits."""
-    seen: set[str] = set()
-    for stored, tensor in read_safetensors(folder, only=lambda stored: canonical.get(stored, stored) not in packed):
-        name = canonical.get(stored, stored)
-        if name in seen:
-            continue
-        seen.add(name)
-        yield name, narrow(tensor)
 
 
 def narrow(tensor: Tensor) -> Tensor:

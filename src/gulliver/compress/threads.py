@@ -21,10 +21,9 @@ def workers(ctx: Context) -> int:
 
 def each(function: Callable[[Item], Result], items: Iterable[Item], count: int) -> Iterator[Result]:
     """`function` of every item, in order, `count` at a time. The first exception is raised; nothing new starts then."""
-    return map(function, items) if count == 1 else _side_by_side(function, items, count)
-
-
-def _side_by_side(function: Callable[[Item], Result], items: Iterable[Item], count: int) -> Iterator[Result]:
+    if count == 1:
+        yield from map(function, items)
+        return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(count)

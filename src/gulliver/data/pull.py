@@ -10,11 +10,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from gulliver.core import catalog
 from gulliver.core.context import Context
@@ -35,12 +33,11 @@ HUB = "hf:"
 
 def run(cfg: PullOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     """The artifact of `cfg.source`. ArtifactError for a model that cannot be used, DataError for a failed download."""
-    del inputs
     origin = Origin(source=cfg.source)
     if cfg.source.startswith(catalog.PREFIX):
         entry = catalog.lookup(cfg.source)
         if entry.kind == "dataset":
-            return read.make_dataset(ReadOptions.model_validate({"data": cfg.source, "task": entry.task}), ctx)
+            return read.run(ReadOptions.model_validate({"data": cfg.source, "task": entry.task}), {}, ctx)
         origin = Origin(source=cfg.source, license=entry.license)
         with ctx.progress.stage("download"):
             path = catalog.fetch(cfg.source, ctx.store.cache)
@@ -62,11 +59,7 @@ def _model(path: Path, cfg: PullOptions, origin: Origin, ctx: Context) -> Artifa
     config = {"source": origin.source, "task": name}
     with ctx.writer(kind="model", task=name, config=config) as writer:
         with ctx.progress.stage("check" if convert is None else "convert"):
-            original = None
-            if convert is None:
-                _refuse_pickles(path)
-            else:
-                original = convert(path, writer.path)
+            original = None if convert is None else convert(path, writer.path)
             weights, dtype = bring_in(get_task(name), path if convert is None else writer.path, writer.path)
         files = weight_files(path) if convert is None else [path]
         origin.model_copy(
@@ -96,7 +89,7 @@ def download(name: str, cache: Path) -> Path:
             ignore_patterns=["onnx/*", "openvino/*", "original/*"],
         )
     except HFValidationError as error:
-        raise ConfigError(f"hf:{name} is no name on the hub; write it hf:ORG/NAME") from error
+        raise ConfigError(f"hf:{name} is not a model id on the hub; write it hf:ORG/NAME") from error
     except (HfHubHTTPError, OSError) as error:
         raise DataError(
             f"hf:{name} could not be downloaded: {str(error).splitlines()[0]}. Check the name and the network, "
@@ -105,35 +98,29 @@ def download(name: str, cache: Path) -> Path:
     return Path(folder)
 
 
-def _refuse_pickles(folder: Path) -> None:
-    if not list(folder.glob("*.safetensors")):
-        found = [file.name for pattern in PICKLES for file in sorted(folder.glob(pattern))]
-        if found:
-            raise ArtifactError(
-                f"{folder} holds its weights as {found[0]}, a format that can run code when it is opened; convert it "
-                "with transformers: AutoModel.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
-            )
-
-
 # ---- checking and copying -------------------------------------------------------------------------------------------
 def bring_in(task: Task, source: Path, folder: Path) -> tuple[int, torch.dtype]:
     """Check the model in `source` and put it into `folder`, which may be the same. ArtifactError if not whole.
 
     Returns how many weights the network has, and the dtype of most of them as they came.
     """
-    _refuse_quantized(source)
+    _refuse(source)
     files = weight_files(source)
     model = task.load(source, empty=True)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     known = canonical_names(model)
     buffers = {name for name, _ in model.named_buffers()}
     found: set[str] = set()
-    strange: list[str] = []
+    strange = False
     values = Counter[torch.dtype]()
-    for name, tensor in checked(source):
+    for name, tensor in read_safetensors(source):
+        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+            raise ArtifactError(f"{name} is {tensor.dtype}; pull the model in bfloat16, float16 or float32")
+        if not torch.isfinite(tensor).all():
+            raise ArtifactError(f"{name} holds values that are not finite; the file is damaged or diverged")
         values[tensor.dtype] += tensor.numel()
         if name not in known:
-            strange += [] if name in buffers else [name]
+            strange = strange or name not in buffers
         elif tuple(tensor.shape) != wanted[known[name]]:
             raise ArtifactError(
                 f"{name} has shape {list(tensor.shape)}, but config.json makes it {list(wanted[known[name]])}; "
@@ -143,7 +130,10 @@ def bring_in(task: Task, source: Path, folder: Path) -> tuple[int, torch.dtype]:
             found.add(known[name])
     dtype = values.most_common(1)[0][0] if values else torch.float32
     if strange or found != set(wanted):
-        _translate(task, source, folder, dtype)
+        whole = task.load(source)  # which knows other names
+        for parameter in whole.parameters():
+            parameter.data = parameter.data.to(dtype)
+        task.save(whole, folder)
     elif source != folder:
         for file in (*files, source / INDEX):
             if file.is_file():
@@ -152,30 +142,14 @@ def bring_in(task: Task, source: Path, folder: Path) -> tuple[int, torch.dtype]:
     return sum(parameter.numel() for parameter in model.parameters()), dtype
 
 
-def checked(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a folder, of any shape. ArtifactError for values that are not finite or of another type."""
-    for name, tensor in read_safetensors(folder):
-        if tensor.is_floating_point():
-            if tensor.dtype not in DTYPES:
-                raise ArtifactError(f"{name} is {tensor.dtype}; pull the model in bfloat16, float16 or float32")
-            if not torch.isfinite(tensor).all():
-                raise ArtifactError(f"{name} holds values that are not finite; the file is damaged or diverged")
-        yield name, tensor
-
-
-def _translate(task: Task, source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Let the task load weights that stand under other names, and write them under the network's own."""
-    model = task.load(source)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    task.save(model, folder)
-
-
-def _refuse_quantized(folder: Path) -> None:
-    path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not JSON: {error}") from error
-    if (folder / "packing.json").is_file() or (isinstance(raw, dict) and "quantization_config" in raw):
+def _refuse(folder: Path) -> None:
+    """ArtifactError for weights in a format that runs code, and for a model that is quantized already."""
+    pickles = [file.name for pattern in PICKLES for file in sorted(folder.glob(pattern))]
+    if pickles and not list(folder.glob("*.safetensors")):
+        raise ArtifactError(
+            f"{folder} holds its weights as {pickles[0]}, a format that can run code when it is opened; convert it "
+            "with transformers: AutoModel.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
+        )
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))  # detect_task has read it
+    if (folder / "packing.json").is_file() or "quantization_config" in config:
         raise ArtifactError(f"{folder} holds a model that is quantized already; pull the original in full precision")

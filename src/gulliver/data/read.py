@@ -7,7 +7,6 @@ part of `data` out. What is in both parts is refused, because a measurement on i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +27,24 @@ from gulliver.tasks.base import Task
 
 def run(cfg: ReadOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     """Write `examples.parquet` with the column `split`. DataError when a part is empty or the parts overlap."""
-    del inputs
-    return make_dataset(cfg, ctx)
-
-
-def make_dataset(cfg: ReadOptions, ctx: Context) -> Artifact:
-    """The dataset artifact of `cfg`."""
     task = get_task(cfg.task)
     options = task.chosen(cfg.family)
     with ctx.progress.stage("read", unit="example") as bar:
         data = locate(cfg.data, cfg.task, ctx)
         held_out = data if cfg.eval_data is None else locate(cfg.eval_data, cfg.task, ctx)
-        names = {"train": "train", "eval": "eval"} if cfg.eval_data is None else {"train": "all", "eval": "all"}
-        parts = {"train": (data, names["train"]), "eval": (held_out, names["eval"])}
-        refuse_overlap(*(task.units_of(path, name, options) for path, name in parts.values()))
-        with ctx.writer(kind="dataset", task=task.name, config=portable(cfg)) as writer:
+        whole = cfg.eval_data is not None
+        parts = {"train": (data, "all" if whole else "train"), "eval": (held_out, "all" if whole else "eval")}
+        train, judging = (task.units_of(path, name, options) for path, name in parts.values())
+        if (found := first_overlap(judging, fingerprints(train))) is not None:
+            raise DataError(
+                f'the train and eval parts share a passage: "{excerpt(found)}". A measurement on it would prove '
+                "nothing; remove it from one of them, or give other eval_data"
+            )
+        config = cfg.model_dump(mode="json")
+        for key in ("data", "eval_data"):  # names of local files in place of their paths on this machine
+            if config[key] and not config[key].startswith(catalog.PREFIX):
+                config[key] = Path(config[key]).name
+        with ctx.writer(kind="dataset", task=task.name, config=config) as writer:
             counts = _write(writer.path / EXAMPLES, task, parts, options, bar)
             sources = {split: SplitSource(examples=counts[split], files=_files(parts[split][0])) for split in parts}
             Sources(**sources).write(writer.path)
@@ -70,7 +72,7 @@ def _write(file: Path, task: Task, parts: dict[str, tuple[Path, str]], options: 
 
 
 def locate(name: str, task: str, ctx: Context) -> Path:
-    """The file or folder that `name` stands for. ConfigError for a catalog entry that is no dataset of this task."""
+    """The file or folder called `name`. ConfigError for a catalog entry that is not a dataset for this task."""
     if not name.startswith(catalog.PREFIX):
         path = Path(name).expanduser()
         if not path.exists():
@@ -80,25 +82,6 @@ def locate(name: str, task: str, ctx: Context) -> Path:
     if entry.kind != "dataset" or not same_examples(entry.task, task):
         raise ConfigError(f"{name} is a {entry.kind} for {entry.task}; a dataset for {task} is needed here")
     return catalog.fetch(name, ctx.store.cache)
-
-
-def refuse_overlap(train: Iterable[str], held_out: Iterable[str]) -> None:
-    """DataError naming the first unit that is in both parts."""
-    found = first_overlap(held_out, fingerprints(train))
-    if found is not None:
-        raise DataError(
-            f'the train and eval parts share a passage: "{excerpt(found)}". A measurement on it would prove nothing; '
-            "remove it from one of them, or give other eval_data"
-        )
-
-
-def portable(cfg: ReadOptions) -> dict[str, Any]:
-    """The config for the manifest, with the names of local files in place of their paths on this machine."""
-    raw = cfg.model_dump(mode="json")
-    for key in ("data", "eval_data"):
-        if raw[key] and not raw[key].startswith(catalog.PREFIX):
-            raw[key] = Path(raw[key]).name
-    return raw
 
 
 def _files(path: Path) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 The idea is that of LLM-QAT (2023, arXiv 2305.17888): what a model writes is spread over all that it learned. How it
 writes is the family's affair. Each finished batch of texts is kept in scratch, and its randomness is a pure function of
-the seed and its number, so a killed run goes on with the next batch and makes the same dataset.
+the seed and its number, so a killed run resumes with the next batch and makes the same dataset.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ def run(cfg: SampleOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifa
     task = get_task(model.task)
     if not task.generates:
         raise ConfigError(f"{task.name} models write no data of their own; calibrate on a dataset")
-    task.chosen(cfg.family)
     batches = -(-cfg.count // cfg.batch_size)
     files = [ctx.work / f"batch-{number:05d}.json" for number in range(batches)]
     with ctx.progress.stage("sample", total=cfg.count, unit="example") as bar:

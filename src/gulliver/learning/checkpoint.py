@@ -50,12 +50,12 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     rows = {name: (tensors[name].dtype, tensors[name].shape) for name in order}
-    metadata = {META_KEY: _json({"format": FORMAT, "meta": meta})}
+    text = json.dumps({"format": FORMAT, "meta": meta}, sort_keys=True, separators=(",", ":"), allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
-            write_tensors(file, rows, ((name, tensors[name]) for name in order), metadata=metadata)
+            write_tensors(file, rows, ((name, tensors[name]) for name in order), metadata={META_KEY: text})
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -78,7 +78,3 @@ def open_checkpoint(path: Path) -> Checkpoint | None:
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("meta"), dict):
         raise ArtifactError(f"{path} is not a checkpoint of format {FORMAT}; delete it to start afresh")
     return Checkpoint(path, content["meta"], names)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

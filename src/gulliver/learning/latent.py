@@ -118,10 +118,6 @@ class LatentPart:
         steps = 1.0 if self.grid.sorted is None else float(self.grid.sorted.diff().mean())
         return steps * float(self.scale.mean())
 
-    def value(self) -> Tensor:
-        """The rounded values, float32 [rows, columns], differentiable in `latent` and `change`."""
-        return Rounded.apply(self.latent, self.change, self.scale, self.grid)  # type: ignore[no-any-return]
-
     @torch.no_grad()
     def packed(self) -> RowGroup:
         """The part as it is now, with scales of 8 bits again."""
@@ -150,12 +146,9 @@ class LatentTensor:
 
     def value(self) -> Tensor:
         """The weight as the network uses it, float32 [rows, …] (its `shape`), differentiable in the parts."""
-        return self.joined([part.value() for part in self.parts])
-
-    def joined(self, values: list[Tensor]) -> Tensor:
-        """The values of the parts, [rows of the part, columns] each, as one weight [rows, …] of `shape`."""
+        values = [Rounded.apply(part.latent, part.change, part.scale, part.grid) for part in self.parts]
         if self.row_part is None:
-            return values[0].view(self.shape)
+            return values[0].view(self.shape)  # type: ignore[union-attr]
         order = torch.cat([part.rows for part in self.parts]).argsort()  # type: ignore[misc]
         return torch.cat(values)[order].view(self.shape)
 

@@ -18,18 +18,9 @@ from gulliver.core.errors import ArtifactError
 from gulliver.nets.files import weight_files
 
 CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bool: "BOOL"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
 }
 """Type -> how a safetensors header spells it."""
 
@@ -90,10 +81,7 @@ def assign(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch
             owner._buffers[leaf] = value
             filled.add(name)
             continue
-        parameter = nn.Parameter(value, requires_grad=place.requires_grad and value.is_floating_point())
-        for alias in groups[canonical[name]]:
-            owner, leaf = _owner(model, alias)
-            owner._parameters[leaf] = parameter
+        _replace(model, groups[canonical[name]], value, place.requires_grad and value.is_floating_point())
         filled.add(canonical[name])
     return filled
 
@@ -101,13 +89,17 @@ def assign(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch
 def release(model: nn.Module, prefixes: Sequence[str]) -> None:
     """Take the data of every parameter whose canonical name starts with one of `prefixes`; it returns to meta."""
     for first, names in aliases(model).items():
-        if not first.startswith(tuple(prefixes)):
-            continue
-        old = model.get_parameter(first)
-        parameter = nn.Parameter(old.data.to("meta"), requires_grad=old.requires_grad)
-        for alias in names:
-            owner, leaf = _owner(model, alias)
-            owner._parameters[leaf] = parameter
+        if first.startswith(tuple(prefixes)):
+            old = model.get_parameter(first)
+            _replace(model, names, old.data.to("meta"), old.requires_grad)
+
+
+def _replace(model: nn.Module, names: Iterable[str], value: Tensor, requires_grad: bool) -> None:
+    """One new parameter under all of `names`."""
+    parameter = nn.Parameter(value, requires_grad=requires_grad)
+    for name in names:
+        owner, leaf = _owner(model, name)
+        owner._parameters[leaf] = parameter
 
 
 def unfilled(model: nn.Module) -> list[str]:
@@ -118,18 +110,6 @@ def unfilled(model: nn.Module) -> list[str]:
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf
-
-
-def stored_names(folder: Path) -> set[str]:
-    """The names of all tensors in the weight files of a folder, read from their headers alone."""
-    names: set[str] = set()
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                names.update(file.keys())
-        except SafetensorError as error:
-            raise ArtifactError(f"{path} is damaged: {error}; download or make it again") from error
-    return names
 
 
 def read_safetensors(
@@ -148,10 +128,9 @@ def read_safetensors(
                     if name in seen:
                         raise ArtifactError(f"duplicate tensor {name!r} in the weight files of {folder}")
                     seen.add(name)
-                    if only is not None and not only(name):
-                        continue
-                    tensor = file.get_tensor(name)
-                    yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+                    if only is None or only(name):
+                        tensor = file.get_tensor(name)
+                        yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         except SafetensorError as error:
             raise ArtifactError(f"{path} is damaged: {error}; download or make it again") from error
 

@@ -14,7 +14,8 @@ from transformers.initialization import no_init_weights
 
 from gulliver.core.errors import ArtifactError
 from gulliver.nets.architecture import is_encoder
-from gulliver.nets.weights import assign, canonical_names, empty_parameters, stored_names, unfilled
+from gulliver.nets.files import stored_tensors
+from gulliver.nets.weights import assign, canonical_names, empty_parameters, unfilled
 from gulliver.runtime.packing import is_packed
 from gulliver.runtime.reference import read_tensors
 
@@ -62,7 +63,7 @@ def load_network(folder: Path, empty: bool) -> nn.Module:
         return model
     packed = is_packed(folder)
     known = {*canonical_names(model), *(name for name, _ in model.named_buffers())}
-    if not packed and not known.issuperset(stored_names(folder)):
+    if not packed and not known.issuperset(stored_tensors(folder)):
         return _translated(model, folder)
     assign(model, read_tensors(folder))
     missing = unfilled(model)

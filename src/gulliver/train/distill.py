@@ -23,10 +23,9 @@ from gulliver.core.overlap import fingerprints
 from gulliver.core.records import NOT_COPIED, Calibration, Distillation, LossIncrease, Packing
 from gulliver.core.store.artifact import Artifact
 from gulliver.learning.batches import in_turns
-from gulliver.learning.latent import LatentTensor, Rounded
+from gulliver.learning.latent import LatentTensor
 from gulliver.learning.loop import run_loop
-from gulliver.learning.optim import OptimizerConfig
-from gulliver.learning.schedule import Schedule
+from gulliver.learning.optim import OptimizerConfig, Schedule
 from gulliver.nets.files import copy_companions
 from gulliver.nets.weights import canonical_names, owners
 from gulliver.runtime.packed import PackedTensor
@@ -57,18 +56,21 @@ def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
     task = get_task(model.task)
     _refuse_other(task, model, parent, datasets, ctx)
     batch_at = _batches(task, cfg, datasets, model, ctx)
-    _refuse_other_tokens(batch_at, _batches(task, cfg, datasets, parent, ctx), model, parent)
+    if model.files.get("tokenizer.json") != parent.files.get("tokenizer.json"):
+        ours, theirs = batch_at(0), _batches(task, cfg, datasets, parent, ctx)(0)
+        if any(not torch.equal(tensor, theirs[name]) for name, tensor in ours.items()):
+            told = f"model {model.id[:12]} and its parent {parent.id[:12]} turn the same text into different tokens"
+            raise ConfigError(f"{told}; take a model with the parent's tokenizer")
     teacher = task.load(parent.path).requires_grad_(False)
     student = task.load(model.path).requires_grad_(False)
     canonical, packed = canonical_names(student), is_packed(model.path)
     latents, dense = _trainable(student, teacher, model)
 
     bfloat16 = torch.autocast("cpu", dtype=torch.bfloat16)
-    loss = bfloat16(lambda index: task.loss(_use(student, latents), batch_at(index), teacher))
     assert cfg.learning_rate is not None, "a call resolves it"
     result = run_loop(
         parameters=_groups(cfg, cfg.learning_rate, latents, list(dense.values())),
-        loss=loss,
+        loss=bfloat16(lambda index: task.loss(_use(student, latents), batch_at(index), teacher)),
         steps=cfg.steps,
         optimizer=OptimizerConfig("adamw", cfg.learning_rate),
         schedule=Schedule(cfg.warmup_steps),
@@ -103,8 +105,8 @@ def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
 # ---- what is refused ------------------------------------------------------------------------------------------------
 def _refuse_other(task: Task, model: Artifact, parent: Artifact, datasets: list[Artifact], ctx: Context) -> None:
     """ConfigError for inputs of other families or answers, BudgetError for networks too large for the limit."""
-    pairs = [(parent, parent.task == model.task), *((one, same_examples(one.task, model.task)) for one in datasets)]
-    for other in (one for one, fits in pairs if not fits):
+    odd = [one for one in datasets if not same_examples(one.task, model.task)]
+    for other in [parent, *odd] if parent.task != model.task else odd:
         told = f"{other.kind} {other.id[:12]} is for {other.task}"
         raise ConfigError(f"model, parent and dataset must all be for {model.task}, but {told}")
     ours, theirs = (task.load(one.path, empty=True) for one in (model, parent))
@@ -124,20 +126,6 @@ def _refuse_other(task: Task, model: Artifact, parent: Artifact, datasets: list[
         )
 
 
-def _refuse_other_tokens(
-    batch_at: Callable[[int], Batch], theirs: Callable[[int], Batch], model: Artifact, parent: Artifact
-) -> None:
-    """ConfigError when another tokenizer gives other tokens for the first batch."""
-    if model.files.get("tokenizer.json") == parent.files.get("tokenizer.json"):
-        return
-    ours, others = batch_at(0), theirs(0)
-    if any(not torch.equal(tensor, others[name]) for name, tensor in ours.items()):
-        raise ConfigError(
-            f"model {model.id[:12]} and its parent {parent.id[:12]} turn the same text into different tokens; "
-            "take a model with the parent's tokenizer"
-        )
-
-
 # ---- what is trained ------------------------------------------------------------------------------------------------
 def _trainable(
     student: nn.Module, teacher: nn.Module, model: Artifact
@@ -153,13 +141,11 @@ def _trainable(
         if isinstance(tensor, PackedTensor):
             known = name in theirs and theirs[name].shape == tensor.shape
             latents[name] = LatentTensor(tensor, theirs[name].detach() if known else tensor.dequantize())
-    dense = {
-        name: parameter
-        for name, parameter in student.named_parameters()
-        if name not in latents and (parameter.dim() == 1 or not latents)
-    }
-    for parameter in dense.values():
-        parameter.requires_grad_(True)
+    dense = {}
+    for name, parameter in student.named_parameters():
+        if name not in latents and (parameter.dim() == 1 or not latents):
+            dense[name] = parameter
+            parameter.requires_grad_(True)
     users = {name: [module for _, module in owners(student, name)] for name in latents}
     for module in (module for modules in users.values() for module in modules):
         del module._parameters["weight"]
@@ -185,9 +171,7 @@ def _groups(
 def _use(student: nn.Module, latents: dict[str, LatentTensor]) -> nn.Module:
     """Give the network the weights that the latents have come to stand for; returns it."""
     for name, latent in latents.items():
-        value = latent.joined(
-            [Rounded.apply(part.latent, part.change, part.scale, part.grid) for part in latent.parts]  # type: ignore[misc]
-        )
+        value = latent.value()
         for module in student.__dict__["latent_owners"][name]:
             module.__dict__["weight"] = value
     return student

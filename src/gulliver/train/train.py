@@ -10,8 +10,7 @@ from gulliver.core.records import Training
 from gulliver.core.store.artifact import Artifact
 from gulliver.learning.batches import in_turns
 from gulliver.learning.loop import run_loop
-from gulliver.learning.optim import OptimizerConfig, parameter_groups
-from gulliver.learning.schedule import Schedule
+from gulliver.learning.optim import OptimizerConfig, Schedule, parameter_groups
 from gulliver.tasks import get_task, same_examples
 from gulliver.train.options import TrainOptions
 
