@@ -71,13 +71,17 @@ def measure(
         work = get_task(task).workloads(network, path)
     else:
         work, backend, why = workloads(decoder, tuple(streams)), decoder.backend, decoder.why
-    found = {"load_seconds": time.perf_counter() - start, "load_ram_bytes": current_rss_bytes()}
+    found: dict[str, Any] = {"load_seconds": time.perf_counter() - start, "load_ram_bytes": current_rss_bytes()}
     rates = _rates(work, repeats)
     found |= {"peak_ram_bytes": peak_rss_bytes(), "threads": threads, "backend": backend, "why": why}
     found["streams"] = {str(count): rates.pop(str(count)) for count in streams}
     if bandwidth:
         found["bytes_per_token"] = bytes_per_token(path)
-        found["bandwidth"] = [_beside_bandwidth(work["decode_tokens_per_s"]) for _ in range(repeats)]
+        machine, found["bandwidth"] = identify(), []
+        for _ in range(repeats):  # rates right after, the caches filled again
+            reached = bandwidth_gb_s(machine.cores, min(BANDWIDTH_BYTES, machine.usable_ram_bytes // 16))
+            work["decode_tokens_per_s"]()
+            found["bandwidth"].append((reached, _rate(work["decode_tokens_per_s"])))
     return {**found, "rates": rates}
 
 
@@ -109,14 +113,6 @@ def _rate(work: Callable[[], int]) -> float:
     start = time.perf_counter()
     units = work()
     return units / (time.perf_counter() - start)
-
-
-def _beside_bandwidth(decode: Callable[[], int]) -> tuple[float, float]:
-    """GB/s that all cores read now, and tokens per second right after, the caches filled again."""
-    machine = identify()
-    reached = bandwidth_gb_s(machine.cores, min(BANDWIDTH_BYTES, machine.usable_ram_bytes // 16))
-    decode()
-    return reached, _rate(decode)
 
 
 if __name__ == "__main__":

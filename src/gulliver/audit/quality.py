@@ -24,10 +24,9 @@ def run(cfg: QualityOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
     DataError when the eval part holds data that the model was calibrated on; ConfigError when families differ.
     """
     model, dataset, parent = inputs["model"], inputs["dataset"], inputs.get("parent")
-    pairs = [(dataset, same_examples(dataset.task, model.task))]
-    pairs += [(parent, parent.task == model.task)] if parent is not None else []
-    for other, fits in pairs:
-        if not fits:
+    same = parent is None or parent.task == model.task
+    for other, fits in ((dataset, same_examples(dataset.task, model.task)), (parent, same)):
+        if other is not None and not fits:
             raise ConfigError(f"the model is for {model.task}, but {other.kind} {other.id[:12]} is for {other.task}")
     task = get_task(model.task)
     refuse_calibration_data(model, list(task.units_of(dataset.path, "eval")), ctx)

@@ -183,30 +183,22 @@ def _collect(
             uses = []
             for name, module in owners(network, weight.name):
                 table = isinstance(module, nn.Embedding)
-                if name in (found["count"] if table else home):
-                    outputs = _outputs(name, shape[1] if table else shape[0], chosen, found["power"])
-                    uses.append(_use(name, outputs, found["count"][name] if table else None, home, rows))
+                if name not in (found["count"] if table else home):
+                    continue
+                width = shape[1] if table else shape[0]
+                if chosen is not None:
+                    outputs = chosen.get(name, torch.zeros(width))
+                else:
+                    outputs = torch.full((width,), 1.0 / (width * max(float(found["power"].get(name, 0.0)), 1e-20)))
+                if table:
+                    counts = found["count"][name] + 0.5
+                    rows |= {f"moment:{name}": outputs, f"rows:{name}": counts / counts.sum()}
+                    uses.append((ROWS, f"moment:{name}", f"rows:{name}"))
+                else:
+                    rows[f"rows:{name}"] = outputs
+                    uses.append((*home[name], f"rows:{name}"))
             if not uses:
                 raise DataError(f"no calibration data passed through {weight.name}; nothing is known about it")
             weights[weight.name] = WeightRow(shape=shape, block=block.name, uses=tuple(uses))
     _save(rows, folder / ROWS)
     return weights
-
-
-def _outputs(name: str, width: int, chosen: Mapping[str, Tensor] | None, power: Mapping[str, Tensor]) -> Tensor:
-    """How much each output of a module matters, float32 [width]."""
-    if chosen is not None:
-        return chosen.get(name, torch.zeros(width))
-    return torch.full((width,), 1.0 / (width * max(float(power.get(name, 0.0)), 1e-20)))
-
-
-def _use(
-    name: str, outputs: Tensor, counts: Tensor | None, home: Mapping[str, tuple[str, str]], rows: dict[str, Tensor]
-) -> tuple[str, str, str]:
-    """(file, moment key, rows key) of one use of a weight; adds its row weights to `rows`. `counts` of a table."""
-    if counts is None:
-        rows[f"rows:{name}"] = outputs
-        return *home[name], f"rows:{name}"
-    rows[f"moment:{name}"] = outputs
-    rows[f"rows:{name}"] = (counts + 0.5) / (counts + 0.5).sum()
-    return ROWS, f"moment:{name}", f"rows:{name}"

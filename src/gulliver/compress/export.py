@@ -22,6 +22,7 @@ from gulliver.compress.options import ExportOptions
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.manifest import read_json
 from gulliver.nets.files import copy_companions
 from gulliver.runtime import reference
 from gulliver.runtime.shards import ShardWriter
@@ -41,8 +42,7 @@ def run(cfg: ExportOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifa
         raise ConfigError(f"widen is for compressed-tensors; {cfg.format} holds no codes, so leave it out")
     if cfg.type != "exact" and cfg.format != "gguf":
         raise ConfigError(f"type is for gguf; {cfg.format} has one way to store weights, so leave it out")
-    raw = read_config(model)
-    staging = ctx.work / "export"
+    raw, staging = read_config(model), ctx.work / "export"
     shutil.rmtree(staging, ignore_errors=True)  # what a killed run left: writing again is quick
     staging.mkdir(parents=True)
     if cfg.format == "safetensors":
@@ -105,10 +105,7 @@ def read_config(model: Artifact) -> dict[str, Any]:
     path = model.file("config.json")
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ArtifactError(f"{path} has {path.stat().st_size} bytes: it is not a model config; make the model again")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not JSON ({error}); make the model again") from error
+    raw = read_json(path.read_bytes(), str(path))
     if not isinstance(raw, dict):
         raise ArtifactError(f"{path} is not a JSON object; make the model again")
     if "quantization_config" in raw:

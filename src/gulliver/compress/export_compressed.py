@@ -148,11 +148,10 @@ def compressed_tensors(name: str, tensor: PackedTensor, layout: Layout) -> dict[
     for index, part in enumerate(tensor.parts):
         where = slice(None) if tensor.row_part is None else tensor.row_part == index
         codes[where], scales[where], zeros[where] = _integers(part, scheme)
-    offset = 1 << (scheme.bits - 1)
     if layout.strategy == "group":
         stored = pack_bits(zeros.T.contiguous(), scheme.bits).T.contiguous()
     else:
-        stored = (zeros.to(torch.int16) - offset).to(torch.int8)
+        stored = (zeros.to(torch.int16) - (1 << (scheme.bits - 1))).to(torch.int8)
     return {
         f"{name}_packed": pack_bits(codes, scheme.bits),
         f"{name}_scale": scales,

@@ -64,16 +64,13 @@ def quantize_matrix(weight: Tensor, fmt: Format, moment: Tensor | None, *, gptq:
             grid = _fit_all(groups, weights_of_group, fmt, codebook)
             parts.append(_round(some, fmt, grid, row_factors(grid.scales), codebook))
         else:
-            factors = row_factors(_widest(groups, fmt, codebook))
+            if codebook is not None:  # scales that just reach every weight: fitted ones hardly ever exceed them
+                widest = groups.abs().amax(2) / codebook.float().abs().max()
+            else:
+                widest = (groups.amax(2).clamp_min(0) - groups.amin(2).clamp_max(0)) / (fmt.levels - 1)
+            factors = row_factors(widest)
             parts.append(_solve(some, fmt, *solve, importance, factors, codebook))
     return joined(parts)
-
-
-def _widest(groups: Tensor, fmt: Format, codebook: Tensor | None) -> Tensor:
-    """The scales [rows, groups] that just reach every weight: what fitted scales hardly ever exceed."""
-    if codebook is not None:
-        return groups.abs().amax(2) / codebook.float().abs().max()
-    return (groups.amax(2).clamp_min(0) - groups.amin(2).clamp_max(0)) / (fmt.levels - 1)
 
 
 def _fitter(fmt: Format, codebook: Tensor | None) -> Callable[[Tensor, Tensor], Grid]:

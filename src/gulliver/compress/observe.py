@@ -30,14 +30,10 @@ class Moments:
         self.output_power: dict[str, float] = {}
         self.mask: Tensor | None = None
         self._seen: list[tuple[Tensor, str]] = []
-        self._hooks = [
-            hook
-            for name, module in watched
-            for hook in (
-                module.register_forward_pre_hook(partial(self._read, name), with_kwargs=True),
-                module.register_forward_hook(partial(self._written, name)),
-            )
-        ]
+        self._hooks: list[Any] = []
+        for name, module in watched:
+            self._hooks.append(module.register_forward_pre_hook(partial(self._read, name), with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(partial(self._written, name)))
 
     def begin(self, batch: Batch) -> None:
         """Say which batch comes next; rows that its mask calls padding do not count."""

@@ -31,7 +31,7 @@ from torch import Tensor
 from gulliver.compress.gptq import quantize_matrix
 from gulliver.compress.options import PlanOptions
 from gulliver.compress.statistics import Statistics, Use, joint_moment, loss_increase, open_statistics
-from gulliver.compress.threads import each, workers
+from gulliver.compress.threads import each
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, BudgetError, ConfigError
 from gulliver.core.records import BlockLoss, PartBits, Plan, PlannedPoint, TensorBits
@@ -80,7 +80,7 @@ def run(cfg: PlanOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact
     formats = menu(cfg.kind, cfg.min_bits)
     job, measured = measurer(model, statistics, formats, cfg), []
     with ctx.progress.stage("plan", total=len(statistics.weights), unit="weight") as bar:
-        for rows in each(job, sorted(statistics.weights), workers(ctx)):
+        for rows in each(job, sorted(statistics.weights), ctx):
             name = rows[0][0].name
             ctx.check_ram(name)
             measured.extend(rows)
@@ -96,9 +96,8 @@ def run(cfg: PlanOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact
             f"{cfg.size_bytes:,} bytes are too few: this model needs at least {smallest:,} ({smallest / 1e6:.1f} MB)",
             {"size_bytes": smallest},
         )
-    plan = plan_of(items, formats, chosen, statistics, cfg, fixed)
     with ctx.writer(kind="report", task=model.task, config=cfg) as writer:
-        plan.write(writer.path)
+        plan_of(items, formats, chosen, statistics, cfg, fixed).write(writer.path)
         return writer.commit()
 
 

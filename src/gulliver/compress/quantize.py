@@ -8,9 +8,7 @@ written to scratch as soon as it is done, so a killed run resumes with the next 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -22,7 +20,7 @@ from gulliver.compress.gptq import quantize_matrix
 from gulliver.compress.options import QuantizeOptions
 from gulliver.compress.plan import Parts, planned, read_weight, rows_of_classes
 from gulliver.compress.statistics import Statistics, joint_moment, loss_increase, open_statistics
-from gulliver.compress.threads import each, workers
+from gulliver.compress.threads import each
 from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError
 from gulliver.core.records import NOT_COPIED, Calibration, LossIncrease, PackedWeight, Packing
@@ -53,76 +51,76 @@ def run(cfg: QuantizeOptions, inputs: dict[str, Artifact], ctx: Context) -> Arti
         choices = {name: ((statistics.weights[name].shape[0], fixed),) for name in names}
     canonical = canonical_names(get_task(model.task).load(model.path, empty=True))
     files = {name: ctx.work / f"weight-{index:05}.safetensors" for index, name in enumerate(names)}
-    job = _Job(model.path, canonical, statistics, choices, cfg.method == "gptq", files)
+    job = packer(model, canonical, statistics, choices, cfg.method == "gptq", files)
     with ctx.progress.stage("quantize", total=len(names), unit="weight") as bar:
-        for name in each(partial(_pack, job), names, workers(ctx)):
+        for name in each(job, names, ctx):
             ctx.check_ram(name)
             bar.advance(note=name)
     with ctx.writer(kind="model", task=model.task, config=cfg) as writer:
-        entries = assemble(writer.path, model, canonical, files)
-        Packing(tensors={name: entry for name, (entry, _) in entries.items()}).write(writer.path)
-        LossIncrease(weights={name: increase for name, (_, increase) in entries.items()}).write(writer.path)
+        assemble(writer.path, model, canonical, files)
         Calibration.of(calibration).write(writer.path)
         copy_companions(model.paths(), writer.path, NOT_COPIED)
         return writer.commit()
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What packing one weight needs: where it is, what it becomes, and the file that it is left in."""
+def packer(
+    model: Artifact,
+    canonical: Mapping[str, str],
+    statistics: Statistics,
+    choices: Mapping[str, Parts],
+    gptq: bool,
+    files: Mapping[str, Path],
+) -> Callable[[str], str]:
+    """A function, thread-safe, that leaves a packed weight, as stored, in its file with what is known about it.
 
-    folder: Path
-    canonical: Mapping[str, str]
-    statistics: Statistics
-    choices: Mapping[str, Parts]
-    gptq: bool
-    files: Mapping[str, Path]
-
-
-def _pack(job: _Job, name: str) -> str:
-    """Quantize a weight and leave it, as stored, in its file with what is known about it; returns the name."""
-    if job.files[name].is_file():
-        return name
-    weight, wanted = read_weight(job.folder, name, job.canonical), job.choices[name]
-    matrix, uses = weight.flatten(1), job.statistics.uses(name)
-    classes = rows_of_classes(uses, matrix, [count for count, _ in wanted])
-    row_part = torch.empty(len(matrix), dtype=torch.uint8) if len(classes) > 1 else None
-    moment, increase, parts = joint_moment(uses), 0.0, []
-    for index, (rows, (_, fmt)) in enumerate(zip(classes, wanted, strict=True)):
-        chosen = matrix if row_part is None else matrix[rows]
-        part = quantize_matrix(chosen, fmt, moment, gptq=job.gptq)
-        increase += loss_increase(chosen, part, uses, None if row_part is None else rows)
-        parts.append(part)
-        if row_part is not None:
-            row_part[rows] = index
-    packed = PackedTensor(tuple(weight.shape), parts, row_part)
-    facts = json.dumps({"packing": packing_entry(packed).model_dump(mode="json"), "loss_increase": increase})
-    temporary = temporary_name(job.files[name])
-    save_file(stored_form(name, packed), str(temporary), metadata={"facts": facts})
-    temporary.rename(job.files[name])
-    return name
-
-
-def assemble(
-    folder: Path, model: Artifact, canonical: Mapping[str, str], files: Mapping[str, Path]
-) -> dict[str, tuple[PackedWeight, float]]:
-    """Write the weight files of a packed model: packed weights in the order of use, each from its file; then the rest.
-
-    Returns the packing row and the predicted loss increase of each packed weight. What stays plain has 16 bits at most.
+    It takes and returns the weight's name; what an earlier run left stays.
     """
-    entries: dict[str, tuple[PackedWeight, float]] = {}
+
+    def job(name: str) -> str:
+        if files[name].is_file():
+            return name
+        weight, uses = read_weight(model.path, name, canonical), statistics.uses(name)
+        matrix = weight.flatten(1)
+        classes = rows_of_classes(uses, matrix, [count for count, _ in choices[name]])
+        row_part = torch.empty(len(matrix), dtype=torch.uint8) if len(classes) > 1 else None
+        moment, increase, parts = joint_moment(uses), 0.0, []
+        for index, (rows, (_, fmt)) in enumerate(zip(classes, choices[name], strict=True)):
+            chosen = matrix if row_part is None else matrix[rows]
+            part = quantize_matrix(chosen, fmt, moment, gptq=gptq)
+            increase += loss_increase(chosen, part, uses, None if row_part is None else rows)
+            parts.append(part)
+            if row_part is not None:
+                row_part[rows] = index
+        packed = PackedTensor(tuple(weight.shape), parts, row_part)
+        facts = json.dumps({"packing": packing_entry(packed).model_dump(mode="json"), "loss_increase": increase})
+        temporary = temporary_name(files[name])
+        save_file(stored_form(name, packed), str(temporary), metadata={"facts": facts})
+        temporary.rename(files[name])
+        return name
+
+    return job
+
+
+def assemble(folder: Path, model: Artifact, canonical: Mapping[str, str], files: Mapping[str, Path]) -> None:
+    """Write the weight files of a packed model: packed weights in the order of use, each from its file; then the rest,
+
+    which has 16 bits at most; and the records that say how each is packed and what that is predicted to cost.
+    """
+    packing: dict[str, PackedWeight] = {}
+    increases: dict[str, float] = {}
     with ShardWriter(folder, PACKED_SHARD_BYTES) as shards:
         for name in sorted(files, key=order_of_use):
-            path = files[name]
-            with safe_open(path, framework="pt") as opened:
+            with safe_open(files[name], framework="pt") as opened:
                 facts = json.loads(opened.metadata()["facts"])
-            entries[name] = PackedWeight.model_validate(facts["packing"], strict=False), facts["loss_increase"]
-            shards.add(load_file(path))
+            packing[name] = PackedWeight.model_validate(facts["packing"], strict=False)
+            increases[name] = facts["loss_increase"]
+            shards.add(load_file(files[name]))
         for stored, tensor in read_safetensors(model.path, only=lambda one: canonical.get(one, one) not in files):
             name = canonical.get(stored, stored)
             if name not in shards.names:  # tied tensors once, by their first name
                 shards.add({name: narrow(tensor)})
-    return entries
+    Packing(tensors=packing).write(folder)
+    LossIncrease(weights=increases).write(folder)
 
 
 def narrow(tensor: Tensor) -> Tensor:

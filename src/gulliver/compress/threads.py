@@ -14,19 +14,17 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def workers(ctx: Context) -> int:
-    """Jobs at once: as many as torch has threads, but one where memory is limited."""
-    return 1 if ctx.max_ram_bytes is not None else torch.get_num_threads()
+def each(function: Callable[[Item], Result], items: Iterable[Item], ctx: Context) -> Iterator[Result]:
+    """`function` of every item, in order: as many at a time as torch has threads, but one where memory is limited.
 
-
-def each(function: Callable[[Item], Result], items: Iterable[Item], count: int) -> Iterator[Result]:
-    """`function` of every item, in order, `count` at a time. The first exception is raised; nothing new starts then."""
-    if count == 1:
+    The first exception is raised; nothing new starts then.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or ctx.max_ram_bytes is not None:
         yield from map(function, items)
         return
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(count)
+    pool = ThreadPoolExecutor(threads)
     try:
         yield from pool.map(function, items)
     finally:

@@ -56,8 +56,7 @@ def _model(path: Path, cfg: PullOptions, origin: Origin, ctx: Context) -> Artifa
         raise ConfigError(f"{cfg.source} does not exist; give a folder, a .gguf file, catalog:NAME or hf:ORG/NAME")
     task, convert = converter(path) if path.is_file() else (detect_task(path), None)
     name = cfg.task or task
-    config = {"source": origin.source, "task": name}
-    with ctx.writer(kind="model", task=name, config=config) as writer:
+    with ctx.writer(kind="model", task=name, config={"source": origin.source, "task": name}) as writer:
         with ctx.progress.stage("check" if convert is None else "convert"):
             original = None if convert is None else convert(path, writer.path)
             weights, dtype = bring_in(get_task(name), path if convert is None else writer.path, writer.path)

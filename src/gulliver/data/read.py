@@ -85,7 +85,6 @@ def locate(name: str, task: str, ctx: Context) -> Path:
 
 
 def _files(path: Path) -> dict[str, str]:
-    if path.is_file():
-        return {path.name: hash_file(path)}
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return {file.relative_to(path).as_posix(): hash_file(file) for file in files}
+    base = path.parent if path.is_file() else path
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return {file.relative_to(base).as_posix(): hash_file(file) for file in files}

@@ -26,9 +26,6 @@ from gulliver.data.options import SampleOptions
 from gulliver.tasks import get_task
 from gulliver.tasks.base import Task
 
-SOURCE = "own"
-"""Column `source` of every example."""
-
 
 def run(cfg: SampleOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     """Write `examples.parquet`, all of it split "train". ConfigError for a family or a model that writes nothing."""
@@ -47,7 +44,7 @@ def run(cfg: SampleOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifa
     rows = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))]
     if not rows:
         raise DataError(f"all {cfg.count} examples of model {model.id[:12]} are empty; calibrate on a dataset instead")
-    rows = [{"source": SOURCE, **row, "split": "train"} for row in rows]
+    rows = [{"source": "own", **row, "split": "train"} for row in rows]
     sources = Sources(train=SplitSource(examples=len(rows), files={}), eval=SplitSource(examples=0, files={}))
     with ctx.writer(kind="dataset", task=task.name, config=cfg) as writer:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), writer.path / EXAMPLES)

@@ -52,9 +52,8 @@ class LatentGrid:
 
     def __init__(self, part: RowGroup) -> None:
         self.size, self.levels = part.format.group_size, part.format.levels
-        self.entries = None if part.codebook is None else part.codebook.float()
-        self.order = None if self.entries is None else self.entries.argsort()
-        self.sorted = None if self.entries is None else self.entries.sort().values
+        entries = None if part.codebook is None else part.codebook.float()
+        self.sorted, self.order = (None, None) if entries is None else (entries.sort().values, entries.argsort())
         self.table: Tensor | None = None
         self.low, self.fine = 0.0, 1.0
         self.zeros = torch.zeros(1) if part.zeros is None else part.zeros.float()[:, :, None]
@@ -103,8 +102,8 @@ class LatentGrid:
 class LatentPart:
     """One part: `latent` float32 [rows, columns] and `change` float32 [rows, groups] (log of the scale's change)."""
 
-    def __init__(self, part: RowGroup, parent: Tensor, rows: Tensor | None) -> None:
-        self.part, self.rows, self.grid = part, rows, LatentGrid(part)
+    def __init__(self, part: RowGroup, parent: Tensor) -> None:
+        self.part, self.grid = part, LatentGrid(part)
         self.scale = (part.factors.float()[:, None] * part.scales.float()).clamp_min(1e-12)
         codes = part.codes if self.grid.order is None else self.grid.order.argsort()[part.codes.long()]
         padded = nn.functional.pad(codes.float(), (0, self.scale.shape[1] * self.grid.size - codes.shape[1]))
@@ -141,16 +140,15 @@ class LatentTensor:
         matrix = parent.flatten(1)
         self.parts = []
         for index, part in enumerate(tensor.parts):
-            rows = None if tensor.row_part is None else (tensor.row_part == index).nonzero()[:, 0]
-            self.parts.append(LatentPart(part, matrix if rows is None else matrix[rows], rows))
+            rows = slice(None) if tensor.row_part is None else tensor.row_part == index
+            self.parts.append(LatentPart(part, matrix[rows]))
 
     def value(self) -> Tensor:
         """The weight as the network uses it, float32 [rows, …] (its `shape`), differentiable in the parts."""
         values = [Rounded.apply(part.latent, part.change, part.scale, part.grid) for part in self.parts]
         if self.row_part is None:
             return values[0].view(self.shape)  # type: ignore[union-attr]
-        order = torch.cat([part.rows for part in self.parts]).argsort()  # type: ignore[misc]
-        return torch.cat(values)[order].view(self.shape)
+        return torch.cat(values)[self.row_part.argsort(stable=True).argsort()].view(self.shape)
 
     def packed(self) -> PackedTensor:
         """The weight [rows, …] as it is now, packed."""

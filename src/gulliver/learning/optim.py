@@ -16,12 +16,12 @@ so that the first update is not wasted on a rate of zero, and the last one still
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gulliver.core.errors import ConfigError
 
@@ -60,22 +60,27 @@ def build_optimizer(parameters: Sequence[dict[str, Any]], config: OptimizerConfi
 
     Every group keeps its peak rate as `initial_lr`. ConfigError for no parameter, a parameter twice, an unknown key.
     """
-    groups = [_group(group, config) for group in parameters]
+    groups = []
+    for group in parameters:
+        unknown = sorted(set(group) - {"params", "learning_rate", "weight_decay"})
+        if unknown:
+            known = "params, learning_rate, weight_decay"
+            raise ConfigError(f"unknown key {unknown[0]!r} in a parameter group; it takes {known}")
+        rate = float(group.get("learning_rate", config.learning_rate))
+        if not 0.0 <= rate < float("inf"):
+            raise ConfigError(f"a group's learning_rate is {rate}; it must be a finite number, 0 or more")
+        decay = float(group.get("weight_decay", config.weight_decay))
+        groups.append({"params": list(group["params"]), "lr": rate, "initial_lr": rate, "weight_decay": decay})
     tensors = [tensor for group in groups for tensor in group["params"]]
     if not tensors:
         raise ConfigError("there is nothing to train: no parameter requires a gradient")
     if len({id(tensor) for tensor in tensors}) != len(tensors):
         raise ConfigError("duplicate parameter in the optimizer's groups; give each to one group")
-    fused = can_fuse(tensors)
+    fused = all(tensor.is_floating_point() and tensor.device.type in FUSED_DEVICES for tensor in tensors)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=fused)
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon, fused=fused)
-
-
-def can_fuse(tensors: Iterable[Tensor]) -> bool:
-    """Whether torch's fused update takes all of `tensors`, of any shape."""
-    return all(tensor.is_floating_point() and tensor.device.type in FUSED_DEVICES for tensor in tensors)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -85,16 +90,3 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     plain = [parameter for parameter in trainable if parameter.ndim < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-
-
-def _group(group: dict[str, Any], config: OptimizerConfig) -> dict[str, Any]:
-    unknown = sorted(set(group) - {"params", "learning_rate", "weight_decay"})
-    if unknown:
-        raise ConfigError(
-            f"unknown key {unknown[0]!r} in a parameter group; it takes params, learning_rate, weight_decay"
-        )
-    rate = float(group.get("learning_rate", config.learning_rate))
-    decay = float(group.get("weight_decay", config.weight_decay))
-    if not 0.0 <= rate < float("inf"):
-        raise ConfigError(f"a group's learning_rate is {rate}; it must be a finite number, 0 or more")
-    return {"params": list(group["params"]), "lr": rate, "initial_lr": rate, "weight_decay": decay}

@@ -23,7 +23,9 @@ def is_encoder(folder: Path, config: Mapping[str, Any]) -> bool:
     if (folder / "modules.json").is_file():
         return True
     names = architectures(config)
-    return any(name.endswith(ENCODERS) for name in names) and not is_causal(folder, config) and not _decodes(config)
+    alone = any(name.endswith("EncoderModel") for name in names)  # of an encoder and a decoder in one (T5EncoderModel)
+    whole = bool(config.get("is_encoder_decoder")) and not alone
+    return any(name.endswith(ENCODERS) for name in names) and not is_causal(folder, config) and not whole
 
 
 def is_causal(folder: Path, config: Mapping[str, Any]) -> bool:
@@ -32,9 +34,3 @@ def is_causal(folder: Path, config: Mapping[str, Any]) -> bool:
         return False
     names = architectures(config)
     return not names or any(name.endswith(CAUSAL) for name in names)
-
-
-def _decodes(config: Mapping[str, Any]) -> bool:
-    """An encoder and a decoder in one: the encoder alone has a name of its own (T5EncoderModel)."""
-    alone = any(name.endswith("EncoderModel") for name in architectures(config))
-    return bool(config.get("is_encoder_decoder")) and not alone

@@ -39,13 +39,8 @@ class InceptionConfig:
     width: int = 8
 
     def __post_init__(self) -> None:
-        limits = {
-            "size": (1, MAX_SIZE),
-            "classes": (2, 65536),
-            "channels": (1, 64),
-            "height": (4, 4096),
-            "width": (4, 4096),
-        }
+        limits = {"size": (1, MAX_SIZE), "classes": (2, 65536), "channels": (1, 64)}
+        limits |= dict.fromkeys(("height", "width"), (4, 4096))
         for key, (least, most) in limits.items():
             value = getattr(self, key)
             if type(value) is not int or not least <= value <= most:

@@ -47,19 +47,17 @@ class _LinearKL(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, parent_hidden: Tensor, parent_weight: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        losses, grad_hidden, grad_weight = _divergence(
-            (hidden, weight, parent_hidden, parent_weight), dtype, wants_hidden, wants_weight, None
-        )
+        inputs = (hidden, weight, parent_hidden, parent_weight)
+        wants = ctx.needs_input_grad
+        losses, ctx.grad_hidden, ctx.grad_weight = _divergence(inputs, dtype, wants[0], wants[1], None)
         ctx.dtype = dtype
-        ctx.grad_hidden, ctx.grad_weight = grad_hidden, grad_weight
-        ctx.save_for_backward(hidden, weight, parent_hidden, parent_weight)
+        ctx.save_for_backward(*inputs)
         return losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
-        hidden, weight, parent_hidden, parent_weight = ctx.saved_tensors
+        hidden, weight = ctx.saved_tensors[:2]
         grad_hidden, grad_weight = ctx.grad_hidden, ctx.grad_weight
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * grad[:, None]).to(hidden.dtype)
@@ -67,8 +65,7 @@ class _LinearKL(torch.autograd.Function):
             if torch.equal(grad, grad[:1].expand_as(grad)):
                 grad_weight = grad_weight * grad[0]
             else:
-                inputs = (hidden, weight, parent_hidden, parent_weight)
-                _, _, grad_weight = _divergence(inputs, ctx.dtype, False, True, grad)
+                _, _, grad_weight = _divergence(ctx.saved_tensors, ctx.dtype, False, True, grad)
             assert grad_weight is not None
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None

@@ -79,10 +79,9 @@ def assign(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch
         if name in buffers:
             owner, leaf = _owner(model, name)
             owner._buffers[leaf] = value
-            filled.add(name)
-            continue
-        _replace(model, groups[canonical[name]], value, place.requires_grad and value.is_floating_point())
-        filled.add(canonical[name])
+        else:
+            _replace(model, groups[canonical[name]], value, place.requires_grad and value.is_floating_point())
+        filled.add(canonical.get(name, name))
     return filled
 
 
