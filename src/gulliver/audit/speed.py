@@ -23,8 +23,8 @@ def run(cfg: SpeedOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifac
     with ctx.progress.stage("speed", unit="model"):
         found = in_fresh_process({"folder": str(model.path), "task": model.task, "repeats": cfg.repeats})
     detail = {"backend": found["backend"], "why": found["why"], "threads": found["threads"], "repeats": cfg.repeats}
-    once = ("load_seconds", "load_ram_bytes", "peak_ram_bytes")
-    evidence = [measured(name, found[name], detail=detail) for name in once]
+    names = ("load_seconds", "load_ram_bytes", "peak_ram_bytes")
+    evidence = [measured(name, found[name], detail=detail) for name in names]
     for metric, rates in sorted(found["rates"].items()):
         mean, low, high = paired_interval(rates)
         evidence.append(measured(metric, mean, low=max(low, 0.0), high=high, n=len(rates), detail=detail))

@@ -28,7 +28,6 @@ from gulliver.tasks.base import Task
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
-HUB = "hf:"
 
 
 def run(cfg: PullOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
@@ -41,9 +40,9 @@ def run(cfg: PullOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact
         origin = Origin(source=cfg.source, license=entry.license)
         with ctx.progress.stage("download"):
             path = catalog.fetch(cfg.source, ctx.store.cache)
-    elif cfg.source.startswith(HUB):
+    elif cfg.source.startswith("hf:"):
         with ctx.progress.stage("download"):
-            path = download(cfg.source.removeprefix(HUB), ctx.store.cache)
+            path = download(cfg.source.removeprefix("hf:"), ctx.store.cache)
         origin = Origin(source=cfg.source, revision=path.name)
     else:
         path = Path(cfg.source).expanduser()

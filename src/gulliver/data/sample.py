@@ -33,8 +33,7 @@ def run(cfg: SampleOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifa
     task = get_task(model.task)
     if not task.generates:
         raise ConfigError(f"{task.name} models write no data of their own; calibrate on a dataset")
-    batches = -(-cfg.count // cfg.batch_size)
-    files = [ctx.work / f"batch-{number:05d}.json" for number in range(batches)]
+    files = [ctx.work / f"batch-{number:05d}.json" for number in range(-(-cfg.count // cfg.batch_size))]
     with ctx.progress.stage("sample", total=cfg.count, unit="example") as bar:
         network = None if all(file.is_file() for file in files) else task.load(model.path)
         for number, file in enumerate(files):

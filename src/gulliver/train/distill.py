@@ -158,14 +158,13 @@ def _groups(
 ) -> list[dict[str, Any]]:
     """What the optimizer is given: each matrix with a rate of its own, then scales, then vectors."""
     parts = [part for latent in latents.values() for part in latent.parts]
-    matrices = [parameter for parameter in dense if parameter.dim() > 1]
-    sizes = [max(float(matrix.detach().square().mean().sqrt()), LEAST_RMS) for matrix in matrices]
-    return [
-        *({"params": [part.latent], "learning_rate": rate * part.spacing()} for part in parts),
-        *({"params": [one], "learning_rate": rate * size} for one, size in zip(matrices, sizes, strict=True)),
-        {"params": [part.change for part in parts], "learning_rate": cfg.scale_rate},
-        {"params": [one for one in dense if one.dim() <= 1], "learning_rate": cfg.vector_rate},
-    ]
+    groups = [{"params": [part.latent], "learning_rate": rate * part.spacing()} for part in parts]
+    for matrix in (one for one in dense if one.dim() > 1):
+        size = max(float(matrix.detach().square().mean().sqrt()), LEAST_RMS)
+        groups.append({"params": [matrix], "learning_rate": rate * size})
+    scales, vectors = [part.change for part in parts], [one for one in dense if one.dim() <= 1]
+    groups.append({"params": scales, "learning_rate": cfg.scale_rate})
+    return [*groups, {"params": vectors, "learning_rate": cfg.vector_rate}]
 
 
 def _use(student: nn.Module, latents: dict[str, LatentTensor]) -> nn.Module:

@@ -10,9 +10,6 @@ from pydantic import Field
 from gulliver.core.options import MaxRam, Options
 from gulliver.runtime.packing import is_packed
 
-PACKED_RATE, DENSE_RATE = 7e-3, 1e-2
-"""Defaults of `distill`."""
-
 
 class TrainOptions(Options):
     """Options of `train`. The rate warms up linearly over `warmup_steps`, then falls as a cosine to zero."""
@@ -57,6 +54,6 @@ class DistillOptions(Options):
     max_ram_bytes: MaxRam = None
 
     def resolved(self, inputs: Mapping[str, Any]) -> Self:
-        """The weights' rate by whether they are packed."""
-        rate = self.learning_rate or (PACKED_RATE if is_packed(inputs["model"].path) else DENSE_RATE)
+        """The weights' rate by whether they are packed, where none is given."""
+        rate = self.learning_rate or (7e-3 if is_packed(inputs["model"].path) else 1e-2)
         return self.model_copy(update={"learning_rate": rate})
