@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,12 @@ def measure(
 
         torch.set_num_threads(threads)
         start, backend, why = time.perf_counter(), "reference", f"it does not run natively, because {decoder}"
-        network, streams, bandwidth = get_task(task).load(path), (), False
-        work = get_task(task).workloads(network, path)
+        streams, bandwidth = (), False
+        timed = partial(get_task(task).workloads, get_task(task).load(path), path)
     else:
-        work, backend, why = workloads(decoder, tuple(streams)), decoder.backend, decoder.why
+        backend, why, timed = decoder.backend, decoder.why, partial(workloads, decoder, tuple(streams))
     found: dict[str, Any] = {"load_seconds": time.perf_counter() - start, "load_ram_bytes": current_rss_bytes()}
+    work = timed()
     rates = _rates(work, repeats)
     found |= {"peak_ram_bytes": peak_rss_bytes(), "threads": threads, "backend": backend, "why": why}
     found["streams"] = {str(count): rates.pop(str(count)) for count in streams}

@@ -29,8 +29,6 @@ from gulliver.runtime.shards import ShardWriter
 from gulliver.tasks import EXPORTS, exporter, get_task
 
 MAX_CONFIG_BYTES = 10_000_000
-REPLACED = ("config.json", "packing.json")
-"""Files of the packed model that export writes anew or leaves out."""
 
 
 def run(cfg: ExportOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
@@ -53,7 +51,7 @@ def run(cfg: ExportOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifa
         facts = _compressed(model, raw, staging, ctx, cfg.widen)
     with ctx.writer(kind="model", task=model.task, config={**cfg.model_dump(mode="json"), **facts}) as writer:
         if cfg.format not in EXPORTS:  # one file that holds all of it
-            copy_companions(model.paths(), writer.path, REPLACED)
+            copy_companions(model.paths(), writer.path, ("config.json", "packing.json"))
         for path in sorted(staging.iterdir()):
             os.replace(path, writer.path / path.name)
         return writer.commit()
