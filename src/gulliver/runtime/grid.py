@@ -64,7 +64,7 @@ def fit_uniform_grid(groups: Tensor, importance: Tensor, levels: int) -> Grid:
     """Scale and integer zero point [n] that fit groups [n, g] with importance [n or 1, g]."""
     low, high = groups.amin(1).clamp_max(0.0), groups.amax(1).clamp_min(0.0)
     width = (high - low).clamp_min(1e-12)
-    best = Grid(width / (levels - 1), torch.zeros_like(width))
+    best_scale, best_zero = width / (levels - 1), torch.zeros_like(width)
     best_error = torch.full_like(width, torch.inf)
     for shrink in SHRINKS:
         scale = width * (shrink / (levels - 1))
@@ -72,10 +72,9 @@ def fit_uniform_grid(groups: Tensor, importance: Tensor, levels: int) -> Grid:
         codes = torch.round(groups / scale[:, None] + zero[:, None]).clamp_(0, levels - 1)
         error = (((codes - zero[:, None]) * scale[:, None] - groups) ** 2 * importance).sum(1)
         better = error < best_error
-        assert best.zeros is not None
-        best = Grid(torch.where(better, scale, best.scales), torch.where(better, zero, best.zeros))
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
         best_error = torch.where(better, error, best_error)
-    return best
+    return Grid(best_scale, best_zero)
 
 
 def learn_codebook(groups: Tensor, importance: Tensor, levels: int, rounds: int = 6, seed: int = 0) -> Tensor:

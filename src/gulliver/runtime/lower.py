@@ -95,16 +95,13 @@ def read_config(folder: Path) -> DecoderConfig:
         raise NotLowered(str(error)) from error
 
 
-def _whole(config: Mapping[str, Any], key: str, most: int, default: int | None = None, least: int = 1) -> int:
-    return number(config, key, least, most, default, whole=True)
-
-
 def _decoder_config(config: Mapping[str, Any], architecture: str) -> DecoderConfig:
     gemma = architecture == "Gemma3ForCausalLM"
-    hidden, heads = _whole(config, "hidden_size", MAX_WIDTH), _whole(config, "num_attention_heads", MAX_WIDTH)
-    layers = _whole(config, "num_hidden_layers", MAX_LAYERS)
-    head_dim = _whole(config, "head_dim", MAX_WIDTH, default=_HEAD_DIM.get(architecture, hidden // heads))
-    kv_heads = _whole(config, "num_key_value_heads", heads, default=heads)
+    hidden = number(config, "hidden_size", 1, MAX_WIDTH, whole=True)
+    heads = number(config, "num_attention_heads", 1, MAX_WIDTH, whole=True)
+    layers = number(config, "num_hidden_layers", 1, MAX_LAYERS, whole=True)
+    head_dim = number(config, "head_dim", 1, MAX_WIDTH, _HEAD_DIM.get(architecture, hidden // heads), whole=True)
+    kv_heads = number(config, "num_key_value_heads", 1, heads, heads, whole=True)
     key, usual = ("hidden_activation", "gelu_pytorch_tanh") if gemma else ("hidden_act", "silu")
     activation = str(config.get(key, usual))
     if activation not in ACTIVATIONS:
@@ -130,9 +127,9 @@ def _decoder_config(config: Mapping[str, Any], architecture: str) -> DecoderConf
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        intermediate=_whole(config, "intermediate_size", MAX_WIDTH),
-        vocabulary=_whole(config, "vocab_size", MAX_LENGTH),
-        positions=_whole(config, "max_position_embeddings", MAX_LENGTH),
+        intermediate=number(config, "intermediate_size", 1, MAX_WIDTH, whole=True),
+        vocabulary=number(config, "vocab_size", 1, MAX_LENGTH, whole=True),
+        positions=number(config, "max_position_embeddings", 1, MAX_LENGTH, whole=True),
         epsilon=number(config, "rms_norm_eps", 0.0, 1.0, 1e-6),
         gelu=ACTIVATIONS[activation],
         attention_scale=1.0 / math.sqrt(number(config, "query_pre_attn_scalar", 1e-6, 1e9, 256) if gemma else head_dim),
@@ -148,7 +145,7 @@ def _windows(config: Mapping[str, Any], architecture: str, layers: int) -> tuple
     """Keys that each layer sees, 0 for all."""
     window = 0
     if config.get("sliding_window", _WINDOW) is not None:
-        window = _whole(config, "sliding_window", 2**31 - 1, default=_WINDOW, least=0)
+        window = number(config, "sliding_window", 0, 2**31 - 1, _WINDOW, whole=True)
     full, sliding = "full_attention", "sliding_attention"
     qwen = architecture.startswith("Qwen")
     kinds = config.get("layer_types")
@@ -157,10 +154,10 @@ def _windows(config: Mapping[str, Any], architecture: str, layers: int) -> tuple
     elif architecture == "LlamaForCausalLM" or (qwen and not config.get("use_sliding_window")):
         kinds = [full] * layers
     elif kinds is None and architecture == "Gemma3ForCausalLM":
-        pattern = _whole(config, "sliding_window_pattern", MAX_LAYERS, default=6)
+        pattern = number(config, "sliding_window_pattern", 1, MAX_LAYERS, 6, whole=True)
         kinds = [full if (layer + 1) % pattern == 0 else sliding for layer in range(layers)]
     elif kinds is None:
-        first = _whole(config, "max_window_layers", MAX_LAYERS, default=28, least=0)
+        first = number(config, "max_window_layers", 0, MAX_LAYERS, 28, whole=True)
         kinds = [sliding if layer >= first else full for layer in range(layers)]
     if len(kinds) != layers or not set(kinds) <= {full, sliding}:
         raise NotLowered(f"it has {len(kinds)} layers of these kinds: {', '.join(sorted(set(map(str, kinds))))[:80]}")

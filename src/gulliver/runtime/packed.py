@@ -55,12 +55,7 @@ class RowGroup:
         rows, columns = self.shape
         size = self.format.group_size
         scale = self.factors.float()[:, None] * self.scales.float()
-        if self.format.kind == "codebook":
-            assert self.codebook is not None
-            values = self.codebook.float()[self.codes.int()]
-        else:
-            assert self.zeros is not None
-            values = self.codes.float()
+        values = self.codes.float() if self.codebook is None else self.codebook.float()[self.codes.int()]
         if columns % size:
             values = torch.nn.functional.pad(values, (0, size - columns % size))
         values = values.view(rows, -1, size)

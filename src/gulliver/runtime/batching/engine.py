@@ -115,8 +115,8 @@ class Engine:
             wrong = next(token for token in prompt if not 0 <= token < vocabulary)
             raise ConfigError(f"the prompt has token {wrong}; ids go from 0 to {vocabulary - 1}")
         room = self.context - len(prompt)
-        wanted = room if request.max_tokens is None else request.max_tokens
-        if wanted > room or (request.max_tokens is None and room < 1):
+        wanted = max(room, 1) if request.max_tokens is None else request.max_tokens
+        if wanted > room:
             answer = "an answer" if request.max_tokens is None else f"max_tokens of {wanted}"
             raise ConfigError(
                 f"a prompt of {len(prompt)} tokens and {answer} do not fit the context of {self.context} tokens; "

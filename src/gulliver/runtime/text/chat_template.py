@@ -6,7 +6,6 @@ Templates come with models and are untrusted code: they run in Jinja's immutable
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -141,10 +140,6 @@ class ChatTemplate:
             reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
             raise ConfigError(f"the model's chat template refuses these messages: {reason}") from error
         return "".join(text)
-
-    def mentions(self, word: str) -> bool:
-        """Whether a template uses the name `word` ("tools": it can show tools to the model)."""
-        return any(re.search(rf"\b{re.escape(word)}\b", source) for source in self.sources.values())
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:

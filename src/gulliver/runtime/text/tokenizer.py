@@ -7,6 +7,7 @@ Face layout folder, and gives what transformers gives, without loading it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class Text:
     @property
     def shows_tools(self) -> bool:
         """Whether the chat template tells the model about tools."""
-        return self.template.mentions("tools")
+        return any(re.search(r"\btools\b", source) for source in self.template.sources.values())
 
     # ---- out ----
     def decode(self, tokens: Sequence[int]) -> str:
