@@ -25,7 +25,8 @@ from gulliver.core.store.artifact import create
 from gulliver.nets.inception import Inception, InceptionConfig
 from gulliver.nets.weights import assign, release, unfilled
 from gulliver.pipeline.ask import ask
-from gulliver.tasks import get_task
+from gulliver.tasks import get_task, open_model
+from gulliver.tasks.answerer import OpenOptions
 from gulliver.tasks.vision.examples import Examples, read_split, split_by_content
 from gulliver.tasks.vision.scores import divergences, matched_interval, wilson_interval
 
@@ -384,7 +385,7 @@ def test_the_workload_counts_its_images(folder):
 
 @pytest.fixture(scope="module")
 def answerer(folder):
-    with TASK.open(folder) as answerer:
+    with open_model(folder, "vision", "model", OpenOptions()) as answerer:
         yield answerer
 
 

@@ -20,7 +20,7 @@ ROW = """\
     "digits_toy": Family(
         task="gulliver.tasks.digits_toy.task:DigitsTask",
         options="gulliver.tasks.digits_toy.options:DigitsOptions",
-        answerer="gulliver.tasks.digits_toy.answerer:open_answerer",
+        answerer="gulliver.tasks.digits_toy.answerer:DigitsAnswerer",
         claims="gulliver.tasks.digits_toy.config:claims",
         examples="digits",
         speed_metric="examples_per_s",

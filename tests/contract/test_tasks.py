@@ -23,7 +23,7 @@ from gulliver.core.evidence.evidence import METRICS
 from gulliver.core.store.artifact import Artifact
 from gulliver.nets.weights import assign, read_safetensors, release, unfilled
 from gulliver.runtime.batching.records import EngineClosed
-from gulliver.tasks import FOREIGN, TASKS, detect_task, get_task
+from gulliver.tasks import FOREIGN, TASKS, detect_task, get_task, open_model
 from gulliver.tasks.answerer import OpenOptions
 from gulliver.tasks.base import Batch
 
@@ -335,7 +335,7 @@ def test_a_folder_is_claimed_by_one_family(family: str, folder: Path) -> None:
 
 
 def test_an_open_model_answers_and_refuses_nonsense(family: str, toy: Toy, folder: Path, tmp_path: Path) -> None:
-    with get_task(family).open(folder, options=OpenOptions(threads=1)) as answerer:
+    with open_model(folder, family, family, OpenOptions(threads=1)) as answerer:
         assert set(answerer.can) == set(TASKS[family].can) and "predict" in answerer.can
         asked = answerer.request_model.model_validate(toy.request)
         first, again = answerer.answer(asked), answerer.answer(asked)

@@ -38,7 +38,7 @@ TASKS: Mapping[str, Family] = {
     "encoder": Family(
         task="gulliver.tasks.encoder.task:EncoderTask",
         options="gulliver.tasks.encoder.options:EncoderOptions",
-        answerer="gulliver.tasks.encoder.answerer:open_answerer",
+        answerer="gulliver.tasks.encoder.answerer:EncoderAnswerer",
         claims="gulliver.nets.architecture:is_encoder",
         examples="text",
         speed_metric="examples_per_s",
@@ -49,7 +49,7 @@ TASKS: Mapping[str, Family] = {
     "vision": Family(
         task="gulliver.tasks.vision.task:VisionTask",
         options="gulliver.tasks.options:FamilyOptions",
-        answerer="gulliver.tasks.vision.answerer:open_answerer",
+        answerer="gulliver.tasks.vision.answerer:VisionAnswerer",
         claims="gulliver.tasks.vision.config:claims",
         examples="images",
         speed_metric="examples_per_s",

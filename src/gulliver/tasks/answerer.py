@@ -16,13 +16,15 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from gulliver.core.errors import ConfigError
+from gulliver.runtime.batching.records import Request
+from gulliver.tasks.family import named
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from gulliver.runtime.batching.counters import Histogram
     from gulliver.runtime.batching.engine import Engine
-    from gulliver.runtime.batching.records import Request
+    from gulliver.runtime.batching.queue import BatchQueue
     from gulliver.runtime.sampling import Sampling
 
 TEMPERATURE = 0.7
@@ -76,22 +78,25 @@ class Answerer(ABC):
 
     can: ClassVar[frozenset[Can]]
     """What it does; "predict" is always among them."""
+    request_schema: ClassVar[str]
+    response_schema: ClassVar[str]
+    """What a request must be and what a response is: pydantic models, "module:class", imported when asked for."""
     engine: Serving
     name: str
     folder: Path
     backend: str  # "native" or "reference"
     why: str  # the reason for that backend
-    context: int | None  # most tokens of a request; None where there are none
+    context: int | None = None  # most tokens of a request; None where there are none
 
     @property
-    @abstractmethod
     def request_model(self) -> type[BaseModel]:
         """What a request must be; the schema of `POST /v1/predict`."""
+        return named(self.request_schema)
 
     @property
-    @abstractmethod
     def response_model(self) -> type[BaseModel]:
         """What a response is."""
+        return named(self.response_schema)
 
     @abstractmethod
     def read(self, words: Sequence[str]) -> Any:
@@ -132,14 +137,28 @@ class Generating(Answerer):
 
     engine: Engine
 
-    @abstractmethod
     def tokens(self, prompt: Prompt, *, raw: bool = False, system: str | None = None) -> tuple[int, ...]:
         """The tokens of a prompt: through the model's chat template when it has one, as they are when `raw`.
 
         ConfigError for messages or a system text without a template, and for an empty prompt.
         """
+        text = self.engine.text
+        if isinstance(prompt, str) and (raw or not text.has_chat_template):
+            if system is not None:
+                why = "the prompt is to be taken raw" if raw else f"{self.folder} has no chat template"
+                raise ConfigError(f"a system text needs a chat template, and {why}; put it into the prompt")
+            found = text.encode(prompt)
+        else:
+            if raw:
+                raise ConfigError("messages are written by the chat template, so they cannot be taken raw; give text")
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            if system is not None:
+                messages = [{"role": "system", "content": system}, *messages]
+            found = text.encode_chat(messages)
+        if not found:
+            raise ConfigError("the prompt is empty; give at least one word")
+        return tuple(found)
 
-    @abstractmethod
     def request(
         self,
         tokens: tuple[int, ...],
@@ -150,9 +169,37 @@ class Generating(Answerer):
         json_schema: Mapping[str, Any] | None = None,
     ) -> Request:
         """A request to the engine for an answer of at most `max_tokens`, or what the context leaves when it is less."""
+        room = max(1, self.engine.context - len(tokens))
+        if max_tokens is not None and max_tokens < 1:
+            raise ConfigError(f"max_tokens is {max_tokens}; it must be at least 1")
+        wanted = room if max_tokens is None else min(max_tokens, room)
+        grammar = None if json_schema is None else self.engine.grammars.json_schema(dict(json_schema))
+        return Request(tokens, wanted, sampling, stop=tuple(stop), grammar=grammar)
 
 
-class Embedding(Answerer):
+class Batched(Answerer):
+    """An answerer whose model torch holds whole; the `__init__` of a family loads it and sets `engine`."""
+
+    family: ClassVar[str]
+    engine: BatchQueue[Any, Any]
+
+    def __init__(self, folder: Path, name: str, options: OpenOptions) -> None:
+        """ConfigError for an option that such a model has no use for; ArtifactError when it cannot be read."""
+        if options.max_ram_bytes is not None:
+            raise ConfigError(f"{self.family} models are held in memory whole; leave out --ram")
+        self.why = f"{self.family} models run on the reference backend (torch)"
+        if options.backend == "native" or options.isa != "auto":
+            raise ConfigError(f"{self.why}; leave out --backend and --isa")
+        if options.backend not in ("auto", "reference"):
+            raise ConfigError(f"backend is {options.backend!r}; choose one of auto, native, reference")
+        if options.threads is not None:
+            import torch
+
+            torch.set_num_threads(options.threads)
+        self.backend, self.folder, self.name = "reference", folder, name
+
+
+class Embedding(Batched):
     """An answerer that turns texts into vectors: "embed" is among what it can. `width` numbers a vector."""
 
     width: int
@@ -167,15 +214,6 @@ class Embedding(Answerer):
 
         When `stop` is set the work ends before the next pass.
         """
-
-
-def torch_only(family: str, options: OpenOptions) -> tuple[str, str]:
-    """(backend, why) of a family that torch alone runs. ConfigError when another backend or kernel is asked for."""
-    if options.backend == "native" or options.isa != "auto":
-        raise ConfigError(f"{family} models run on the reference backend (torch); leave out --backend and --isa")
-    if options.backend not in ("auto", "reference"):
-        raise ConfigError(f"backend is {options.backend!r}; choose one of auto, native, reference")
-    return "reference", f"{family} models run on the reference backend (torch)"
 
 
 def then(future: Future[Any], change: Callable[[Any], Any]) -> Future[Any]:

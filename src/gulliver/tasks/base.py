@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.store.artifact import Artifact
-from gulliver.tasks.answerer import Answerer, OpenOptions
 from gulliver.tasks.family import Family, named
 from gulliver.tasks.options import FamilyOptions, checked_options
+from gulliver.tasks.order import Order
 
 Batch = dict[str, Tensor]
 """Named tensors whose first dimension is the example (for language: `tokens` int64 [batch, tokens])."""
+Advance = Callable[[float], None]
 SPLITS = ("train", "eval", "all")
 
 
@@ -95,11 +96,6 @@ class DataContract(ABC):
         """The metric that `--speed` limits."""
         return self.row.speed_metric
 
-    @final
-    def open(self, folder: Path, name: str | None = None, options: OpenOptions | None = None) -> Answerer:
-        """A model that answers requests, from its folder."""
-        return named(self.row.answerer)(folder, name or folder.name, options or OpenOptions())
-
     # ---- data -------------------------------------------------------------------------------------------------
     @final
     def examples(self, source: str | Path, split: str, options: FamilyOptions | None = None) -> Iterator[Any]:
@@ -154,15 +150,14 @@ class DataContract(ABC):
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
-        for batch in self._batches(dataset, split, batch_size, seed, step, folder, options or self.chosen()):
+        order = Order(batch_size, seed, step)
+        for batch in self._batches(dataset, split, order, folder, options or self.chosen()):
             sizes = {tensor.shape[0] for tensor in batch.values()}
             assert len(sizes) == 1, f"{self.name}: a batch's tensors disagree on the number of examples: {sizes}"
             yield batch
 
     @abstractmethod
-    def _batches(
-        self, dataset: Artifact, split: str, batch_size: int, seed: int, step: int, folder: Path, options: Any
-    ) -> Iterator[Batch]: ...
+    def _batches(self, dataset: Artifact, split: str, order: Order, folder: Path, options: Any) -> Iterator[Batch]: ...
 
     @final
     def generate(
@@ -173,12 +168,12 @@ class DataContract(ABC):
         folder: Path,
         options: FamilyOptions | None = None,
         generator: torch.Generator,
-        advance: Callable[[float], None] = lambda share: None,
+        advance: Advance = lambda share: None,
     ) -> list[dict[str, Any]]:
         """At most `count` examples that the model writes itself, as rows; empty ones are left out.
 
-        `advance` is called with the share of the work that is done. Parameters may be left in
-        bfloat16. ConfigError for a family whose models write nothing.
+        `advance` is called with the share of the work that is done. Parameters may be left in bfloat16. ConfigError
+        for a family whose models write nothing.
         """
         if not self.generates:
             raise ConfigError(f"{self.name} models write no data of their own; calibrate on a dataset")
@@ -187,13 +182,7 @@ class DataContract(ABC):
         return rows
 
     def _generate(
-        self,
-        model: nn.Module,
-        count: int,
-        folder: Path,
-        options: Any,
-        generator: torch.Generator,
-        advance: Callable[[float], None],
+        self, model: nn.Module, count: int, folder: Path, options: Any, generator: torch.Generator, advance: Advance
     ) -> list[dict[str, Any]]:
         raise AssertionError(f"{self.name} says that it generates, and has no _generate")
 
@@ -204,13 +193,15 @@ class Task(DataContract):
     # ---- networks ---------------------------------------------------------------------------------------------
     @final
     def build(self, size: int, seed: int = 0) -> nn.Module:
-        """A fresh network from one dial: larger `size` means more parameters."""
+        """A fresh network from one dial, its weights drawn from `seed`: larger `size` means more parameters."""
         if size < 1:
             raise ConfigError(f"size is {size}; it must be at least 1")
-        return self._build(size, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self._build(size)
 
     @abstractmethod
-    def _build(self, size: int, seed: int) -> nn.Module: ...
+    def _build(self, size: int) -> nn.Module: ...
 
     @final
     def load(self, folder: Path, *, empty: bool = False) -> nn.Module:
@@ -218,8 +209,7 @@ class Task(DataContract):
 
         With `empty=True` parameters are on the meta device and hold no data (calibration fills one block at a time).
         """
-        model = self._load(folder, empty)
-        return model.eval()
+        return self._load(folder, empty).eval()
 
     @abstractmethod
     def _load(self, folder: Path, empty: bool) -> nn.Module: ...
@@ -277,8 +267,8 @@ class Task(DataContract):
                 assert fits, f"{self.name}: {coupling.name} does not divide {name} {tuple(shapes[name])}"
         return couplings
 
-    @abstractmethod
-    def _couplings(self, model: nn.Module) -> list[Coupling]: ...
+    def _couplings(self, model: nn.Module) -> list[Coupling]:
+        return []
 
     # ---- judgement --------------------------------------------------------------------------------------------
     @final

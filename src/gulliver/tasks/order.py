@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 
-def shuffled(
-    count: int, batch_size: int, seed: int, step: int, key: tuple[int, ...] = (1,)
-) -> Iterator[list[tuple[int, int]]]:
-    """Endless batches of (epoch, item) from `step` on; every item once per epoch, order from (seed, epoch, *key)."""
-    while True:
-        places = [divmod(place, count) for place in range(step * batch_size, (step + 1) * batch_size)]
-        yield [(epoch, int(_permutation((seed, epoch, *key), count)[place])) for epoch, place in places]
-        step += 1
+@dataclass(frozen=True)
+class Order:
+    """Which examples are in which batch, from batch `step` on."""
+
+    batch_size: int
+    seed: int
+    step: int
+
+    def batches(self, count: int, key: tuple[int, ...] = (1,)) -> Iterator[list[tuple[int, int]]]:
+        """Endless batches of (epoch, item); every item once per epoch, order from (seed, epoch, *key)."""
+        step = self.step
+        while True:
+            places = [divmod(place, count) for place in range(step * self.batch_size, (step + 1) * self.batch_size)]
+            yield [(epoch, int(_permutation((self.seed, epoch, *key), count)[place])) for epoch, place in places]
+            step += 1
 
 
 @lru_cache(maxsize=4)

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from gulliver.core.errors import ConfigError
 from gulliver.runtime.batching.queue import BatchQueue
 from gulliver.runtime.text.tokenizer import Text
-from gulliver.tasks.answerer import Can, Embedding, OpenOptions, then, torch_only
+from gulliver.tasks.answerer import Can, Embedding, OpenOptions, then
 from gulliver.tasks.encoder.pooling import cut, read_pooling
 
 if TYPE_CHECKING:
     from gulliver.tasks.encoder.requests import TextsRequest
-
 
 BATCH_TOKENS = 4096
 """Most tokens, padding included, of one pass."""
@@ -26,20 +25,21 @@ class EncoderAnswerer(Embedding):
     """Texts that wait together are read together, those of like lengths side by side."""
 
     can: ClassVar[frozenset[Can]] = frozenset({"embed", "predict"})
+    request_schema: ClassVar[str] = "gulliver.tasks.encoder.requests:TextsRequest"
+    response_schema: ClassVar[str] = "gulliver.tasks.encoder.requests:VectorsResponse"
+    family: ClassVar[str] = "encoder"
     engine: BatchQueue[tuple[int, ...], Any]
     context: int
 
     def __init__(self, folder: Path, name: str, options: OpenOptions) -> None:
+        super().__init__(folder, name, options)
         import torch
 
         from gulliver.tasks.encoder.pooling import encode
         from gulliver.tasks.encoder.task import load_encoder
         from gulliver.tasks.encoder.text import padded
 
-        self.backend, self.why = torch_only("encoder", options)
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
-        self.folder, self.name, self.text = folder, name, Text(folder)
+        self.text = Text(folder)
         model: Any = load_encoder(folder).eval()
         self.context = read_pooling(folder).longest
         self.vocabulary, self.width = int(model.config.vocab_size), int(model.config.hidden_size)
@@ -50,19 +50,7 @@ class EncoderAnswerer(Embedding):
 
         self.engine = BatchQueue(name, read, queue=options.queue, batch=BATCH_TOKENS, cost=len, unit="prompt_tokens")
 
-    @property
-    def request_model(self) -> type[Any]:
-        from gulliver.tasks.encoder.requests import TextsRequest
-
-        return TextsRequest
-
-    @property
-    def response_model(self) -> type[Any]:
-        from gulliver.tasks.encoder.requests import VectorsResponse
-
-        return VectorsResponse
-
-    def read(self, words: Sequence[str]) -> TextsRequest:
+    def read(self, words: Sequence[str]) -> Any:
         """Every word is a text."""
         return self.request_model(texts=list(words))
 
@@ -99,15 +87,6 @@ class EncoderAnswerer(Embedding):
         lengths = np.linalg.norm(vectors, axis=1)
         near = vectors @ vectors[0] / np.maximum(lengths * lengths[0], 1e-12)
         rows = [f"[{', '.join(f'{value:.4f}' for value in vector[:6])}, … {len(vector)} in all]" for vector in vectors]
-        return (
-            rows
-            if len(rows) == 1
-            else [f"{row}  cosine to the first {c:.4f}" for row, c in zip(rows, near, strict=True)]
-        )
-
-
-def open_answerer(folder: Path, name: str, options: OpenOptions) -> EncoderAnswerer:
-    """The encoder in `folder`. ArtifactError when it cannot be read, ConfigError for an option it has no use for."""
-    if options.max_ram_bytes is not None:
-        raise ConfigError("an encoder is held in memory whole; leave out --ram")
-    return EncoderAnswerer(folder, name, options)
+        if len(rows) == 1:
+            return rows
+        return [f"{row}  cosine to the first {cosine:.4f}" for row, cosine in zip(rows, near, strict=True)]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-import pyarrow
 import torch
 import transformers
 from torch import Tensor, nn
@@ -15,66 +14,34 @@ from gulliver.core.errors import ConfigError
 from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.store.artifact import Artifact
 from gulliver.runtime.network import load_network
-from gulliver.tasks.base import Batch, Block, Coupling, Task
-from gulliver.tasks.encoder.options import EncoderOptions
+from gulliver.tasks.base import Batch
 from gulliver.tasks.encoder.pooling import Pooling, encode, read_pooling
 from gulliver.tasks.encoder.score import score_encoder
 from gulliver.tasks.encoder.text import passage_batches, passages
-from gulliver.tasks.encoder.workloads import encoder_workloads
-from gulliver.tasks.text.couplings import transformer_couplings
-from gulliver.tasks.text.files import paragraphs, text_batches
-from gulliver.tasks.text.network import save_network
-from gulliver.tasks.text.streaming import stream_blocks
-from gulliver.tasks.text.tokenizer import BYTE_VOCABULARY
+from gulliver.tasks.order import Order
+from gulliver.tasks.text.network import fresh_network
+from gulliver.tasks.text.task import TextTask
+
+TEXTS, TEXT_TOKENS = 16, 64
+"""What the standard piece of work reads in a batch."""
 
 
-class EncoderTask(Task):
+class EncoderTask(TextTask):
     """Text in, a vector out. A loaded network bears `pooling`, the rule by which it is measured and served."""
 
     name: ClassVar[str] = "encoder"
 
-    def _examples(self, source: Path, split: str, options: EncoderOptions) -> Iterator[pyarrow.RecordBatch]:
-        return text_batches(source, split, options)
+    def _batches(self, dataset: Artifact, split: str, order: Order, folder: Path, options: Any) -> Iterator[Batch]:
+        return passage_batches(passages(dataset, split), folder, options.tokens, order)
 
-    def units(self, example: Mapping[str, Any]) -> Iterator[str]:
-        """Its text's lines and paragraphs of at least 200 characters."""
-        return paragraphs(example["text"])
-
-    def _batches(
-        self,
-        dataset: Artifact,
-        split: str,
-        batch_size: int,
-        seed: int,
-        step: int,
-        folder: Path,
-        options: EncoderOptions,
-    ) -> Iterator[Batch]:
-        return passage_batches(passages(dataset, split), folder, options.tokens, batch_size, seed, step)
-
-    def _build(self, size: int, seed: int) -> nn.Module:
+    def _build(self, size: int) -> nn.Module:
         """A fresh BERT that reads bytes: `size` layers + 1, width 32 · (size + 1)."""
-        width = 32 * (size + 1)
-        config = transformers.BertConfig(
-            vocab_size=BYTE_VOCABULARY,
-            hidden_size=width,
-            intermediate_size=width * 3,
-            num_hidden_layers=size + 1,
-            num_attention_heads=size + 1,
-            max_position_embeddings=512,
-            architectures=["BertModel"],
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = transformers.AutoModel.from_config(config, dtype=torch.float32)
-        model.source_folder, model.pooling = "", Pooling("mean", True, 512)
+        model = fresh_network(transformers.BertModel, size, max_position_embeddings=512)
+        model.pooling = Pooling("mean", True, 512)  # type: ignore[assignment]
         return model
 
     def _load(self, folder: Path, empty: bool) -> nn.Module:
         return load_encoder(folder, empty)
-
-    def _save(self, model: nn.Module, folder: Path) -> None:
-        save_network(model, folder)
 
     def _loss(self, model: nn.Module, batch: Batch, parent: nn.Module | None) -> Tensor:
         """One minus the cosine to the parent's vector. ConfigError without a parent: it has no loss of its own."""
@@ -84,27 +51,24 @@ class EncoderTask(Task):
             target = encode(parent, batch)
         return 1 - torch.nn.functional.cosine_similarity(encode(model, batch), target, dim=-1)
 
-    def _blocks(self, model: nn.Module, batches: Sequence[Batch]) -> list[Block]:
-        return stream_blocks(model, batches)
-
-    def _couplings(self, model: nn.Module) -> list[Coupling]:
-        return transformer_couplings(model)
-
     def _score(
-        self,
-        model: nn.Module,
-        dataset: Artifact,
-        parent: nn.Module | None,
-        folder: Path,
-        options: EncoderOptions,
-        share: float,
+        self, model: nn.Module, dataset: Artifact, parent: nn.Module | None, folder: Path, options: Any, share: float
     ) -> list[Evidence]:
         """`share` of the `texts` is scored; at least two."""
         return score_encoder(model, dataset, parent, folder, max(2, round(share * options.texts)))
 
     def _workloads(self, model: nn.Module, folder: Path) -> dict[str, Callable[[], int]]:
-        del folder
-        return encoder_workloads(model)
+        """Embedding texts of one length, a batch at a time."""
+        vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+        tokens = torch.randint(vocabulary, (TEXTS, TEXT_TOKENS), generator=torch.Generator().manual_seed(0))
+        mask = torch.ones_like(tokens)
+
+        def embed() -> int:
+            with torch.no_grad():
+                model(input_ids=tokens, attention_mask=mask)
+            return TEXTS
+
+        return {"examples_per_s": embed}
 
 
 def load_encoder(folder: Path, empty: bool = False) -> nn.Module:

@@ -13,7 +13,7 @@ from gulliver.core.store.artifact import Artifact, open_artifact
 from gulliver.runtime.text.tokenizer import Text
 from gulliver.tasks.base import Batch
 from gulliver.tasks.encoder.pooling import cut, read_pooling
-from gulliver.tasks.order import shuffled
+from gulliver.tasks.order import Order
 from gulliver.tasks.text.files import dataset_texts
 
 MIN_PASSAGE_CHARACTERS = 20
@@ -48,11 +48,9 @@ def _text(folder: str, stamp: int) -> Text:
     return Text(Path(folder))
 
 
-def passage_batches(
-    texts: list[str], folder: Path, tokens: int, batch_size: int, seed: int, step: int
-) -> Iterator[Batch]:
+def passage_batches(texts: list[str], folder: Path, tokens: int, order: Order) -> Iterator[Batch]:
     """Batches of padded passages; every passage once per epoch."""
     if not texts:
         raise DataError(f"the split has no line of {MIN_PASSAGE_CHARACTERS} characters or more; give more text")
-    for places in shuffled(len(texts), batch_size, seed, step):
+    for places in order.batches(len(texts)):
         yield encode_texts([texts[item] for _, item in places], folder, tokens)

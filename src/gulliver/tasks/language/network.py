@@ -10,30 +10,21 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from gulliver.tasks.text.network import fresh_network
 from gulliver.tasks.text.tokenizer import BYTE_VOCABULARY
 
 
-def build_network(size: int, seed: int) -> nn.Module:
-    """A fresh Llama that reads bytes: `size` layers + 1, width 32 · (size + 1), random weights from `seed`."""
-    width = 32 * (size + 1)
-    config = transformers.LlamaConfig(
-        vocab_size=BYTE_VOCABULARY,
-        hidden_size=width,
-        intermediate_size=width * 3,
-        num_hidden_layers=size + 1,
-        num_attention_heads=max(1, width // 32),
-        num_key_value_heads=max(1, width // 32),
+def build_network(size: int) -> nn.Module:
+    """A fresh Llama that reads bytes: `size` layers + 1, width 32 · (size + 1), random weights."""
+    return fresh_network(
+        transformers.LlamaForCausalLM,
+        size,
+        num_key_value_heads=size + 1,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=BYTE_VOCABULARY - 1,
-        architectures=["LlamaForCausalLM"],
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.source_folder = ""
-    return model
 
 
 def final_hidden(model: nn.Module, tokens: Tensor) -> Tensor:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-import pyarrow
 import torch
 from torch import Tensor, nn
 
@@ -16,62 +15,34 @@ from gulliver.nets.linear_kl import linear_kl
 from gulliver.runtime.network import load_network
 from gulliver.runtime.reference_decode import ReferenceDecoder
 from gulliver.runtime.workloads import workloads
-from gulliver.tasks.base import Batch, Block, Coupling, Task
+from gulliver.tasks.base import Advance, Batch
 from gulliver.tasks.language import network, text
-from gulliver.tasks.language.options import LanguageOptions
 from gulliver.tasks.language.score import score_causal
 from gulliver.tasks.language.writing import write_texts
-from gulliver.tasks.text.couplings import transformer_couplings
-from gulliver.tasks.text.files import paragraphs, text_batches
-from gulliver.tasks.text.network import save_network
-from gulliver.tasks.text.streaming import stream_blocks
+from gulliver.tasks.order import Order
+from gulliver.tasks.text.task import TextTask
 
 
-class LanguageTask(Task):
+class LanguageTask(TextTask):
     """Text in, a distribution over the next token out."""
 
     name: ClassVar[str] = "language"
     generates: ClassVar[bool] = True
 
-    def _examples(self, source: Path, split: str, options: LanguageOptions) -> Iterator[pyarrow.RecordBatch]:
-        return text_batches(source, split, options)
-
-    def units(self, example: Mapping[str, Any]) -> Iterator[str]:
-        """Its text's lines and paragraphs of at least 200 characters."""
-        return paragraphs(example["text"])
-
-    def _batches(
-        self,
-        dataset: Artifact,
-        split: str,
-        batch_size: int,
-        seed: int,
-        step: int,
-        folder: Path,
-        options: LanguageOptions,
-    ) -> Iterator[Batch]:
-        return text.window_batches(text.token_stream(dataset, split, folder), options.tokens, batch_size, seed, step)
+    def _batches(self, dataset: Artifact, split: str, order: Order, folder: Path, options: Any) -> Iterator[Batch]:
+        return text.window_batches(text.token_stream(dataset, split, folder), options.tokens, order)
 
     def _generate(
-        self,
-        model: nn.Module,
-        count: int,
-        folder: Path,
-        options: LanguageOptions,
-        generator: torch.Generator,
-        advance: Callable[[float], None],
+        self, model: nn.Module, count: int, folder: Path, options: Any, generator: torch.Generator, advance: Advance
     ) -> list[dict[str, Any]]:
         texts = write_texts(model, folder, count, options.tokens, generator, advance)
         return [{"text": written} for written in texts if written.strip()]
 
-    def _build(self, size: int, seed: int) -> nn.Module:
-        return network.build_network(size, seed)
+    def _build(self, size: int) -> nn.Module:
+        return network.build_network(size)
 
     def _load(self, folder: Path, empty: bool) -> nn.Module:
         return load_network(folder, empty)
-
-    def _save(self, model: nn.Module, folder: Path) -> None:
-        save_network(model, folder)
 
     def _loss(self, model: nn.Module, batch: Batch, parent: nn.Module | None) -> Tensor:
         """Products run in bfloat16 where the caller has autocast on, else in the parameters' dtype."""
@@ -82,20 +53,8 @@ class LanguageTask(Task):
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
         return losses.mean(1)
 
-    def _blocks(self, model: nn.Module, batches: Sequence[Batch]) -> list[Block]:
-        return stream_blocks(model, batches)
-
-    def _couplings(self, model: nn.Module) -> list[Coupling]:
-        return transformer_couplings(model)
-
     def _score(
-        self,
-        model: nn.Module,
-        dataset: Artifact,
-        parent: nn.Module | None,
-        folder: Path,
-        options: LanguageOptions,
-        share: float,
+        self, model: nn.Module, dataset: Artifact, parent: nn.Module | None, folder: Path, options: Any, share: float
     ) -> list[Evidence]:
         """`share` of the windows of `context` tokens is scored; at least two."""
         windows = max(2, round(share * options.windows))

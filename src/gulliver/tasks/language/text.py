@@ -18,7 +18,7 @@ from torch import Tensor
 from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.store.artifact import Artifact, open_artifact
 from gulliver.tasks.base import Batch
-from gulliver.tasks.order import shuffled
+from gulliver.tasks.order import Order
 from gulliver.tasks.text.files import dataset_texts
 from gulliver.tasks.text.tokenizer import load_tokenizer
 
@@ -42,7 +42,7 @@ def _stream(path: str, dataset_id: str, split: str, tokenizer: Any) -> Tensor:
     return torch.tensor(tokenizer(joined(texts), verbose=False)["input_ids"], dtype=torch.int64)
 
 
-def window_batches(stream: Tensor, tokens: int, batch_size: int, seed: int, step: int) -> Iterator[Batch]:
+def window_batches(stream: Tensor, tokens: int, order: Order) -> Iterator[Batch]:
     """Random windows {"tokens": int64 [batch, tokens]}: a new offset each epoch, then every window once."""
     if tokens < 2:
         raise ConfigError(f"tokens is {tokens}; a window needs at least 2")
@@ -52,8 +52,8 @@ def window_batches(stream: Tensor, tokens: int, batch_size: int, seed: int, step
         )
     slack = min(tokens - 1, len(stream) - tokens)
     count = (len(stream) - slack) // tokens
-    for places in shuffled(count, batch_size, seed, step):
-        starts = [_offset(seed, epoch, slack) + item * tokens for epoch, item in places]
+    for places in order.batches(count):
+        starts = [_offset(order.seed, epoch, slack) + item * tokens for epoch, item in places]
         yield {"tokens": torch.stack([stream[start : start + tokens] for start in starts])}
 
 

@@ -1,4 +1,4 @@
-"""Writing networks that transformers knows: config.json, weights by their first names, and what travels with them."""
+"""Networks that transformers knows: fresh ones, and their files: config, weights by their first names, tokenizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,20 @@ from torch import nn
 from gulliver.core.records import NOT_COPIED
 from gulliver.nets.files import copy_companions, plain_files
 from gulliver.nets.weights import aliases
-from gulliver.tasks.text.tokenizer import write_byte_tokenizer
+from gulliver.tasks.text.tokenizer import BYTE_VOCABULARY, write_byte_tokenizer
+
+
+def fresh_network(kind: Any, size: int, **more: Any) -> nn.Module:
+    """A network of a class of transformers that reads bytes: `size` + 1 layers and heads, width 32 · (size + 1).
+
+    Weights are random, float32; `more` is the rest of its config.
+    """
+    layers = size + 1
+    sizes = {"hidden_size": 32 * layers, "intermediate_size": 96 * layers, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": layers, "vocab_size": BYTE_VOCABULARY}
+    model = kind(kind.config_class(**sizes, architectures=[kind.__name__], dtype=torch.float32, **more))
+    model.source_folder = ""
+    return model
 
 
 def save_network(model: nn.Module, folder: Path) -> None:

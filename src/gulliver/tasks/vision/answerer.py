@@ -11,9 +11,9 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from gulliver.core.errors import ConfigError, DataError
+from gulliver.core.errors import DataError
 from gulliver.runtime.batching.queue import BatchQueue
-from gulliver.tasks.answerer import Answerer, Can, OpenOptions, then, torch_only
+from gulliver.tasks.answerer import Batched, Can, OpenOptions, then
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,22 +25,22 @@ SHOWN = 5
 """Classes shown on a terminal."""
 
 
-class VisionAnswerer(Answerer):
+class VisionAnswerer(Batched):
     """Pictures that wait together are classified together."""
 
     can: ClassVar[frozenset[Can]] = frozenset({"predict"})
+    request_schema: ClassVar[str] = "gulliver.tasks.vision.requests:ImageRequest"
+    response_schema: ClassVar[str] = "gulliver.tasks.vision.requests:ClassesResponse"
+    family: ClassVar[str] = "vision"
     engine: BatchQueue[Any, list[float]]
-    context: None = None
 
     def __init__(self, folder: Path, name: str, options: OpenOptions) -> None:
+        super().__init__(folder, name, options)
+        import numpy as np
         import torch
 
         from gulliver.tasks.vision.task import load_inception, read_config
 
-        self.backend, self.why = torch_only("vision", options)
-        self.folder, self.name = folder, name
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
         self._shape = read_config(folder).shape
         model = load_inception(folder).eval()
 
@@ -48,23 +48,9 @@ class VisionAnswerer(Answerer):
             with torch.inference_mode():
                 return model(torch.tensor(np.stack(images))).float().softmax(-1).tolist()
 
-        import numpy as np
-
         self.engine = BatchQueue(name, classify, queue=options.queue, batch=MAX_BATCH)
 
-    @property
-    def request_model(self) -> type[Any]:
-        from gulliver.tasks.vision.requests import ImageRequest
-
-        return ImageRequest
-
-    @property
-    def response_model(self) -> type[Any]:
-        from gulliver.tasks.vision.requests import ClassesResponse
-
-        return ClassesResponse
-
-    def read(self, words: Sequence[str]) -> ImageRequest:
+    def read(self, words: Sequence[str]) -> Any:
         """The path of a picture, or its pixels as JSON."""
         if len(words) != 1:
             raise DataError(f"one picture is classified at a time; {len(words)} were given")
@@ -98,10 +84,3 @@ class VisionAnswerer(Answerer):
         """The likeliest classes, best first."""
         order = sorted(range(len(response.probabilities)), key=lambda label: -response.probabilities[label])
         return [f"class {label}: {response.probabilities[label]:.1%}" for label in order[:SHOWN]]
-
-
-def open_answerer(folder: Path, name: str, options: OpenOptions) -> VisionAnswerer:
-    """The classifier in `folder`. ArtifactError when it cannot be read, ConfigError for an option it has no use for."""
-    if options.max_ram_bytes is not None:
-        raise ConfigError("an image classifier is held in memory whole; leave out --ram")
-    return VisionAnswerer(folder, name, options)

@@ -24,8 +24,8 @@ from gulliver.core.store.files import write_atomic
 from gulliver.nets.inception import Inception, InceptionConfig
 from gulliver.nets.weights import assign, empty_parameters, unfilled
 from gulliver.runtime.reference import read_tensors
-from gulliver.tasks.base import Batch, Block, Coupling, Task, Weight
-from gulliver.tasks.order import shuffled
+from gulliver.tasks.base import Batch, Block, Task, Weight
+from gulliver.tasks.order import Order
 from gulliver.tasks.vision.config import ARCHITECTURE, MODEL_TYPE
 from gulliver.tasks.vision.examples import SPLITS, Examples, read_split
 from gulliver.tasks.vision.scores import divergences, evidence
@@ -43,7 +43,6 @@ class VisionTask(Task):
 
     # ---- data -------------------------------------------------------------------------------------------------
     def _examples(self, source: Path, split: str, options: Any) -> Iterator[pyarrow.RecordBatch]:
-        del options
         for part in SPLITS if split == "all" else (split,):
             examples = read_split(source, part)
             for start in range(0, len(examples), BATCH_ROWS):
@@ -53,24 +52,18 @@ class VisionTask(Task):
         """The picture with its label."""
         yield json.dumps({"image": list(example["image"]), "label": example["label"]}, sort_keys=True)
 
-    def _batches(
-        self, dataset: Artifact, split: str, batch_size: int, seed: int, step: int, folder: Path, options: Any
-    ) -> Iterator[Batch]:
+    def _batches(self, dataset: Artifact, split: str, order: Order, folder: Path, options: Any) -> Iterator[Batch]:
         """Epoch after epoch, each in its own order; a batch may reach over the end of one into the next."""
-        del options
         config = read_config(folder)
         examples = _fitting(read_split(dataset.path, split), config, dataset)
         if not len(examples):
             raise DataError(f"{dataset.path} has no {split} examples")
-        for places in shuffled(len(examples), batch_size, seed, step, key=()):
+        for places in order.batches(len(examples), key=()):
             yield _batch(examples.take(np.array([item for _, item in places])), config)
 
     # ---- networks ---------------------------------------------------------------------------------------------
-    def _build(self, size: int, seed: int) -> nn.Module:
-        config = InceptionConfig(size)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return Inception(config)
+    def _build(self, size: int) -> nn.Module:
+        return Inception(InceptionConfig(size))
 
     def _load(self, folder: Path, empty: bool) -> nn.Module:
         return load_inception(folder, empty)
@@ -93,24 +86,16 @@ class VisionTask(Task):
         return divergences(logits, target)
 
     def _blocks(self, model: nn.Module, batches: Sequence[Batch]) -> list[Block]:
-        del batches  # every stage needs nothing but the activations it is given
-        stages = _inception(model).sequence()
         return [
             Block(name, (f"{name}.",), _packable(name, stage), _forward(stage, first=index == 0))
-            for index, (name, stage) in enumerate(stages)
+            for index, (name, stage) in enumerate(_inception(model).sequence())
         ]
-
-    def _couplings(self, model: nn.Module) -> list[Coupling]:
-        """None yet: a stage's branches are joined, so a channel is removed in one branch and all that read the join."""
-        del model
-        return []
 
     # ---- judgement --------------------------------------------------------------------------------------------
     def _score(
         self, model: nn.Module, dataset: Artifact, parent: nn.Module | None, folder: Path, options: Any, share: float
     ) -> list[Evidence]:
         """`share` of the images is scored; at least two."""
-        del options
         config = read_config(folder)
         examples = _fitting(read_split(dataset.path, "eval"), config, dataset)
         if not len(examples):

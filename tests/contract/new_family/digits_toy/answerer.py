@@ -12,22 +12,22 @@ from gulliver.tasks.digits_toy.config import CONTEXT
 from gulliver.tasks.digits_toy.requests import DigitResponse, DigitsRequest
 
 from gulliver.runtime.batching.queue import BatchQueue
-from gulliver.tasks.answerer import Answerer, Can, OpenOptions, then, torch_only
+from gulliver.tasks.answerer import Batched, Can, OpenOptions, then
 
 
-class DigitsAnswerer(Answerer):
+class DigitsAnswerer(Batched):
     """Sequences that wait together are answered together."""
 
     can: ClassVar[frozenset[Can]] = frozenset({"predict"})
-    engine: BatchQueue[list[int], list[float]]
-    context: None = None
+    request_schema: ClassVar[str] = "gulliver.tasks.digits_toy.requests:DigitsRequest"
+    response_schema: ClassVar[str] = "gulliver.tasks.digits_toy.requests:DigitResponse"
+    family: ClassVar[str] = "digits_toy"
 
     def __init__(self, folder: Path, name: str, options: OpenOptions) -> None:
+        super().__init__(folder, name, options)
         import torch
         from gulliver.tasks.digits_toy.network import load
 
-        self.backend, self.why = torch_only("digits_toy", options)
-        self.folder, self.name = folder, name
         model = load(folder).eval()
 
         def tell(rows: Sequence[list[int]]) -> list[list[float]]:
@@ -35,14 +35,6 @@ class DigitsAnswerer(Answerer):
                 return model(torch.tensor(rows)).softmax(-1).tolist()
 
         self.engine = BatchQueue(name, tell, queue=options.queue)
-
-    @property
-    def request_model(self) -> type[DigitsRequest]:
-        return DigitsRequest
-
-    @property
-    def response_model(self) -> type[DigitResponse]:
-        return DigitResponse
 
     def read(self, words: Sequence[str]) -> DigitsRequest:
         """Digits, with or without spaces."""
@@ -59,8 +51,3 @@ class DigitsAnswerer(Answerer):
 def _response(probabilities: list[float]) -> DigitResponse:
     best = max(range(10), key=probabilities.__getitem__)
     return DigitResponse(digit=best, probability=probabilities[best])
-
-
-def open_answerer(folder: Path, name: str, options: OpenOptions) -> DigitsAnswerer:
-    """The network in `folder`. ArtifactError when it cannot be read, ConfigError for an option it has no use for."""
-    return DigitsAnswerer(folder, name, options)

@@ -21,7 +21,7 @@ from gulliver.core.evidence.evidence import Evidence, measured, paired_interval
 from gulliver.core.records import EXAMPLES
 from gulliver.core.store.artifact import MANIFEST, Artifact, open_artifact
 from gulliver.tasks.base import Batch, Block, Coupling, Task, Weight
-from gulliver.tasks.order import shuffled
+from gulliver.tasks.order import Order
 
 
 class DigitsTask(Task):
@@ -36,19 +36,15 @@ class DigitsTask(Task):
         """The sequence."""
         yield example["digits"]
 
-    def _batches(
-        self, dataset: Artifact, split: str, batch_size: int, seed: int, step: int, folder: Path, options: Any
-    ) -> Iterator[Batch]:
+    def _batches(self, dataset: Artifact, split: str, order: Order, folder: Path, options: Any) -> Iterator[Batch]:
         del folder
         whole = windows(sequences(dataset.path, split, options.held_out))
-        for places in shuffled(len(whole["next"]), batch_size, seed, step):
+        for places in order.batches(len(whole["next"])):
             chosen = torch.tensor([item for _, item in places])
             yield {name: tensor[chosen] for name, tensor in whole.items()}
 
-    def _build(self, size: int, seed: int) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return DigitsNetwork(size)
+    def _build(self, size: int) -> nn.Module:
+        return DigitsNetwork(size)
 
     def _load(self, folder: Path, empty: bool) -> nn.Module:
         return load(folder, empty)
