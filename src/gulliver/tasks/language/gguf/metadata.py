@@ -13,6 +13,7 @@ token stand together in rank: then score = -rank (what `_scores` checks).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 
 from gulliver.core.errors import ConfigError
-from gulliver.tasks.language.gguf.architectures import ARCHITECTURES, Architecture, no_place
+from gulliver.tasks.language.gguf.architectures import Architecture, no_place
 from gulliver.tasks.text.tokenizer import load_tokenizer
 
 GEMMA3_PATTERN = 6
@@ -31,13 +32,13 @@ GEMMA3_PATTERN = 6
 
 
 # ---- architecture -------------------------------------------------------------------------------------------------
-def add_architecture(writer: gguf.GGUFWriter, network: Any) -> int:
+def add_architecture(writer: gguf.GGUFWriter, network: Any, row: Architecture) -> int:
     """Write the network's sizes and its rotary embedding. Returns the context length that the file states.
 
     Where a layer sees a sliding window that llama.cpp does not have for the architecture, the context ends with it:
     up to there both compute the same. ConfigError for a rotary embedding that llama.cpp does not have.
     """
-    row, config = ARCHITECTURES[type(network).__name__], network.config
+    config = network.config
     context, head_dim = config.max_position_embeddings, head_size(config)
     window: Any = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
@@ -92,12 +93,9 @@ def _add_rope(writer: gguf.GGUFWriter, network: Any, row: Architecture) -> None:
         if any(rope[key] is not None for key in odd):
             raise no_place(f"a rotary embedding of type 'yarn' with {odd[0]}")
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-        for key, add in (
-            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
-            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
-        ):
+        for key in ("beta_fast", "beta_slow"):
             if rope.get(key) is not None:
-                add(rope[key])
+                getattr(writer, f"add_rope_scaling_yarn_{key}")(rope[key])
     if kind not in ("default", "linear", "yarn") and not (row.rope_factors and _constant_factors(rope, kind)):
         raise no_place(f"the rotary embedding {kind!r}")
 
@@ -139,8 +137,11 @@ PRE_TOKENIZERS: Mapping[tuple[tuple[tuple[str, Any], ...], bool], str] = {
 }
 """(rules in order, whether a whole word of the vocabulary is taken without merging) -> llama.cpp's name."""
 
+UNMARKED = re.compile(r"<\|(.*\|)?>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
+"""Tokens that some models do not mark as special though they control; llama.cpp's converter has the same list."""
+
 NO_MERGE = "Ā Ā"
-"""Stands where a vocabulary has no merges, because a GGUF list cannot be empty: zero bytes, never joined to a token."""
+"""Takes the place of merges where there are none, because a GGUF list cannot be empty: zero bytes, never joined."""
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: Any) -> str:
@@ -263,7 +264,7 @@ def _tokens(
     kinds = [kind.UNUSED] * vocabulary
     for token, number in model["vocab"].items():
         if number < vocabulary and kinds[number] != kind.BYTE:  # Gemma's tab has its byte's number, too
-            byte = model.get("byte_fallback") and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+            byte = model.get("byte_fallback") and re.fullmatch("<0x..>", token, re.DOTALL)
             tokens[number], kinds[number] = token, kind.BYTE if byte else kind.NORMAL
             if token == model.get("unk_token"):
                 kinds[number] = kind.UNKNOWN
@@ -271,17 +272,11 @@ def _tokens(
         number, text = token["id"], token["content"]
         if number >= vocabulary or kinds[number] == kind.UNKNOWN:
             continue
-        if token["special"] or _looks_special(text):
+        if token["special"] or UNMARKED.fullmatch(text):
             tokens[number], kinds[number] = text, kind.CONTROL
         else:
             tokens[number], kinds[number] = text.replace("▁", " "), kind.USER_DEFINED
     return tokens, kinds
-
-
-def _looks_special(text: str) -> bool:
-    """Tokens that some models do not mark as special though they control; llama.cpp's converter has the same list."""
-    angled = (text.startswith("<|") and text.endswith("|>")) or (text.startswith("<unused") and text.endswith(">"))
-    return angled or text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 
 
 def _add_special(writer: gguf.GGUFWriter, tokenizer: Any, config: Any) -> None:

@@ -31,17 +31,10 @@ READ = {row.read_as: name for name, row in ARCHITECTURES.items() if row.read_as}
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 IN_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+    **{"attn_norm": "input_layernorm", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm"},
+    **{f"attn_{part}": f"self_attn.{part}_proj" for part in ("q", "k", "v")},
+    **{f"attn_{part}_norm": f"self_attn.{part}_norm" for part in ("q", "k")},
+    **{f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
 }
 
 
@@ -55,15 +48,10 @@ def convert_gguf(path: Path, folder: Path) -> str:
     config = _config(reader, path)
     write_config(config, folder, torch.bfloat16)
     _write_tokenizer(path, folder)
-    names = {tensor.name: _name(tensor.name, path) for tensor in reader.tensors if tensor.name != ROPE_FACTORS}
-    shapes = {
-        names[tensor.name]: tuple(int(side) for side in reversed(tensor.shape.tolist()))
-        for tensor in reader.tensors
-        if tensor.name in names
-    }
+    tensors = {_name(tensor.name, path): tensor for tensor in reader.tensors if tensor.name != ROPE_FACTORS}
+    rows = {name: (torch.bfloat16, tuple(map(int, reversed(tensors[name].shape)))) for name in sorted(tensors)}
     with open(folder / "model.safetensors", "wb") as stream:
-        rows = {name: (torch.bfloat16, shapes[name]) for name in sorted(shapes)}
-        write_tensors(stream, rows, _tensors(reader, names, config, path))
+        write_tensors(stream, rows, _values(tensors, config, path))
     sizes = Counter[str]()
     for tensor in reader.tensors:
         sizes[tensor.tensor_type.name] += int(tensor.n_bytes)
@@ -77,21 +65,19 @@ def _open(path: Path) -> gguf.GGUFReader:
         raise ArtifactError(f"{path} is no readable GGUF file: {error}; download it again") from error
 
 
-def _tensors(reader: gguf.GGUFReader, names: dict[str, str], config: Any, path: Path) -> Iterator[tuple[str, Tensor]]:
-    for tensor in reader.tensors:
-        if tensor.name not in names:
-            continue
+def _values(tensors: dict[str, gguf.ReaderTensor], config: Any, path: Path) -> Iterator[tuple[str, Tensor]]:
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for name, tensor in tensors.items():
         try:
             values = gguf.dequantize(tensor.data, tensor.tensor_type)
         except (NotImplementedError, ValueError, KeyError) as error:
             raise ArtifactError(f"{path}: {tensor.name} has type {tensor.tensor_type.name}, unknown here") from error
         if not np.isfinite(values).all():
             raise ArtifactError(f"{path}: {tensor.name} holds values that are not finite; the file is damaged")
-        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
         part = tensor.name.split(".")[-2]
         if ARCHITECTURES[config.architectures[0]].permuted and part in heads:
             values = unpermute(values, heads[part])
-        yield names[tensor.name], torch.from_numpy(np.require(values, np.float32, ["C", "W"])).to(torch.bfloat16)
+        yield name, torch.from_numpy(np.require(values, np.float32, ["C", "W"])).to(torch.bfloat16)
 
 
 def _name(name: str, path: Path) -> str:
@@ -107,91 +93,75 @@ def _name(name: str, path: Path) -> str:
 # ---- config -------------------------------------------------------------------------------------------------------
 def _config(reader: gguf.GGUFReader, path: Path) -> Any:
     meta = _Metadata(reader, path)
-    architecture = str(meta.need("general.architecture"))
+    architecture = str(meta.get("general.architecture"))
     if architecture not in READ:
         raise ArtifactError(f"{path}: {unknown('GGUF architecture', architecture, READ)}")
     meta.prefix = architecture
-    if meta.get("expert_count"):
-        raise ArtifactError(
-            f"{path} is a mixture of experts, which GGUF files are not read for; use the original model"
-        )
-    if int(meta.need("split.count", 1)) > 1:
+    if meta.get("expert_count", 0):
+        raise ArtifactError(f"{path} is a mixture of experts, which is not read from GGUF; use the original model")
+    if int(meta.get("split.count", 1)) > 1:
         raise ArtifactError(f"{path} is one part of several; join them first (llama-gguf-split --merge)")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    heads, width = int(meta.need("attention.head_count")), int(meta.need("embedding_length"))
+    if "token_embd.weight" not in tensors:
+        raise ArtifactError(f"{path} holds no token_embd.weight; it is not a language model's file")
+    heads, width = int(meta.get("attention.head_count")), int(meta.get("embedding_length"))
     head_dim = meta.get("attention.key_length", meta.get("rope.dimension_count", width // max(heads, 1)))
     options: dict[str, Any] = {
         "architectures": [READ[architecture]],
         "hidden_size": width,
-        "intermediate_size": int(meta.need("feed_forward_length")),
-        "num_hidden_layers": int(meta.need("block_count")),
+        "intermediate_size": int(meta.get("feed_forward_length")),
+        "num_hidden_layers": int(meta.get("block_count")),
         "num_attention_heads": heads,
         "num_key_value_heads": int(meta.get("attention.head_count_kv", heads)),
         "head_dim": int(head_dim),
-        "max_position_embeddings": int(meta.need("context_length")),
-        "rms_norm_eps": float(meta.need("attention.layer_norm_rms_epsilon")),
-        "vocab_size": _vocabulary(tensors, path),
+        "max_position_embeddings": int(meta.get("context_length")),
+        "rms_norm_eps": float(meta.get("attention.layer_norm_rms_epsilon")),
+        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
         "tie_word_embeddings": "output.weight" not in tensors,
         "rope_parameters": _rope(meta, tensors),
     }
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        value = meta.need(f"tokenizer.ggml.{key}_token_id", -1)
-        options[f"{role}_token_id"] = None if int(value) < 0 else int(value)
+        value = int(meta.get(f"tokenizer.ggml.{key}_token_id", -1))
+        options[f"{role}_token_id"] = None if value < 0 else value
     if architecture == "llama":
         options["attention_bias"] = "blk.0.attn_q.bias" in tensors
         options["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
     if architecture == "mistral":
-        options["sliding_window"] = meta.get("attention.sliding_window")
+        options["sliding_window"] = meta.get("attention.sliding_window", None)
     return transformers.AutoConfig.for_model(architecture, **options)
 
 
 class _Metadata:
-    """The key-value pairs of a GGUF file; `get` looks below the architecture's name."""
+    """The key-value pairs of a GGUF file."""
 
     def __init__(self, reader: gguf.GGUFReader, path: Path) -> None:
         self.fields, self.path, self.prefix = reader.fields, path, ""
 
-    def need(self, key: str, default: Any = None) -> Any:
-        """The value of `key`, tried as it stands and below the architecture; ArtifactError without a default."""
+    def get(self, key: str, default: Any = ...) -> Any:
+        """The value of `key`, as it is or below the architecture's name; ArtifactError without a default."""
         for name in (key, f"{self.prefix}.{key}"):
             if name in self.fields:
                 return self.fields[name].contents()
-        if default is None:
+        if default is ...:
             raise ArtifactError(f"{self.path} does not say {key}; the file is damaged or too old")
         return default
-
-    def get(self, key: str, default: Any = None) -> Any:
-        field = self.fields.get(f"{self.prefix}.{key}")
-        return default if field is None else field.contents()
-
-
-def _vocabulary(tensors: dict[str, Any], path: Path) -> int:
-    if "token_embd.weight" not in tensors:
-        raise ArtifactError(f"{path} holds no token_embd.weight; it is not a language model's file")
-    return int(tensors["token_embd.weight"].shape[1])
 
 
 def _rope(meta: _Metadata, tensors: dict[str, Any]) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(meta.get("rope.freq_base", 10000.0))}
     if ROPE_FACTORS in tensors:
         factors = [float(value) for value in tensors[ROPE_FACTORS].data]
-        context = int(meta.need("context_length"))
-        return rope | {
-            "rope_type": "longrope",
-            "short_factor": factors,
-            "long_factor": factors,
-            "factor": 1.0,
-            "attention_factor": 1.0,
-            "original_max_position_embeddings": context,
-        }
+        rope |= {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
+        rope |= {"factor": 1.0, "attention_factor": 1.0}
+        return rope | {"original_max_position_embeddings": int(meta.get("context_length"))}
     kind = meta.get("rope.scaling.type", "none")
     if kind == "none":
         return rope
     if kind not in ("linear", "yarn"):
         raise ArtifactError(f"{meta.path} scales its rotary embedding by {kind!r}; known are 'linear' and 'yarn'")
-    rope |= {"rope_type": kind, "factor": float(meta.need("rope.scaling.factor"))}
+    rope |= {"rope_type": kind, "factor": float(meta.get("rope.scaling.factor"))}
     if kind == "yarn":
-        rope["original_max_position_embeddings"] = int(meta.need("rope.scaling.original_context_length"))
+        rope["original_max_position_embeddings"] = int(meta.get("rope.scaling.original_context_length"))
     return rope
 
 

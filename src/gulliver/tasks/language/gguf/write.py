@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,13 +36,7 @@ from gulliver.nets.weights import canonical_names
 from gulliver.runtime import reference
 from gulliver.runtime.network import load_network
 from gulliver.runtime.packed import PackedTensor
-from gulliver.tasks.language.gguf.architectures import (
-    ARCHITECTURES,
-    ROPE_FACTORS,
-    Architecture,
-    architecture_of,
-    permute,
-)
+from gulliver.tasks.language.gguf.architectures import ROPE_FACTORS, Architecture, architecture_of, permute
 from gulliver.tasks.language.gguf.metadata import add_architecture, add_tokenizer, rope_factors
 
 FILE = "model.gguf"
@@ -51,12 +46,7 @@ ROWS = 4096
 TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
 BLOCK_TYPES = {Type.Q4_0: (4, 8), Type.Q4_1: (4, 0), Type.Q5_0: (5, 16), Type.Q5_1: (5, 0), Type.Q8_0: (8, 128)}
 """Types of blocks of 32 from the smallest on -> (bits of a code, the code of zero; 0 where a minimum is stored)."""
-FILE_TYPES = {
-    Type.F32: gguf.LlamaFileType.ALL_F32,
-    Type.F16: gguf.LlamaFileType.MOSTLY_F16,
-    Type.BF16: gguf.LlamaFileType.MOSTLY_BF16,
-    Type.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
-}
+FILE_TYPES = {Type.F32: "ALL_F32", Type.F16: "MOSTLY_F16", Type.BF16: "MOSTLY_BF16", Type.Q8_0: "MOSTLY_Q8_0"}
 
 
 @dataclass(frozen=True)
@@ -108,21 +98,21 @@ def write_gguf(model: Artifact, folder: Path, kind: str, ctx: Context) -> dict[s
     tokenizer; ArtifactError for a damaged model.
     """
     network: Any = load_network(model.path, empty=True)
-    architecture_of(network)
+    row = architecture_of(network)
     with ctx.progress.stage("plan types", unit="tensor") as bar:
         entries = []
-        for entry in _plan(model.path, network, kind):
+        for entry in _plan(model.path, network, row, kind):
             entries.append(entry)
             bar.advance()
-    writer = gguf.GGUFWriter(folder / FILE, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[type(network).__name__].name])
+    writer = gguf.GGUFWriter(folder / FILE, gguf.MODEL_ARCH_NAMES[row.name])
     try:
-        facts = _add_metadata(writer, model, network, entries, ctx)
-        rounding = _write(writer, model, network, entries, ctx)
+        _add_source(writer, model, network, entries, ctx)
+        facts: dict[str, Any] = {"context_length": add_architecture(writer, network, row)}
+        facts["pre_tokenizer"] = add_tokenizer(writer, model.path, network.config)
+        rounding = _write(writer, model, network, row, entries, ctx)
     finally:
         writer.close()
-    counts: dict[str, int] = {}
-    for entry in entries:
-        counts[entry.type.name] = counts.get(entry.type.name, 0) + 1
+    counts = Counter(entry.type.name for entry in entries)
     _tell(ctx, kind, entries, rounding)
     return {
         **facts,
@@ -153,12 +143,11 @@ def _tell(ctx: Context, kind: str, entries: list[Entry], rounding: Rounding) -> 
 
 
 # ---- what goes where ----------------------------------------------------------------------------------------------
-def _plan(folder: Path, network: Any, kind: str) -> Iterator[Entry]:
+def _plan(folder: Path, network: Any, row: Architecture, kind: str) -> Iterator[Entry]:
     """Every tensor to be written, in the order of `reference.read_stored`."""
     names = canonical_names(network)
     shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     buffers = {name for name, _ in network.named_buffers()}
-    row = ARCHITECTURES[type(network).__name__]
     table = gguf.get_tensor_name_map(row.name, network.config.num_hidden_layers)
     seen: set[str] = set()
     for name, tensor in reference.read_stored(folder):
@@ -255,9 +244,7 @@ def type_bytes(kind: Type, shape: tuple[int, ...]) -> int:
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------
-def _add_metadata(
-    writer: gguf.GGUFWriter, model: Artifact, network: Any, entries: list[Entry], ctx: Context
-) -> dict[str, Any]:
+def _add_source(writer: gguf.GGUFWriter, model: Artifact, network: Any, entries: list[Entry], ctx: Context) -> None:
     writer.add_type(gguf.GGUFType.MODEL)
     origin = _origin(model, ctx)
     source = re.sub(r"@[^/]*$|\.gguf$", "", origin.source if origin else "")
@@ -266,13 +253,8 @@ def _add_metadata(
     if origin and origin.license:
         writer.add_license(origin.license)
     largest = max(entries, key=lambda entry: entry.size_bytes).type
-    writer.add_file_type(FILE_TYPES.get(largest, gguf.LlamaFileType.GUESSED))
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES.get(largest, "GUESSED")])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    context = add_architecture(writer, network)
-    return {
-        "context_length": context,
-        "pre_tokenizer": add_tokenizer(writer, model.path, network.config),
-    }
 
 
 def _origin(model: Artifact, ctx: Context) -> Origin | None:
@@ -284,7 +266,9 @@ def _origin(model: Artifact, ctx: Context) -> Origin | None:
     return None
 
 
-def _write(writer: gguf.GGUFWriter, model: Artifact, network: Any, entries: list[Entry], ctx: Context) -> Rounding:
+def _write(
+    writer: gguf.GGUFWriter, model: Artifact, network: Any, row: Architecture, entries: list[Entry], ctx: Context
+) -> Rounding:
     """Header, then every tensor in the order of `entries`. Returns how much was rounded."""
     factors, rounding = rope_factors(network), Rounding()
     if factors is not None:
@@ -296,7 +280,6 @@ def _write(writer: gguf.GGUFWriter, model: Artifact, network: Any, entries: list
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors)
-    row = ARCHITECTURES[type(network).__name__]
     places = {entry.source: entry for entry in entries}
     with ctx.progress.stage("export", total=len(entries), unit="tensor") as bar:
         for name, tensor in reference.read_stored(model.path):
