@@ -54,7 +54,7 @@ def test_card_says_verdict_evidence_formats_use_lineage_limits(tmp_path: Path) -
 
 def test_front_matter_is_what_the_hub_reads(tmp_path: Path) -> None:
     store, model = fitted(tmp_path / "catalog")
-    found = matter(card(gather(model, store), "LlamaForCausalLM"))
+    found = matter(card(gather(model, store)))
     assert found == {
         "library_name": "gulliver",
         "pipeline_tag": "text-generation",
@@ -64,19 +64,20 @@ def test_front_matter_is_what_the_hub_reads(tmp_path: Path) -> None:
     store, model = fitted(tmp_path / "hub", source="hf:some/model")
     found = matter(card(gather(model, store)))
     assert found["base_model"] == "some/model" and found["base_model_relation"] == "quantized"
-    assert "license" not in found and "pipeline_tag" not in found
+    assert "license" not in found
     assert "licence of the first model was not recorded" in card(gather(model, store))
 
 
 def test_card_of_a_model_without_evidence_invents_nothing(tmp_path: Path) -> None:
     store = Store(tmp_path / "home")
-    config = json.dumps({"architectures": ["ResNetForImageClassification"]}).encode()
-    model = artifact(store, "model", "train", {"model.safetensors": 100, "config.json": config})
+    model = artifact(store, "model", "train", {"model.safetensors": 100})
     write_card(model, [], store)
     text = (model.path / "README.md").read_text(encoding="utf-8")
     assert "NOT JUDGED" in text and "Nothing was measured." in text and "Quality was not measured." in text
     assert "## Formats" not in text and "No machine was recorded." in text
-    assert matter(text)["pipeline_tag"] == "image-classification" and "None" not in text
+    assert "None" not in text
+    assert matter(card(replace(gather(model, store), task="vision")))["pipeline_tag"] == "image-classification"
+    assert "pipeline_tag" not in matter(card(replace(gather(model, store), task="of another version")))
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:

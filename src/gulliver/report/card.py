@@ -16,17 +16,15 @@ from gulliver.core.errors import ArtifactError
 from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.records import TensorBits
 from gulliver.core.store.artifact import Artifact, write_annotation
-from gulliver.core.store.manifest import read_json
 from gulliver.core.store.store import Store
 from gulliver.report import rows, verdict
 from gulliver.report.gather import ReportData, gather
 from gulliver.report.html import environment
 from gulliver.report.units import short_id
+from gulliver.tasks import TASKS
 
 if TYPE_CHECKING:
     from jinja2 import Template
-
-_PIPELINES = (("ForCausalLM", "text-generation"), ("ForImageClassification", "image-classification"))
 
 
 def write_card(artifact: Artifact, evidence: Sequence[Evidence], store: Store) -> None:
@@ -41,9 +39,8 @@ def write_card(artifact: Artifact, evidence: Sequence[Evidence], store: Store) -
                 f"not {short_id(artifact.id)}; audit this artifact"
             )
     data = gather(artifact, store, evidence=evidence)
-    architecture = _architecture(artifact)
     write_annotation(artifact, "evidence.json", evidence_json(artifact.id, data.evidence))
-    write_annotation(artifact, "README.md", card(data, architecture))
+    write_annotation(artifact, "README.md", card(data))
 
 
 def evidence_json(artifact_id: str, evidence: Sequence[Evidence]) -> str:
@@ -52,14 +49,14 @@ def evidence_json(artifact_id: str, evidence: Sequence[Evidence]) -> str:
     return json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def card(data: ReportData, architecture: str = "") -> str:
-    """The model card as Markdown with YAML front matter; `architecture` is the class named in config.json."""
+def card(data: ReportData) -> str:
+    """The model card as Markdown with YAML front matter."""
     measured_on = (data.data_name(row.data_hash) for row in data.evidence if row.data_hash)
     return _template().render(
         data=data,
         source=data.origin.source if data.origin else "",
         licence=data.origin.license if data.origin else None,
-        pipeline=next((name for ending, name in _PIPELINES if architecture.endswith(ending)), ""),
+        pipeline=TASKS[data.task].pipeline_tag if data.task in TASKS else "",
         sentences=verdict.sentences(data),
         downloaded=verdict.downloaded(data),
         evidence=rows.evidence(data),
@@ -105,12 +102,3 @@ def _formats(tensors: Sequence[TensorBits]) -> list[tuple[str, int, int, int]]:
             held = part.rows * math.prod(tensor.shape[1:])
             sums[part.format] = (parts + 1, weights + held, size + part.size_bytes)
     return sorted(((name, *total) for name, total in sums.items()), key=lambda row: -row[3])
-
-
-def _architecture(artifact: Artifact) -> str:
-    """The first class that the model's config.json names; "" when it names none."""
-    if "config.json" not in artifact.files:
-        return ""
-    config = read_json(artifact.file("config.json").read_bytes(), "config.json")
-    names = config.get("architectures") if isinstance(config, dict) else None
-    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""

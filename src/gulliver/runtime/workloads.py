@@ -16,9 +16,9 @@ from gulliver.runtime.decoder import Decoder, StepBatch
 
 PROMPT_TOKENS = 512
 START_TOKENS = 64
-"""Tokens that stand in the cache when one sequence is continued."""
+"""Tokens in the cache when one sequence is continued."""
 NEW_TOKENS, REFERENCE_NEW_TOKENS = 64, 24
-"""How many it is continued by; fewer on the reference path, which is slower."""
+"""How many it is continued by; fewer on the reference backend, which is slower."""
 STREAM_START_TOKENS, STREAM_NEW_TOKENS = 16, 32
 """The same where several sequences are continued together."""
 CACHE_TOKENS = 2048
@@ -90,7 +90,7 @@ def workloads(decoder: Decoder, streams: tuple[int, ...] = ()) -> dict[str, Call
 def _continued(rows: Rows, tokens: NDArray[np.int32], new: int) -> Callable[[], int]:
     """Writes `new` tokens after `tokens`, which are read when this is first called.
 
-    Later calls overwrite what came; the beginning stays, since nobody writes another one into these blocks.
+    Later calls overwrite what came; the beginning stays, since nothing else is written into these blocks.
     """
     first: list[NDArray[np.int32]] = []
 

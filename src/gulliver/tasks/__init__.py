@@ -33,6 +33,7 @@ TASKS: Mapping[str, Family] = {
         speed_metric="decode_tokens_per_s",
         can=("generate", "predict"),
         alike=("vocab_size",),
+        pipeline_tag="text-generation",
         sampled={"normal": {"tokens": 256}, "high": {"tokens": 384}},
     ),
     "encoder": Family(
@@ -44,6 +45,7 @@ TASKS: Mapping[str, Family] = {
         speed_metric="examples_per_s",
         can=("embed", "predict"),
         alike=("vocab_size", "hidden_size"),
+        pipeline_tag="feature-extraction",
         own_loss=False,
     ),
     "vision": Family(
@@ -55,6 +57,7 @@ TASKS: Mapping[str, Family] = {
         speed_metric="examples_per_s",
         can=("predict",),
         alike=("classes", "channels", "height", "width"),
+        pipeline_tag="image-classification",
     ),
 }
 """The last row that claims a folder has it: a config without `architectures` is a causal language model's."""

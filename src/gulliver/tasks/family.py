@@ -15,9 +15,9 @@ class Family:
     `answerer` opens a model: (folder, name, OpenOptions) -> Answerer; `options` is a FamilyOptions; `claims` says
     whether a folder with this config.json is a model of the family. `examples` names what examples are: datasets of
     families that read the same kind are interchangeable. `speed_metric` is what `--speed` limits. `can` lists what its
-    answerers do; `alike` names what must be equal in two networks' configs, so that one can be judged by the other's
-    answers. `own_loss` says whether a model has a loss without a parent to be close to. `sampled` are its options
-    for data that a model writes itself, by the effort of `fit`.
+    answerers do, and `pipeline_tag` is Hugging Face's word for that; `alike` names what must be equal in two networks'
+    configs, so that one can be judged by the other's answers. `own_loss` says whether a model has a loss without a
+    parent to be close to. `sampled` are its options for data that a model writes itself, by the effort of `fit`.
     """
 
     task: str
@@ -28,6 +28,7 @@ class Family:
     speed_metric: str
     can: tuple[str, ...]
     alike: tuple[str, ...] = ()
+    pipeline_tag: str = ""
     own_loss: bool = True
     sampled: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 

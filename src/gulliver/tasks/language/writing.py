@@ -1,4 +1,4 @@
-"""Text that a causal language model writes of its own: calibration data that favours nobody's domain.
+"""Text that a causal language model writes of its own: calibration data that favours no domain.
 
 Each text begins with the model's start token (if it has one) and one token drawn uniformly from the vocabulary, which
 spreads the texts over what the model knows; every further token is drawn from the model's own distribution,

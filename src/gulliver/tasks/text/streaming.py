@@ -31,10 +31,7 @@ class _Enough(Exception):
 
 
 class Stream:
-    """One network and its calibration batches, seen as embed, layers and head.
-
-    ConfigError when the layers do not form a chain.
-    """
+    """One network and its calibration batches, seen as embed, layers and head."""
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         self.model, self.batches = model, batches
@@ -49,10 +46,12 @@ class Stream:
         self.calls: dict[Any, list[LayerCall]] = {}
         self.before: set[str] = set()
         self.after: set[str] = set()
-        self._learn()
 
-    def _learn(self) -> None:
-        """Which modules outside the layers are called before the first and after the last, and what layers return."""
+    def dry_run(self) -> None:
+        """Learn which modules outside the layers are called before the first and after the last, and what they return.
+
+        ConfigError when the layers do not form a chain.
+        """
         batch = {"tokens": torch.zeros(1, 3, dtype=torch.int64)}
         if self.batches and "mask" in self.batches[0]:
             batch["mask"] = torch.ones(1, 3, dtype=torch.int64)
@@ -162,6 +161,7 @@ class Stream:
 def stream_blocks(model: nn.Module, batches: Sequence[Batch]) -> list[Block]:
     """Embed, each layer, head. See `Task.blocks`."""
     stream, tied = Stream(model, batches), canonical_names(model)
+    stream.dry_run()
     table = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
     embeddings = [Weight(name, "embedding") for name, parameter in model.named_parameters() if parameter is table]
     blocks = [Block("embed", _prefixes(stream, stream.before, tied), tuple(embeddings), stream.embed)]

@@ -92,7 +92,7 @@ def _read(path: Path) -> tuple[Examples, np.ndarray | None]:
             raise DataError(f"{path} is a {artifact.kind} for {artifact.task}; give a vision dataset")
         return _read_parquet(artifact.file(FILE))
     if not path.is_file():
-        raise DataError(f"{path} is no file and no dataset artifact; give a .parquet, a digits .csv, or a dataset")
+        raise DataError(f"{path} is not a file or a dataset artifact; give a .parquet, a digits .csv, or a dataset")
     if path.suffix == ".parquet":
         return _read_parquet(path)
     if path.name.endswith((".csv", ".csv.gz")):

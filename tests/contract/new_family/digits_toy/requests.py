@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class DigitsRequest(BaseModel):
-    """A sequence that goes on."""
+    """A sequence whose next digit is asked."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -62,7 +62,7 @@ def _open(path: Path) -> gguf.GGUFReader:
     try:
         return gguf.GGUFReader(path)
     except (ValueError, OSError, IndexError, KeyError, OverflowError, UnicodeDecodeError, TypeError) as error:
-        raise ArtifactError(f"{path} is no readable GGUF file: {error}; download it again") from error
+        raise ArtifactError(f"{path} is not a readable GGUF file: {error}; download it again") from error
 
 
 def _values(tensors: dict[str, gguf.ReaderTensor], config: Any, path: Path) -> Iterator[tuple[str, Tensor]]:
