@@ -149,9 +149,9 @@ class Evidence:
 def measured(
     name: str,
     value: float,
-    *,
     low: float | None = None,
     high: float | None = None,
+    *,
     n: int = 1,
     seed: int = 0,
     data_hash: str = "",

@@ -27,25 +27,23 @@ def score_encoder(
     ours = _embeddings(model, found, folder)
     theirs = ours if parent is None else _embeddings(parent, found, folder)
     unrelated = cosine_similarity(theirs, theirs.roll(len(found) // 2 or 1, 0)).tolist()
-    common: dict[str, Any] = {"n": len(found), "data_hash": dataset.files[EXAMPLES].sha256}
-    common["detail"] = {"texts": len(found), "precision": "float32"}
-    mean, low, high = paired_interval(unrelated)
-    evidence = [measured("baseline_cosine_similarity", mean, low=low, high=high, **common)]
+    detail = {"texts": len(found), "precision": "float32"}
+    common: dict[str, Any] = {"n": len(found), "data_hash": dataset.files[EXAMPLES].sha256, "detail": detail}
+    evidence = [measured("baseline_cosine_similarity", *paired_interval(unrelated), **common)]
     if parent is None:
         return evidence
     cosine = cosine_similarity(ours, theirs).clamp(-1, 1).tolist()
+    above = [near - base for near, base in zip(cosine, unrelated, strict=True)]
     mean, low, high = paired_interval(cosine)
-    evidence.append(measured("cosine_similarity", mean, low=low, high=high, **common))
-    evidence.append(measured("quality_loss", 1 - mean, low=1 - high, high=1 - low, **common))
-    above = [ours - base for ours, base in zip(cosine, unrelated, strict=True)]
-    mean, low, high = paired_interval(above)
-    evidence.append(measured("cosine_similarity_vs_baseline", mean, low=low, high=high, **common))
-    return evidence
+    return [
+        *evidence,
+        measured("cosine_similarity", mean, low, high, **common),
+        measured("quality_loss", 1 - mean, 1 - high, 1 - low, **common),
+        measured("cosine_similarity_vs_baseline", *paired_interval(above), **common),
+    ]
 
 
 def _embeddings(model: nn.Module, texts: list[str], folder: Path) -> Tensor:
-    parts = []
     with torch.no_grad():
-        for start in range(0, len(texts), 16):
-            parts.append(encode(model, encode_texts(texts[start : start + 16], folder, 512)))
-    return torch.cat(parts)
+        batches = (encode_texts(texts[start : start + 16], folder, 512) for start in range(0, len(texts), 16))
+        return torch.cat([encode(model, batch) for batch in batches])

@@ -8,7 +8,7 @@ Student's interval for that mean of paired differences, which is far narrower th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,33 +52,27 @@ def score_causal(
     context = min(context, int(getattr(model.config, "max_position_embeddings", context)))  # type: ignore[arg-type]
     count = min(windows, len(stream) // context)
     if count < 2:
-        raise DataError(
-            f"the eval split has {len(stream)} tokens, too few for two windows of {context}; "
-            "give more text or a smaller context"
-        )
+        told = f"the eval split has {len(stream)} tokens, too few for two windows of {context}"
+        raise DataError(f"{told}; give more text or a smaller context")
     rows = stream[: count * context].view(count, context)
     outputs = None if parent is None else _Parent(parent, (dataset.id, count, context))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         found = [_window(model, row, outputs, number) for number, row in enumerate(rows)]
-    common: dict[str, Any] = {"n": count, "data_hash": dataset.files[EXAMPLES].sha256}
-    common["detail"] = {"windows": count, "context": context, "precision": "bfloat16 autocast"}
-    nll, low, high = paired_interval([window.nll for window in found])
-    evidence = [_exp("perplexity", nll, low, high, common)]
+    detail = {"windows": count, "context": context, "precision": "bfloat16 autocast"}
+    common: dict[str, Any] = {"n": count, "data_hash": dataset.files[EXAMPLES].sha256, "detail": detail}
+    evidence = [measured("perplexity", *_exp(window.nll for window in found), **common)]
     evidence += _against_unigrams(found, rows, token_stream(dataset, "train", folder), model, common)
     return evidence + (_against_parent(found, common) if parent is not None else [])
 
 
 def _against_parent(found: list[Window], common: dict[str, Any]) -> list[Evidence]:
-    ratio = _exp("perplexity_ratio", *paired_interval([window.nll - window.parent_nll for window in found]), common)
-    evidence = [ratio]
-    for name, values in (
-        ("kl_divergence", [window.kl for window in found]),
-        ("top1_agreement", [window.agreement for window in found]),
-    ):
-        mean, low, high = paired_interval(values)
-        evidence.append(measured(name, mean, low=low, high=high, **common))
-    loss = {"value": ratio.value - 1, "low": ratio.low - 1, "high": ratio.high - 1}
-    return [*evidence, measured("quality_loss", **loss, **common)]
+    ratio, low, high = _exp(window.nll - window.parent_nll for window in found)
+    return [
+        measured("perplexity_ratio", ratio, low, high, **common),
+        measured("kl_divergence", *paired_interval(window.kl for window in found), **common),
+        measured("top1_agreement", *paired_interval(window.agreement for window in found), **common),
+        measured("quality_loss", ratio - 1, low - 1, high - 1, **common),
+    ]
 
 
 def _against_unigrams(
@@ -89,16 +83,17 @@ def _against_unigrams(
     counts = torch.bincount(train, minlength=vocabulary).double() + 1
     nll = -(counts / counts.sum()).log()
     baseline = nll[rows[:, 1:]].mean(1).tolist()
-    differences = [window.nll - base for window, base in zip(found, baseline, strict=True)]
+    differences = (window.nll - base for window, base in zip(found, baseline, strict=True))
     return [
-        _exp("baseline_perplexity", *paired_interval(baseline), common),
-        _exp("perplexity_vs_baseline", *paired_interval(differences), common),
+        measured("baseline_perplexity", *_exp(baseline), **common),
+        measured("perplexity_vs_baseline", *_exp(differences), **common),
     ]
 
 
-def _exp(name: str, mean: float, low: float, high: float, common: dict[str, Any]) -> Evidence:
-    value, bottom, top = (math.exp(min(number, 700.0)) for number in (mean, low, high))
-    return measured(name, value, low=bottom, high=top, **common)
+def _exp(logarithms: Iterable[float]) -> tuple[float, float, float]:
+    """Exponentials of the mean of logarithms and of the ends of its interval."""
+    mean, low, high = (math.exp(min(number, 700.0)) for number in paired_interval(logarithms))
+    return mean, low, high
 
 
 # ---- windows ------------------------------------------------------------------------------------------------------
@@ -111,11 +106,9 @@ class _Parent:
     def __init__(self, network: nn.Module, key: Any) -> None:
         self.network = network
         version = tuple((id(parameter), parameter._version) for parameter in network.parameters())
-        found = _KEPT.get(network)
-        if found is None or found[0] != (key, version):
-            found = ((key, version), {})
-            _KEPT[network] = found
-        self.hidden = found[1]
+        if _KEPT.get(network, (None,))[0] != (key, version):
+            _KEPT[network] = ((key, version), {})
+        self.hidden = _KEPT[network][1]
 
     def final_hidden(self, row: Tensor, number: int) -> Tensor:
         """[context, width] of window `number`."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +32,9 @@ MIN_CHARACTERS = 200
 # ---- reading ------------------------------------------------------------------------------------------------------
 def text_batches(source: Path, split: str, options: TextOptions) -> Iterator[pyarrow.RecordBatch]:
     """Record batches of SCHEMA with the rows of `split` ("train", "eval", or "all": nothing is held out)."""
-    rows: list[dict[str, str]] = []
-    for row in _rows(source, split, options):
-        rows.append(row)
-        if len(rows) == BATCH_ROWS:
-            yield pyarrow.RecordBatch.from_pylist(rows, schema=SCHEMA)
-            rows = []
-    if rows:
-        yield pyarrow.RecordBatch.from_pylist(rows, schema=SCHEMA)
+    rows = _rows(source, split, options)
+    while part := list(islice(rows, BATCH_ROWS)):
+        yield pyarrow.RecordBatch.from_pylist(part, schema=SCHEMA)
 
 
 def dataset_texts(dataset: Artifact, split: str) -> Iterator[str]:
@@ -68,20 +65,11 @@ def _part(file: Path, split: str, options: TextOptions) -> Iterator[str]:
         elif held_out.strip():
             yield held_out
         return
-    border = _border(lengths, options.holdout)
+    seen = list(accumulate(lengths, initial=0))
+    border = min(bisect_left(seen, (1 - options.holdout) * seen[-1]), len(lengths) - 1)
     for number, text in enumerate(_texts(file, options.text_column)):
         if (number < border) == (split == "train"):
             yield text
-
-
-def _border(lengths: list[int], holdout: float) -> int:
-    """How many of several texts are not held out; at least one is, where there is one."""
-    total, seen = sum(lengths), 0
-    for number, length in enumerate(lengths):
-        if seen >= (1 - holdout) * total:
-            return number
-        seen += length
-    return max(len(lengths) - 1, 0)
 
 
 def text_files(path: Path) -> list[Path]:

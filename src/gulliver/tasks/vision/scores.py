@@ -59,8 +59,7 @@ def evidence(
     guessed = (labels == majority).numpy()
 
     def row(name: str, interval: tuple[float, float, float]) -> Evidence:
-        value, low, high = interval
-        return measured(name, value, low=low, high=high, n=n, data_hash=data_hash)
+        return measured(name, *interval, n=n, data_hash=data_hash)
 
     cross_entropy = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
     rows = [

@@ -94,8 +94,7 @@ class DigitsTask(Task):
         data_hash = dataset.files[EXAMPLES].sha256
 
         def row(name: str, values: Sequence[float]) -> Evidence:
-            value, low, high = paired_interval(values)
-            return measured(name, value, low=low, high=high, n=len(values), data_hash=data_hash)
+            return measured(name, *paired_interval(values), n=len(values), data_hash=data_hash)
 
         rows = [
             row("next_digit_accuracy", ours),
