@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
 from gulliver.nets.weights import assign, read_safetensors, release
 from gulliver.tasks import detect_task, get_task
-from gulliver.tasks.encoder import score as encoder_score
 from gulliver.tasks.encoder.pooling import encode
+from gulliver.tasks.encoder.task import embeddings
 from gulliver.tasks.encoder.text import passages
 from gulliver.tasks.language import network
 from gulliver.tasks.language.text import joined, token_stream
@@ -261,7 +261,7 @@ def test_an_encoder_is_scored_by_cosine_to_its_parent(encoder, tmp_path, dataset
     model, parent = ENCODER.load(encoder), ENCODER.load(write_encoder(tmp_path, seed=3))
     rows = {item.metric: item for item in scored(model, dataset, parent, folder=encoder, task=ENCODER, texts=20)}
     found = passages(dataset, "eval")[:20]
-    ours, theirs = (encoder_score._embeddings(net, found, encoder) for net in (model, parent))
+    ours, theirs = (embeddings(net, found, encoder) for net in (model, parent))
     assert rows["cosine_similarity"].value == pytest.approx((ours * theirs).sum(1).mean().item(), abs=1e-6)
     assert rows["quality_loss"].value == pytest.approx(1 - rows["cosine_similarity"].value)
     assert rows["cosine_similarity"].n == 20

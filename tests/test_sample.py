@@ -28,6 +28,10 @@ TASK = get_task("language")
 SMALL = {"count": 5, "family": {"tokens": 40}, "batch_size": 2}
 
 
+def silent(share: float) -> None:
+    """Progress that is not shown."""
+
+
 def generate(model: Any, folder: Path, count: int, tokens: int, seed: int = 0, **more: Any) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(seed)
     options = TASK.chosen({"tokens": tokens})
@@ -68,7 +72,7 @@ def test_the_texts_are_in_the_models_own_words(folder: Path) -> None:
     """The toy model learned a grammar, but no start token and not every byte: begin with a token that it knows."""
     tokenizer = load_tokenizer(folder)
     first = torch.full((4, 1), tokenizer(" the")["input_ids"][0])
-    drawn = writing.continue_texts(TASK.load(folder), first[:, :0], first, 60, torch.Generator().manual_seed(0))
+    drawn = writing.continue_texts(TASK.load(folder), first[:, :0], first, 60, torch.Generator().manual_seed(0), silent)
     assert drawn.shape == (4, 60) and len(set(map(tuple, drawn.tolist()))) == 4
     known = set(" ".join((*WHO, *DOES, *WHAT)).split())
     words = " ".join(tokenizer.decode(row) for row in drawn).replace(".", " ").split()
@@ -151,7 +155,7 @@ def test_writing_with_a_cache_equals_writing_without(name: str, tmp_path: Path) 
     start = writing.start_token(model.config, tokenizer)
     assert start == 256
     prefix, first = torch.full((3, 1), start), torch.tensor([[7], [65], [200]])
-    found = writing.continue_texts(model, prefix, first, 14, torch.Generator().manual_seed(3))
+    found = writing.continue_texts(model, prefix, first, 14, torch.Generator().manual_seed(3), silent)
     slow, generator = torch.cat([prefix, first], 1), torch.Generator().manual_seed(3)
     with torch.no_grad():
         for _ in range(13):

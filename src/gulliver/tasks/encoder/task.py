@@ -9,15 +9,16 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
-from gulliver.core.errors import ConfigError
-from gulliver.core.evidence.evidence import Evidence
+from gulliver.core.errors import ConfigError, DataError
+from gulliver.core.evidence.evidence import Evidence, measured, paired_interval
+from gulliver.core.records import EXAMPLES
 from gulliver.core.store.artifact import Artifact
 from gulliver.runtime.network import load_network
 from gulliver.tasks.base import Batch
 from gulliver.tasks.encoder.pooling import Pooling, encode, read_pooling
-from gulliver.tasks.encoder.score import score_encoder
-from gulliver.tasks.encoder.text import passage_batches, passages
+from gulliver.tasks.encoder.text import encode_texts, passage_batches, passages
 from gulliver.tasks.order import Order
 from gulliver.tasks.text.network import fresh_network
 from gulliver.tasks.text.task import TextTask
@@ -49,13 +50,35 @@ class EncoderTask(TextTask):
             raise ConfigError("an encoder has no loss of its own; give a parent to be close to")
         with torch.no_grad():
             target = encode(parent, batch)
-        return 1 - torch.nn.functional.cosine_similarity(encode(model, batch), target, dim=-1)
+        return 1 - cosine_similarity(encode(model, batch), target, dim=-1)
 
     def _score(
         self, model: nn.Module, dataset: Artifact, parent: nn.Module | None, folder: Path, options: Any, share: float
     ) -> list[Evidence]:
-        """`share` of the `texts` is scored; at least two."""
-        return score_encoder(model, dataset, parent, folder, max(2, round(share * options.texts)))
+        """Cosine of each text's vector to the parent's; without a parent, only the spread of its own vectors.
+
+        `share` of the `texts` is scored; at least two.
+        """
+        found = passages(dataset, "eval")[: max(2, round(share * options.texts))]
+        if len(found) < 2:
+            raise DataError(f"the eval split has {len(found)} lines of text to embed; at least two are needed")
+        ours = embeddings(model, found, folder)
+        theirs = ours if parent is None else embeddings(parent, found, folder)
+        unrelated = cosine_similarity(theirs, theirs.roll(len(found) // 2 or 1, 0)).tolist()
+        detail = {"texts": len(found), "precision": "float32"}
+        common: dict[str, Any] = {"n": len(found), "data_hash": dataset.files[EXAMPLES].sha256, "detail": detail}
+        evidence = [measured("baseline_cosine_similarity", *paired_interval(unrelated), **common)]
+        if parent is None:
+            return evidence
+        cosine = cosine_similarity(ours, theirs).clamp(-1, 1).tolist()
+        above = [near - base for near, base in zip(cosine, unrelated, strict=True)]
+        mean, low, high = paired_interval(cosine)
+        return [
+            *evidence,
+            measured("cosine_similarity", mean, low, high, **common),
+            measured("quality_loss", 1 - mean, 1 - high, 1 - low, **common),
+            measured("cosine_similarity_vs_baseline", *paired_interval(above), **common),
+        ]
 
     def _workloads(self, model: nn.Module, folder: Path) -> dict[str, Callable[[], int]]:
         """Embedding texts of one length, a batch at a time."""
@@ -76,3 +99,10 @@ def load_encoder(folder: Path, empty: bool = False) -> nn.Module:
     model = load_network(folder, empty)
     model.pooling = read_pooling(folder)  # type: ignore[assignment]
     return model
+
+
+def embeddings(model: nn.Module, texts: list[str], folder: Path) -> Tensor:
+    """Vectors float32 [texts, width]."""
+    with torch.no_grad():
+        batches = (encode_texts(texts[start : start + 16], folder, 512) for start in range(0, len(texts), 16))
+        return torch.cat([encode(model, batch) for batch in batches])

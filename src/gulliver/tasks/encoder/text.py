@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from gulliver.core.errors import DataError
 from gulliver.core.store.artifact import Artifact, open_artifact
@@ -34,13 +35,9 @@ def encode_texts(texts: Sequence[str], folder: Path, tokens: int) -> Batch:
 
 def padded(rows: Sequence[Sequence[int]]) -> Batch:
     """{"tokens", "mask"}, int64 [batch, longest]: rows filled up with zeros, which the mask leaves out."""
-    longest = max(map(len, rows))
-    tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
-    mask = torch.zeros(len(rows), longest, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        tokens[index, : len(row)] = torch.tensor(row)
-        mask[index, : len(row)] = 1
-    return {"tokens": tokens, "mask": mask}
+    tokens = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    marks = [torch.ones_like(row) for row in tokens]
+    return {"tokens": pad_sequence(tokens, batch_first=True), "mask": pad_sequence(marks, batch_first=True)}
 
 
 @lru_cache(maxsize=4)

@@ -1,4 +1,4 @@
-"""Causal language models: fresh ones, and what a caller may ask of their outputs."""
+"""What may be asked of the outputs of causal language models."""
 
 from __future__ import annotations
 
@@ -7,24 +7,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-import transformers
 from torch import Tensor, nn
-
-from gulliver.tasks.text.network import fresh_network
-from gulliver.tasks.text.tokenizer import BYTE_VOCABULARY
-
-
-def build_network(size: int) -> nn.Module:
-    """A fresh Llama that reads bytes: `size` layers + 1, width 32 · (size + 1), random weights."""
-    return fresh_network(
-        transformers.LlamaForCausalLM,
-        size,
-        num_key_value_heads=size + 1,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=BYTE_VOCABULARY - 1,
-    )
 
 
 def final_hidden(model: nn.Module, tokens: Tensor) -> Tensor:

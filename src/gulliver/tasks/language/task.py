@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from gulliver.core.evidence.evidence import Evidence
@@ -20,7 +21,9 @@ from gulliver.tasks.language import network, text
 from gulliver.tasks.language.score import score_causal
 from gulliver.tasks.language.writing import write_texts
 from gulliver.tasks.order import Order
+from gulliver.tasks.text.network import fresh_network
 from gulliver.tasks.text.task import TextTask
+from gulliver.tasks.text.tokenizer import BYTE_VOCABULARY
 
 
 class LanguageTask(TextTask):
@@ -39,7 +42,10 @@ class LanguageTask(TextTask):
         return [{"text": written} for written in texts if written.strip()]
 
     def _build(self, size: int) -> nn.Module:
-        return network.build_network(size)
+        """A fresh Llama that reads bytes: `size` layers + 1, width 32 · (size + 1)."""
+        config = {"num_key_value_heads": size + 1, "max_position_embeddings": 2048, "tie_word_embeddings": True}
+        ends = {"bos_token_id": None, "eos_token_id": BYTE_VOCABULARY - 1}
+        return fresh_network(transformers.LlamaForCausalLM, size, **config, **ends)
 
     def _load(self, folder: Path, empty: bool) -> nn.Module:
         return load_network(folder, empty)
@@ -71,14 +77,9 @@ def _divergence(model: nn.Module, parent: nn.Module, tokens: Tensor) -> Tensor:
             target = network.final_hidden(parent, tokens)
         hidden = network.final_hidden(model, tokens)
         precision = torch.bfloat16 if torch.is_autocast_enabled("cpu") else hidden.dtype
-        rows = linear_kl(
-            hidden.flatten(0, 1),
-            network.head_weight(model),
-            target.flatten(0, 1),
-            network.head_weight(parent),
-            precision,
-        )
-        return rows.view(tokens.shape).mean(1)
+        ours = hidden.flatten(0, 1), network.head_weight(model)
+        theirs = target.flatten(0, 1), network.head_weight(parent)
+        return linear_kl(*ours, *theirs, precision).view(tokens.shape).mean(1)
     with torch.no_grad():
         target = torch.log_softmax(network.logits_of(parent, tokens).float(), -1)
     ours = torch.log_softmax(network.logits_of(model, tokens).float(), -1)

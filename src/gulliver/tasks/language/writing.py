@@ -11,7 +11,6 @@ ends nothing: what follows it is the next text that the model would write.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from gulliver.core.errors import ConfigError
+from gulliver.tasks.base import Advance
 from gulliver.tasks.text.tokenizer import load_tokenizer
 
 
 def write_texts(
-    model: nn.Module,
-    folder: Path,
-    count: int,
-    tokens: int,
-    generator: torch.Generator,
-    advance: Callable[[float], None] = lambda share: None,
+    model: nn.Module, folder: Path, count: int, tokens: int, generator: torch.Generator, advance: Advance
 ) -> list[str]:
     """`count` texts of `tokens` tokens each, or of as many as the model has positions for.
 
@@ -64,12 +59,7 @@ def start_token(config: Any, tokenizer: Any) -> int | None:
 
 
 def continue_texts(
-    model: nn.Module,
-    prefix: Tensor,
-    first: Tensor,
-    tokens: int,
-    generator: torch.Generator,
-    advance: Callable[[float], None] = lambda share: None,
+    model: nn.Module, prefix: Tensor, first: Tensor, tokens: int, generator: torch.Generator, advance: Advance
 ) -> Tensor:
     """int64 [batch, tokens]: `first` [batch, 1] and what the model draws after `prefix` [batch, 0 or 1] and it."""
     written, past, fed = [first], None, torch.cat([prefix, first], 1)

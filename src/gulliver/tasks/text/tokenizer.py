@@ -8,6 +8,7 @@ from typing import Any
 
 import tokenizers
 import transformers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from gulliver.core.errors import ArtifactError
 
@@ -32,16 +33,8 @@ def _tokenizer(folder: str, stamp: int) -> Any:
 
 def write_byte_tokenizer(folder: Path) -> None:
     """A tokenizer whose token k < 256 is byte k, and whose token 256 ends a text."""
-    alphabet = {character: byte for byte, character in _byte_characters().items()}
+    alphabet = {character: byte for byte, character in bytes_to_unicode().items()}
     core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=alphabet | {END_OF_TEXT: BYTE_VOCABULARY - 1}, merges=[]))
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = tokenizers.decoders.ByteLevel()
     transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token=END_OF_TEXT).save_pretrained(folder)
-
-
-def _byte_characters() -> dict[int, str]:
-    """GPT-2's printable stand-in for every byte, which the byte-level pre-tokenizer writes."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    table = {byte: chr(byte) for byte in printable}
-    hidden = [byte for byte in range(256) if byte not in table]
-    return table | {byte: chr(256 + number) for number, byte in enumerate(hidden)}

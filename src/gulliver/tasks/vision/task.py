@@ -45,8 +45,9 @@ class VisionTask(Task):
     def _examples(self, source: Path, split: str, options: Any) -> Iterator[pyarrow.RecordBatch]:
         for part in SPLITS if split == "all" else (split,):
             examples = read_split(source, part)
-            for start in range(0, len(examples), BATCH_ROWS):
-                yield _record_batch(examples.take(np.arange(start, min(start + BATCH_ROWS, len(examples)))))
+            images = pyarrow.array(list(examples.images), pyarrow.list_(pyarrow.float32()))
+            table = pyarrow.table({"image": images, "label": examples.labels})
+            yield from table.to_batches(max_chunksize=BATCH_ROWS)
 
     def units(self, example: Mapping[str, Any]) -> Iterator[str]:
         """The picture with its label."""
@@ -104,12 +105,11 @@ class VisionTask(Task):
         trained = read_split(dataset.path, "train").labels
         majority = int(np.bincount(trained if len(trained) else examples.labels).argmax())
         images, labels = _batch(examples, config).values()
-        networks = [network for network in (model, parent) if network is not None]
+        parts = images.split(SCORE_IMAGES)
         with torch.inference_mode():
-            outputs = [
-                torch.cat([network(part).float() for part in images.split(SCORE_IMAGES)]) for network in networks
-            ]
-        return evidence(outputs[0], labels, majority, outputs[1] if parent is not None else None, examples.data_hash)
+            logits = torch.cat([model(part).float() for part in parts])
+            theirs = None if parent is None else torch.cat([parent(part).float() for part in parts])
+        return evidence(logits, labels, majority, theirs, examples.data_hash)
 
     def _workloads(self, model: nn.Module, folder: Path) -> dict[str, Callable[[], int]]:
         images = torch.rand(WORKLOAD_IMAGES, *read_config(folder).shape, generator=torch.Generator().manual_seed(0))
@@ -136,9 +136,7 @@ def read_config(folder: Path) -> InceptionConfig:
 
 def _inception(model: nn.Module) -> Inception:
     if not isinstance(model, Inception):
-        raise ConfigError(
-            f"vision does not know the network {type(model).__name__}; build or load one with this family"
-        )
+        raise ConfigError(f"vision does not know the network {type(model).__name__}; build or load one of this family")
     return model
 
 
@@ -146,18 +144,11 @@ def _fitting(examples: Examples, config: InceptionConfig, dataset: Artifact) -> 
     """`examples`, if the network can take them. DataError when shape or labels do not fit."""
     pixels = int(np.prod(config.shape))
     if len(examples) and examples.images.shape[1] != pixels:
-        raise DataError(
-            f"images in {dataset.path} have {examples.images.shape[1]} pixels; "
-            f"the network takes {' x '.join(map(str, config.shape))}"
-        )
+        told = f"images in {dataset.path} have {examples.images.shape[1]} pixels"
+        raise DataError(f"{told}; the network takes {' x '.join(map(str, config.shape))}")
     if len(examples) and examples.labels.max() >= config.classes:
         raise DataError(f"{dataset.path} has label {examples.labels.max()}; the network knows {config.classes} classes")
     return examples
-
-
-def _record_batch(examples: Examples) -> pyarrow.RecordBatch:
-    images = pyarrow.array(list(examples.images), pyarrow.list_(pyarrow.float32()))
-    return pyarrow.RecordBatch.from_arrays([images, pyarrow.array(examples.labels)], names=["image", "label"])
 
 
 def _batch(examples: Examples, config: InceptionConfig) -> Batch:
