@@ -276,7 +276,7 @@ def _changed(model: torch.nn.Module) -> torch.nn.Module:
 def test_workloads_measure_the_speed_that_the_family_names(family: str, folder: Path) -> None:
     task = get_task(family)
     work = task.workloads(task.load(folder), folder)
-    assert task.speed_metric in work and set(work) <= set(METRICS)
+    assert task.row.speed_metric in work and set(work) <= set(METRICS)
     assert all(once() >= 1 for once in work.values())
 
 

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from gulliver.core.errors import ConfigError
 from gulliver.runtime.batching.records import Request
@@ -22,7 +22,6 @@ from gulliver.tasks.family import named
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from gulliver.runtime.batching.counters import Histogram
     from gulliver.runtime.batching.engine import Engine
     from gulliver.runtime.batching.queue import BatchQueue
     from gulliver.runtime.sampling import Sampling
@@ -61,18 +60,6 @@ class OpenOptions:
             raise ConfigError(f"threads is {self.threads}; it must be at least 1")
 
 
-class Serving(Protocol):
-    """What runs an answerer's requests: an Engine or a BatchQueue. Safe to call from any thread."""
-
-    def stats(self) -> dict[str, float]: ...
-
-    def histograms(self) -> dict[str, Histogram]: ...
-
-    def drain(self, seconds: float) -> bool: ...
-
-    def close(self) -> None: ...
-
-
 class Answerer(ABC):
     """One open model. Use it in a `with` block, or close it."""
 
@@ -81,7 +68,7 @@ class Answerer(ABC):
     request_schema: ClassVar[str]
     response_schema: ClassVar[str]
     """What a request must be and what a response is: pydantic models, "module:class", imported when asked for."""
-    engine: Serving
+    engine: Engine | BatchQueue[Any, Any]  # runs its requests; safe to call from any thread
     name: str
     folder: Path
     backend: str  # "native" or "reference"

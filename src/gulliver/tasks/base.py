@@ -80,21 +80,10 @@ class DataContract(ABC):
     def __init__(self, row: Family) -> None:
         self.row = row
 
-    # ---- what its row in the table says ---------------------------------------------------------------------------
-    @property
-    def options(self) -> type[FamilyOptions]:
-        """What its data and windows need; a step carries the values as its field `family`."""
-        return named(self.row.options)
-
     @final
     def chosen(self, values: Mapping[str, Any] | None = None) -> Any:
         """The family's options from a step's `family` field. ConfigError for an unknown or a wrong one."""
-        return checked_options(self.name, self.options, values or {})
-
-    @property
-    def speed_metric(self) -> str:
-        """The metric that `--speed` limits."""
-        return self.row.speed_metric
+        return checked_options(self.name, named(self.row.options), values or {})
 
     # ---- data -------------------------------------------------------------------------------------------------
     @final
@@ -300,7 +289,7 @@ class Task(DataContract):
     def workloads(self, model: nn.Module, folder: Path) -> dict[str, Callable[[], int]]:
         """Metric -> a standard piece of work that returns how many units it did; what the step `speed` times."""
         work = self._workloads(model, folder)
-        assert self.speed_metric in work, f"{self.name}: no workload measures its {self.speed_metric}"
+        assert self.row.speed_metric in work, f"{self.name}: no workload measures its {self.row.speed_metric}"
         return work
 
     @abstractmethod

@@ -40,10 +40,8 @@ def read_pooling(folder: Path) -> Pooling:
     modes = [name for name, on in settings.items() if name.startswith("pooling_mode_") and on is True]
     unknown = [name for name in modes if name not in POOLINGS]
     if unknown or len(modes) > 1:
-        known = ", ".join(POOLINGS)
-        raise ArtifactError(
-            f"{folder / '1_Pooling'} asks for {', '.join(modes)}; one at a time is supported, of {known}"
-        )
+        told = f"{folder / '1_Pooling'} asks for {', '.join(modes)}"
+        raise ArtifactError(f"{told}; one at a time is supported, of {', '.join(POOLINGS)}")
     positions = _positive(_read(folder / "config.json").get("max_position_embeddings"), POSITIONS)
     longest = _positive(_read(folder / "sentence_bert_config.json").get("max_seq_length"), positions)
     return Pooling(POOLINGS[modes[0]] if modes else "mean", normalize, min(longest, positions))

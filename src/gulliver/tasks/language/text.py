@@ -47,9 +47,7 @@ def window_batches(stream: Tensor, tokens: int, order: Order) -> Iterator[Batch]
     if tokens < 2:
         raise ConfigError(f"tokens is {tokens}; a window needs at least 2")
     if len(stream) < tokens:
-        raise DataError(
-            f"the split has {len(stream)} tokens, one window needs {tokens}; give more text or fewer tokens"
-        )
+        raise DataError(f"the split has {len(stream)} tokens, a window needs {tokens}; give more text or fewer tokens")
     slack = min(tokens - 1, len(stream) - tokens)
     count = (len(stream) - slack) // tokens
     for places in order.batches(count):

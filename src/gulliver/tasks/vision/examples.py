@@ -58,8 +58,10 @@ def read_split(source: str | Path, split: str) -> Examples:
         raise DataError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
     examples, names = _read(Path(source))
     held_out = split_by_content(examples) if names is None else names == "eval"
-    if names is not None:
-        _refuse_overlap(examples, held_out, source)
+    trained = {image.tobytes() for image in examples.images[~held_out]}
+    both = sum(image.tobytes() in trained for image in examples.images[held_out])
+    if both:
+        raise DataError(f"{source}: {both} images of the eval split are also in the train split; remove them from one")
     return examples.take(held_out if split == "eval" else ~held_out)
 
 
@@ -157,10 +159,3 @@ def _checked(images: np.ndarray, labels: pa.Array | pa.ChunkedArray, path: Path)
     if not np.isfinite(images).all() or (images.size and (images.min() < 0.0 or images.max() > 1.0)):
         raise DataError(f"{path}: pixels must lie between 0 and 1; scale them")
     return Examples(images + 0.0, numbers)
-
-
-def _refuse_overlap(examples: Examples, held_out: np.ndarray, source: str | Path) -> None:
-    trained = {image.tobytes() for image in examples.images[~held_out]}
-    both = sum(image.tobytes() in trained for image in examples.images[held_out])
-    if both:
-        raise DataError(f"{source}: {both} images of the eval split are also in the train split; remove them from one")

@@ -26,7 +26,7 @@ class Architecture:
     """How llama.cpp runs a network: its name there, and what it can hold.
 
     `read_as`: transformers' model type and the name in files that are read, "" for one that is only written;
-    `permuted`: rows of q and k stand as pairs of neighbours; `norm_offset` is added to every norm's weights; `biases`
+    `permuted`: rows of q and k lie as pairs of neighbours; `norm_offset` is added to every norm's weights; `biases`
     are the layers that may have one; `rope_factors`: divisors of the rotary frequencies may be stored.
     """
 
