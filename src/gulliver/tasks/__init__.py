@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 TASKS: Mapping[str, Family] = {
     "language": Family(
         task="gulliver.tasks.language.task:LanguageTask",
-        options="gulliver.tasks.language.options:LanguageOptions",
+        options="gulliver.tasks.options:LanguageOptions",
         answerer="gulliver.tasks.language.answerer:open_answerer",
         claims="gulliver.nets.architecture:is_causal",
         examples="text",
@@ -38,7 +38,7 @@ TASKS: Mapping[str, Family] = {
     ),
     "encoder": Family(
         task="gulliver.tasks.encoder.task:EncoderTask",
-        options="gulliver.tasks.encoder.options:EncoderOptions",
+        options="gulliver.tasks.options:EncoderOptions",
         answerer="gulliver.tasks.encoder.answerer:EncoderAnswerer",
         claims="gulliver.nets.architecture:is_encoder",
         examples="text",

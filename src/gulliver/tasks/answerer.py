@@ -7,9 +7,10 @@ torch before a model that needs it is opened, because a packed language model an
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -60,7 +61,7 @@ class OpenOptions:
             raise ConfigError(f"threads is {self.threads}; it must be at least 1")
 
 
-class Answerer(ABC):
+class Answerer(AbstractContextManager["Answerer"]):
     """One open model. Use it in a `with` block, or close it."""
 
     can: ClassVar[frozenset[Can]]
@@ -112,10 +113,7 @@ class Answerer(ABC):
         """End what runs."""
         self.engine.close()
 
-    def __enter__(self) -> Answerer:
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

@@ -24,6 +24,19 @@ class TextOptions(FamilyOptions):
     text_column: str = Field("text", description="column of .jsonl and .parquet files that holds the text")
 
 
+class LanguageOptions(TextOptions):
+    """Options of the language family."""
+
+    windows: int = Field(24, ge=2, description="windows of text that are scored")
+    context: int = Field(1024, ge=2, description="tokens in a window that is scored")
+
+
+class EncoderOptions(TextOptions):
+    """Options of the encoder family."""
+
+    texts: int = Field(256, ge=2, description="texts that are scored")
+
+
 def checked_options(family: str, kind: type[FamilyOptions], values: Mapping[str, Any]) -> FamilyOptions:
     """`values` as the options of a family. ConfigError names the option that is unknown or wrong, and the remedy."""
     for name in values:

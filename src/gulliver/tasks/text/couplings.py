@@ -14,11 +14,11 @@ from gulliver.tasks.base import Coupling
 from gulliver.tasks.text.streaming import largest_list
 
 NEURONS = (
-    (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
-    (("intermediate.dense",), "output.dense"),
-    (("ffn.lin1",), "ffn.lin2"),
+    ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    ("intermediate.dense", "output.dense"),
+    ("ffn.lin1", "ffn.lin2"),
 )
-"""(modules that read, module that writes) inside a layer, by architecture."""
+"""(modules that read, and last the one that writes) inside a layer, by architecture."""
 HEADS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
@@ -35,18 +35,14 @@ def transformer_couplings(model: nn.Module) -> list[Coupling]:
 
 def _of_layer(model: nn.Module, prefix: str, layer: nn.Module) -> Iterator[Coupling]:
     linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-    for readers, writer in NEURONS:
-        if {*readers, writer} <= set(linears):
-            units = linears[writer].in_features
-            members = [member for name in readers for member in _rows(prefix, name, linears[name], units)]
-            yield Coupling(f"{prefix}neurons", units, (*members, (f"{prefix}{writer}.weight", 1, 1)))
-    for queries, keys, values, output in HEADS:
-        if {queries, keys, values, output} <= set(linears):
-            units = _key_heads(model)
-            names = (queries, keys, values)
-            members = [member for name in names for member in _rows(prefix, name, linears[name], units)]
-            size = linears[output].in_features // units
-            yield Coupling(f"{prefix}heads", units, (*members, (f"{prefix}{output}.weight", 1, size)))
+    for kind, table in (("neurons", NEURONS), ("heads", HEADS)):
+        for *readers, writer in table:
+            if {*readers, writer} <= set(linears):
+                width = linears[writer].in_features
+                units = width if kind == "neurons" else _key_heads(model)
+                members = [member for name in readers for member in _rows(prefix, name, linears[name], units)]
+                members.append((f"{prefix}{writer}.weight", 1, width // units))
+                yield Coupling(f"{prefix}{kind}", units, tuple(members))
 
 
 def _rows(prefix: str, name: str, module: nn.Linear, units: int) -> list[tuple[str, int, int]]:

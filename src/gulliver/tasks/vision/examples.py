@@ -20,12 +20,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gulliver.core.errors import DataError
+from gulliver.core.records import EXAMPLES
 from gulliver.core.store.artifact import MANIFEST, open_artifact
 
 SPLITS = ("train", "eval")
 EVAL_FRACTION = 0.3
 SPLIT_SEED = 0
-FILE = "examples.parquet"
 DIGITS_PIXELS, DIGITS_LEVELS = 64, 16
 
 
@@ -92,7 +92,7 @@ def _read(path: Path) -> tuple[Examples, np.ndarray | None]:
         artifact = open_artifact(path)
         if artifact.kind != "dataset" or artifact.task != "vision":
             raise DataError(f"{path} is a {artifact.kind} for {artifact.task}; give a vision dataset")
-        return _read_parquet(artifact.file(FILE))
+        return _read_parquet(artifact.file(EXAMPLES))
     if not path.is_file():
         raise DataError(f"{path} is not a file or a dataset artifact; give a .parquet, a digits .csv, or a dataset")
     if path.suffix == ".parquet":

@@ -56,9 +56,7 @@ class VisionTask(Task):
     def _batches(self, dataset: Artifact, split: str, order: Order, folder: Path, options: Any) -> Iterator[Batch]:
         """Epoch after epoch, each in its own order; a batch may reach over the end of one into the next."""
         config = read_config(folder)
-        examples = _fitting(read_split(dataset.path, split), config, dataset)
-        if not len(examples):
-            raise DataError(f"{dataset.path} has no {split} examples")
+        examples = _fitting(dataset, split, config)
         for places in order.batches(len(examples), key=()):
             yield _batch(examples.take(np.array([item for _, item in places])), config)
 
@@ -98,9 +96,7 @@ class VisionTask(Task):
     ) -> list[Evidence]:
         """`share` of the images is scored; at least two."""
         config = read_config(folder)
-        examples = _fitting(read_split(dataset.path, "eval"), config, dataset)
-        if not len(examples):
-            raise DataError(f"{dataset.path} has no eval examples; nothing can be measured")
+        examples = _fitting(dataset, "eval", config)
         examples = examples.take(np.arange(min(len(examples), max(2, round(share * len(examples))))))
         trained = read_split(dataset.path, "train").labels
         majority = int(np.bincount(trained if len(trained) else examples.labels).argmax())
@@ -140,13 +136,15 @@ def _inception(model: nn.Module) -> Inception:
     return model
 
 
-def _fitting(examples: Examples, config: InceptionConfig, dataset: Artifact) -> Examples:
-    """`examples`, if the network can take them. DataError when shape or labels do not fit."""
-    pixels = int(np.prod(config.shape))
-    if len(examples) and examples.images.shape[1] != pixels:
+def _fitting(dataset: Artifact, split: str, config: InceptionConfig) -> Examples:
+    """The examples of a split. DataError when there are none, or shape or labels do not fit the network."""
+    examples, pixels = read_split(dataset.path, split), int(np.prod(config.shape))
+    if not len(examples):
+        raise DataError(f"{dataset.path} has no {split} examples")
+    if examples.images.shape[1] != pixels:
         told = f"images in {dataset.path} have {examples.images.shape[1]} pixels"
         raise DataError(f"{told}; the network takes {' x '.join(map(str, config.shape))}")
-    if len(examples) and examples.labels.max() >= config.classes:
+    if examples.labels.max() >= config.classes:
         raise DataError(f"{dataset.path} has label {examples.labels.max()}; the network knows {config.classes} classes")
     return examples
 
