@@ -15,8 +15,7 @@ from gulliver.core.errors import ArtifactError, ConfigError, DataError
 from gulliver.nets.weights import assign, read_safetensors, release
 from gulliver.tasks import detect_task, get_task
 from gulliver.tasks.encoder.pooling import encode
-from gulliver.tasks.encoder.task import embeddings
-from gulliver.tasks.encoder.text import passages
+from gulliver.tasks.encoder.task import embeddings, passages
 from gulliver.tasks.language import network
 from gulliver.tasks.language.text import joined, token_stream
 from gulliver.tasks.text import streaming

@@ -193,12 +193,12 @@ class Embedding(Batched):
     def tokens(self, row: str | Sequence[int], *, truncate: bool) -> tuple[int, ...]:
         """A text, or tokens, as the model reads it. ConfigError when it is empty, too long, or names no token."""
 
-    @abstractmethod
     def embed(self, rows: Sequence[tuple[int, ...]], stop: Event | None = None) -> Future[list[Any]]:
         """The vectors, float32 [width] each, of tokenized texts. QueueFull when too many wait, EngineClosed at the end.
 
         When `stop` is set the work ends before the next pass.
         """
+        return self.engine.submit_all(rows, stop)
 
 
 def then(future: Future[Any], change: Callable[[Any], Any]) -> Future[Any]:

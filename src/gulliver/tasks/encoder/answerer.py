@@ -36,8 +36,7 @@ class EncoderAnswerer(Embedding):
         import torch
 
         from gulliver.tasks.encoder.pooling import encode
-        from gulliver.tasks.encoder.task import load_encoder
-        from gulliver.tasks.encoder.text import padded
+        from gulliver.tasks.encoder.task import load_encoder, padded
 
         self.text = Text(folder)
         model: Any = load_encoder(folder).eval()
@@ -75,9 +74,6 @@ class EncoderAnswerer(Embedding):
                 raise ConfigError(f"{told}. Cut it, or set truncate to true")
             tokens = cut(tokens, self.context)
         return tuple(tokens)
-
-    def embed(self, rows: Sequence[tuple[int, ...]], stop: Event | None = None) -> Future[list[Any]]:
-        return self.engine.submit_all(rows, stop)
 
     def show(self, response: Any) -> list[str]:
         """The first numbers of each vector, and how near each text is to the first."""

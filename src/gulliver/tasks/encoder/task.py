@@ -1,8 +1,12 @@
-"""The encoder family: networks that turn a text into one vector, any that transformers can load."""
+"""The encoder family: networks that turn a text into one vector, any that transformers can load.
+
+Token ids, cuts and masks of passages are the same in training, measuring and serving.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,19 +14,22 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
+from torch.nn.utils.rnn import pad_sequence
 
 from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.evidence.evidence import Evidence, measured, paired_interval
 from gulliver.core.records import EXAMPLES
-from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.artifact import Artifact, open_artifact
 from gulliver.runtime.network import load_network
+from gulliver.runtime.text.tokenizer import Text
 from gulliver.tasks.base import Batch
-from gulliver.tasks.encoder.pooling import Pooling, encode, read_pooling
-from gulliver.tasks.encoder.text import encode_texts, passage_batches, passages
+from gulliver.tasks.encoder.pooling import Pooling, cut, encode, read_pooling
 from gulliver.tasks.order import Order
+from gulliver.tasks.text.files import dataset_texts
 from gulliver.tasks.text.network import fresh_network
 from gulliver.tasks.text.task import TextTask
 
+MIN_PASSAGE_CHARACTERS = 20
 TEXTS, TEXT_TOKENS = 16, 64
 """What the standard piece of work reads in a batch."""
 
@@ -33,7 +40,12 @@ class EncoderTask(TextTask):
     name: ClassVar[str] = "encoder"
 
     def _batches(self, dataset: Artifact, split: str, order: Order, folder: Path, options: Any) -> Iterator[Batch]:
-        return passage_batches(passages(dataset, split), folder, options.tokens, order)
+        """Batches of padded passages; every passage once per epoch."""
+        texts = passages(dataset, split)
+        if not texts:
+            raise DataError(f"the split has no line of {MIN_PASSAGE_CHARACTERS} characters or more; give more text")
+        for places in order.batches(len(texts)):
+            yield encode_texts([texts[item] for _, item in places], folder, options.tokens)
 
     def _build(self, size: int) -> nn.Module:
         """A fresh BERT that reads bytes: `size` layers + 1, width 32 · (size + 1)."""
@@ -106,3 +118,28 @@ def embeddings(model: nn.Module, texts: list[str], folder: Path) -> Tensor:
     with torch.no_grad():
         batches = (encode_texts(texts[start : start + 16], folder, 512) for start in range(0, len(texts), 16))
         return torch.cat([encode(model, batch) for batch in batches])
+
+
+def passages(dataset: Artifact, split: str) -> list[str]:
+    """The lines of a split's texts that are long enough to mean something."""
+    found = (line.strip() for text in dataset_texts(open_artifact(dataset.path), split) for line in text.splitlines())
+    return [line for line in found if len(line) >= MIN_PASSAGE_CHARACTERS]
+
+
+def encode_texts(texts: Sequence[str], folder: Path, tokens: int) -> Batch:
+    """Texts as `padded` gives them, cut to the model's own limit and to `tokens`."""
+    side = _text(str(folder), (folder / "tokenizer.json").stat().st_mtime_ns)
+    longest = min(tokens, read_pooling(folder).longest)
+    return padded([cut(side.encode(text), longest) for text in texts])
+
+
+def padded(rows: Sequence[Sequence[int]]) -> Batch:
+    """{"tokens", "mask"}, int64 [batch, longest]: rows filled up with zeros, which the mask leaves out."""
+    tokens = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    marks = [torch.ones_like(row) for row in tokens]
+    return {"tokens": pad_sequence(tokens, batch_first=True), "mask": pad_sequence(marks, batch_first=True)}
+
+
+@lru_cache(maxsize=4)
+def _text(folder: str, stamp: int) -> Text:
+    return Text(Path(folder))

@@ -69,14 +69,9 @@ def _collected(engine: Engine, request: Request, response: type[Any], stop: Even
             check_finish(piece.finish)
             if piece.finish == "cancelled":
                 raise EngineClosed(f"the request to {engine.name} was stopped")
-            future.set_result(
-                response(
-                    text="".join(part.text for part in pieces),
-                    finish_reason=piece.finish,
-                    prompt_tokens=piece.prompt_tokens,
-                    completion_tokens=piece.completion_tokens,
-                )
-            )
+            text = "".join(part.text for part in pieces)
+            counts = {"prompt_tokens": piece.prompt_tokens, "completion_tokens": piece.completion_tokens}
+            future.set_result(response(text=text, finish_reason=piece.finish, **counts))
         except GulliverError as error:
             future.set_exception(error)
 

@@ -181,12 +181,10 @@ def stream_blocks(model: nn.Module, batches: Sequence[Batch]) -> list[Block]:
 
 def largest_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The ModuleList with the most parameters and its name: a network's layers."""
-    found = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
-    ]
-    if not found:
+    lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)}
+    if not lists:
         raise ConfigError(f"{type(model).__name__} has no list of layers; it cannot be streamed")
-    return max(found, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+    return max(lists.items(), key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
 
 
 def _prefixes(stream: Stream, names: set[str], tied: dict[str, str]) -> tuple[str, ...]:
