@@ -110,7 +110,7 @@ def test_only_a_model_is_judged() -> None:
         ("[step]\nid = 1", r"write each step"),
         ('[[step]]\nid = "a"\n', "this .* has no 'use'"),
         ('[[step]]\nid = "a"\nuse = "make"\ninputs = 3\n', "inputs = 3 must be a table"),
-        ('[[step]]\nid = "a"\nuse = "make"\nseed = true\n', "seed = True must be a whole number"),
+        ('[[step]]\nid = "a"\nuse = "make"\nseed = true\n', "seed is True; it must be a whole number"),
     ],
 )
 def test_hostile_recipes_are_refused(text: str, message: str) -> None:

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gulliver.cli.session import Session, opening
 from gulliver.core.errors import ConfigError
+from gulliver.core.store.files import named_path
 
 if TYPE_CHECKING:
     from gulliver.cli.options import AnswerOptions, AskOptions, ChatOptions, GenerateOptions
@@ -141,7 +141,7 @@ def _schema(path: str | None) -> dict[str, Any] | None:
 def _read(path: str, option: str) -> str:
     """The text of a file; of standard input for "-"."""
     try:
-        return sys.stdin.read() if path == "-" else Path(path).expanduser().read_text(encoding="utf-8")
+        return sys.stdin.read() if path == "-" else named_path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{option} {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

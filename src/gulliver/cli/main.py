@@ -38,6 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 stack.enter_context(stdout_into(2))
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             document, lines = _act(line, words)
+        if as_json:
+            lines = [json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False)]
+        if lines:
+            print("\n".join(lines), flush=True)
+        return 0
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)
         return 130
@@ -46,11 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except Exception as failure:
         return _failed(failure, as_json)
-    if as_json:
-        lines = [json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False)]
-    if lines:
-        print("\n".join(lines))
-    return 0
 
 
 def _act(line: Parsed, words: list[str]) -> tuple[Any, list[str]]:

@@ -16,9 +16,12 @@ from gulliver.tasks.family import named
 
 def run_step(row: Step, given: Mapping[str, Any], session: Session) -> tuple[Any, list[str]]:
     """Call the step with what was given on the command line: its inputs, its options, `seed` and `out`."""
+    from gulliver.core.store.artifact import check_target
     from gulliver.pipeline.call import Call, call
     from gulliver.pipeline.resolve import resolve_inputs
 
+    if given.get("out") is not None:
+        check_target(given["out"])
     fields = fields_of(named(row.options))
     config = {name: _value(given[name], info.annotation) for name, info in fields.items() if name in given}
     roles = {role: given[role] for role in (*row.needs, *row.optional) if role in given}

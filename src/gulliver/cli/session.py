@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gulliver.core.progress import Progress
@@ -47,8 +46,8 @@ def described(artifact: Artifact, session: Session, out: str | None, *, reused: 
     """What a command that made an artifact prints; copies it to `out` first."""
     from gulliver.core.store.artifact import copy_artifact
 
-    if out:
-        artifact = copy_artifact(artifact, Path(out))
+    if out is not None:
+        artifact = copy_artifact(artifact, out)
     document = {
         **listed(artifact),
         "parents": list(artifact.parents),

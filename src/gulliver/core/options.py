@@ -1,6 +1,6 @@
 """What the options of steps and commands have in common: frozen, and a name that is not a field is an error.
 
-A file of options imports pydantic and this alone, so that help and recipes are read without torch.
+A file of options imports pydantic and this, so that help and recipes are read without torch.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from gulliver.core.store.manifest import MAX_INTEGER
 
 MaxRam = Annotated[int | None, Field(ge=1, description="most resident memory of the process")]
 """The field `max_ram_bytes` of a step that keeps to it (`Context.check_ram`); `resolved` says all that it decides."""
@@ -18,6 +20,13 @@ class Options(BaseModel):
     """Options of one step or command; names of fields carry units, `description` is the help."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*")
+    @classmethod
+    def _fits_in_a_record(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) > MAX_INTEGER:
+            raise ValueError(f"must be at most {MAX_INTEGER}")
+        return value
 
     def resolved(self, inputs: Mapping[str, Any]) -> Self:
         """These options with "auto", and all that a limit decides, replaced by what it comes to for these inputs.

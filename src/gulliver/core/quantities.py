@@ -1,4 +1,4 @@
-"""Sizes and fractions as a user writes them. Light: a command that answers within a second reads its options here."""
+"""Sizes, fractions and seeds as a user writes them. Light: commands that answer within a second read options here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _UNITS = {
 _NUMBER = r"([0-9]{1,15}(?:\.[0-9]{0,15})?|\.[0-9]{1,15})"
 _SIZE = re.compile(_NUMBER + r"\s*([a-z]{0,3})", re.IGNORECASE)
 _FRACTION = re.compile(_NUMBER + r"\s*(%?)")
-_MAX_BYTES = 2**63 - 1
+_MOST = 2**63 - 1
 
 
 def parse_size(value: str | int, what: str = "size") -> int:
@@ -27,7 +27,7 @@ def parse_size(value: str | int, what: str = "size") -> int:
     if matched is None or matched[2].lower() not in _UNITS:
         raise ConfigError(f"{what} is {value!r}; write a number of bytes with a unit, for example 64MB or 64MiB")
     size_bytes = int(Decimal(matched[1]) * _UNITS[matched[2].lower()])
-    if not 1 <= size_bytes <= _MAX_BYTES:
+    if not 1 <= size_bytes <= _MOST:
         raise ConfigError(f"{what} is {value!r}; it must be at least one byte and fit in 64 bits, for example 64MB")
     return size_bytes
 
@@ -45,3 +45,10 @@ def parse_fraction(value: str | float, what: str = "fraction") -> float:
     if number >= 1:
         raise ConfigError(f"{what} is {value!r}; that could mean {value}% or {value} times: write 5% or 0.05")
     return float(number)
+
+
+def checked_seed(value: int) -> int:
+    """The seed itself. ConfigError for what is not a whole number from 0 to 2⁶³-1."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST:
+        raise ConfigError(f"seed is {value!r}; it must be a whole number from 0 to {_MOST}")
+    return value

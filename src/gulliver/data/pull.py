@@ -19,6 +19,7 @@ from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
 from gulliver.core.records import Origin
 from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.files import named_path
 from gulliver.data import read
 from gulliver.data.options import PullOptions, ReadOptions
 from gulliver.nets.files import INDEX, copy_companions, plain_files, weight_files
@@ -45,7 +46,7 @@ def run(cfg: PullOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact
             path = download(cfg.source.removeprefix("hf:"), ctx.store.cache)
         origin = Origin(source=cfg.source, revision=path.name)
     else:
-        path = Path(cfg.source).expanduser()
+        path = named_path(cfg.source)
         origin = Origin(source=path.name)
     return _model(path, cfg, origin, ctx)
 

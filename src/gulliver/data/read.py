@@ -20,6 +20,7 @@ from gulliver.core.overlap import excerpt, fingerprints, first_overlap
 from gulliver.core.progress import Bar
 from gulliver.core.records import EXAMPLES, Sources, SplitSource
 from gulliver.core.store.artifact import Artifact, hash_file
+from gulliver.core.store.files import named_path
 from gulliver.data.options import ReadOptions
 from gulliver.tasks import get_task, same_examples
 from gulliver.tasks.base import Task
@@ -74,7 +75,7 @@ def _write(file: Path, task: Task, parts: dict[str, tuple[Path, str]], options: 
 def locate(name: str, task: str, ctx: Context) -> Path:
     """The file or folder called `name`. ConfigError for a catalog entry that is not a dataset for this task."""
     if not name.startswith(catalog.PREFIX):
-        path = Path(name).expanduser()
+        path = named_path(name)
         if not path.exists():
             raise DataError(f"{name} does not exist; give a file, a folder or catalog:NAME")
         return path

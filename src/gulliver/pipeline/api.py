@@ -11,6 +11,7 @@ from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.progress import Progress
 from gulliver.core.store import artifact as artifacts
 from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.files import named_path
 from gulliver.core.store.store import Store
 from gulliver.pipeline.call import Call, call
 from gulliver.pipeline.resolve import data_for, original, resolve_any, resolve_inputs, resolve_model
@@ -106,8 +107,8 @@ def verify(spec: str | Path | Artifact, *, home: Path | str | None = None, store
     """Derive every hash of an artifact again; ArtifactError names the first file that differs."""
     if isinstance(spec, Artifact):
         found = spec
-    elif Path(spec).expanduser().is_dir():
-        found = artifacts.open_artifact(Path(spec).expanduser())
+    elif named_path(spec).is_dir():
+        found = artifacts.open_artifact(named_path(spec))
     else:
         found = resolve_any(spec, store or Store(home))
     artifacts.verify(found)

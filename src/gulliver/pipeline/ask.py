@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
 from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import MANIFEST, Artifact, open_artifact
+from gulliver.core.store.files import named_path
 from gulliver.runtime.packing import is_packed
 from gulliver.tasks import detect_task, family, open_model
 from gulliver.tasks.answerer import Answerer, Can, OpenOptions
@@ -83,7 +84,7 @@ def local_folder(spec: Spec) -> tuple[Path, str] | None:
     """
     if isinstance(spec, Artifact):
         return _of_artifact(spec, spec.id[:12])
-    path = Path(spec).expanduser()
+    path = named_path(spec)
     if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
         return None
     if (path / MANIFEST).is_file():

@@ -12,7 +12,6 @@ import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gulliver.core import machine, memory
@@ -20,7 +19,9 @@ from gulliver.core.context import LIMIT, Context, noted_peak
 from gulliver.core.errors import ArtifactError, BudgetError, ConfigError
 from gulliver.core.names import did_you_mean
 from gulliver.core.progress import Progress
+from gulliver.core.quantities import checked_seed
 from gulliver.core.store.artifact import Artifact, canonical_json, hash_file, open_artifact, renew_annotations
+from gulliver.core.store.files import named_path
 from gulliver.core.store.store import RunRecord, Store
 from gulliver.pipeline.steps import INPUT_KINDS, Step, checked_config, find
 from gulliver.tasks import options_of
@@ -65,6 +66,7 @@ def call(
     held, and whatever the step raises.
     """
     row = find(name)
+    checked_seed(seed)
     asked = checked_config(row, config)
     given = checked_inputs(row, inputs, store)
     cfg = resolved(asked, given)
@@ -207,12 +209,13 @@ def _contents(value: Any) -> Any:
     """Hashes of the local files that a config value names; None for names that are not local."""
     if isinstance(value, (list, tuple)):
         return [_contents(part) for part in value]
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str):
         return None
-    path = Path(value).expanduser()
-    if path.is_file():
-        return hash_file(path)
-    if path.is_dir():
-        files = sorted(part for part in path.rglob("*") if part.is_file())
-        return {part.relative_to(path).as_posix(): hash_file(part) for part in files}
-    return None
+    path = named_path(value)
+    try:
+        if path.is_file():
+            return hash_file(path)
+        files = sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else None
+        return files and {part.relative_to(path).as_posix(): hash_file(part) for part in files}
+    except OSError as failure:
+        raise ConfigError(f"{failure.filename} cannot be read: {failure.strerror}") from None

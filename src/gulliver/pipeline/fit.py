@@ -17,9 +17,9 @@ from gulliver.core.evidence.evidence import measured
 from gulliver.core.evidence.gate import Budget, Verdict
 from gulliver.core.machine import describe
 from gulliver.core.progress import Progress
-from gulliver.core.quantities import parse_fraction, parse_size
+from gulliver.core.quantities import checked_seed, parse_fraction, parse_size
 from gulliver.core.records import Asked, FitResult, Plan, Point
-from gulliver.core.store.artifact import Artifact, copy_artifact, create, write_annotation
+from gulliver.core.store.artifact import Artifact, check_target, copy_artifact, create, write_annotation
 from gulliver.core.store.store import Store
 from gulliver.pipeline.call import Call, call, renew_cards
 from gulliver.pipeline.resolve import data_for, resolve_model
@@ -100,6 +100,9 @@ def fit(
         min_tokens_per_s=speed,
         max_drop=None if max_drop is None else parse_fraction(max_drop, "max_drop"),
     )
+    checked_seed(seed)
+    if out is not None:
+        check_target(out)
     store, progress, began = store or Store(home), progress or Progress(), time.monotonic()
     parent = resolve_model(model, store, progress=progress)
     budget = replace(budget, speed_metric=family(parent.task).speed_metric)

@@ -15,6 +15,8 @@ from typing import Any
 from gulliver.core.errors import ConfigError
 from gulliver.core.evidence.gate import Gate
 from gulliver.core.names import did_you_mean
+from gulliver.core.quantities import checked_seed
+from gulliver.core.store.files import named_path
 from gulliver.pipeline.steps import INPUT_KINDS, Step, WrongKey, checked_config, find
 
 MAX_RECIPE_BYTES = 1_000_000
@@ -54,7 +56,7 @@ class Recipe:
 
 def load(path: Path | str) -> Recipe:
     """Read and check a recipe. ConfigError names the line and the remedy."""
-    path = Path(path)
+    path = named_path(path)
     if not path.is_file():
         raise ConfigError(f"recipe {path} does not exist; give the path of a .toml file")
     if path.stat().st_size > MAX_RECIPE_BYTES:
@@ -69,7 +71,7 @@ def parse(text: str, source: str = "recipe") -> Recipe:
     """A checked Recipe from TOML text; `source` is its name in error messages."""
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as failure:
+    except (ValueError, RecursionError) as failure:  # a number of 5000 digits, 2000 brackets
         raise ConfigError(f"{source} is not valid TOML: {failure}") from None
     return _Checker(source, key_lines(text), document).recipe()
 
@@ -167,7 +169,10 @@ class _Checker:
             raise self.error((*at, "metric"), str(failure)) from None
 
     def seed(self, at: tuple[Any, ...], table: dict[str, Any]) -> int:
-        return self.typed((*at, "seed"), table.get("seed", 0), int, "a whole number")
+        try:
+            return checked_seed(table.get("seed", 0))
+        except ConfigError as failure:
+            raise self.error((*at, "seed"), str(failure)) from None
 
     def text(self, at: tuple[Any, ...], table: dict[str, Any], key: str, expected: str = "text") -> str:
         if key not in table:

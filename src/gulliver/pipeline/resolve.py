@@ -10,6 +10,7 @@ from typing import Any
 from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import Artifact, copy_artifact, open_artifact, verify
+from gulliver.core.store.files import named_path
 from gulliver.core.store.manifest import MANIFEST, UNNAMED
 from gulliver.core.store.store import Store
 from gulliver.pipeline import steps
@@ -133,7 +134,7 @@ def _known_artifact(spec: str | Path | Artifact, store: Store) -> Artifact | Non
     """The artifact that `spec` is or names in the store; None when it is not the name of an artifact at all."""
     if isinstance(spec, Artifact):
         return spec
-    path = Path(spec).expanduser()
+    path = named_path(spec)
     if (path / MANIFEST).is_file():
         artifact = open_artifact(path)
         verify(artifact)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gulliver.core.errors import GateRefused
+from gulliver.core.errors import ConfigError, GateRefused
 from gulliver.core.evidence.gate import Verdict, require
 from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import Artifact
-from gulliver.core.store.files import write_atomic
+from gulliver.core.store.files import named_path, write_atomic
 from gulliver.core.store.store import Store
 from gulliver.pipeline.call import Call, call
 from gulliver.pipeline.recipe import StepCall, load
@@ -40,6 +40,8 @@ def run_recipe(
     An HTML report is written beside the last model, or to `report`, also when a gate refuses.
     """
     recipe = load(path)
+    if report is not None and (named_path(report).is_dir() or not named_path(report).parent.is_dir()):
+        raise ConfigError(f"--report {report} must be a file in a folder that exists")
     store = store or Store(home or recipe.home)
     progress = progress or Progress()
     made: dict[str, Artifact] = {}

@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from gulliver.core.errors import ArtifactError
-from gulliver.core.store.files import TEMPORARY, hash_file, sync_file, sync_folder, whole_folder, write_atomic
+from gulliver.core.store.files import (
+    TEMPORARY,
+    hash_file,
+    named_path,
+    sync_file,
+    sync_folder,
+    whole_folder,
+    write_atomic,
+)
 from gulliver.core.store.manifest import (
     ANNOTATIONS,
     FORMAT,
@@ -174,17 +182,19 @@ def verify(artifact: Artifact) -> None:
 
 
 def copy_artifact(artifact: Artifact, folder: Path | str) -> Artifact:
-    """A verified copy in `folder`, annotations included; atomic. An empty folder is filled; the same artifact is kept
+    """A verified copy in `folder`, annotations included; atomic.
 
-    and its annotations renewed; any other folder is refused with an ArtifactError.
+    An empty folder is filled; the same artifact is kept and its annotations renewed; any other folder is refused with
+    an ArtifactError.
     """
-    target = Path(folder)
-    if target.exists() and not target.is_dir():
-        raise ArtifactError(f"{target} is a file; give a new or empty folder")
+    target = check_target(folder)
     if target.is_dir() and any(target.iterdir()):
-        _keep_same(artifact, target)
-        return open_artifact(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
+        there = open_artifact(target)
+        if there.id != artifact.id:
+            raise ArtifactError(f"{target} holds another artifact ({there.id[:12]}); give a new or empty folder")
+        verify(there)
+        renew_annotations(artifact, there)
+        return there
     with whole_folder(target) as temporary:
         for name in [*artifact.files, MANIFEST, *_annotations(artifact.path)]:
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
@@ -193,6 +203,33 @@ def copy_artifact(artifact: Artifact, folder: Path | str) -> Artifact:
             sync_file(temporary / name)
         verify(open_artifact(temporary))
     return open_artifact(target)
+
+
+def check_target(folder: Path | str) -> Path:
+    """The folder that a copy is to go to; the one around it is made. Asked before long work, and again before the copy.
+
+    ArtifactError for a file, for a folder that holds something else than an artifact, and where none can be made.
+    """
+    target = named_path(folder)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_dir():
+            raise ArtifactError(f"{target} is a file; give a new or empty folder")
+        if target.is_dir() and any(target.iterdir()) and not _is_artifact(target):
+            raise ArtifactError(f"{target} is not empty and is not an artifact; give a new or empty folder")
+        if not os.access(target if target.is_dir() else target.parent, os.W_OK):
+            raise ArtifactError(f"{target} may not be written into; give another folder")
+    except OSError as failure:
+        raise ArtifactError(f"{target} cannot be made: {failure.strerror}; give another folder") from None
+    return target
+
+
+def _is_artifact(folder: Path) -> bool:
+    try:
+        open_artifact(folder)
+    except ArtifactError:
+        return False
+    return True
 
 
 def write_annotation(artifact: Artifact, name: str, content: bytes | str) -> Path:
@@ -280,17 +317,6 @@ def _place(temporary: Path, final: Path) -> None:
             os.rename(temporary, final)
             shutil.rmtree(aside, ignore_errors=True)
     sync_folder(final.parent)
-
-
-def _keep_same(artifact: Artifact, target: Path) -> None:
-    try:
-        there = open_artifact(target)
-    except ArtifactError:
-        raise ArtifactError(f"{target} is not empty and is not an artifact; give a new or empty folder") from None
-    if there.id != artifact.id:
-        raise ArtifactError(f"{target} holds another artifact ({there.id[:12]}); give a new or empty folder")
-    verify(there)
-    renew_annotations(artifact, there)
 
 
 def renew_annotations(artifact: Artifact, there: Artifact) -> None:

@@ -10,8 +10,23 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from gulliver.core.errors import ConfigError
+
 TEMPORARY = ".tmp-"
 """Names that contain this are unfinished work: never listed, never part of an artifact."""
+
+
+def named_path(name: str | Path) -> Path:
+    """The path that a user wrote, "~" expanded; it need not exist. ConfigError for a name that no file can have."""
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as failure:
+        told = failure.strerror if isinstance(failure, OSError) else str(failure)
+        raise ConfigError(f"{str(name)[:80]!r} cannot be the name of a file or folder: {told}") from None
+    if not str(name):
+        raise ConfigError("a name is empty; give the path of a file or folder, or the id of an artifact")
+    return path
 
 
 def hash_file(path: Path | str) -> str:

@@ -26,6 +26,7 @@ from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.store.artifact import Artifact, open_artifact, sweep
 from gulliver.core.store.database import file_lock, open_database, write
+from gulliver.core.store.files import named_path
 from gulliver.core.store.manifest import MANIFEST, MAX_INTEGER, canonical_json, check_id
 
 MIN_PREFIX = 6
@@ -65,7 +66,7 @@ class Store:
     """
 
     def __init__(self, home: Path | str | None = None, database_url: str | None = None) -> None:
-        self.home = Path(home).expanduser().absolute() if home is not None else default_home()
+        self.home = named_path(home).absolute() if home is not None else default_home()
         self.artifacts_folder, self.cache = self.home / "artifacts", self.home / "cache"
         self.database_url = database_url
         self.copies: dict[str, Path] = {}  # content id -> the folder outside that the user named; its card keeps up
