@@ -79,7 +79,7 @@ def test_names_come_once_and_go(tmp_path: Path) -> None:
         remove_key(path, "bob")
     with pytest.raises(ConfigError, match="not a valid key name"):
         add_key(path, "a\nb")
-    with pytest.raises(ConfigError, match="requests_per_minute is 0; it should be greater than or equal to 1"):
+    with pytest.raises(ConfigError, match="requests_per_minute: Input should be greater than or equal to 1"):
         add_key(path, "bob", requests_per_minute=0)
     remove_key(path, "ann")
     assert read_keys(path) == []
@@ -120,6 +120,15 @@ def test_a_file_that_is_wrong_is_refused(body: bytes, tmp_path: Path) -> None:
     path.write_bytes(body)
     with pytest.raises(ConfigError):
         KeyRing(path, print)
+
+
+def test_a_key_written_by_mistake_is_not_repeated(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    for rows in (["gk-secret"], [GOOD | {"sha256": "gk-secret"}]):
+        path.write_text(json.dumps({"format": 1, "keys": rows}))
+        with pytest.raises(ConfigError, match=r"keys\.0.*should") as caught:
+            read_keys(path)
+        assert "secret" not in str(caught.value)
 
 
 def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:

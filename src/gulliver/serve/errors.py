@@ -15,7 +15,6 @@ from gulliver.core.names import nearest
 from gulliver.runtime.batching.records import EngineClosed, QueueFull
 
 CLIENT_CLOSED = 499  # the status that is logged when a client went away before its answer
-INVALID = "invalid_request_error"
 KINDS: Mapping[int, str] = {  # OpenAI's `type` of an error by its status
     HTTPStatus.UNAUTHORIZED: "authentication_error",
     HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
@@ -66,7 +65,9 @@ class ApiError(HTTPException):
         if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE):
             headers["connection"] = "close"  # what is left of the body is not read
         super().__init__(status, message, headers)
-        kind = KINDS.get(status, "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else INVALID)
+        kind = KINDS.get(
+            status, "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+        )
         self.answer = ErrorAnswer(error=Problem(message=message, type=kind, param=param, code=code))
 
     def body(self) -> bytes:

@@ -20,17 +20,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from gulliver.core.errors import ArtifactError, ConfigError
-from gulliver.core.record import Record, Row
+from gulliver.core.record import Row
 from gulliver.core.store.files import write_atomic
+from gulliver.core.store.manifest import read_json
 
 PREFIX = "gk-"
+MAX_FILE_BYTES = 8 * 2**20
 MAX_KEY_CHARACTERS = 256
 REREAD_SECONDS = 1.0
 MINUTE = 60.0
-
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$"
 Limit = Annotated[int, Field(ge=1)] | None
 
@@ -44,11 +45,8 @@ class Key(Row):
     tokens_per_minute: Limit = None
 
 
-class KeyFile(Record):
+class KeyFile(Row):
     """The file."""
-
-    remedy = "`gulliver keys FILE --add NAME` writes such files"
-    max_bytes = 8 * 2**20
 
     format: Literal[1]
     keys: list[Key]
@@ -173,18 +171,26 @@ def read_keys(path: Path) -> list[Key]:
     """All keys of a file. ConfigError for a file that is missing, malformed, or holds a name twice."""
     try:
         with open(path, "rb") as stream:
-            data = stream.read(KeyFile.max_bytes + 1)
+            data = stream.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         remedy = f"make one with: gulliver keys {path} --add NAME"
         raise ConfigError(f"the key file {path} cannot be read ({error.strerror}); {remedy}") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError(f"the key file {path} is over {MAX_FILE_BYTES} bytes; it is not a file of `gulliver keys`")
     return _parsed(data, path)
 
 
 def _parsed(data: bytes, path: Path) -> list[Key]:
+    """ConfigError says what is wrong, and where, without the value: it may be a key, written there by mistake."""
     try:
-        keys = KeyFile.parse(data, str(path)).keys
+        read_json(data, str(path))  # duplicate fields and nesting without end, which pydantic would take
+        keys = KeyFile.model_validate_json(data).keys
     except ArtifactError as error:
         raise ConfigError(str(error)) from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"])) or "the file"
+        raise ConfigError(f"{path}: {place}: {problem['msg']}; `gulliver keys` writes such files") from None
     for name, times in Counter(key.name for key in keys).items():
         if times > 1:
             raise ConfigError(f"{path}: duplicate key name {name!r}; remove one of them")

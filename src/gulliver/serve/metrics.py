@@ -88,9 +88,8 @@ class _Models(Collector):
                 if name.startswith(FINISHED):
                     ended.add_metric((model, name.removeprefix(FINISHED)), value)
                 else:
-                    family(name, GaugeMetricFamily if name in GAUGES else CounterMetricFamily).add_metric(
-                        [model], value
-                    )
+                    kind = GaugeMetricFamily if name in GAUGES else CounterMetricFamily
+                    family(name, kind).add_metric([model], value)
             for name, histogram in measured.histograms().items():
                 bounds = (*map(str, histogram.bounds), "+Inf")
                 buckets = list(zip(bounds, map(float, accumulate(histogram.counts)), strict=True))

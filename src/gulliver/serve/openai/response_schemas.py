@@ -1,4 +1,4 @@
-"""What is answered, for the OpenAPI document. chat_json.py and completion_json.py write it; tests hold them to this."""
+"""What is answered, for the OpenAPI document. answers.py writes it; tests hold them to this."""
 
 from __future__ import annotations
 
