@@ -127,7 +127,7 @@ def _close_all() -> None:
 
 
 def step_bytes(config: DecoderConfig, slots: int) -> int:
-    """What the numbers of a step take: those of all its rows between products, and two rows of logits for each slot."""
+    """Bytes of a step's activations: those of all its rows between products, and two rows of logits for each slot."""
     heads, keys = config.heads * config.head_dim, 2 * config.kv_heads * config.head_dim
     widest = max(config.hidden, heads, config.intermediate)
     row = 4 * (2 * config.hidden + 2 * config.intermediate + 2 * heads + keys) + heads + 6 * widest
@@ -139,9 +139,8 @@ def _shared_out(
 ) -> tuple[int | None, int]:
     """(bytes of weights that stay in memory, bytes of the cache) under a limit for the process; None: all weights stay.
 
-    `others` are the bytes of all else.
-
-    The head stays in any case, and one layer at a time must be there. BudgetError names the smallest limit that works.
+    `others` are the bytes of all else. The head always stays, and one layer at a time must fit. BudgetError names the
+    smallest limit that works.
     """
     room = max_ram_bytes - others
     if file_bytes + least_cache_bytes <= room:
@@ -188,7 +187,7 @@ def open_decoder(
     how many sequences are expected at once; `isa` forces an instruction set ("avx2", "plain", …); `backend` is "auto",
     "native" or "reference"; `max_ram_bytes` limits the whole process: weights beyond it are read anew for each step,
     and the cache fills what is left. BudgetError with the smallest limit that works when it is too little.
-    ConfigError when a backend or instruction set that was forced is not to be had, with the reason.
+    ConfigError with the reason when a forced backend or instruction set is not available.
     """
     if backend not in ("auto", "native", "reference"):
         raise ConfigError(f"backend is {backend!r}; choose auto, native or reference")

@@ -1,7 +1,7 @@
 """Dynamic batching for models that answer in one pass: a bounded queue, one thread, small batches.
 
-Whatever waits when the thread is free is answered together, as far as it fits: nothing waits for company. Requests take
-turns, so that one of a thousand items does not hold up one of a single item.
+All requests that wait when the thread is free are answered together, as far as they fit; none waits for more to come.
+Requests take turns, so that one of a thousand items does not hold up one of a single item.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _Batch = list[tuple[_Job, range]]  # jobs, and which of each one's items are in 
 def _next_batch(jobs: deque[_Job], most: int) -> tuple[_Batch, deque[_Job]]:
     """(batch, jobs that have items left): of the first job as much as fits, of the others what is of like cost.
 
-    Jobs that got nothing come first the next time.
+    Jobs without a place in this batch come first in the next.
     """
     batch: _Batch = []
     waiting: list[_Job] = []

@@ -17,7 +17,7 @@ from gulliver.runtime.text.tokenizer import Text
 
 
 class WrittenText:
-    """The text of a completion as it comes: what is certain, and the tokens that wrote it."""
+    """The text of a completion token by token: what is certain, and the tokens that wrote it."""
 
     def __init__(self, text: Text, request: Request) -> None:
         self._table = text
