@@ -50,9 +50,13 @@ def read_tensors(folder: Path, dtype: torch.dtype = torch.float32) -> Iterator[t
 
     ArtifactError for a damaged file.
     """
-    for name, stored in read_stored(folder) if is_packed(folder) else read_safetensors(folder, dtype):
-        tensor = stored.dequantize() if isinstance(stored, PackedTensor) else stored
-        yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+    tensors = read_stored(folder) if is_packed(folder) else read_safetensors(folder, dtype)
+    return ((name, _plain(tensor, dtype)) for name, tensor in tensors)
+
+
+def _plain(tensor: PackedTensor | Tensor, dtype: torch.dtype) -> Tensor:
+    found = tensor.dequantize() if isinstance(tensor, PackedTensor) else tensor
+    return found.to(dtype) if found.is_floating_point() else found
 
 
 def read_stored(folder: Path) -> Iterator[tuple[str, PackedTensor | Tensor]]:
