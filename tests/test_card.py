@@ -8,14 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 from report_samples import artifact, fitted
 
-from gulliver.core.errors import ArtifactError
 from gulliver.core.store.artifact import open_artifact, verify
 from gulliver.core.store.store import Store
-from gulliver.report.card import card, code, evidence_json, plain, write_card
+from gulliver.report.card import card, code, plain, write_card
 from gulliver.report.gather import gather
 
 HOSTILE = "x\n---\nlicense: mit\n# <img src=x onerror=alert(1)> | `a` *b* [c](http://evil)"
@@ -30,12 +28,12 @@ def matter(text: str) -> dict[str, Any]:
 
 def test_card_and_evidence_are_annotations(tmp_path: Path) -> None:
     store, model = fitted(tmp_path / "home")
-    write_card(model, store.evidence(model.id), store)
+    write_card(model, store)
     assert (model.path / "README.md").is_file() and (model.path / "evidence.json").is_file()
     verify(model)
     assert open_artifact(model.path).id == model.id
     before = (model.path / "README.md").read_bytes()
-    write_card(model, store.evidence(model.id), store)
+    write_card(model, store)
     assert (model.path / "README.md").read_bytes() == before
 
 
@@ -71,7 +69,7 @@ def test_front_matter_is_what_the_hub_reads(tmp_path: Path) -> None:
 def test_card_of_a_model_without_evidence_invents_nothing(tmp_path: Path) -> None:
     store = Store(tmp_path / "home")
     model = artifact(store, "model", "train", {"model.safetensors": 100})
-    write_card(model, [], store)
+    write_card(model, store)
     text = (model.path / "README.md").read_text(encoding="utf-8")
     assert "NOT JUDGED" in text and "Nothing was measured." in text and "Quality was not measured." in text
     assert "## Formats" not in text and "No machine was recorded." in text
@@ -99,18 +97,9 @@ def test_code_spans_hold_back_ticks() -> None:
     assert plain("a\n|<b>*_") == "a \\|&lt;b&gt;\\*\\_"
 
 
-def test_evidence_json_reads_back(tmp_path: Path) -> None:
+def test_evidence_json_holds_all_evidence(tmp_path: Path) -> None:
     store, model = fitted(tmp_path / "home")
-    rows = store.evidence(model.id)
-    body = json.loads(evidence_json(model.id, rows))
-    assert body["artifact_id"] == model.id and body["format"] == 1
-    assert body["evidence"] == [row.to_json() for row in rows]
-    assert list(body) == sorted(body)
-
-
-def test_evidence_about_another_artifact_is_refused(tmp_path: Path) -> None:
-    store, model = fitted(tmp_path / "home")
-    foreign = replace(store.evidence(model.id)[0], artifact_id="f" * 64)
-    with pytest.raises(ArtifactError, match="is about artifact ffffffffffff"):
-        write_card(model, [foreign], store)
-    assert not (model.path / "README.md").exists()
+    write_card(model, store)
+    body = json.loads((model.path / "evidence.json").read_bytes())
+    assert body["artifact_id"] == model.id and body["format"] == 1 and list(body) == sorted(body)
+    assert body["evidence"] == [row.to_json() for row in store.evidence(model.id)]

@@ -113,12 +113,12 @@ def identify() -> Machine:
 
 def measure_machine(machine: Machine, size_bytes: int = 2**27, rows: int = 1024) -> Machine:
     """`machine` with bandwidth (`size_bytes` read per core) and peaks (`rows` x `rows` products) measured now."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    load = round(os.getloadavg()[0], 2)
     bandwidth = bandwidth_gb_s(machine.cores, min(size_bytes, machine.usable_ram_bytes // 16))
     return replace(
         machine,
         bandwidth_gb_s=round(bandwidth, 1),
-        load_average=None if load is None else round(load, 2),
+        load_average=load,
         **{name: round(value, 1) for name, value in _gemm_peaks(machine.cores, rows).items()},
     )
 

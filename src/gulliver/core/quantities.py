@@ -8,8 +8,7 @@ from decimal import Decimal
 from gulliver.core.errors import ConfigError
 
 _UNITS = {
-    "": 1,
-    "b": 1,
+    **{"": 1, "b": 1},
     **{f"{letter}b": 1000 ** (power + 1) for power, letter in enumerate("kmgt")},
     **{f"{letter}ib": 1024 ** (power + 1) for power, letter in enumerate("kmgt")},
 }

@@ -135,7 +135,7 @@ def renew_cards(artifact_ids: Iterable[str], store: Store, progress: Progress) -
         if store.has(one) and store.get(one).kind == "model":
             try:
                 with store.lock(f"card-{one[:32]}"):
-                    card.write_card(store.get(one), store.evidence(one), store)
+                    card.write_card(store.get(one), store)
                     if one in store.copies:
                         renew_annotations(store.get(one), open_artifact(store.copies[one]))
             except (ArtifactError, OSError) as failure:

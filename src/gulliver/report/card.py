@@ -12,41 +12,25 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
-from gulliver.core.errors import ArtifactError
-from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.records import TensorBits
 from gulliver.core.store.artifact import Artifact, write_annotation
 from gulliver.core.store.store import Store
 from gulliver.report import rows, verdict
 from gulliver.report.gather import ReportData, gather
 from gulliver.report.html import environment
-from gulliver.report.units import short_id
 from gulliver.tasks import TASKS
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
 
-def write_card(artifact: Artifact, evidence: Sequence[Evidence], store: Store) -> None:
-    """Write README.md and evidence.json into the artifact's folder, atomically; its id stays.
-
-    `evidence` is about this artifact, oldest first; ArtifactError for evidence about another.
-    """
-    for row in evidence:
-        if row.artifact_id != artifact.id:
-            raise ArtifactError(
-                f"evidence for {row.metric} is about artifact {short_id(row.artifact_id) or '(none)'}, "
-                f"not {short_id(artifact.id)}; audit this artifact"
-            )
-    data = gather(artifact, store, evidence=evidence)
-    write_annotation(artifact, "evidence.json", evidence_json(artifact.id, data.evidence))
+def write_card(artifact: Artifact, store: Store) -> None:
+    """Write README.md and evidence.json into the artifact's folder, atomically; its id stays."""
+    data = gather(artifact, store)
+    body = {"format": 1, "artifact_id": artifact.id, "evidence": [row.to_json() for row in data.evidence]}
+    text = json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_annotation(artifact, "evidence.json", text)
     write_annotation(artifact, "README.md", card(data))
-
-
-def evidence_json(artifact_id: str, evidence: Sequence[Evidence]) -> str:
-    """All evidence about one artifact as a JSON document with sorted keys; readable by `Evidence.from_json`."""
-    body = {"format": 1, "artifact_id": artifact_id, "evidence": [row.to_json() for row in evidence]}
-    return json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def card(data: ReportData) -> str:

@@ -111,18 +111,17 @@ def gather(
     memory: Sequence[tuple[float, str, int]] = (),
     verdicts: Sequence[Verdict] = (),
     others: Sequence[OtherGates] = (),
-    evidence: Sequence[Evidence] | None = None,
     fit: Artifact | None = None,
 ) -> ReportData:
     """All records about `model` that the store holds. ArtifactError if a plan, fit or packing file is malformed.
 
     `memory` holds (seconds, stage, resident bytes) where no fit recorded any; `verdicts` those that a recipe judged on
-    this model, and `others` those on its other models; `evidence` replaces the store's. `fit` is the report artifact
-    with fit.json; by default the newest in the store that made this model. For an infeasible budget give the parent as
-    `model` and the fit, whose fit.json then names the `nearest` point.
+    this model, and `others` those on its other models. `fit` is the report artifact with fit.json; by default the
+    newest in the store that made this model. For an infeasible budget give the parent as `model` and the fit, whose
+    fit.json then names the `nearest` point.
     """
     manifests = oldest_first(store.lineage(model.id))
-    evidence = tuple(store.evidence(model.id) if evidence is None else evidence)
+    evidence = tuple(store.evidence(model.id))
     parent_id = _parent_id(model, manifests, evidence)
     parent = store.get(parent_id) if parent_id is not None and store.has(parent_id) else None
     plans = [str(row["id"]) for row in reversed(manifests) if Plan.file in row.get("files", {})]

@@ -25,7 +25,7 @@ from gulliver.report.picture import Picture
 from gulliver.report.units import format_value, short_id
 
 if TYPE_CHECKING:
-    from jinja2 import Environment, Template
+    from jinja2 import Environment
 
 FOLDER = Path(__file__).parent
 
@@ -35,21 +35,25 @@ def page(data: ReportData) -> str:
     from markupsafe import Markup
 
     drawn = pictures(data)
-    return _template().render(
-        data=data,
-        sentences=verdict.sentences(data),
-        downloaded=verdict.downloaded(data),
-        figures=verdict.key_figures(data),
-        gated=[(None, data.fit.verdicts), *((other, other.verdicts) for other in data.others)],
-        evidence=rows.evidence(data),
-        pictures=drawn,
-        machine=rows.machine(data.machine),
-        machines=sorted({row.machine for row in data.evidence if row.machine}),
-        commands=list(dict.fromkeys(row.command for row in data.evidence if row.command)),
-        policy=content_policy(bool(drawn)),
-        style=Markup(asset("style.css")),
-        script=Markup(asset("page.js")),
-        plotly=Markup(plotly_library()[0] if drawn else ""),
+    return (
+        environment(autoescape=True)
+        .get_template("page.html.j2")
+        .render(
+            data=data,
+            sentences=verdict.sentences(data),
+            downloaded=verdict.downloaded(data),
+            figures=verdict.key_figures(data),
+            gated=[(None, data.fit.verdicts), *((other, other.verdicts) for other in data.others)],
+            evidence=rows.evidence(data),
+            pictures=drawn,
+            machine=rows.machine(data.machine),
+            machines=sorted({row.machine for row in data.evidence if row.machine}),
+            commands=list(dict.fromkeys(row.command for row in data.evidence if row.command)),
+            policy=content_policy(bool(drawn)),
+            style=Markup(asset("style.css")),
+            script=Markup(asset("page.js")),
+            plotly=Markup(plotly_library()[0] if drawn else ""),
+        )
     )
 
 
@@ -90,11 +94,6 @@ def content_policy(drawn: bool) -> str:
 def asset(name: str) -> str:
     """The text of a file of this folder: style.css, or page.js, which draws the pictures."""
     return (FOLDER / name).read_text(encoding="utf-8")
-
-
-@cache
-def _template() -> Template:
-    return environment(autoescape=True).get_template("page.html.j2")
 
 
 def environment(**options: Any) -> Environment:

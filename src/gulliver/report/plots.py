@@ -69,7 +69,8 @@ def loss_increase(data: ReportData) -> Picture | None:
     pairs = loss_by_block(data.tensors)
     if not pairs:
         return None
-    names = _block_labels([name for name, _ in pairs])
+    short = [name.rpartition(".")[2] for name, _ in pairs]
+    names = short if len(set(short)) == len(short) else [name for name, _ in pairs]
     trace = {
         "type": "bar",
         "x": [label(name) for name in names],
@@ -130,11 +131,6 @@ def _stage_line(samples: Sequence[tuple[float, str, int]], stage: str) -> tuple[
         elif line and line[-1] != (None, None):
             line.append((None, None))
     return [time for time, _ in line], [size for _, size in line]
-
-
-def _block_labels(names: Sequence[str]) -> list[str]:
-    short = [name.rpartition(".")[2] for name in names]
-    return short if len(set(short)) == len(short) else list(names)
 
 
 def _points(
