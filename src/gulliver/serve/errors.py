@@ -65,9 +65,7 @@ class ApiError(HTTPException):
         if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE):
             headers["connection"] = "close"  # what is left of the body is not read
         super().__init__(status, message, headers)
-        kind = KINDS.get(
-            status, "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
-        )
+        kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
         self.answer = ErrorAnswer(error=Problem(message=message, type=kind, param=param, code=code))
 
     def body(self) -> bytes:
