@@ -27,7 +27,7 @@ class Gate:
     """One rule: `metric` at most, or at least, a threshold in the metric's unit.
 
     ConfigError for an unknown metric, for no threshold or two, for one that is not a finite number, and for one
-    against the metric's direction (`at_least` on something that is better when lower can never protect anybody).
+    against the metric's direction (`at_least` on something that is better when lower would refuse the good).
     """
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # for the records that hold it
