@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +132,15 @@ def test_a_killed_run_goes_on_with_the_next_batch(
 
 
 def test_progress_counts_every_example(store: Store, quiet: Progress, folder: Path) -> None:
-    bars = []
-    begin = quiet._begin
-    quiet._begin = lambda bar: (bars.append(bar), begin(bar))[1]  # type: ignore[method-assign]
+    bars, stage = [], quiet.stage
+
+    @contextlib.contextmanager
+    def watched(*asked: Any, **more: Any) -> Iterator[Any]:
+        with stage(*asked, **more) as bar:
+            bars.append(bar)
+            yield bar
+
+    quiet.stage = watched  # type: ignore[method-assign]
     write(store, folder, quiet)
     assert [(bar.name, bar.done, bar.total) for bar in bars if bar.name == "sample"] == [("sample", 5, 5)]
 

@@ -56,10 +56,9 @@ def run(cfg: CalibrateOptions, inputs: dict[str, Artifact], ctx: Context) -> Art
         _stream(network, model, blocks, batches, cfg, ctx)
     known = fingerprints(unit for part in datasets for unit in task.units_of(part.path, "train"))
     with ctx.writer(kind="report", task=task.name, config=cfg) as writer:
-        weights = _collect(network, blocks, chosen, ctx.work, writer.path)
         StatisticsTable(
             model=model.id,
-            weights=weights,
+            weights=_collect(network, blocks, chosen, ctx.work, writer.path),
             blocks=tuple(block.name for block in blocks),
             sensitivity=cfg.sensitivity,
             examples=sum(next(iter(batch.values())).shape[0] for batch in batches),

@@ -105,8 +105,7 @@ def _need(name: str, tensor: PackedTensor, network: nn.Module) -> _Need:
             f"{name} ({formats}) cannot be expressed: compressed-tensors packs the weight of a Linear or an Embedding, "
             f"and this is a {type(module).__name__}; use --format safetensors"
         )
-    columns = tensor.shape[1]
-    group_size = gcd(columns, *(part.format.group_size for part in tensor.parts))
+    group_size = gcd(tensor.shape[1], *(part.format.group_size for part in tensor.parts))
     bits = max(
         MAX_BITS if part.zeros is None else max(part.format.bits, int(part.zeros.max()).bit_length())
         for part in tensor.parts

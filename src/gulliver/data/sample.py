@@ -40,10 +40,10 @@ def run(cfg: SampleOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifa
             if not file.is_file():
                 _write_batch(task, network, model.path, cfg, ctx.seed, number, file, bar)
             bar.advance(min((number + 1) * cfg.batch_size, cfg.count) - bar.done)
-    rows = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))]
+    written = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    rows = [{"source": "own", **row, "split": "train"} for batch in written for row in batch]
     if not rows:
         raise DataError(f"all {cfg.count} examples of model {model.id[:12]} are empty; calibrate on a dataset instead")
-    rows = [{"source": "own", **row, "split": "train"} for row in rows]
     sources = Sources(train=SplitSource(examples=len(rows), files={}), eval=SplitSource(examples=0, files={}))
     with ctx.writer(kind="dataset", task=task.name, config=cfg) as writer:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), writer.path / EXAMPLES)
