@@ -31,6 +31,7 @@ def about(artifact_id: str, *args: Any, **options: Any) -> Evidence:
         ({"metric": "baseline_accuracy", "at_least": 0.1}, "cannot be gated"),
         ({"metric": "perplexity", "at_most": math.nan}, "must be a finite number"),
         ({"metric": "perplexity", "at_most": math.inf}, "must be a finite number"),
+        ({"metric": "perplexity", "at_most": 10**400}, "must be a finite number"),
         ({"metric": "perplexity", "at_most": True}, "must be a finite number"),
         ({"metric": "perplexity", "at_most": "1.05"}, "must be a finite number"),
     ],

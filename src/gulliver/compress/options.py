@@ -19,14 +19,14 @@ BACKWARD_BYTES = 2_500_000_000
 class CalibrateOptions(Options):
     """Options of `calibrate`."""
 
-    examples: int = Field(64, ge=1, description="calibration examples (windows of text, images)")
+    examples: int = Field(64, ge=1, le=65536, description="calibration examples (windows of text, images)")
     batch_size: int = Field(4, ge=1, description="examples in memory at once")
     family: dict[str, Any] = Field(default_factory=dict, description="options of the model's family")
     moments: Literal["full", "diagonal"] = Field("full", description="keep H, or only its diagonal (no GPTQ then)")
     sensitivity: Literal["auto", "gradient", "power"] = Field(
         "auto", description="what outputs count by: the loss's gradient, or their own power; auto: by memory"
     )
-    gradient_examples: int = Field(16, ge=1, description="examples of the backward pass")
+    gradient_examples: int = Field(16, ge=1, le=65536, description="examples of the backward pass")
     max_ram_bytes: MaxRam = None
 
     def resolved(self, inputs: Mapping[str, Any]) -> Self:

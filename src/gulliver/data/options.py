@@ -29,7 +29,7 @@ class ReadOptions(Options):
 class SampleOptions(Options):
     """Options of `sample`."""
 
-    count: int = Field(96, ge=1, description="examples to write; empty ones are dropped")
+    count: int = Field(96, ge=1, le=65536, description="examples to write; empty ones are dropped")
     family: dict[str, Any] = Field(default_factory=dict, description="options of the model's family")
     batch_size: int = Field(48, ge=1, description="examples written at once")
     max_ram_bytes: MaxRam = None

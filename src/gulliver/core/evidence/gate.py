@@ -44,7 +44,7 @@ class Gate:
                 f"the gate on {self.metric} needs exactly one of at_most and at_least; it has {given or 'none'}"
             )
         threshold = getattr(self, given[0])
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not math.isfinite(threshold):
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not abs(threshold) < 1e300:
             raise ConfigError(f"the gate on {self.metric}: {given[0]} is {threshold!r}; it must be a finite number")
         right = {"lower": "at_most", "higher": "at_least"}.get(row.direction)
         if right is None:
