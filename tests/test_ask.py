@@ -59,6 +59,9 @@ def test_a_picture_is_answered_with_classes(folders: dict[str, Path], command: C
     found = json.loads(out)
     assert code == 0 and sum(found["probabilities"]) == pytest.approx(1, abs=1e-5)
     assert found["label"] == max(range(10), key=found["probabilities"].__getitem__)
+    code, _, err = command("ask", folders["vision"], json.dumps([0.123456] * 64))
+    assert code == 0, err
+    assert command("ask", folders["vision"], "[" * 9000)[0] == 2
     code, out, _ = command("ask", folders["vision"], tmp_path / "picture.jpg")
     assert code == 0 and out.startswith(f"class {found['label']}: ")
     assert gulliver.ask(folders["vision"], str(tmp_path / "picture.jpg")) == found

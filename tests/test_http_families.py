@@ -86,6 +86,7 @@ def test_what_only_the_family_can_see_is_refused_as_well(client: httpx.Client) -
     for name, wrong, says in (
         ("vision", {"image": base64.b64encode(b"no picture").decode()}, "picture"),
         ("vision", {"image": "%%%"}, "base64"),
+        ("vision", {"image": "é"}, "base64"),
         ("encoder", {"texts": ["a " * 500]}, "truncate"),
         ("language", {"prompt": "a " * 5000}, "tokens"),
         ("language", {}, "prompt"),

@@ -190,6 +190,8 @@ def test_a_port_that_is_taken_is_named() -> None:
         other.listen()
         with pytest.raises(ConfigError, match=f"port {other.getsockname()[1]} cannot be used"):
             listen("127.0.0.1", other.getsockname()[1])
+    with pytest.raises(ConfigError, match="--host is empty"):
+        listen("", 0)
 
 
 def test_names_of_models(tmp_path: Path) -> None:

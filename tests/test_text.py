@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.runtime.text.chat_template import ChatTemplate
 from gulliver.runtime.text.detokenizer import StopFinder
-from gulliver.runtime.text.tokenizer import Text
+from gulliver.runtime.text.tokenizer import SHORT_CHARACTERS, Text
 
 WORDS = "the giant measures a small boat naïve übung 数学 🦣🏝️ don't, and 3.14! \n\ttabs  two spaces ▁ <0x41>"
 
@@ -241,6 +244,11 @@ def test_objects_of_the_caller_are_not_shown_to_a_template() -> None:
 
     template = ChatTemplate({"default": "{{ messages[0].content.secret }}|{{ messages[0].other }}"}, {})
     assert template.render([{"role": "user", "content": Rich("a"), "other": object()}]) == "|<object>"
+    deep: Any = "a"
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(ConfigError, match="refuses these messages"):
+        template.render([{"role": "user", "content": deep}])
 
 
 # ---- tokens -------------------------------------------------------------------------------------------------------
@@ -249,8 +257,37 @@ def test_texts_are_encoded_as_by_transformers(folder: Path) -> None:
     for sample in (WORDS, "", " ", "the giant", "<s>the</s> giant", "\ufffd", "a" * 3000):
         assert text.encode(sample) == tokenizer(sample)["input_ids"]
         assert text.encode(sample, special=False) == tokenizer(sample, add_special_tokens=False)["input_ids"]
-    with pytest.raises(ConfigError, match="surrogate"):
-        text.encode("\ud800")
+    for sample in ("\ud800", "\ud800" + "a" * SHORT_CHARACTERS):
+        with pytest.raises(ConfigError, match="surrogate"):
+            text.encode(sample)
+    long = WORDS * (SHORT_CHARACTERS // len(WORDS) + 1)
+    assert text.encode(long) == tokenizer(long)["input_ids"]
+    text.context = 2
+    assert len(text.encode("the giant is")) > 2, "that is for the engine to say"
+    with pytest.raises(ConfigError, match="129 characters do not fit the context of 2 tokens"):
+        text.encode("a" * 129)
+
+
+def test_a_long_text_holds_up_no_other_thread(folder: Path) -> None:
+    text, ticks, ended = Text(folder), [], threading.Event()
+
+    def tick() -> None:
+        while not ended.wait(0.001):
+            ticks.append(True)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(tick)
+        text.encode(WORDS * 20_000)
+        ended.set()
+    assert len(ticks) > 3
+
+
+@pytest.mark.parametrize("key", ["x", "9" * 5000, "-1"])
+@pytest.mark.parametrize("row", [{}, {"content": 5}, {"content": ["a"]}, "", {"content": "\ud800"}])
+def test_added_tokens_that_are_none(key: str, row: Any, tmp_path: Path) -> None:
+    folder = write(tmp_path, byte_level(), added_tokens_decoder={key: row, "320": row})
+    with contextlib.suppress(ArtifactError):
+        assert Text(folder).encode("the") == Text(write(tmp_path / "plain", byte_level())).encode("the")
 
 
 @pytest.mark.parametrize("settings", [{"add_bos_token": True}, {"add_bos_token": True, "add_eos_token": True}, {}])

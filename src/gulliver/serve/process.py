@@ -39,6 +39,8 @@ class Server(uvicorn.Server):
 
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket; port 0 takes a free one. ConfigError when it is taken or not permitted."""
+    if not host:
+        raise ConfigError("--host is empty; give an address, for example 127.0.0.1 (this machine) or 0.0.0.0 (all)")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     found = socket.socket(family, socket.SOCK_STREAM)
     try:

@@ -66,6 +66,7 @@ class Engine:
         kept_tokens = kept_tokens if reuse and decoder.shares_blocks else 0
         self._scheduler = Scheduler(decoder, slots, prompt_rows, lookup_rows if lookup else 0, kept_tokens)
         self.context = self._scheduler.context  # longest prompt + completion, in tokens
+        self.text.context = self.context
         self._queue = queue
         self._waiting: deque[Running] = deque()
         self._stepper = Stepper(decoder, self._scheduler, self._waiting, self.counters)

@@ -126,11 +126,10 @@ class ChatTemplate:
             raise ConfigError("this model has no chat template; ask it for plain completions instead")
         if not messages:
             raise ConfigError("there are no messages; give at least one")
-        values = self._tokens | variables
-        values |= {"messages": [_message(message) for message in messages], "documents": None}
-        values |= {"tools": _plain(tools), "add_generation_prompt": add_generation_prompt}
+        values = self._tokens | variables | {"add_generation_prompt": add_generation_prompt, "documents": None}
         text, size = [], 0
         try:
+            values |= {"messages": [_message(message) for message in messages], "tools": _plain(tools)}
             for part in self._compiled[name].generate(**values):
                 text.append(part)
                 size += len(part)

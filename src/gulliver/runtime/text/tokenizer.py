@@ -20,6 +20,10 @@ from gulliver.runtime.text.detokenizer import Detokenizer, TokenBytes
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
+CHARACTERS_PER_TOKEN = 64  # on average never so many
+SHORT_CHARACTERS = 4096
+"""Beyond, a text is tokenized by the call that lets Python's other threads run meanwhile, as `encode` does not."""
+
 
 class Text:
     """The tokenizer and chat template in a model's folder. ArtifactError when they cannot be read."""
@@ -29,6 +33,7 @@ class Text:
         tokens = _special_tokens(settings, _read(folder / "special_tokens_map.json"))
         self.tokenizer = _open(folder, settings, tokens)
         self._bytes = TokenBytes(self.tokenizer)
+        self.context: int | None = None  # most tokens of a text that is to be answered; None: any number
         self.template = ChatTemplate(_templates(folder, settings), tokens)
         self.end_tokens = frozenset(_end_tokens(folder, self.tokenizer.token_to_id(tokens.get("eos_token", ""))))
 
@@ -36,10 +41,17 @@ class Text:
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Tokens of `text`, with those that the tokenizer puts around every text (like <s>) when `special`.
 
-        Special tokens that are spelled out in the text are read as such.
+        Special tokens that are spelled out in the text are read as such. ConfigError for one that is surely longer
+        than `context`, before it is tokenized.
         """
+        if self.context is not None and len(text) > CHARACTERS_PER_TOKEN * self.context:
+            raise ConfigError(
+                f"{len(text)} characters do not fit the context of {self.context} tokens; shorten the text"
+            )
         try:
-            return self.tokenizer.encode(text, add_special_tokens=special).ids
+            if len(text) <= SHORT_CHARACTERS:
+                return self.tokenizer.encode(text, add_special_tokens=special).ids
+            return self.tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
         except (UnicodeEncodeError, TypeError) as error:
             raise ConfigError(f"the text holds half a character (a lone surrogate): {str(error)[:200]}") from error
 
@@ -97,22 +109,30 @@ def _open(folder: Path, settings: Mapping[str, Any], tokens: Mapping[str, str]) 
     path = folder / "tokenizer.json"
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path)) if path.is_file() else _converted(folder)
+        _complete(tokenizer, settings, tokens)
     except ArtifactError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise ArtifactError(f"{path} is not a usable tokenizer: {str(error).splitlines()[0][:300]}") from error
+    return tokenizer
+
+
+def _complete(tokenizer: tokenizers.Tokenizer, settings: Mapping[str, Any], tokens: Mapping[str, str]) -> None:
+    """Add the tokens that only the settings name; texts are neither cut nor padded."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     decoder = settings.get("added_tokens_decoder")
     known = {content.content for content in tokenizer.get_added_tokens_decoder().values()}
-    for _, token in sorted((decoder if isinstance(decoder, dict) else {}).items(), key=lambda item: int(item[0])):
-        if isinstance(token, dict) and token.get("content") not in known:
+    entries = decoder.items() if isinstance(decoder, dict) else ()
+    rows = {int(key): token for key, token in entries if len(key) < 10 and key.isdecimal()}
+    for _, token in sorted(rows.items()):
+        content = _content(token)
+        if isinstance(content, str) and content and content not in known and isinstance(token, dict):
             fields = {name: bool(token.get(name, False)) for name in ("single_word", "lstrip", "rstrip", "special")}
             normalized = bool(token.get("normalized", not fields["special"]))
-            tokenizer.add_tokens([tokenizers.AddedToken(token["content"], normalized=normalized, **fields)])
+            tokenizer.add_tokens([tokenizers.AddedToken(content, normalized=normalized, **fields)])
     known = {content.content for content in tokenizer.get_added_tokens_decoder().values()}
     tokenizer.add_special_tokens([token for token in tokens.values() if token not in known])
-    return tokenizer
 
 
 def _converted(folder: Path) -> tokenizers.Tokenizer:

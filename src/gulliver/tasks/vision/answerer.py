@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -12,6 +11,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gulliver.core.errors import DataError
+from gulliver.core.store.files import named_path
 from gulliver.runtime.batching.queue import BatchQueue
 from gulliver.tasks.answerer import Batched, Can, OpenOptions, then
 
@@ -54,12 +54,13 @@ class VisionAnswerer(Batched):
         """The path of a picture, or its pixels as JSON."""
         if len(words) != 1:
             raise DataError(f"one picture is classified at a time; {len(words)} were given")
-        path = Path(words[0]).expanduser()
-        if path.is_file():
-            return self.request_model(image=base64.b64encode(path.read_bytes()).decode())
+        if not words[0].lstrip().startswith("["):
+            path = named_path(words[0])
+            if path.is_file():
+                return self.request_model(image=base64.b64encode(path.read_bytes()).decode())
         try:
             return self.request_model(image=json.loads(words[0]))
-        except ValueError:
+        except (ValueError, RecursionError):
             told = f"{words[0][:80]!r} is neither the path of a picture nor a JSON list of pixels"
             raise DataError(f"{told}; give a PNG, JPEG, WebP, GIF or BMP file") from None
 
@@ -70,7 +71,7 @@ class VisionAnswerer(Batched):
         if isinstance(image, str):
             try:
                 pixels = decoded(base64.b64decode(image, validate=True), self._shape)
-            except binascii.Error as error:
+            except ValueError as error:
                 raise DataError(f"'image' is not base64: {error}; send the bytes of a picture's file") from None
         else:
             pixels = from_numbers(image, self._shape)
