@@ -11,7 +11,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "gulliver"
 FILES = sorted(SOURCE.rglob("*.py"))
-ARRAY = re.compile(r"\b(Tensor|NDArray|ndarray|PackedTensor)\b")
+ARRAY = re.compile(r"\b(Tensor|NDArray|ndarray|PackedTensor|Batch|StepBatch)\b")
 _SIZE = r"[\w…][\w …·/+×*^()-]*"
 SHAPE = re.compile(rf"\[{_SIZE}(, {_SIZE})*\]|\b(scalars?|any shape|any shapes)\b")
 

@@ -2,7 +2,7 @@
 
 python -m gulliver.audit.measure '{"folder": …, "task": …, "repeats": …}'    -> one JSON object on stdout
 
-What the native path runs is measured there, without torch in the process; every other model on the reference path.
+What the native backend runs is measured there, without torch in the process; every other model by torch.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def measure(
     """{"load_seconds", "load_ram_bytes", "peak_ram_bytes", "threads", "backend", "why", "rates", "streams", …}.
 
     "rates": {metric: [units per second]}; "streams": {how many at once: [tokens per second of all together]}, empty on
-    the reference path. Every workload runs once unmeasured, then `repeats` times. With `bandwidth`, on the native path:
-    "bytes_per_token", and "bandwidth": [[GB/s, tokens per second right after]].
+    the reference backend. Every workload runs once unmeasured, then `repeats` times. With `bandwidth`, on the native
+    backend: "bytes_per_token", and "bandwidth": [[GB/s, tokens per second right after]].
     """
     threads, path = threads or usable_cores(), Path(folder)
     start = time.perf_counter()
@@ -88,7 +88,7 @@ def measure(
 
 
 def native(folder: Path, *, threads: int, isa: str) -> NativeDecoder | str:
-    """The model on the native path, or why it does not run there. ConfigError for an `isa` that is not here."""
+    """The model on the native backend, or why it does not run there. ConfigError for an `isa` that is not here."""
     reason = native_reason()
     if reason is None:
         try:

@@ -1,6 +1,6 @@
 """Step `speed`: how fast a model answers on this machine, and in how much memory.
 
-Decoders that the native path runs are measured there, all other models on the reference path; the detail of the
+Decoders that the native backend runs are measured there, all other models on the reference backend; the detail of the
 evidence says which one and why. What a unit of work is (prompt tokens, generated tokens, examples) is the task's
 affair. Everything is measured in a fresh process. The interval of a rate is Student's over repeats; it says how this
 machine was at that moment.

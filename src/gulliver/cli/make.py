@@ -58,12 +58,13 @@ def _json_or_text(text: str) -> Any:
 
 def fit(options: FitOptions, session: Session) -> tuple[Any, list[str]]:
     """The best model within the budget. BudgetError (exit 4) when there is none."""
+    from gulliver.core.store.manifest import REPORT
     from gulliver.pipeline.fit import fit
 
     shared = {"store": session.store, "progress": session.progress, "command": session.command}
     fitted = fit(**options.model_dump(), **shared)
     document, lines = described(fitted, session, None)
-    report = Path(options.out) / "report.html"
+    report = Path(options.out) / REPORT
     if report.is_file():
         document["report"] = str(report)
         lines.append(f"report: {report}")

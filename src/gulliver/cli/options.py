@@ -94,7 +94,7 @@ class OpeningOptions(Options):
     isa: str = option("auto", ISA_HELP, group=RUNS)
     backend: str = option("auto", "what runs the model: auto, native or reference", group=RUNS)
     ram: str | None = option(
-        None, "most memory of this whole process, e.g. 1GB; weights beyond it are read anew", group=RUNS
+        None, "most memory of this whole process, e.g. 1GB; weights beyond it are read again at each step", group=RUNS
     )
 
 
@@ -120,7 +120,7 @@ class AnswerOptions(OpeningOptions):
 
     system: str | None = option(None, "the system message, for a model with a chat template", metavar="TEXT")
     temperature: float | None = option(
-        None, "how much chance there is in the choice of a token; 0 takes the likeliest (default 0.7)", group=ANSWERS
+        None, "how random the choice of a token is; 0 takes the likeliest (default 0.7)", group=ANSWERS
     )
     top_p: float | None = option(
         None, "keep the fewest likeliest tokens that reach this probability (default 1: all)", group=ANSWERS
@@ -173,7 +173,9 @@ class ServeOptions(Options):
     grace: float = option(30.0, "seconds running answers get on SIGTERM", metavar="SECONDS", ge=0)
     max_body: str = option("4MiB", "longest body of a request", metavar="SIZE")
     ram: str | None = option(
-        None, "most memory of the server's whole process, e.g. 1GB; weights beyond it are read anew", metavar="SIZE"
+        None,
+        "most memory of the server's whole process, e.g. 1GB; weights beyond it are read again at each step",
+        metavar="SIZE",
     )
     backend: str = option("auto", "what runs the models: auto, native or reference")
     isa: str = option("auto", ISA_HELP)

@@ -91,7 +91,7 @@ def _kernels() -> list[dict[str, str]]:
         rows.append({"name": "native", "state": "cannot run", "why": reason})
     native_ones = ", ".join(name.removesuffix("ForCausalLM") for name in ARCHITECTURES)
     what = f"what is not {native_ones}" if reason is None else "every model"
-    return [*rows, {"name": "reference", "state": "runs", "why": f"{what}: the reference path, on torch"}]
+    return [*rows, {"name": "reference", "state": "runs", "why": f"{what}: the reference backend, on torch"}]
 
 
 def bench(options: BenchOptions, session: Session) -> tuple[Any, list[str]]:

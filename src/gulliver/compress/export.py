@@ -22,7 +22,7 @@ from gulliver.compress.options import ExportOptions
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.store.artifact import Artifact
-from gulliver.core.store.manifest import read_json
+from gulliver.core.store.manifest import PACKING, read_json
 from gulliver.nets.files import copy_companions
 from gulliver.runtime import reference
 from gulliver.runtime.shards import ShardWriter
@@ -51,7 +51,7 @@ def run(cfg: ExportOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifa
         facts = _compressed(model, raw, staging, ctx, cfg.widen)
     with ctx.writer(kind="model", task=model.task, config={**cfg.model_dump(mode="json"), **facts}) as writer:
         if cfg.format not in EXPORTS:  # one file that holds all of it
-            copy_companions(model.paths(), writer.path, ("config.json", "packing.json"))
+            copy_companions(model.paths(), writer.path, ("config.json", PACKING))
         for path in sorted(staging.iterdir()):
             os.replace(path, writer.path / path.name)
         return writer.commit()

@@ -36,7 +36,7 @@ class Moments:
             self._hooks.append(module.register_forward_hook(partial(self._written, name)))
 
     def begin(self, batch: Batch) -> None:
-        """Say which batch comes next; rows that its mask calls padding do not count."""
+        """Say which batch comes next; what its mask [batch, tokens] calls padding does not count."""
         self._seen = []
         self.mask = batch["mask"].bool() if "mask" in batch else None
 

@@ -20,6 +20,7 @@ from gulliver.core.errors import ArtifactError, ConfigError, DataError
 from gulliver.core.records import Origin
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import named_path
+from gulliver.core.store.manifest import PACKING
 from gulliver.data import read
 from gulliver.data.options import PullOptions, ReadOptions
 from gulliver.nets.files import INDEX, copy_companions, plain_files, weight_files
@@ -150,5 +151,5 @@ def _refuse(folder: Path) -> None:
             "with transformers: AutoModel.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
         )
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))  # detect_task has read it
-    if (folder / "packing.json").is_file() or "quantization_config" in config:
+    if (folder / PACKING).is_file() or "quantization_config" in config:
         raise ArtifactError(f"{folder} holds a model that is quantized already; pull the original in full precision")

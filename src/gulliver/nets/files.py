@@ -9,9 +9,10 @@ import struct
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gulliver.core.errors import ArtifactError
-from gulliver.core.store.manifest import read_json
+from gulliver.core.store.manifest import EVIDENCE, MANIFEST, read_json
 
 ITEM_BYTES = {
     **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8},
@@ -24,7 +25,7 @@ INDEX = "model.safetensors.index.json"
 POOLING = "1_Pooling/config.json"
 COMPANIONS = (".json", ".jinja", ".txt", ".model")
 """How the names of configs, tokenizers and chat templates end."""
-OF_ONE_ARTIFACT = ("gulliver.json", "evidence.json", INDEX)
+OF_ONE_ARTIFACT = (MANIFEST, EVIDENCE, INDEX)
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,12 @@ class Stored:
     shape: tuple[int, ...]
     offset: int
     length: int
+
+
+def architectures(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names under `architectures` in a config.json; empty where there are none."""
+    names = config.get("architectures") or ()
+    return tuple(str(name) for name in names) if isinstance(names, list | tuple) else ()
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -40,7 +40,7 @@ def bench(
     "prefill_tokens_per_s" (512 tokens) and "decode_tokens_per_s"; "streams": tokens per second of 1, 4 and 16 sequences
     together; "bandwidth": GB/s of reads, bytes of weights that a token reads, and the share of that limit which decode
     reaches; "cold": seconds and memory of a new process up to the first token of a prompt of about 20 tokens. Streams
-    and bandwidth are None on the reference path; "why" says why it was taken. ConfigError for fewer than two repeats.
+    and bandwidth are None on the reference backend; "why" is the reason for it. ConfigError for fewer than two repeats.
     """
     if repeats < 2:
         raise ConfigError(f"repeats is {repeats}; an interval needs at least 2, one of 95 % needs 6")

@@ -20,6 +20,7 @@ from gulliver.core.progress import Progress
 from gulliver.core.quantities import checked_seed, parse_fraction, parse_size
 from gulliver.core.records import Asked, FitResult, Plan, Point
 from gulliver.core.store.artifact import Artifact, check_target, copy_artifact, create, write_annotation
+from gulliver.core.store.manifest import REPORT
 from gulliver.core.store.store import Store
 from gulliver.pipeline.call import Call, call, renew_cards
 from gulliver.pipeline.resolve import data_for, resolve_model
@@ -108,7 +109,7 @@ def fit(
     budget = replace(budget, speed_metric=family(parent.task).speed_metric)
     dataset = data_for(parent, data, store, eval_data=eval_data, progress=progress)
     if dataset is None:
-        raise DataError(f"nothing tells what data {parent.id[:12]} is for; add --data (text files or catalog:NAME)")
+        raise DataError(f"{parent.id[:12]} was made without data; add --data (text files or catalog:NAME)")
     shared = {"store": store, "seed": seed, "progress": progress, "command": command}
     work = Fit(parent, dataset, budget, effort, shared)
     try:
@@ -116,7 +117,7 @@ def fit(
     except BudgetError as failure:
         raise _infeasible(work, failure, began) from None
     record = _record(work, fitted, began)
-    write_annotation(fitted, "report.html", page(gather(fitted, work.store, fit=record)))
+    write_annotation(fitted, REPORT, page(gather(fitted, work.store, fit=record)))
     return fitted if out is None else copy_artifact(fitted, out)
 
 
@@ -242,7 +243,7 @@ def _infeasible(work: Fit, failure: BudgetError, began: float) -> BudgetError:
     if nearest is None:
         return BudgetError(told)
     record = _record(work, None, began, nearest=nearest, reason=str(failure))
-    path = write_annotation(record, "report.html", page(gather(work.parent, work.store, fit=record)))
+    path = write_annotation(record, REPORT, page(gather(work.parent, work.store, fit=record)))
     size = f"{nearest.size_bytes:,} bytes ({nearest.size_bytes / 1e6:.1f} MB)"
     drop, kind = nearest.measured_drop, "measured"
     if drop is None:

@@ -11,6 +11,7 @@ from gulliver.core.evidence.gate import Verdict, require
 from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import named_path, write_atomic
+from gulliver.core.store.manifest import REPORT
 from gulliver.core.store.store import Store
 from gulliver.pipeline.call import Call, call
 from gulliver.pipeline.recipe import StepCall, load
@@ -88,6 +89,6 @@ def _write_report(
         verdicts.setdefault(target.id, []).append(verdict)
     own = verdicts.pop(models[-1].id)
     others = [OtherGates(names[key], key, tuple(rows)) for key, rows in verdicts.items()]
-    path = Path(report) if report else models[-1].path / "report.html"
+    path = Path(report) if report else models[-1].path / REPORT
     write_atomic(path, page(gather(models[-1], store, progress.memory, own, others)))
     return path

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from gulliver.core.records import TensorBits
 from gulliver.core.store.artifact import Artifact, write_annotation
+from gulliver.core.store.manifest import EVIDENCE
 from gulliver.core.store.store import Store
 from gulliver.report import rows, verdict
 from gulliver.report.gather import ReportData, gather
@@ -29,7 +30,7 @@ def write_card(artifact: Artifact, store: Store) -> None:
     data = gather(artifact, store)
     body = {"format": 1, "artifact_id": artifact.id, "evidence": [row.to_json() for row in data.evidence]}
     text = json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_annotation(artifact, "evidence.json", text)
+    write_annotation(artifact, EVIDENCE, text)
     write_annotation(artifact, "README.md", card(data))
 
 

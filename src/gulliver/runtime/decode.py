@@ -94,7 +94,7 @@ class NativeDecoder:
         if held is not None:
             self._program.hold(held)
             kept = f"{held / 1e6:.0f} of {file_bytes / 1e6:.0f} MB of weights stay"
-            self.why += f"; {kept}, the rest is read anew each step"
+            self.why += f"; {kept}, the rest is read again at each step"
 
     def step(self, batch: StepBatch) -> NDArray[np.float32]:
         """Logits [answers, vocabulary]; see `Decoder.step`. KernelError when it is closed or refuses the batch."""
@@ -185,7 +185,7 @@ def open_decoder(
 
     `threads` defaults to the cores that this process may use; `cache_tokens` are of all sequences together; `slots` is
     how many sequences are expected at once; `isa` forces an instruction set ("avx2", "plain", …); `backend` is "auto",
-    "native" or "reference"; `max_ram_bytes` limits the whole process: weights beyond it are read anew for each step,
+    "native" or "reference"; `max_ram_bytes` limits the whole process: weights beyond it are read again at each step,
     and the cache fills what is left. BudgetError with the smallest limit that works when it is too little.
     ConfigError with the reason when a forced backend or instruction set is not available.
     """

@@ -13,7 +13,6 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from gulliver.core.errors import ArtifactError
-from gulliver.nets.architecture import is_encoder
 from gulliver.nets.files import stored_tensors
 from gulliver.nets.weights import assign, canonical_names, empty_parameters, unfilled
 from gulliver.runtime.packing import is_packed
@@ -36,10 +35,9 @@ def read_config(folder: Path) -> transformers.PretrainedConfig:
         raise ArtifactError(f"{path} is not a usable model config: {str(error).splitlines()[0]}") from error
 
 
-def empty_network(folder: Path) -> nn.Module:
+def empty_network(folder: Path, auto: Any) -> nn.Module:
     """The network `config.json` describes, parameters on meta, buffers real, `source_folder` set."""
     config = read_config(folder)
-    auto = _class_of(folder, config)
     try:
         with empty_parameters(), no_init_weights():
             model = auto.from_config(config, dtype=torch.float32)
@@ -50,34 +48,30 @@ def empty_network(folder: Path) -> nn.Module:
     return model.eval()
 
 
-def _class_of(folder: Path, config: Any) -> Any:
-    """The bare network for an encoder, the one with a language model's head otherwise."""
-    encoder = is_encoder(folder, config.to_dict())
-    return transformers.AutoModel if encoder else transformers.AutoModelForCausalLM
+def load_network(folder: Path, empty: bool, auto: Any = transformers.AutoModelForCausalLM) -> nn.Module:
+    """The network with float32 weights from `folder` (plain or packed); without them when `empty`.
 
-
-def load_network(folder: Path, empty: bool) -> nn.Module:
-    """The network with float32 weights from `folder` (plain or packed); without them when `empty`."""
-    model = empty_network(folder)
+    `auto`: the class of transformers that knows its kind, AutoModel for the bare network.
+    """
+    model = empty_network(folder, auto)
     if empty:
         return model
     packed = is_packed(folder)
     known = {*canonical_names(model), *(name for name, _ in model.named_buffers())}
     if not packed and not known.issuperset(stored_tensors(folder)):
-        return _translated(model, folder)
+        return _translated(model, folder, auto)
     assign(model, read_tensors(folder))
     missing = unfilled(model)
     if missing and packed:
         raise ArtifactError(f"{folder} holds no weights for {missing[0]} ({len(missing)} tensors missing)")
-    return _translated(model, folder) if missing else model
+    return _translated(model, folder, auto) if missing else model
 
 
-def _translated(model: nn.Module, folder: Path) -> nn.Module:
+def _translated(model: nn.Module, folder: Path, auto: Any) -> nn.Module:
     """Load through transformers, which knows the names that older or re-packed checkpoints use.
 
     Weights that are missing are an error; a pooler, which mean pooling never reads, is filled with zeros.
     """
-    auto = _class_of(folder, model.config)
     try:
         loaded, report = auto.from_pretrained(
             str(folder), dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True

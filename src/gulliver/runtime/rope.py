@@ -80,7 +80,7 @@ def rope_parameters(config: Mapping[str, Any], *, gemma: bool) -> dict[str, dict
 
 
 def _rope(config: Mapping[str, Any], given: Mapping[str, Any], base: str, theta: float) -> dict[str, Any]:
-    """One rope, with what stands outside it in a config."""
+    """One rope, with what a config says outside it."""
     rope = dict(given)
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise UnknownRope(f"its rotary embeddings are given for {', '.join(sorted(rope))[:80]}")

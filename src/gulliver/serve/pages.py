@@ -18,7 +18,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from gulliver.core.errors import ArtifactError
-from gulliver.core.store.manifest import read_json
+from gulliver.core.store.manifest import EVIDENCE, read_json
 from gulliver.serve import metrics
 from gulliver.serve.state import ServedModel, State
 
@@ -155,7 +155,7 @@ def _card(model: ServedModel) -> ModelCard:
         why=answerer.why,
         context=answerer.context,
         card=_annotation(answerer.folder / "README.md"),
-        evidence=_evidence(answerer.folder / "evidence.json"),
+        evidence=_evidence(answerer.folder / EVIDENCE),
         request=answerer.request_model.model_json_schema(),
         response=answerer.response_model.model_json_schema(),
     )

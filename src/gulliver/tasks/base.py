@@ -230,7 +230,7 @@ class Task(DataContract):
 
     @final
     def blocks(self, model: nn.Module, batches: Sequence[Batch]) -> list[Block]:
-        """The sequence of sub-modules through which calibration `batches` stream, embedding and head included.
+        """The sequence of sub-modules through which `batches` [batch, …] stream, embedding and head included.
 
         Works on a model loaded with `empty=True`: nothing is computed before a block's `forward` is called, and
         blocks are called in order. Every parameter belongs to exactly one block's prefixes, except tied ones.

@@ -24,7 +24,8 @@ UNNAMED = ""
 """The role of all inputs of an artifact of format 1, which did not record roles."""
 MANIFEST = "gulliver.json"
 KINDS = ("model", "dataset", "report")
-ANNOTATIONS = ("README.md", "evidence.json", "report.html")
+EVIDENCE, REPORT = "evidence.json", "report.html"
+ANNOTATIONS = ("README.md", EVIDENCE, REPORT)
 PACKING = "packing.json"
 """Named here and not in core/records.py, because a packed model opens without pydantic."""
 MAX_MANIFEST_BYTES = 16 * 2**20

@@ -213,7 +213,7 @@ class Scheduler:
             sequence.published += 1
 
     def batch(self, parts: list[Chunk]) -> StepBatch:
-        """The parts as a decoder takes them."""
+        """The parts as a decoder takes them: tokens and positions int32 [rows], block numbers [sequences, blocks]."""
         tokens: list[int] = []
         positions: list[int] = []
         places: list[int] = []

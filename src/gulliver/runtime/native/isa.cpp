@@ -82,13 +82,13 @@ void add_native(std::vector<InstructionSet>& sets) {
   sets.push_back(vnni);
   sets.push_back(checked("avx2", avx2_kernels(), "x86-64 with AVX2",
                          {{"avx2", p.avx2}, {"fma", p.fma}, {"f16c", p.f16c}, {name256, p.registers256}}));
-  sets.push_back({"neon", nullptr, "this is no Arm processor"});
+  sets.push_back({"neon", nullptr, "this is not an Arm processor"});
 }
 
 #else
 
 void add_native(std::vector<InstructionSet>& sets) {
-  for (const char* name : {"avx512-vnni", "avx2-vnni", "avx2"}) sets.push_back({name, nullptr, "this is no x86-64 processor"});
+  for (const char* name : {"avx512-vnni", "avx2-vnni", "avx2"}) sets.push_back({name, nullptr, "this is not an x86-64 processor"});
 #if defined(__aarch64__)
 #if defined(__linux__)
   constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
@@ -100,7 +100,7 @@ void add_native(std::vector<InstructionSet>& sets) {
 #endif
   sets.push_back(checked("neon", neon_kernels(), "aarch64 with the dot product of Armv8.2", {{"asimddp", dot}}));
 #else
-  sets.push_back({"neon", nullptr, "this is no Arm processor"});
+  sets.push_back({"neon", nullptr, "this is not an Arm processor"});
 #endif
 }
 

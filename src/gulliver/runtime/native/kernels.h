@@ -53,7 +53,7 @@ struct Activations {                // rows in panels of `side`, block by block;
 
 constexpr int kEighths = 8;         // a scale has 1 to 1 7/8 times a power of two
 
-struct Reading {                    // the weights that a thread reads run to `end`, and go on at `then`; null: nobody knows
+struct Reading {                    // the weights that a thread reads run to `end`, and go on at `then`; null: unknown
   const uint8_t *end, *then;
 };
 

@@ -139,7 +139,7 @@ Pool::Pool(Process& process, int threads, std::vector<int> cores)
 Pool::~Pool() { stop(); }
 
 void Pool::stop() {
-  if (getpid() != process_.id) {    // a fork has only the thread that forked: nobody to wait for
+  if (getpid() != process_.id) {    // a fork has only the thread that forked: none to wait for
     for (auto& thread : threads_) thread.detach();
     return;
   }

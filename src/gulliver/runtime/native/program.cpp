@@ -244,7 +244,7 @@ void Program::attention(int number, Mine& mine) {
   pool_->barrier().wait();
   const std::vector<int32_t>& wanted = *wanted_;
   const bool last = number + 1 == int(layers.size());
-  if (last) {                       // whose logits nobody wants has done its part: the others move up
+  if (last) {                       // whose logits are not wanted has done its part: the others move up
     divide(mine, int(wanted.size()));
     Mine& in = *mine.shared;
     float* stream = in.stream.data();

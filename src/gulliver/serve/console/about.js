@@ -81,7 +81,7 @@ function evidenceView(evidence) {
   const rows = newest(evidence);
   if (!rows.length) return [element("p", {}, `Evidence: ${NOT_MEASURED}. gulliver audit measures it.`)];
   const measured = new Set(rows.map((row) => row.metric));
-  // A baseline stands beside what it is a baseline of, where that was measured.
+  // A baseline is shown beside what it is a baseline of, where that was measured.
   const isBeside = (row) => row.metric.startsWith("baseline_") && measured.has(row.metric.slice("baseline_".length));
   const lines = rows.filter((row) => !isBeside(row)).map((row) => {
     const base = rows.find((other) => other.metric === `baseline_${row.metric}` && other.data_hash === row.data_hash);

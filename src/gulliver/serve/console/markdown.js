@@ -203,7 +203,7 @@ function render(block) {
 
 const RENDERERS = {
   paragraph: (block) => element("p", {}, inline(block.text)),
-  // A heading of an answer stands below the page's own h1 and h2.
+  // A heading of an answer is below the page's own h1 and h2.
   heading: (block) => element(`h${Math.min(6, block.level + 2)}`, {}, inline(block.text)),
   rule: () => element("hr"),
   quote: (block) => element("blockquote", {}, block.blocks.map(render)),

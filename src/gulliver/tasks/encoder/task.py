@@ -108,7 +108,7 @@ class EncoderTask(TextTask):
 
 def load_encoder(folder: Path, empty: bool = False) -> nn.Module:
     """The network of a folder with its pooling as `pooling`; without weights when `empty`."""
-    model = load_network(folder, empty)
+    model = load_network(folder, empty, transformers.AutoModel)
     model.pooling = read_pooling(folder)  # type: ignore[assignment]
     return model
 
@@ -127,7 +127,7 @@ def passages(dataset: Artifact, split: str) -> list[str]:
 
 
 def encode_texts(texts: Sequence[str], folder: Path, tokens: int) -> Batch:
-    """Texts as `padded` gives them, cut to the model's own limit and to `tokens`."""
+    """Texts as `padded` gives them, int64 [batch, longest], cut to the model's own limit and to `tokens`."""
     side = _text(str(folder), (folder / "tokenizer.json").stat().st_mtime_ns)
     longest = min(tokens, read_pooling(folder).longest)
     return padded([cut(side.encode(text), longest) for text in texts])

@@ -20,6 +20,7 @@ import pyarrow.parquet
 from gulliver.core.errors import ArtifactError, DataError
 from gulliver.core.records import EXAMPLES
 from gulliver.core.store.artifact import Artifact, open_artifact
+from gulliver.core.store.manifest import MANIFEST
 from gulliver.tasks.options import TextOptions
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -44,7 +45,7 @@ def dataset_texts(dataset: Artifact, split: str) -> Iterator[str]:
 
 
 def _rows(source: Path, split: str, options: TextOptions) -> Iterator[dict[str, str]]:
-    if (source / "gulliver.json").is_file():
+    if (source / MANIFEST).is_file():
         yield from _artifact_rows(open_artifact(source), split)
         return
     for file in text_files(source):

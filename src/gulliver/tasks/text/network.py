@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from gulliver.core.records import NOT_COPIED
 from gulliver.nets.files import copy_companions, plain_files
 from gulliver.nets.weights import aliases
+from gulliver.runtime.shards import write_file
 from gulliver.tasks.text.tokenizer import BYTE_VOCABULARY, write_byte_tokenizer
 
 
@@ -38,7 +38,7 @@ def save_network(model: nn.Module, folder: Path) -> None:
     empty = [name for name, tensor in tensors.items() if tensor.is_meta]
     assert not empty, f"cannot save a network without weights: {empty[0]} holds no data"
     write_config(model.config, folder, next(tensors[name].dtype for name in tensors))
-    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    write_file(folder / "model.safetensors", tensors)
     source = getattr(model, "source_folder", "")
     if source:
         if Path(source).resolve() != folder.resolve():

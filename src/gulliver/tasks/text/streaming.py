@@ -159,7 +159,7 @@ class Stream:
 
 
 def stream_blocks(model: nn.Module, batches: Sequence[Batch]) -> list[Block]:
-    """Embed, each layer, head. See `Task.blocks`."""
+    """Embed, each layer, head, for batches of tokens [batch, tokens]. See `Task.blocks`."""
     stream, tied = Stream(model, batches), canonical_names(model)
     stream.dry_run()
     table = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]

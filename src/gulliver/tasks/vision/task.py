@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
@@ -24,6 +23,7 @@ from gulliver.core.store.files import write_atomic
 from gulliver.nets.inception import Inception, InceptionConfig
 from gulliver.nets.weights import assign, empty_parameters, unfilled
 from gulliver.runtime.reference import read_tensors
+from gulliver.runtime.shards import write_file
 from gulliver.tasks.base import Batch, Block, Task, Weight
 from gulliver.tasks.order import Order
 from gulliver.tasks.vision.config import ARCHITECTURE, MODEL_TYPE
@@ -73,7 +73,7 @@ class VisionTask(Task):
         config = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, **asdict(inception.config)}
         write_atomic(folder / "config.json", json.dumps(config, sort_keys=True, indent=2) + "\n")
         tensors = {name: tensor.detach().contiguous() for name, tensor in inception.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        write_file(folder / "model.safetensors", tensors)
 
     # ---- arithmetic -------------------------------------------------------------------------------------------
     def _loss(self, model: nn.Module, batch: Batch, parent: nn.Module | None) -> Tensor:
