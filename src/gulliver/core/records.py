@@ -19,6 +19,7 @@ from gulliver.core.store.manifest import MAX_INTEGER, PACKING
 
 EXAMPLES = "examples.parquet"
 """A dataset: one row each, with the columns `split` and `source` (text) and those of the family."""
+SPLITS = ("train", "eval")  # what its column `split` holds
 
 Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 Id = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.evidence.evidence import Evidence
+from gulliver.core.records import SPLITS
 from gulliver.core.store.artifact import Artifact
 from gulliver.tasks.family import Family, named
 from gulliver.tasks.options import FamilyOptions, checked_options
@@ -27,7 +28,7 @@ from gulliver.tasks.order import Order
 Batch = dict[str, Tensor]
 """Named tensors whose first dimension is the example (for language: `tokens` int64 [batch, tokens])."""
 Advance = Callable[[float], None]
-SPLITS = ("train", "eval", "all")
+PARTS = (*SPLITS, "all")
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class DataContract(ABC):
 
         Never a whole split in memory. DataError when it is empty.
         """
-        if split not in SPLITS:
+        if split not in PARTS:
             raise ConfigError(f"split is {split!r}; it must be 'train', 'eval' or 'all'")
         found = False
         for batch in self._examples(Path(source), split, options or self.chosen()):

@@ -20,10 +20,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gulliver.core.errors import DataError
-from gulliver.core.records import EXAMPLES
+from gulliver.core.records import EXAMPLES, SPLITS
 from gulliver.core.store.artifact import MANIFEST, open_artifact
 
-SPLITS = ("train", "eval")
 EVAL_FRACTION = 0.3
 SPLIT_SEED = 0
 DIGITS_PIXELS, DIGITS_LEVELS = 64, 16

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
 from gulliver.core.evidence.evidence import Evidence
+from gulliver.core.records import SPLITS
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import write_atomic
 from gulliver.nets.inception import Inception, InceptionConfig
@@ -27,7 +28,7 @@ from gulliver.runtime.shards import write_file
 from gulliver.tasks.base import Batch, Block, Task, Weight
 from gulliver.tasks.order import Order
 from gulliver.tasks.vision.config import ARCHITECTURE, MODEL_TYPE
-from gulliver.tasks.vision.examples import SPLITS, Examples, read_split
+from gulliver.tasks.vision.examples import Examples, read_split
 from gulliver.tasks.vision.scores import divergences, evidence
 
 WORKLOAD_IMAGES = SCORE_IMAGES = 256
