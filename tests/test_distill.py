@@ -25,6 +25,7 @@ from gulliver.runtime.packing import is_packed
 from gulliver.runtime.reference import read_stored
 from gulliver.tasks import get_task
 from gulliver.tasks.language.task import LanguageTask
+from gulliver.tasks.order import Order
 from gulliver.train import distill
 
 RATES = {"learning_rate": 1.5e-2, "scale_rate": 3e-4, "vector_rate": 3e-4}
@@ -110,8 +111,8 @@ def test_samples_take_their_turn(language: Lab, packed: Artifact, monkeypatch: p
     asked: list[tuple[str, int]] = []
     real = LanguageTask._batches
 
-    def counted(self: Any, dataset: Artifact, split: str, batch_size: int, seed: int, step: int, *rest: Any, **d: Any):
-        for number, batch in enumerate(real(self, dataset, split, batch_size, seed, step, *rest, **d), start=step):
+    def counted(self: Any, dataset: Artifact, split: str, order: Order, *rest: Any):
+        for number, batch in enumerate(real(self, dataset, split, order, *rest), start=order.step):
             asked.append((dataset.id, number))
             yield batch
 
