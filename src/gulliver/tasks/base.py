@@ -136,7 +136,7 @@ class DataContract(ABC):
     ) -> Iterator[Batch]:
         """Endless batches from `step` on; batch k is a pure function of (dataset, split, batch_size, seed, k).
 
-        A batch is tensors by name, [batch_size, …] each. `folder` is the model's folder (its tokenizer turns text into tokens).
+        A batch is tensors by name, [batch_size, …] each. `folder` is the model's folder (its tokenizer makes tokens).
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
