@@ -14,9 +14,9 @@ from gulliver.cli import arguments as records
 from gulliver.cli.arguments import Argument, parsers_json
 from gulliver.cli.commands import COMMANDS
 from gulliver.cli.parser import EVERYWHERE, MAKING
+from gulliver.core.names import named
 from gulliver.core.store.files import write_atomic
 from gulliver.pipeline.steps import INPUT_KINDS, STEPS, Step, fields_of
-from gulliver.tasks.family import named
 
 ROOT = Path(__file__).parent.parent
 
@@ -132,7 +132,7 @@ def stub() -> str:
     """The whole text of __init__.pyi."""
     places = {name: place.split(":") for name, place in gulliver.FUNCTIONS.items()}
     imports = [f"from {module} import {attribute} as {name}" for name, (module, attribute) in places.items()]
-    names = ", ".join(f'"{name}"' for name in gulliver.NAMES)
+    names = ", ".join(f'"{name}"' for name in gulliver.__all__)
     return "\n".join(
         [
             STUB + "\n".join(sorted(imports)),

@@ -17,9 +17,9 @@ from gulliver.cli.commands import COMMANDS, Command
 from gulliver.cli.make import _value
 from gulliver.cli.parser import parsed
 from gulliver.core.errors import BudgetError, GateRefused
+from gulliver.core.names import named
 from gulliver.core.store.store import Store
 from gulliver.pipeline.steps import STEPS, Step
-from gulliver.tasks.family import named
 
 Run = Callable[..., tuple[int, str, str]]
 pytestmark = pytest.mark.usefixtures("toy_table")

@@ -97,6 +97,8 @@ RAW: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "NaN": (lambda data: data.replace(b"0.01", b"NaN"), "not finite"),
     "deep": (lambda data: data.replace(b"0.01", b"[" * 100_000 + b"]" * 100_000), "nested too deep"),
     "oversized": (lambda data: data + b" " * MAX_MANIFEST_BYTES, "at most"),
+    "half a character": (lambda data: data.replace(b'"config":{', b'"config":{"x":"\\ud800",'), "it is damaged"),
+    "990 lists": (lambda data: data.replace(b'"config":{', b'"config":{"x":' + b"[" * 990 + b"]" * 990 + b","), ""),
     "other id": (lambda data: data.replace(b'"seed":7', b'"seed":8'), "it was changed"),
 }  # fmt: skip
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import toys.make
@@ -149,6 +152,9 @@ def test_a_folder_that_was_changed_is_refused(store: Store, quiet: Progress, tmp
 
 def test_the_public_names_are_sorted_and_there() -> None:
     assert gulliver.__all__ == sorted(gulliver.__all__)
+    assert isinstance(gulliver.core, ModuleType) and callable(gulliver.train), "the step, not the folder"
+    code = "import sys, gulliver.runtime; assert 'gulliver.pipeline' not in sys.modules; assert callable(gulliver.fit)"
+    subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="has no attribute 'fitt'"):
         gulliver.fitt  # noqa: B018
 

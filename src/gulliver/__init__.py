@@ -11,8 +11,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from gulliver.pipeline.steps import STEPS
-from gulliver.tasks.family import named
+from gulliver.core.names import named
 
 __version__ = "0.1.0"
 
@@ -29,29 +28,38 @@ FUNCTIONS = {
 }
 """Public functions that are not steps: name -> "module:function"."""
 
-NAMES = sorted([*FUNCTIONS, *(row.name for row in STEPS)])
-"""`__all__`."""
-
 
 class _Package(ModuleType):
     """Public functions win over the stages of the same name: `gulliver.train` is the step, wherever the folder
-    `train` has been imported from."""
+    `train` has been imported from. So importing a folder sets no attribute, and `__getattr__` finds it."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in NAMES or not isinstance(value, ModuleType):
+        if not isinstance(value, ModuleType):
             super().__setattr__(name, value)
 
 
+def _names() -> list[str]:
+    """`__all__`. The table of steps is read when a name is asked for: an engine that opens a model needs none of it."""
+    from gulliver.pipeline.steps import STEPS
+
+    return sorted([*FUNCTIONS, *(row.name for row in STEPS)])
+
+
 def __getattr__(name: str) -> Any:
+    if name in FUNCTIONS:
+        return named(FUNCTIONS[name])
+    names = _names()
     if name == "__all__":
-        return NAMES
-    if name not in NAMES:
-        raise AttributeError(f"module 'gulliver' has no attribute {name!r}; it has: {', '.join(NAMES)}")
-    return named(FUNCTIONS[name]) if name in FUNCTIONS else named("gulliver.pipeline.api:step_function")(name)
+        return names
+    if name in names:
+        return named("gulliver.pipeline.api:step_function")(name)
+    if f"gulliver.{name}" in sys.modules:
+        return sys.modules[f"gulliver.{name}"]
+    raise AttributeError(f"module 'gulliver' has no attribute {name!r}; it has: {', '.join(names)}")
 
 
 def __dir__() -> list[str]:
-    return [*NAMES, "__version__"]
+    return [*_names(), "__version__"]
 
 
 sys.modules[__name__].__class__ = _Package

@@ -13,11 +13,11 @@ from pydantic import BaseModel
 
 import gulliver
 from gulliver.cli.commands import COMMANDS
+from gulliver.core.names import named
 from gulliver.core.store.manifest import KINDS
 from gulliver.pipeline import steps
 from gulliver.pipeline.recipe import CALL_KEYS
 from gulliver.pipeline.steps import INPUT_KINDS, STEPS, Step
-from gulliver.tasks.family import named
 
 each_step = pytest.mark.parametrize("row", STEPS, ids=lambda row: row.name)
 UNITS = {

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from gulliver.core.names import named
 from gulliver.pipeline.steps import fields_of, type_name
-from gulliver.tasks.family import named
 
 PARSERS = Path(__file__).parent / "parsers.json"
 """{"module:class of options": [the fields of each Argument that are not its defaults]}"""

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from gulliver.cli.arguments import arguments
-from gulliver.tasks.family import named
+from gulliver.core.names import named
 
 
 @dataclass(frozen=True)

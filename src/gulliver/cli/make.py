@@ -10,8 +10,8 @@ from typing import Any
 
 from gulliver.cli.options import FitOptions, RunOptions
 from gulliver.cli.session import Session, described, evidence_table, megabytes, table
+from gulliver.core.names import named
 from gulliver.pipeline.steps import Step, fields_of
-from gulliver.tasks.family import named
 
 
 def run_step(row: Step, given: Mapping[str, Any], session: Session) -> tuple[Any, list[str]]:

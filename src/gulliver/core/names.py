@@ -1,13 +1,22 @@
-"""Messages for a name that is not in a table: what was wrong, what is nearest, what there is."""
+"""Names in tables: what one stands for, and what to say of one that is not there."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
+
+
+def named(target: str) -> Any:
+    """What "module:attribute" names, imported now."""
+    module, _, attribute = target.partition(":")
+    return getattr(import_module(module), attribute)
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:
     """The choice most like `name`, or None when none is like it."""
+    import difflib
+
     found = difflib.get_close_matches(name.lower(), list(choices), n=1, cutoff=0.5)
     return found[0] if found else None
 

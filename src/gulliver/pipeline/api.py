@@ -8,6 +8,7 @@ from typing import Any
 
 from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.evidence.evidence import Evidence
+from gulliver.core.names import named
 from gulliver.core.progress import Progress
 from gulliver.core.store import artifact as artifacts
 from gulliver.core.store.artifact import Artifact
@@ -16,7 +17,6 @@ from gulliver.core.store.store import Store
 from gulliver.pipeline.call import Call, call
 from gulliver.pipeline.resolve import data_for, original, resolve_any, resolve_inputs, resolve_model
 from gulliver.pipeline.steps import fields_of, find
-from gulliver.tasks.family import named
 
 _LONG = ("format", "config", "seed", "files")
 """What `show` leaves out of the artifacts of a lineage."""

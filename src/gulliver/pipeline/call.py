@@ -17,7 +17,7 @@ from typing import Any
 from gulliver.core import machine, memory
 from gulliver.core.context import LIMIT, Context, noted_peak
 from gulliver.core.errors import ArtifactError, BudgetError, ConfigError
-from gulliver.core.names import did_you_mean
+from gulliver.core.names import did_you_mean, named
 from gulliver.core.progress import Progress
 from gulliver.core.quantities import checked_seed
 from gulliver.core.store.artifact import Artifact, canonical_json, hash_file, open_artifact, renew_annotations
@@ -25,7 +25,6 @@ from gulliver.core.store.files import named_path
 from gulliver.core.store.store import RunRecord, Store
 from gulliver.pipeline.steps import INPUT_KINDS, Step, checked_config, find
 from gulliver.tasks import options_of
-from gulliver.tasks.family import named
 from gulliver.tasks.options import checked_options
 
 Inputs = Mapping[str, Artifact | tuple[Artifact, ...]]

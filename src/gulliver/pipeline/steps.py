@@ -14,9 +14,8 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from gulliver.core.errors import ConfigError
-from gulliver.core.names import did_you_mean, unknown
+from gulliver.core.names import did_you_mean, named, unknown
 from gulliver.tasks import TASKS, options_of
-from gulliver.tasks.family import named
 
 INPUT_KINDS = {
     "model": "model",

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gulliver.core.errors import ArtifactError, ConfigError
-from gulliver.core.names import unknown
-from gulliver.tasks.family import Family, named
+from gulliver.core.names import named, unknown
+from gulliver.tasks.family import Family
 
 if TYPE_CHECKING:
     from gulliver.core.context import Context

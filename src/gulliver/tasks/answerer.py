@@ -17,8 +17,8 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from gulliver.core.errors import ConfigError
+from gulliver.core.names import named
 from gulliver.runtime.batching.records import Request
-from gulliver.tasks.family import named
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.evidence.evidence import Evidence
+from gulliver.core.names import named
 from gulliver.core.records import SPLITS
 from gulliver.core.store.artifact import Artifact
-from gulliver.tasks.family import Family, named
+from gulliver.tasks.family import Family
 from gulliver.tasks.options import FamilyOptions, checked_options
 from gulliver.tasks.order import Order
 

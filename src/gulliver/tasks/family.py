@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any
 
 
@@ -31,9 +30,3 @@ class Family:
     pipeline_tag: str = ""
     own_loss: bool = True
     sampled: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-
-def named(target: str) -> Any:
-    """What "module:attribute" names, imported now."""
-    module, _, attribute = target.partition(":")
-    return getattr(import_module(module), attribute)

@@ -181,7 +181,10 @@ def parse(data: bytes, what: str = MANIFEST) -> Manifest:
         seed=_integer(body["seed"], f"{what}: seed"),
         files=_files(body["files"], what),
     )
-    derived = manifest_id(body)
+    try:
+        derived = manifest_id(body)
+    except (ConfigError, RecursionError) as error:  # half a character, or 990 lists in each other
+        raise ArtifactError(f"{what}: {error}; it is damaged") from None
     if derived != manifest.id:
         raise ArtifactError(f"{what}: id is {manifest.id[:12]}… but its content gives {derived[:12]}…; it was changed")
     return manifest
