@@ -3,10 +3,8 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <condition_variable>
-#include <deque>
 #include <fstream>
 #include <mutex>
 #include <stdexcept>
@@ -23,12 +21,7 @@
 namespace gulliver {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 constexpr int kSpins = 2000;  // some tens of microseconds
-constexpr auto kTurn = std::chrono::milliseconds(50);   // how long a program comes first while others wait
-constexpr auto kGap = std::chrono::milliseconds(1);     // between two of its runs, at most
-constexpr auto kLook = std::chrono::milliseconds(3);    // how often those who wait look whether it has ended early
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -74,13 +67,8 @@ struct Process {
   const int id = getpid();
   std::mutex lock;                           // guards what follows, and every pool's busy_
   std::condition_variable changed;
-  uint64_t next = 0;                         // number of the run that is asked for next
-  std::deque<uint64_t> waiting;              // numbers of those that have not begun
+  uint64_t next = 0, turn = 0;               // numbers of the run that is asked for next, and of the one that begins next
   int running = 0;                           // threads, of all pools
-  const void* holder = nullptr;              // the program whose turn it is
-  int holder_size = 0;                       // its threads
-  bool holder_runs = false;
-  Clock::time_point turn_end, idle_since;    // of the holder; when its last run ended
   std::vector<std::weak_ptr<Pool>> pools;
 };
 
@@ -171,55 +159,35 @@ void Pool::loop(int number) {
   }
 }
 
-void Pool::run(const void* who, const std::function<void(int)>& work) {
+void Pool::run(const std::function<void(int)>& work) {
   if (getpid() != process_.id) throw std::runtime_error("the process was forked; open the model again in the child");
-  enter(who);
+  enter();
   work_ = &work;
   running_.store(size_, std::memory_order_relaxed);
   turn_.fetch_add(1);
   turn_.notify_all();
   for (int left = running_.load(std::memory_order_acquire); left != 0; left = running_.load(std::memory_order_acquire))
     running_.wait(left, std::memory_order_acquire);
-  leave(who);
+  leave();
 }
 
-void Pool::enter(const void* who) {
+void Pool::enter() {
   std::unique_lock guard(process_.lock);
-  Process& all = process_;
-  const uint64_t mine = all.next++;
-  all.waiting.push_back(mine);
-  for (;;) {
-    const auto now = Clock::now();
-    const bool in_turn = now < all.turn_end && (all.holder_runs || now < all.idle_since + kGap);
-    const bool mine_first = all.waiting.front() == mine || (in_turn && all.holder == who);
-    const bool held = in_turn && all.holder != who && all.holder_size + size_ > room_;
-    if (mine_first && !held && !busy_ && (all.running == 0 || all.running + size_ <= room_)) break;
-    all.changed.wait_until(guard, held ? std::min(all.turn_end, now + kLook) : now + kLook);
-  }
-  std::erase(all.waiting, mine);
-  if (all.holder != who) {
-    all.holder = who;
-    all.holder_size = size_;
-    all.turn_end = Clock::now() + kTurn;
-  }
-  all.holder_runs = true;
-  all.running += size_;
+  const uint64_t mine = process_.next++;
+  process_.changed.wait(guard, [&] {
+    return process_.turn == mine && !busy_ && (process_.running == 0 || process_.running + size_ <= room_);
+  });
+  process_.turn++;
+  process_.running += size_;
   busy_ = true;
-  if (all.running < room_) all.changed.notify_all();   // the next one may fit beside
+  if (process_.running < room_) process_.changed.notify_all();   // the next one may fit beside
 }
 
-void Pool::leave(const void* who) {
+void Pool::leave() {
   const std::lock_guard guard(process_.lock);
-  Process& all = process_;
-  all.running -= size_;
+  process_.running -= size_;
   busy_ = false;
-  if (all.holder == who) {
-    all.holder_runs = false;
-    all.idle_since = Clock::now();
-  }
-  // Whoever waits for the turn to end looks by itself: to wake it after each run would take a core from the next one.
-  const bool only_held = all.holder == who && all.holder_size * 2 > room_ && all.idle_since < all.turn_end;
-  if (!only_held) all.changed.notify_all();
+  process_.changed.notify_all();
 }
 
 }  // namespace gulliver

@@ -6,10 +6,8 @@
 // other core for tens of milliseconds.) Work inside is handed out in pieces by an atomic counter: a slow thread takes fewer.
 //
 // Pools belong to the process, not to a program: two that want the same cores at once would wait at their barriers for
-// threads that the other one keeps from running. So programs of as many threads share a pool, and programs that cannot run
-// side by side take turns, in the order in which they asked. A turn is not one run but all of a program's for some tens of
-// milliseconds, as long as they follow each other closely: after every change the weights come from memory again, and not
-// from a cache that holds those of one program and not of two.
+// threads that the other one keeps from running. So programs of as many threads share a pool, and the runs of all pools
+// begin in the order in which they were asked for, each once the cores have room for its threads.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -43,14 +41,14 @@ class Pool {
   Pool& operator=(const Pool&) = delete;
   int size() const { return size_; }
   Barrier& barrier() { return barrier_; }
-  // Run `work(thread number)`, which throws nothing, on all threads, once it is the turn of the program `who`; returns when
-  // all are done. Throws std::runtime_error in a child process, where the threads are not.
-  void run(const void* who, const std::function<void(int)>& work);
+  // Run `work(thread number)`, which throws nothing, on all threads, once it is this caller's turn; returns when all are
+  // done. Throws std::runtime_error in a child process, where the threads are not.
+  void run(const std::function<void(int)>& work);
 
  private:
   Pool(Process& process, int threads, std::vector<int> cores);
-  void enter(const void* who);
-  void leave(const void* who);
+  void enter();
+  void leave();
   void loop(int number);
   void stop();
   Process& process_;                // that made the threads

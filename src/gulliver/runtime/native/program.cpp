@@ -360,7 +360,7 @@ void Program::step(const std::vector<Row>& rows, const std::vector<int32_t>& wan
       }
     }
   deal();
-  pool_->run(this, [this](int thread) { work(thread); });
+  pool_->run([this](int thread) { work(thread); });
   for (const Span& span : outer_) madvise(span.start, span.length, MADV_DONTNEED);
 }
 
