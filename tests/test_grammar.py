@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from engine_samples import END, VOCABULARY, Collected, FakeDecoder, answer, ids,
 
 from gulliver.core.errors import ConfigError
 from gulliver.runtime.batching.engine import Engine, Request, Sampling
-from gulliver.runtime.batching.grammar import Grammar, Grammars
+from gulliver.runtime.batching.grammar import KEPT, Grammar, Grammars
 from gulliver.runtime.text.tokenizer import Text
 
 PERSON = {
@@ -110,6 +112,27 @@ def test_matchers_of_one_grammar_do_not_know_each_other(grammars: Grammars) -> N
 def test_a_grammar_is_compiled_once(grammars: Grammars) -> None:
     assert grammars.json_schema(PERSON) is grammars.json_schema(dict(PERSON))
     assert of_pattern(grammars, "x") is not of_pattern(grammars, "y")
+
+
+def test_the_least_recently_used_grammar_is_dropped(grammars: Grammars) -> None:
+    first, second = of_pattern(grammars, "a"), of_pattern(grammars, "b")
+    for number in range(KEPT - 2):
+        of_pattern(grammars, f"c{number}")
+    assert of_pattern(grammars, "a") is first
+    of_pattern(grammars, "d")
+    assert of_pattern(grammars, "a") is first and of_pattern(grammars, "b") is not second
+
+
+def test_what_is_no_longer_used_is_freed_at_once(text: Text) -> None:
+    gc.disable()
+    try:
+        grammars = Grammars(text.tokenizer, VOCABULARY, text.end_tokens)
+        grammars.json_object()
+        freed = weakref.ref(grammars)
+        del grammars
+        assert freed() is None, "a tokenizer in a cycle stays in memory until the next collection"
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

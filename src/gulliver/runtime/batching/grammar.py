@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +82,9 @@ class Grammars:
         self._end_tokens = sorted(end_tokens)
         self._lock = Lock()
         self._core: Any = None
-        self._compiled = lru_cache(KEPT)(self._compile)
+        self._kept: dict[
+            str, Grammar
+        ] = {}  # by schema, the least recently used first (no lru_cache: it would be a cycle)
 
     def json_object(self) -> Grammar:
         """Any JSON object."""
@@ -96,7 +97,10 @@ class Grammars:
         except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"the JSON schema is not JSON: {_first_line(str(error))}") from error
         with self._lock:
-            return self._compiled(text)
+            self._kept[text] = found = self._kept.pop(text, None) or self._compile(text)
+            if len(self._kept) > KEPT:
+                del self._kept[next(iter(self._kept))]
+            return found
 
     def _compile(self, schema: str) -> Grammar:
         import llguidance  # a native library of 20 MB, for those requests alone that ask for a form
