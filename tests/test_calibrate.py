@@ -162,7 +162,7 @@ def test_padding_does_not_count(store: Store, quiet: Progress, tmp_path: Path) -
     shared: dict[str, Any] = {"store": store, "progress": quiet}
     model = call("pull", {"source": str(write_encoder(tmp_path / "encoder"))}, {}, **shared)
     made = call("calibrate", FEW | {"tokens": 60}, {"model": model, "dataset": dataset}, **shared)
-    statistics, task = open_statistics(made, model), get_task("language")
+    statistics, task = open_statistics(made, model), get_task("encoder")
     network = task.load(model.path)
     batches = batches_of(Lab(store, model, dataset), tokens=60)
     kept = [batch["mask"].bool() for batch in batches]

@@ -212,7 +212,7 @@ def test_doctor_says_what_runs_and_why(command: Run, monkeypatch: pytest.MonkeyP
     document = _ok(command("doctor", "--json"))
     assert document["cores"] >= 1
     rows = {row["name"]: row for row in document["kernels"]}
-    assert "reference path" in rows["reference"]["why"]
+    assert "reference backend" in rows["reference"]["why"]
     if decode.native_reason() is None:
         states = [row["state"] for row in document["kernels"][:-1]]
         assert states.count("runs") == 1 and rows["plain"]["state"] in ("runs", "can run")

@@ -146,6 +146,6 @@ def test_json_from_a_stranger_is_checked(change: dict[str, object], message: str
 
 def test_json_with_a_field_missing_is_refused() -> None:
     row = measured("perplexity", 2.0).to_json()
-    for name in ("metric", "value", "low", "high", "unit", "direction", "n"):
-        with pytest.raises(ArtifactError, match=rf"\.{name} is missing"):
+    for name in row:
+        with pytest.raises(ArtifactError, match=f"field {name} is missing"):
             read({key: value for key, value in row.items() if key != name})

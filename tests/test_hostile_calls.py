@@ -71,3 +71,8 @@ def test_a_reader_that_leaves_is_no_fault(tmp_path: Path) -> None:
         process.stdout.close()
         process.stdin.close()
         assert (process.stderr.read(), process.wait(60)) == (b"", 0)
+
+
+def test_a_key_of_many_parts_is_no_recipe() -> None:
+    with pytest.raises(ConfigError):
+        recipe.parse(".".join("a" * 1500) + " = 1")

@@ -63,6 +63,7 @@ HEADERS: dict[str, Callable[[Header], Any]] = {
     "one place twice": same_place,
     "hole": lambda header: header.pop(NORM),
     "no tensors": lambda header: header.clear(),
+    "metadata that is not text": lambda header: header.__setitem__("__metadata__", {"a": 1}),
     **{f"offsets {value}"[:50]: instead("data_offsets", value) for value in (
         [0, 2**62],
         [2**62, 2**62 + 288], [-288, 0], [288, 0], [0.0, 288.0], [False, 288], [0], [], None, "0-288", {}, [0, 1, 2]

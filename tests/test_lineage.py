@@ -221,3 +221,13 @@ def test_a_card_that_cannot_be_written_is_told_and_fails_nothing(
     call("measure", {}, {"model": model}, store=store, progress=Progress())
     assert f"the card of {model.id[:12]} was not renewed: plan.json is damaged" in capsys.readouterr().err
     assert len(store.evidence(model.id)) == 2
+
+
+def test_a_damaged_copy_in_the_store_is_not_taken_for_a_whole_folder(made: Run, store: Store, tmp_path: Path) -> None:
+    model = made("make")
+    whole = copy_artifact(model, tmp_path / "whole")
+    name = next(name for name in model.files if name.endswith(".safetensors"))
+    data = model.file(name).read_bytes()
+    model.file(name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(ArtifactError, match="differs"):
+        resolve.resolve_any(str(whole.path), store)

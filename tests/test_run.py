@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import toys.make
@@ -152,8 +151,11 @@ def test_a_folder_that_was_changed_is_refused(store: Store, quiet: Progress, tmp
 
 def test_the_public_names_are_sorted_and_there() -> None:
     assert gulliver.__all__ == sorted(gulliver.__all__)
-    assert isinstance(gulliver.core, ModuleType) and callable(gulliver.train), "the step, not the folder"
-    code = "import sys, gulliver.runtime; assert 'gulliver.pipeline' not in sys.modules; assert callable(gulliver.fit)"
+    code = (
+        "import sys, types, gulliver.runtime, gulliver.core; assert 'gulliver.pipeline' not in sys.modules\n"
+        "assert isinstance(gulliver.core, types.ModuleType)\n"
+        "import gulliver.train.train; assert isinstance(gulliver.train, types.FunctionType), 'the step, not the folder'"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="has no attribute 'fitt'"):
         gulliver.fitt  # noqa: B018

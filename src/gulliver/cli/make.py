@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from gulliver.cli.options import FitOptions, RunOptions
@@ -64,7 +63,7 @@ def fit(options: FitOptions, session: Session) -> tuple[Any, list[str]]:
     shared = {"store": session.store, "progress": session.progress, "command": session.command}
     fitted = fit(**options.model_dump(), **shared)
     document, lines = described(fitted, session, None)
-    report = Path(options.out) / REPORT
+    report = fitted.path / REPORT
     if report.is_file():
         document["report"] = str(report)
         lines.append(f"report: {report}")

@@ -8,9 +8,10 @@ drift. Files of earlier versions still open: their keys are aliases here, and `f
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Any, Self
 
-from pydantic import AliasChoices, Field, PlainSerializer, StringConstraints, model_validator
+from pydantic import AliasChoices, BeforeValidator, Field, PlainSerializer, StringConstraints, model_validator
 
 from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.evidence.gate import Verdict
@@ -29,7 +30,14 @@ _LossIncrease = Field(validation_alias=AliasChoices("loss_increase", "damage"))
 """How much the loss is predicted to rise, in the unit of the statistics (compress/statistics.py)."""
 
 
-EvidenceRow = Annotated[Evidence, PlainSerializer(Evidence.to_json)]
+def _with_every_field(value: Any) -> Any:
+    missing = [field.name for field in fields(Evidence) if isinstance(value, dict) and field.name not in value]
+    if missing:
+        raise ValueError(f"the field {missing[0]} is missing")
+    return value
+
+
+EvidenceRow = Annotated[Evidence, BeforeValidator(_with_every_field), PlainSerializer(Evidence.to_json)]
 VerdictRow = Annotated[Verdict, PlainSerializer(Verdict.to_json)]
 
 

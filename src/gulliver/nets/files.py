@@ -19,6 +19,7 @@ ITEM_BYTES = {
     **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1},
 }
 """Code of a type in a header -> bytes of one number. Types of less than a byte are not here."""
+CAUSAL = ("ForCausalLM", "LMHeadModel")  # how the names of networks with a language model's head end
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 16
 INDEX = "model.safetensors.index.json"
@@ -43,6 +44,14 @@ def architectures(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The names under `architectures` in a config.json; empty where there are none."""
     names = config.get("architectures") or ()
     return tuple(str(name) for name in names) if isinstance(names, list | tuple) else ()
+
+
+def is_causal(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether `folder` holds a causal language model; an older config without `architectures` counts as one."""
+    if (folder / "modules.json").is_file():
+        return False
+    names = architectures(config)
+    return not names or any(name.endswith(CAUSAL) for name in names)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -95,7 +104,9 @@ def _header(path: Path) -> dict[str, Stored]:
         body = read_json(stream.read(length).rstrip(b" "), path.name)
     if not isinstance(body, dict):
         raise ArtifactError(f"{path}: the header is not a JSON object; download or make it again")
-    body.pop("__metadata__", None)
+    metadata = body.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ArtifactError(f"{path}: the header's __metadata__ is not text by name; download or make it again")
     found = {name: _stored(path, name, row, 8 + length, size) for name, row in body.items()}
     end = 8 + length
     for name, tensor in sorted(found.items(), key=lambda item: (item[1].offset, item[1].length)):

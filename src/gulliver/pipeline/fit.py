@@ -109,7 +109,9 @@ def fit(
     budget = replace(budget, speed_metric=family(parent.task).speed_metric)
     dataset = data_for(parent, data, store, eval_data=eval_data, progress=progress)
     if dataset is None:
-        raise DataError(f"{parent.id[:12]} was made without data; add --data (text files or catalog:NAME)")
+        raise DataError(
+            f"no data that {parent.id[:12]} was made with are in this store; add --data (text files or catalog:NAME)"
+        )
     shared = {"store": store, "seed": seed, "progress": progress, "command": command}
     work = Fit(parent, dataset, budget, effort, shared)
     try:

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +139,13 @@ def generate(
         if name not in known:
             raise ConfigError(f"generate does not take {name!r}; how tokens are chosen: {', '.join(known)}")
     chosen = Sampling(**{"temperature": TEMPERATURE, **sampling})
+    single = None if opening is None else replace(opening, slots=1)
 
     def pieces() -> Iterator[str]:
         with ExitStack() as stack:
             opened = model
             if not isinstance(opened, OpenModel):
-                opened = stack.enter_context(open_model(opened, opening, store=lambda: open_store(home)))
+                opened = stack.enter_context(open_model(opened, single, store=lambda: open_store(home)))
             tokens = opened.tokens(prompt, raw=raw, system=system)
             request = opened.request(tokens, sampling=chosen, max_tokens=max_tokens, stop=stop, json_schema=json_schema)
             for piece in opened.engine.stream(request):

@@ -70,10 +70,10 @@ def load(path: Path | str) -> Recipe:
 def parse(text: str, source: str = "recipe") -> Recipe:
     """A checked Recipe from TOML text; `source` is its name in error messages."""
     try:
-        document = tomllib.loads(text)
+        document, lines = tomllib.loads(text), key_lines(text)
     except (ValueError, RecursionError) as failure:  # a number of 5000 digits, 2000 brackets
         raise ConfigError(f"{source} is not valid TOML: {failure}") from None
-    return _Checker(source, key_lines(text), document).recipe()
+    return _Checker(source, lines, document).recipe()
 
 
 class _Checker:

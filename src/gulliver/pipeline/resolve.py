@@ -139,8 +139,10 @@ def _known_artifact(spec: str | Path | Artifact, store: Store) -> Artifact | Non
         artifact = open_artifact(path)
         verify(artifact)
         store.copies[artifact.id] = artifact.path
-        there = store.has(artifact.id)
-        return store.get(artifact.id) if there else copy_artifact(artifact, store.artifacts_folder / artifact.id)
+        if not store.has(artifact.id):
+            return copy_artifact(artifact, store.artifacts_folder / artifact.id)
+        verify(there := store.get(artifact.id))
+        return there
     if not path.exists() and _ID.fullmatch(str(spec)):
         return store.get(str(spec))
     return None

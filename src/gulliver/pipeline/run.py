@@ -41,8 +41,10 @@ def run_recipe(
     An HTML report is written beside the last model, or to `report`, also when a gate refuses.
     """
     recipe = load(path)
-    if report is not None and (named_path(report).is_dir() or not named_path(report).parent.is_dir()):
-        raise ConfigError(f"--report {report} must be a file in a folder that exists")
+    if report is not None:
+        report = named_path(report)
+        if report.is_dir() or not report.parent.is_dir():
+            raise ConfigError(f"--report {report} must be a file in a folder that exists")
     store = store or Store(home or recipe.home)
     progress = progress or Progress()
     made: dict[str, Artifact] = {}

@@ -120,7 +120,7 @@ def _plain(name: str, value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{package} {version}" for package, version in sorted(value.items()))
     if isinstance(value, tuple):
-        return ", ".join(value)
+        return ", ".join(map(str, value))
     if name.endswith("_bytes") and isinstance(value, int):
         return format_value(value, "bytes")
     return f"{value:,.1f}".replace(",", "\u202f") if isinstance(value, float) else str(value)

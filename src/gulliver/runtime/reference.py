@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gulliver.core.errors import ArtifactError
@@ -82,8 +82,11 @@ def read_stored(folder: Path) -> Iterator[tuple[str, PackedTensor | Tensor]]:
 def _tensor(stored: Mapping[str, Stored], name: str) -> Tensor:
     if name not in stored:
         raise ArtifactError(f"the weight files lack {name}, which {PACKING} promises; the model is damaged")
-    with safe_open(stored[name].path, framework="pt") as file:
-        return file.get_tensor(name)
+    try:
+        with safe_open(stored[name].path, framework="pt") as file:
+            return file.get_tensor(name)
+    except SafetensorError as error:
+        raise ArtifactError(f"{stored[name].path} is damaged: {error}; download or make it again") from None
 
 
 def _read_packed(

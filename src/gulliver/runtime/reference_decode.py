@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from transformers import DynamicCache
 
 from gulliver.core.errors import ConfigError
+from gulliver.nets.files import is_causal
 from gulliver.runtime.decoder import StepBatch
-from gulliver.runtime.network import load_network
+from gulliver.runtime.network import load_network, read_config
 
 BLOCK_TOKENS = 16
 NO_LIMIT = 32768  # positions of a model whose config names no limit
@@ -57,8 +58,9 @@ class ReferenceDecoder:
         """
         if threads is not None:
             torch.set_num_threads(threads)
-        model = load_network(folder, empty=False) if model is None else model
-        if model.get_output_embeddings() is None:
+        if model is None and is_causal(folder, read_config(folder).to_dict()):
+            model = load_network(folder, empty=False)
+        if model is None or model.get_output_embeddings() is None:
             raise ConfigError(f"{folder} has no language model head, so it writes no text; ask it for embeddings")
         config = model.config.get_text_config(decoder=True)
         self._model: Any = model
@@ -90,9 +92,11 @@ class ReferenceDecoder:
 
     def _sequence(self, blocks: tuple[int, ...], first: int) -> _Held:
         """The sequence that begins in blocks[0], cut to its first `first` tokens; others in these blocks have ended."""
-        others = {start: held for start, held in self._held.items() if start != blocks[0]}
-        for start in [start for start, held in others.items() if not set(blocks).isdisjoint(held.blocks)]:
-            del self._held[start]
+        known = self._held.get(blocks[0])
+        if first == 0 or known is None or known.blocks != blocks:
+            mine, others = set(blocks), {start: held for start, held in self._held.items() if start != blocks[0]}
+            for start in [start for start, held in others.items() if not mine.isdisjoint(held.blocks)]:
+                del self._held[start]
         if first == 0:
             self._held[blocks[0]] = _Held(cache=DynamicCache())
         held = self._held[blocks[0]]

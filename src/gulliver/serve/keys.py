@@ -189,7 +189,8 @@ def _parsed(data: bytes, path: Path) -> list[Key]:
         raise ConfigError(str(error)) from None
     except ValidationError as error:
         problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"])) or "the file"
+        known = problem["loc"][:-1] if problem["type"] == "extra_forbidden" else problem["loc"]
+        place = ".".join(map(str, known)) or "the file"
         raise ConfigError(f"{path}: {place}: {problem['msg']}; `gulliver keys` writes such files") from None
     for name, times in Counter(key.name for key in keys).items():
         if times > 1:

@@ -56,7 +56,7 @@ def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
     task = get_task(model.task)
     _refuse_other(task, model, parent, datasets, ctx)
     batch_at = _batches(task, cfg, datasets, model, ctx)
-    if model.files.get("tokenizer.json") != parent.files.get("tokenizer.json"):
+    if not (_reader(model) and _reader(model) == _reader(parent)):
         ours, theirs = batch_at(0), _batches(task, cfg, datasets, parent, ctx)(0)
         if any(not torch.equal(tensor, theirs[name]) for name, tensor in ours.items()):
             told = f"model {model.id[:12]} and its parent {parent.id[:12]} turn the same text into different tokens"
@@ -64,7 +64,8 @@ def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
     teacher = task.load(parent.path).requires_grad_(False)
     student = task.load(model.path).requires_grad_(False)
     canonical, packed = canonical_names(student), is_packed(model.path)
-    latents, dense = _trainable(student, teacher, model)
+    quantized_from = any(parent.id in ids for ids in model.inputs.values())
+    latents, dense = _trainable(student, teacher if quantized_from else None, model)
 
     bfloat16 = torch.autocast("cpu", dtype=torch.bfloat16)
     assert cfg.learning_rate is not None, "a call resolves it"
@@ -126,16 +127,22 @@ def _refuse_other(task: Task, model: Artifact, parent: Artifact, datasets: list[
         )
 
 
+def _reader(model: Artifact) -> dict[str, Any]:
+    """The files that turn text into tokens, with their hashes."""
+    kinds = ("token", "vocab", "merges", ".model")
+    return {name: entry for name, entry in model.files.items() if any(kind in name for kind in kinds)}
+
+
 # ---- what is trained ------------------------------------------------------------------------------------------------
 def _trainable(
-    student: nn.Module, teacher: nn.Module, model: Artifact
+    student: nn.Module, ancestor: nn.Module | None, model: Artifact
 ) -> tuple[dict[str, LatentTensor], dict[str, nn.Parameter]]:
     """Latents of the packed weights, taken out of the network's parameters; and what is trained as it is.
 
-    That is all of a dense student, and the vectors of a packed one. Latents start at the parent's weights where the
-    student was quantized from it, else at what is stored.
+    That is all of a dense student, and the vectors of a packed one. Latents start at the weights of the `ancestor` that
+    the student was quantized from, else at what is stored.
     """
-    theirs = dict(teacher.named_parameters())
+    theirs = dict(ancestor.named_parameters()) if ancestor is not None else {}
     latents = {}
     for name, tensor in read_stored(model.path) if is_packed(model.path) else ():
         if isinstance(tensor, PackedTensor):
@@ -161,7 +168,10 @@ def _groups(
     groups = [{"params": [part.latent], "learning_rate": rate * part.spacing()} for part in parts]
     for matrix in (one for one in dense if one.dim() > 1):
         size = max(float(matrix.detach().square().mean().sqrt()), LEAST_RMS)
-        groups.append({"params": [matrix], "learning_rate": rate * size})
+        rounded = float(
+            f"{rate * size:.4g}"
+        )  # the mean's last bits depend on the threads, and a resumed run must agree
+        groups.append({"params": [matrix], "learning_rate": rounded})
     scales, vectors = [part.change for part in parts], [one for one in dense if one.dim() <= 1]
     groups.append({"params": scales, "learning_rate": cfg.scale_rate})
     return [*groups, {"params": vectors, "learning_rate": cfg.vector_rate}]

@@ -97,7 +97,7 @@ class BatchQueue(Generic[Item, Answer]):
         self._cost = cost
         self._unit = unit
         self._jobs: deque[_Job] = deque()  # with items that are not in a batch yet
-        self._open: set[_Job] = set()  # accepted and not ended yet
+        self._running: list[_Job] = []  # with items in the batch that is computed
         self._changed = threading.Condition()  # guards all that is above and below
         self._draining = False
         self._closing = False
@@ -194,10 +194,11 @@ class BatchQueue(Generic[Item, Answer]):
                     self._jobs.remove(job)
                 batch, self._jobs = _next_batch(self._jobs, self._batch)
                 self._running = [job for job, _ in batch]
+                if batch:
+                    self._count(batch)
             for job in stopped:
                 self._end(job, self._stopped())
             if batch:
-                self._count(batch)
                 self._answer(batch)
             elif self._closing:
                 return

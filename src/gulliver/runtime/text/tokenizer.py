@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from gulliver.runtime.text.detokenizer import Detokenizer, TokenBytes
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-CHARACTERS_PER_TOKEN = 64  # on average never so many
+LOSSY_CHARACTERS = 1024  # a token of a tokenizer that changes texts first, and may drop some, counts for so many
 SHORT_CHARACTERS = 4096
 """Beyond, a text is tokenized by the call that lets Python's other threads run meanwhile, as `encode` does not."""
 
@@ -41,19 +42,25 @@ class Text:
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Tokens of `text`, with those that the tokenizer puts around every text (like <s>) when `special`.
 
-        Special tokens that are spelled out in the text are read as such. ConfigError for one that is surely longer
-        than `context`, before it is tokenized.
+        Special tokens that are spelled out in the text are read as such. ConfigError, before it is tokenized, for one
+        that is longer than `context` tokens of the greatest length.
         """
-        if self.context is not None and len(text) > CHARACTERS_PER_TOKEN * self.context:
+        long = len(text) > SHORT_CHARACTERS
+        if long and self.context is not None and len(text) > self._longest * self.context:
             raise ConfigError(
                 f"{len(text)} characters do not fit the context of {self.context} tokens; shorten the text"
             )
         try:
-            if len(text) <= SHORT_CHARACTERS:
+            if not long:
                 return self.tokenizer.encode(text, add_special_tokens=special).ids
             return self.tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
         except (UnicodeEncodeError, TypeError) as error:
             raise ConfigError(f"the text holds half a character (a lone surrogate): {str(error)[:200]}") from error
+
+    @cached_property
+    def _longest(self) -> int:
+        """Most characters of a text that become one token."""
+        return max(LOSSY_CHARACTERS if self.tokenizer.normalizer else 1, *map(len, self.tokenizer.get_vocab()))
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """The tokens of a chat; `options` are those of `ChatTemplate.render`, which writes the special tokens."""

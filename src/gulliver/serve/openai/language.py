@@ -103,6 +103,8 @@ def _chat_request(body: ChatRequest, model: ServedModel) -> Request:
         raise bad_request(str(error), "messages") from None
     except RecursionError:
         raise bad_request("the request is nested too deep for the model's chat template", "messages") from None
+    if not tokens:
+        raise bad_request("the prompt is empty; give at least one token", "messages")
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     return replace(
         _engine_request(body, tokens, model),

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gulliver.nets.files import architectures
-from gulliver.tasks.language import config as language
+from gulliver.nets.files import architectures, is_causal
 
 ENCODERS = ("Model", "ForMaskedLM", "ForPreTraining")
 """How the names of networks end whose last hidden states are used."""
@@ -20,4 +19,4 @@ def claims(folder: Path, config: Mapping[str, Any]) -> bool:
     names = architectures(config)
     alone = any(name.endswith("EncoderModel") for name in names)  # of an encoder and a decoder in one (T5EncoderModel)
     whole = bool(config.get("is_encoder_decoder")) and not alone
-    return any(name.endswith(ENCODERS) for name in names) and not language.claims(folder, config) and not whole
+    return any(name.endswith(ENCODERS) for name in names) and not is_causal(folder, config) and not whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -54,13 +55,11 @@ class VisionAnswerer(Batched):
         """The path of a picture, or its pixels as JSON."""
         if len(words) != 1:
             raise DataError(f"one picture is classified at a time; {len(words)} were given")
-        if not words[0].lstrip().startswith("["):
-            path = named_path(words[0])
-            if path.is_file():
-                return self.request_model(image=base64.b64encode(path.read_bytes()).decode())
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             return self.request_model(image=json.loads(words[0]))
-        except (ValueError, RecursionError):
+        try:
+            return self.request_model(image=base64.b64encode(named_path(words[0]).read_bytes()).decode())
+        except OSError:
             told = f"{words[0][:80]!r} is neither the path of a picture nor a JSON list of pixels"
             raise DataError(f"{told}; give a PNG, JPEG, WebP, GIF or BMP file") from None
 

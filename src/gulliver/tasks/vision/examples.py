@@ -57,8 +57,8 @@ def read_split(source: str | Path, split: str) -> Examples:
         raise DataError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
     examples, names = _read(Path(source))
     held_out = split_by_content(examples) if names is None else names == "eval"
-    trained = {image.tobytes() for image in examples.images[~held_out]}
-    both = sum(image.tobytes() in trained for image in examples.images[held_out])
+    trained = {image.tobytes() for image in examples.images[~held_out]} if names is not None else ()
+    both = sum(image.tobytes() in trained for image in examples.images[held_out]) if trained else 0
     if both:
         raise DataError(f"{source}: {both} images of the eval split are also in the train split; remove them from one")
     return examples.take(held_out if split == "eval" else ~held_out)

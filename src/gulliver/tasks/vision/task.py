@@ -46,9 +46,10 @@ class VisionTask(Task):
     def _examples(self, source: Path, split: str, options: Any) -> Iterator[pyarrow.RecordBatch]:
         for part in SPLITS if split == "all" else (split,):
             examples = read_split(source, part)
-            images = pyarrow.array(list(examples.images), pyarrow.list_(pyarrow.float32()))
-            table = pyarrow.table({"image": images, "label": examples.labels})
-            yield from table.to_batches(max_chunksize=BATCH_ROWS)
+            for start in range(0, len(examples), BATCH_ROWS):
+                rows = slice(start, start + BATCH_ROWS)
+                images = pyarrow.array(list(examples.images[rows]), pyarrow.list_(pyarrow.float32()))
+                yield pyarrow.RecordBatch.from_pydict({"image": images, "label": pyarrow.array(examples.labels[rows])})
 
     def units(self, example: Mapping[str, Any]) -> Iterator[str]:
         """The picture with its label."""
