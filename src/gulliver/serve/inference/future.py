@@ -21,7 +21,7 @@ async def result_of(
 ) -> Any:
     """What the future of `submit` gives, which is called in a thread.
 
-    The event given to it is set when the result is no longer wanted. ApiError when the model refuses the request
+    The event given to it is set when nothing waits for the result. ApiError when the model refuses the request
     or fails on it, at the server's time limit, and when the client disconnected before.
     """
     stop = Event()

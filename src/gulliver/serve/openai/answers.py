@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any, ClassVar
@@ -37,7 +38,7 @@ INLINE_TOKENS = 256  # answers with more tokens are written in a thread, so that
 LOWEST = -9999.0  # how a probability of zero is written: JSON cannot hold infinity
 
 
-class AnswerWriter:
+class AnswerWriter(ABC):
     """Writes the answer to one request, whole or as server-sent events. `count` comes before `closing` and `whole`."""
 
     prefix: ClassVar[str]  # of the answer's id
@@ -56,21 +57,21 @@ class AnswerWriter:
             "system_fingerprint": f"{(model.artifact_id or 'unnamed')[:12]}-{model.answerer.backend}",
         }
 
+    @abstractmethod
     def opening(self) -> list[dict[str, Any]]:
         """The choices before the first piece, each an event."""
-        raise NotImplementedError
 
+    @abstractmethod
     def added(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """The choices that a piece adds to the stream, each an event."""
-        raise NotImplementedError
 
     def part(self, piece: Piece) -> tuple[str, Sequence[TokenChoice]]:
         """(text, tokens) of a piece that are shown."""
         return piece.text, piece.tokens
 
+    @abstractmethod
     def choice(self, index: int, text: str, tokens: Sequence[TokenChoice], finish: str) -> dict[str, Any]:
         """A choice of a whole answer."""
-        raise NotImplementedError
 
     def count(self, run: Generation) -> None:
         """Write what the run used into the record of its request."""

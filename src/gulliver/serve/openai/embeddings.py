@@ -27,7 +27,7 @@ from gulliver.tasks.answerer import Embedding
 
 def router(state: State) -> APIRouter:
     """The route, for one server."""
-    routes = APIRouter(route_class=JsonRoute, tags=["language"])
+    routes = APIRouter(route_class=JsonRoute, tags=["text"])
 
     @routes.post("/v1/embeddings", operation_id="create_embeddings", response_model=response_schemas.EmbeddingList)
     async def create(body: EmbeddingRequest, request: HttpRequest) -> Response:

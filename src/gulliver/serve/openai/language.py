@@ -30,7 +30,7 @@ SMALLEST_TOP_P = 1e-9  # what top_p = 0, which OpenAI allows, means: the likelie
 
 def router(state: State) -> APIRouter:
     """The routes, for one server."""
-    routes, bridge = APIRouter(route_class=JsonRoute, tags=["language"], responses=STREAMS), Bridge()
+    routes, bridge = APIRouter(route_class=JsonRoute, tags=["text"], responses=STREAMS), Bridge()
     timeout = state.settings.timeout_seconds
 
     @routes.post("/v1/chat/completions", operation_id="create_chat_completion", response_model=ChatCompletion)
