@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from language_samples import CAUSAL, VOCABULARY, write_causal, write_encoder
+from language_samples import CAUSAL, SMALL, VOCABULARY, write_causal, write_encoder
 from safetensors.torch import load_file, save_file
 from test_packed import random_part
 
-from gulliver.core.errors import ConfigError
+from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.records import Packing
 from gulliver.core.store.manifest import PACKING
 from gulliver.runtime.batching.engine import Engine, Request, Sampling
@@ -23,6 +23,7 @@ from gulliver.runtime.decoder import StepBatch
 from gulliver.runtime.formats import Format
 from gulliver.runtime.packed import PackedTensor
 from gulliver.runtime.reference import packing_entry, stored_form
+from gulliver.runtime.reference_cache import Reader, Remembered
 from gulliver.runtime.reference_decode import ReferenceDecoder
 from gulliver.runtime.text.tokenizer import Text
 
@@ -67,6 +68,87 @@ def test_greedy_answers_are_those_of_transformers(name: str, tmp_path: Path) -> 
     right = [generated(folder, prompt, count) for prompt in PROMPTS]
     assert answers(folder, PROMPTS, count) == right
     assert len({tuple(tokens) for tokens in right}) > 1
+
+
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "num_dense_layers": 1,
+    },
+    "minimax": {"num_local_experts": 4, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
+    "jamba": {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 4, "n_groups": 1},
+    "rwkv": {"attention_hidden_size": 32, "context_length": 128},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32, "head_dim": 8},
+}
+"""Networks that remember by convolutions, states and linear attention: model_type -> what its config needs more."""
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_networks_of_any_memory_answer_as_they_do_from_the_beginning(kind: str, tmp_path: Path) -> None:
+    folder = write_causal(tmp_path / kind)
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **(SMALL | HYBRIDS[kind]))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+
+    def from_the_beginning(tokens: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
+
+    right = []
+    for prompt in PROMPTS:
+        tokens = list(prompt)
+        for _ in range(8):
+            tokens.append(int(from_the_beginning(tokens)[-1].argmax()))
+        right.append(tokens[len(prompt) :])
+    assert answers(folder, PROMPTS, 8) == right
+    reader = Reader(model, VOCABULARY)
+    text, tokens = Remembered(), list(range(1, 24))
+    with torch.inference_mode():
+        reader.read(text, tokens[:20], 1)
+        reader.read(text, [7, 8, 9], 1)
+        reader.shorten(text, 21)
+        found = reader.read(text, tokens[20:], 2)
+    assert torch.allclose(found, from_the_beginning([*tokens[:20], 7, *tokens[20:]])[-2:], atol=1e-4)
+
+
+def test_a_network_without_a_memory_that_holds_is_read_from_the_beginning(llama: Path) -> None:
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(str(llama), dtype=torch.float32)
+    assert Reader(model, VOCABULARY).keeps and Reader(model, VOCABULARY).crops
+    forward = model.forward
+
+    def forgets(input_ids: torch.Tensor, past_key_values: Any = None, **options: Any) -> Any:
+        return forward(input_ids=input_ids, **options)
+
+    model.forward = forgets
+    assert not Reader(model, VOCABULARY).keeps
+
+    def fails(input_ids: torch.Tensor, **options: Any) -> Any:
+        raise IndexError("list index out of range")
+
+    model.forward = fails
+    with pytest.raises(ArtifactError, match="cannot read text: list index out of range"):
+        Reader(model, VOCABULARY)
 
 
 def test_preemption_and_drafts_change_nothing(llama: Path) -> None:
@@ -122,7 +204,7 @@ def test_what_an_ended_sequence_held_is_forgotten(llama: Path) -> None:
     decoder: Any = engine.decoder
     for seed in range(5):
         engine.complete([Request((seed,) * 30, 40, Sampling(seed=seed), ignore_end=True)])
-        assert sum(len(held.tokens) for held in decoder._held.values()) <= 128
+        assert sum(len(held.text.tokens) for held in decoder._held.values()) <= 128
         blocks = [block for held in decoder._held.values() for block in held.blocks]
         assert len(blocks) == len(set(blocks))
     engine.close()

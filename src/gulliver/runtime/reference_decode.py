@@ -1,12 +1,11 @@
 """The reference decoder: any causal language model that transformers loads, slow and right.
 
-Every sequence has a transformers cache of its own and is computed alone, in float32. A model whose state cannot be
-taken back (recurrent ones) is computed from the beginning at every step.
+Every sequence has a cache of its own, of the kind that the model makes, and is computed alone, in float32; see
+`runtime.reference_cache` for when it is computed from the beginning.
 """
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import DynamicCache
 
 from gulliver.core.errors import ConfigError
 from gulliver.nets.files import is_causal
 from gulliver.runtime.decoder import StepBatch
 from gulliver.runtime.network import load_network, read_config
+from gulliver.runtime.reference_cache import Reader, Remembered
 
 BLOCK_TOKENS = 16
 NO_LIMIT = 32768  # positions of a model whose config names no limit
@@ -30,8 +29,7 @@ class _Held:
     """What the cache holds of one sequence."""
 
     blocks: tuple[int, ...] = ()
-    tokens: list[int] = field(default_factory=list)
-    cache: Any = None
+    text: Remembered = field(default_factory=Remembered)
 
 
 class ReferenceDecoder:
@@ -63,10 +61,8 @@ class ReferenceDecoder:
         if model is None or model.get_output_embeddings() is None:
             raise ConfigError(f"{folder} has no language model head, so it writes no text; ask it for embeddings")
         config = model.config.get_text_config(decoder=True)
-        self._model: Any = model
-        self._keeps = not model._is_stateful
-        self._cuts_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
+        self._reader: Reader | None = Reader(model, self.vocabulary)
         self.positions: int = getattr(config, "max_position_embeddings", None) or NO_LIMIT
         wanted = slots * self.positions if cache_tokens is None else cache_tokens
         self.cache_blocks = max(1, -(-wanted // BLOCK_TOKENS))
@@ -76,6 +72,7 @@ class ReferenceDecoder:
     def step(self, batch: StepBatch) -> NDArray[np.float32]:
         """Logits [answers, vocabulary]; see `Decoder.step`."""
         found: list[NDArray[np.float32]] = []
+        assert self._reader is not None, "the decoder is closed"
         with torch.inference_mode():
             for place in range(len(batch.blocks)):
                 rows = np.flatnonzero(batch.sequences == place)
@@ -86,7 +83,7 @@ class ReferenceDecoder:
                 held = self._sequence(tuple(batch.blocks[place, :count].tolist()), first)
                 wanted = np.flatnonzero(np.isin(rows, batch.wanted))
                 keep = len(rows) - int(wanted[0]) if len(wanted) else 1
-                logits = self._forward(held, batch.tokens[rows].tolist(), keep)
+                logits = self._reader.read(held.text, batch.tokens[rows].tolist(), keep)
                 found.append(logits[wanted - (len(rows) - keep)].float().numpy())
         return np.concatenate(found) if found else np.empty((0, self.vocabulary), np.float32)
 
@@ -98,27 +95,16 @@ class ReferenceDecoder:
             for start in [start for start, held in others.items() if not mine.isdisjoint(held.blocks)]:
                 del self._held[start]
         if first == 0:
-            self._held[blocks[0]] = _Held(cache=DynamicCache())
+            self._held[blocks[0]] = _Held()
         held = self._held[blocks[0]]
-        beyond = len(held.tokens) - first
-        assert beyond >= 0, f"position {first} follows a sequence of {len(held.tokens)} tokens"
+        count = len(held.text.tokens)
+        assert count >= first, f"position {first} follows a sequence of {count} tokens"
         held.blocks = blocks
-        if beyond:
-            del held.tokens[first:]
-            if self._keeps:
-                held.cache.crop(-beyond)
+        assert self._reader is not None
+        self._reader.shorten(held.text, first)
         return held
-
-    def _forward(self, held: _Held, tokens: list[int], keep: int) -> torch.Tensor:
-        """Logits of the last `keep` of the new tokens, [keep, vocabulary]."""
-        held.tokens += tokens
-        options: dict[str, Any] = {"logits_to_keep": keep} if self._cuts_logits else {}
-        if self._keeps:
-            options |= {"past_key_values": held.cache}
-        ids = torch.tensor([tokens if self._keeps else held.tokens])
-        return self._model(input_ids=ids, use_cache=self._keeps, **options).logits[0, -keep:]
 
     def close(self) -> None:
         """Free the weights and the cache."""
         self._held.clear()
-        self._model = None
+        self._reader = None
