@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
@@ -23,14 +24,39 @@ from gulliver.core.quantities import parse_fraction, parse_size
         ("2KiB", 2048),
         ("3TB", 3 * 10**12),
         ("3TiB", 3 * 2**40),
-        ("512", 512),
+        ("65536", 65_536),
         ("512B", 512),
-        (512, 512),
+        (65_536, 65_536),
+        ("1e9", 10**9),
+        ("1E+9", 10**9),
+        (1e9, 10**9),
+        ("1.5e3MB", 1_500_000_000),
+        ("0.3G", 300_000_000),
+        ("0.3g", 300_000_000),
+        ("64M", 64_000_000),
+        ("2Gi", 2 * 2**30),
         ("1.9999B", 1),
     ],
 )
 def test_sizes(written: str | int, size_bytes: int) -> None:
     assert parse_size(written) == size_bytes
+
+
+@pytest.mark.parametrize(("written", "size_bytes"), [("50%", 500_000), (" 12.5 %", 125_000), ("100%", 1_000_000)])
+def test_a_size_as_a_share_of_the_parent(written: str, size_bytes: int) -> None:
+    assert parse_size(written, whole_bytes=1_000_000) == size_bytes
+
+
+@pytest.mark.parametrize("written", ["0%", "101%", "-5%", "%", "1e9%"])
+def test_a_share_that_is_none(written: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(repr(written))):
+        parse_size(written, whole_bytes=1_000_000)
+
+
+@pytest.mark.parametrize("written", ["64", 64, "64.0", "4096", "0.5", 9999])
+def test_a_small_number_without_a_unit_is_asked_about(written: str | int) -> None:
+    with pytest.raises(ConfigError, match=rf"{written} bytes\? Write {written}MB, or {written}B for bytes"):
+        parse_size(written, "--size")
 
 
 @pytest.mark.parametrize(
@@ -43,7 +69,12 @@ def test_sizes(written: str | int, size_bytes: int) -> None:
         "0",
         0,
         "0.4B",
-        "1e6",
+        "1e",
+        "1e-3GB",
+        "1e999",
+        "50%",
+        "64",
+        64,
         "1,5GB",
         "64MBB",
         "nan",
@@ -106,6 +137,11 @@ def test_a_speed_without_its_metric_makes_no_gate() -> None:
         ({"size_bytes": 1, "min_tokens_per_s": math.nan}, "min_tokens_per_s is nan"),
         ({"size_bytes": 1, "max_drop": -0.1}, "max_drop is -0.1"),
         ({"size_bytes": 1, "max_drop": math.nan}, "max_drop is nan"),
+        ({"size_bytes": 1, "max_drop": 5.0}, "max_drop is 5; it must be a fraction from 0 to 1"),
+        ({"size_bytes": 1, "min_tokens_per_s": math.inf}, "min_tokens_per_s is inf"),
+        ({"size_bytes": 1, "min_tokens_per_s": True}, "min_tokens_per_s is True"),
+        ({"size_bytes": 1, "max_ram_bytes": True}, "max_ram_bytes is True"),
+        ({"max_ram_bytes": 1}, "needs a size or a largest drop"),
     ],
 )
 def test_limits_that_make_no_sense_are_refused(limits: dict[str, float], message: str) -> None:

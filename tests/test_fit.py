@@ -17,10 +17,11 @@ from language_samples import write_encoder
 import gulliver
 from gulliver.cli import main as cli
 from gulliver.core import memory
-from gulliver.core.errors import BudgetError, ConfigError, DataError
+from gulliver.core.errors import ArtifactError, BudgetError, ConfigError, DataError
 from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import Artifact, open_artifact, verify
 from gulliver.core.store.store import Store
+from gulliver.pipeline import api, resolve, smallest
 from gulliver.pipeline import call as run
 from gulliver.tasks import get_task
 
@@ -181,7 +182,7 @@ def test_a_size_that_no_format_reaches(
     report = re.search(r"report: (\S+report\.html)", err)
     assert nearest and report and "<html" in Path(report[1]).read_text(encoding="utf-8")
     with pytest.raises(BudgetError) as refusal:
-        fit(language, 9_000, effort="fast")
+        fit(language, "9kB", effort="fast")
     least = refusal.value.nearest["size_bytes"]
     assert f"{least:,}" == nearest[1]
     assert fit(language, least, effort="fast").weight_bytes <= least
@@ -230,11 +231,98 @@ def test_data_come_from_the_lineage(language: Lab, digits: Lab) -> None:
         fit(language, data=None, effort="fast")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"effort": "huge"}, "effort is 'huge'"),
+        ({"size": "sixty"}, "size is 'sixty'"),
+        ({"size": "64"}, "64 bytes\\? Write 64MB"),
+        ({"size": "150%"}, "at most 100%"),
+        ({"size": None}, "--size 64MB, --max-drop 2%, or both"),
+        ({"max_drop": "500%"}, "max_drop is 5"),
+        ({"max_drop": "little"}, "max_drop is 'little'"),
+        ({"ram": True}, "ram is True"),
+        ({"ram": "10%"}, "ram is '10%'"),
+        ({"speed": float("nan")}, "min_tokens_per_s is nan"),
+        ({"speed": 0}, "min_tokens_per_s is 0"),
+        ({"speed": -3.0}, "min_tokens_per_s is -3"),
+        ({"data": "no/such/text.txt"}, "no/such/text.txt does not exist"),
+        ({"data": "catalog:no-such-text"}, "no-such-text"),
+        ({"eval_data": "no/such/eval.txt"}, "no/such/eval.txt does not exist"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_a_wrong_word_is_found_before_the_model_is_looked_for(
+    wrong: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gulliver.pipeline import fit as loop
+
+    monkeypatch.setattr(loop, "resolve_model", lambda *_, **__: pytest.fail("the model was looked for"))
+    text = tmp_path / "text.txt"
+    text.write_text("the giant")
+    given = {"size": "1MB", "data": text, "home": tmp_path / "home"} | wrong
+    with pytest.raises((ConfigError, DataError), match=message):
+        gulliver.fit("hf:no/model", **given)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "file").touch()
+    with pytest.raises(ArtifactError, match="not empty"):
+        gulliver.fit("hf:no/model", size="1MB", data=text, home=tmp_path / "home", out=full)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["quantize", "--calibration", "abcdef123", "--bits", "11"], "bits"),
+        (["calibrate", "--data", "no/such.txt"], "no/such.txt does not exist"),
+        (["audit", "--data", "no/such.txt"], "no/such.txt does not exist"),
+    ],
+)
+def test_steps_find_a_wrong_word_before_the_model_too(
+    words: list[str], message: str, at_home: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resolve, "resolve_model", lambda *_, **__: pytest.fail("the model was looked for"))
+    monkeypatch.setattr(api, "resolve_model", lambda *_, **__: pytest.fail("the model was looked for"))
+    code, _, err = at_home(words[0], "hf:no/model", *words[1:])
+    assert code == 2 and message in err
+
+
+def test_true_is_no_number(language: Lab) -> None:
+    with pytest.raises(ConfigError, match="max_ram_bytes = True is not valid: must be a number, not true or false"):
+        language.quantize(bits=4, max_ram_bytes=True)
+
+
+def test_a_share_of_the_parent(language: Lab) -> None:
+    made = fit(language, "20%", effort="fast")
+    assert 0.15 * language.model.weight_bytes < made.weight_bytes <= 0.2 * language.model.weight_bytes
+
+
+def test_the_smallest_model_within_a_drop(
+    language: Lab, at_home: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    before = len(steps_run(language))
+    strict, loose = (fit(language, None, effort="fast", max_drop=drop) for drop in (0.02, 0.2))
+    assert strict.weight_bytes > loose.weight_bytes
+    for made, limit in ((strict, 0.02), (loose, 0.2)):
+        lost = [item for item in language.store.evidence(made.id) if item.metric == "quality_loss"]
+        assert lost[-1].worse_end <= limit
+    assert steps_run(language)[before:].count("quantize") <= 2 * smallest.ROUNDS
+    code, _, err = at_home(
+        "fit",
+        language.model.id,
+        "--data",
+        language.dataset.id,
+        "--effort",
+        "fast",
+        "--max-drop",
+        "0%",
+        "--out",
+        tmp_path,
+    )
+    assert code == 4 and "quality_loss <= 0" in err, err
+
+
 def test_wrong_words(language: Lab, at_home: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="effort is 'huge'; choose one of fast, normal, high"):
-        fit(language, effort="huge")
-    with pytest.raises(ConfigError, match="64MB"):
-        fit(language, "sixty")
     with pytest.raises(ConfigError, match="5%"):
         fit(language, max_drop="5")
     with pytest.raises(ConfigError, match="packed already"):

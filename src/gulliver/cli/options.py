@@ -58,10 +58,10 @@ class FitOptions(Options):
     """Options of `fit`."""
 
     model: str = option(..., MODEL_HELP)
-    size: str = option(..., "most bytes of weights: 64MB (10^6) or 64MiB (2^20)")
+    size: str | None = option(None, "most bytes of weights: 64MB (10^6), 64MiB (2^20) or 30% of the parent's")
     ram: str | None = option(None, "most memory that compressing may take, e.g. 1GB")
     speed: float | None = option(None, "least tokens per second on this machine")
-    max_drop: str | None = option(None, "most quality to give up, e.g. 5%")
+    max_drop: str | None = option(None, "most quality to give up, e.g. 5%; without --size: the smallest within it")
     data: str | None = option(None, "text files, a dataset artifact or catalog:NAME")
     eval_data: str | None = option(None, "held-out text; without it a part of --data is held out")
     effort: str = option("normal", "fast, normal or high: how much work may go into it")

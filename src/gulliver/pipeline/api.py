@@ -15,7 +15,7 @@ from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import named_path
 from gulliver.core.store.store import Store
 from gulliver.pipeline.call import Call, call
-from gulliver.pipeline.resolve import data_for, original, resolve_any, resolve_inputs, resolve_model
+from gulliver.pipeline.resolve import check_data, data_for, original, resolve_any, resolve_inputs, resolve_model
 from gulliver.pipeline.steps import fields_of, find
 
 _LONG = ("format", "config", "seed", "files")
@@ -70,6 +70,8 @@ def audit(
     DataError if there is no data to measure quality on.
     """
     store = store or Store(home)
+    if data is not None:
+        check_data(data, store)
     target = resolve_model(model, store, progress=progress)
     older = original(target, store) if parent is None else resolve_model(parent, store, progress=progress)
     dataset = data_for(target, data, store, eval_data=eval_data, progress=progress)

@@ -17,13 +17,14 @@ from gulliver.core.evidence.evidence import measured
 from gulliver.core.evidence.gate import Budget, Verdict
 from gulliver.core.machine import describe
 from gulliver.core.progress import Progress
-from gulliver.core.quantities import checked_seed, parse_fraction, parse_size
+from gulliver.core.quantities import MOST_BYTES, checked_seed, parse_fraction, parse_size
 from gulliver.core.records import Asked, FitResult, Plan, Point
 from gulliver.core.store.artifact import Artifact, check_target, copy_artifact, create, write_annotation
 from gulliver.core.store.manifest import REPORT
 from gulliver.core.store.store import Store
 from gulliver.pipeline.call import Call, call, renew_cards
-from gulliver.pipeline.resolve import data_for, resolve_model
+from gulliver.pipeline.resolve import check_data, data_for, resolve_model
+from gulliver.pipeline.smallest import FIRST_SHARE, ROUNDS, next_size
 from gulliver.report.gather import gather
 from gulliver.report.html import page
 from gulliver.tasks import family, get_task
@@ -73,7 +74,7 @@ class Fit:
 def fit(
     model: str | Path | Artifact,
     *,
-    size: str | int,
+    size: str | float | None = None,
     data: str | Path | Artifact | None = None,
     eval_data: str | None = None,
     ram: str | int | None = None,
@@ -89,14 +90,15 @@ def fit(
 ) -> Artifact:
     """The best model within the budget, packed, measured and judged; copied to `out` with its report and card.
 
-    `size`: most bytes of weight files ("64MB"); `ram`: most resident memory of the compression ("1GB"); `speed`: least
-    tokens per second here; `max_drop`: most quality given up ("5%"). BudgetError (exit 4), with the nearest point that
-    is feasible, when the budget cannot be met: `out` is then not written.
+    `size`: most bytes of weight files ("64MB", or "30%" of the parent's); `ram`: most resident memory of the
+    compression ("1GB"); `speed`: least tokens per second here; `max_drop`: most quality given up ("5%"). Without `size`
+    it is the smallest model within `max_drop`. BudgetError (exit 4), with the nearest point that is feasible, when the
+    budget cannot be met: `out` is then not written.
     """
     if effort not in EFFORTS:
         raise ConfigError(f"effort is {effort!r}; choose one of {', '.join(EFFORTS)}")
     budget = Budget(
-        size_bytes=parse_size(size, "size"),
+        size_bytes=None if size is None else parse_size(size, "size", whole_bytes=MOST_BYTES),
         max_ram_bytes=None if ram is None else parse_size(ram, "ram"),
         min_tokens_per_s=speed,
         max_drop=None if max_drop is None else parse_fraction(max_drop, "max_drop"),
@@ -105,7 +107,12 @@ def fit(
     if out is not None:
         check_target(out)
     store, progress, began = store or Store(home), progress or Progress(), time.monotonic()
+    for spec in (data, eval_data):
+        if spec is not None:
+            check_data(spec, store)
     parent = resolve_model(model, store, progress=progress)
+    if size is not None:
+        budget = replace(budget, size_bytes=parse_size(size, "size", whole_bytes=parent.weight_bytes))
     budget = replace(budget, speed_metric=family(parent.task).speed_metric)
     dataset = data_for(parent, data, store, eval_data=eval_data, progress=progress)
     if dataset is None:
@@ -125,34 +132,77 @@ def fit(
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
 def _loop(work: Fit) -> Artifact:
-    """Rounds of plan, pack, distill, measure and judge, at most MAX_ROUNDS. BudgetError when the last one misses."""
+    """Rounds of plan, pack, distill, measure and judge. BudgetError when the last one misses the budget."""
     written = {"family": dict(family(work.parent.task).sampled.get(work.effort, {}))}
     samples = work.step("sample", written, model=work.parent) if _may_write(work) else None
     calibration = work.step("calibrate", model=work.parent, dataset=work.dataset, samples=samples)
-    size_bytes = work.budget.size_bytes
-    for _ in range(MAX_ROUNDS):
-        plan = work.step("plan", {"size_bytes": size_bytes}, model=work.parent, calibration=calibration)
-        planned = Plan.of(plan)
-        packed = work.step("quantize", model=work.parent, calibration=calibration, plan=plan)
-        candidates = [packed]
-        if EFFORTS[work.effort]["distill"] is not None:
-            inputs = {"parent": work.parent, "dataset": work.dataset, "samples": samples}
-            candidates += [work.step("distill", model=packed, **inputs)]
-        drops = [_measured_drop(work, candidate) for candidate in candidates]
-        drop = min(drops)  # distilling must show on held-out data, or it is not kept
-        fitted = candidates[drops.index(drop)]
-        work.verdicts = [gate.judge(work.store.evidence(fitted.id), fitted.id) for gate in work.budget.gates()]
-        work.frontier = _in_drops(planned, drop)
-        predicted = _at(work.frontier, planned.size_bytes)
-        work.rounds.append(Point(size_bytes=fitted.weight_bytes, predicted_drop=predicted, measured_drop=drop))
-        over = fitted.weight_bytes - work.budget.size_bytes
-        if over <= 0:
-            break
-        size_bytes -= over
+    rounds = _within_size if work.budget.size_bytes is not None else _smallest
+    fitted = rounds(work, calibration, samples)
     missed = [verdict for verdict in work.verdicts if verdict.outcome != "PASS"]
     if missed:
         raise BudgetError("; ".join(f"{verdict.rule}: {verdict.reason}" for verdict in missed))
     return fitted
+
+
+def _within_size(work: Fit, calibration: Artifact, samples: Artifact | None) -> Artifact:
+    """The model of the budget's size; planned smaller, at most MAX_ROUNDS times, when its files come out larger."""
+    limit = size_bytes = work.budget.size_bytes
+    assert limit is not None and size_bytes is not None
+    for left in reversed(range(MAX_ROUNDS)):
+        _, fitted = _round(work, calibration, samples, size_bytes)
+        over = fitted.weight_bytes - limit
+        if over <= 0 or not left:
+            return fitted
+        size_bytes -= over
+    raise AssertionError("a loop of at least one round returns")
+
+
+def _smallest(work: Fit, calibration: Artifact, samples: Artifact | None) -> Artifact:
+    """The smallest model that passes every gate, of at most ROUNDS that are made; the last one where none passes."""
+    assert work.budget.max_drop is not None
+    size_bytes: int | None = int(FIRST_SHARE * work.parent.weight_bytes)
+    try:
+        work.step("plan", {"size_bytes": size_bytes}, model=work.parent, calibration=calibration)
+    except BudgetError as failure:
+        if not failure.nearest:
+            raise
+        size_bytes = int(failure.nearest["size_bytes"])  # hardly anything of this model can be packed
+    tried: list[tuple[Artifact, list[Verdict]]] = []
+    measured = []
+    for _ in range(ROUNDS):
+        plan, fitted = _round(work, calibration, samples, size_bytes)
+        tried.append((fitted, work.verdicts))
+        lost = next(one for one in work.verdicts if one.metric == "quality_loss")
+        if any(not one.passed for one in work.verdicts if one is not lost):
+            break  # another size changes nothing about it: a limit beside the loss is missed
+        if lost.evidence is None or lost.evidence.metric != "quality_loss":
+            break
+        measured.append((plan.size_bytes, lost.evidence.worse_end, lost.passed))
+        size_bytes = next_size(plan.frontier, measured, work.budget.max_drop)
+        if size_bytes is None:
+            break
+    good = [row for row in tried if all(one.passed for one in row[1])]
+    fitted, work.verdicts = min(good, key=lambda row: row[0].weight_bytes) if good else tried[-1]
+    return fitted
+
+
+def _round(work: Fit, calibration: Artifact, samples: Artifact | None, size_bytes: int) -> tuple[Plan, Artifact]:
+    """One round: the plan for a size, and the better of what was packed by it and what was distilled from that."""
+    plan = work.step("plan", {"size_bytes": size_bytes}, model=work.parent, calibration=calibration)
+    planned = Plan.of(plan)
+    packed = work.step("quantize", model=work.parent, calibration=calibration, plan=plan)
+    candidates = [packed]
+    if EFFORTS[work.effort]["distill"] is not None:
+        inputs = {"parent": work.parent, "dataset": work.dataset, "samples": samples}
+        candidates += [work.step("distill", model=packed, **inputs)]
+    drops = [_measured_drop(work, candidate) for candidate in candidates]
+    drop = min(drops)  # distilling must show on held-out data, or it is not kept
+    fitted = candidates[drops.index(drop)]
+    work.verdicts = [gate.judge(work.store.evidence(fitted.id), fitted.id) for gate in work.budget.gates()]
+    work.frontier = _in_drops(planned, drop)
+    predicted = _at(work.frontier, planned.size_bytes)
+    work.rounds.append(Point(size_bytes=fitted.weight_bytes, predicted_drop=predicted, measured_drop=drop))
+    return planned, fitted
 
 
 def _may_write(work: Fit) -> bool:

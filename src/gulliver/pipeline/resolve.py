@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gulliver.core.errors import ArtifactError, ConfigError
+from gulliver.core import catalog
+from gulliver.core.errors import ArtifactError, ConfigError, DataError
 from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import Artifact, copy_artifact, open_artifact, verify
 from gulliver.core.store.files import named_path
@@ -26,8 +27,14 @@ def resolve_inputs(
 ) -> dict[str, Any]:
     """What users wrote for a step's inputs -> artifacts by role, a tuple of them where the row allows several.
 
-    A dataset is read for the task of the model beside it. ConfigError for several where one is wanted.
+    A dataset is read for the task of the model beside it. ConfigError for several where one is wanted. Wrong options
+    and data that do not exist are found first, before a model is downloaded.
     """
+    steps.checked_config(row, config)
+    for role, value in given.items():
+        if INPUT_KINDS.get(role) == "dataset" and value is not None:
+            for spec in value if isinstance(value, (list, tuple)) else [value]:
+                check_data(spec, store)
     found: dict[str, Any] = {}
     task = str(config.get("task") or DEFAULT)
     roles = sorted((role for role in given if given[role] is not None), key=lambda role: INPUT_KINDS[role] == "dataset")
@@ -81,6 +88,18 @@ def resolve_data(
     if eval_data:
         raise ConfigError(f"{spec} is a dataset that is split already; leave out --eval-data {eval_data}")
     return artifact
+
+
+def check_data(spec: str | Path | Artifact, store: Store) -> None:
+    """Return if `spec` names data that exist; DataError, ConfigError or ArtifactError if not."""
+    if isinstance(spec, Artifact):
+        return
+    if str(spec).startswith(catalog.PREFIX):
+        catalog.lookup(str(spec))
+    elif not named_path(spec).exists():
+        if not _ID.fullmatch(str(spec)):
+            raise DataError(f"{spec} does not exist; give a file, a folder or catalog:NAME")
+        store.get(str(spec))
 
 
 def resolve_any(spec: str | Path | Artifact, store: Store) -> Artifact:

@@ -137,10 +137,11 @@ class Verdict(Gate):
 class Budget:
     """What the fitted model must meet. `max_drop` is the largest quality_loss, a fraction (0.05 is 5 %).
 
-    `min_tokens_per_s` is in the unit of `speed_metric`, the family's own: tokens or examples per second.
+    `min_tokens_per_s` is in the unit of `speed_metric`, the family's own: tokens or examples per second. Without
+    `size_bytes` the smallest model within `max_drop` is wanted.
     """
 
-    size_bytes: int
+    size_bytes: int | None = None
     max_ram_bytes: int | None = None
     min_tokens_per_s: float | None = None
     max_drop: float | None = None
@@ -149,14 +150,17 @@ class Budget:
     def __post_init__(self) -> None:
         for name in ("size_bytes", "max_ram_bytes", "min_tokens_per_s"):
             limit = getattr(self, name)
-            if limit is not None and not limit > 0:
-                raise ConfigError(f"the budget's {name} is {limit}; it must be above 0")
-        if self.max_drop is not None and not self.max_drop >= 0:
-            raise ConfigError(f"the budget's max_drop is {self.max_drop}; it must be 0 or above, for example 0.05")
+            if limit is not None and (isinstance(limit, bool) or not 0 < limit < math.inf):
+                raise ConfigError(f"the budget's {name} is {limit}; it must be a finite number above 0")
+        if self.max_drop is not None and not 0 <= self.max_drop <= 1:
+            told = "a fraction from 0 to 1, for example 0.05 or 5%"
+            raise ConfigError(f"the budget's max_drop is {self.max_drop:g}; it must be {told}")
+        if self.size_bytes is None and self.max_drop is None:
+            raise ConfigError("a budget needs a size or a largest drop: --size 64MB, --max-drop 2%, or both")
 
     def gates(self) -> list[Gate]:
         """The gates that a model within this budget passes, size first. ConfigError for a speed of no metric."""
-        gates = [Gate("size_bytes", at_most=self.size_bytes)]
+        gates = [] if self.size_bytes is None else [Gate("size_bytes", at_most=self.size_bytes)]
         if self.max_ram_bytes is not None:
             gates.append(Gate("compress_peak_ram_bytes", at_most=self.max_ram_bytes))
         if self.min_tokens_per_s is not None:
