@@ -188,6 +188,7 @@ def quality(
     parent: _Source | None = None,
     *,
     share: float = 1.0,
+    max_ram_bytes: int | str | None = None,
     tokens: int = 512,
     holdout: float = 0.1,
     text_column: str = 'text',

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from gulliver.core.options import Options
+from gulliver.core.options import MaxRam, Options
 
 
 class QualityOptions(Options):
@@ -14,6 +14,7 @@ class QualityOptions(Options):
 
     share: float = Field(1.0, gt=0, le=1, description="share of the usual windows or examples to score")
     family: dict[str, Any] = Field(default_factory=dict, description="options of the model's family")
+    max_ram_bytes: MaxRam = None
 
 
 class SpeedOptions(Options):

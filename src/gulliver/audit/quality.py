@@ -7,6 +7,9 @@ of its calibration data, and one of them in the eval part is enough to refuse.
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 from gulliver.audit.options import QualityOptions
 from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError, DataError
@@ -16,6 +19,8 @@ from gulliver.core.overlap import excerpt, first_overlap
 from gulliver.core.records import Calibration, Measured, QualityReport
 from gulliver.core.store.artifact import Artifact
 from gulliver.tasks import get_task, same_examples
+
+MOST_KEPT = 3
 
 
 def run(cfg: QualityOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
@@ -31,11 +36,20 @@ def run(cfg: QualityOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
     task = get_task(model.task)
     refuse_calibration_data(model, list(task.units_of(dataset.path, "eval")), ctx)
     options = task.chosen(cfg.family)
-    with ctx.progress.stage("quality", unit="model") as bar:
-        network = task.load(model.path)
-        reference = None if parent is None else task.load(parent.path)
-        evidence = task.score(network, dataset, reference, folder=model.path, options=options, share=cfg.share)
-        bar.advance(1 if parent is None else 2)
+    with ctx.progress.stage("quality", total=100, unit="percent") as bar:
+        network = task.load(model.path, empty=task.streams)
+        reference = None if parent is None else task.load(parent.path, empty=task.streams)
+        evidence = task.score(
+            network,
+            dataset,
+            reference,
+            folder=model.path,
+            options=options,
+            share=cfg.share,
+            kept=None if parent is None else outputs_folder(parent, ctx),
+            advance=lambda share: bar.advance(int(100 * share) - bar.done),
+        )
+        ctx.check_ram("quality")
         weights = sum(parameter.numel() for parameter in network.parameters())
     evidence += [
         measured("size_bytes", model.weight_bytes),
@@ -48,6 +62,17 @@ def run(cfg: QualityOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
     report = write_report(QualityReport, evidence, inputs, cfg, ctx)
     ctx.record(evidence)
     return report
+
+
+def outputs_folder(parent: Artifact, ctx: Context) -> Path:
+    """Where outputs of `parent` lie between measurements; those of MOST_KEPT models are kept, the last ones used."""
+    whole = ctx.store.home / "cache" / "outputs"
+    chosen = whole / parent.id[:32]
+    chosen.mkdir(parents=True, exist_ok=True)
+    chosen.touch()
+    for old in sorted(whole.iterdir(), key=lambda path: path.stat().st_mtime_ns)[:-MOST_KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return chosen
 
 
 def refuse_calibration_data(model: Artifact, held_out: list[str], ctx: Context) -> None:

@@ -58,10 +58,12 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
     return {name: first for first, names in aliases(model).items() for name in names}
 
 
-def assign(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype = torch.float32) -> set[str]:
-    """Give `model` the named parameters and persistent buffers, of any shape; floating tensors become `dtype`.
+def assign(
+    model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = torch.float32
+) -> set[str]:
+    """Give `model` the named parameters and persistent buffers, of any shape; floating tensors become `dtype`
 
-    Returns the canonical names filled. Unknown names and wrong shapes raise ArtifactError.
+    unless it is None. Returns the canonical names filled. Unknown names and wrong shapes raise ArtifactError.
     """
     canonical, groups = canonical_names(model), aliases(model)
     buffers = dict(model.named_buffers())
@@ -75,7 +77,7 @@ def assign(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch
                 f"{name} has shape {list(tensor.shape)}, but config.json makes it {list(place.shape)}; "
                 "the config and the weights are of different models"
             )
-        value = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        value = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         if name in buffers:
             owner, leaf = _owner(model, name)
             owner._buffers[leaf] = value

@@ -32,7 +32,7 @@ from gulliver.tasks import family, get_task
 MAX_ROUNDS = 3
 WRITING_COPIES, WRITING_BYTES = 3, 2_000_000_000
 """Memory that writing text takes: times the bytes of the weights, and beside them."""
-COMPRESSING = ("sample", "calibrate", "plan", "quantize", "distill")
+COMPRESSING = ("sample", "calibrate", "plan", "quantize", "distill", "quality")
 EFFORTS: Mapping[str, Mapping[str, Mapping[str, Any] | None]] = {
     "fast": {"sample": None, "calibrate": {"examples": 16, "gradient_examples": 4},
              "plan": {"probe_rows": 8, "gptq": False}, "distill": None, "quality": {"share": 1 / 3}},

@@ -26,6 +26,8 @@ from torch import Tensor
 from gulliver.core.errors import ArtifactError
 from gulliver.runtime.formats import PLANES, TILE_ROWS, Format
 
+CHUNK_ROWS = 8192
+
 
 @dataclass
 class RowGroup:
@@ -90,13 +92,15 @@ class PackedTensor:
     parts: list[RowGroup]
     row_part: Tensor | None = None
 
-    def dequantize(self) -> Tensor:
-        """The values, float32 [rows, …] of `shape`."""
-        if self.row_part is None:
-            return self.parts[0].dequantize().reshape(self.shape)
-        values = torch.empty(self.shape[0], self.parts[0].shape[1])
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values as `dtype`, [rows, …] of `shape`; float32 copies of CHUNK_ROWS rows at most are in memory."""
+        values = torch.empty(self.shape[0], self.parts[0].shape[1], dtype=dtype)
         for index, part in enumerate(self.parts):
-            values[self.row_part == index] = part.dequantize()
+            places = None if self.row_part is None else (self.row_part == index).nonzero()[:, 0]
+            for start in range(0, part.shape[0], CHUNK_ROWS):
+                stop = min(start + CHUNK_ROWS, part.shape[0])
+                some = part.rows(start, stop).dequantize()
+                values[slice(start, stop) if places is None else places[start:stop]] = some.to(dtype)
         return values.reshape(self.shape)
 
 

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -59,10 +59,12 @@ def _plain(tensor: PackedTensor | Tensor, dtype: torch.dtype) -> Tensor:
     return found.to(dtype) if found.is_floating_point() else found
 
 
-def read_stored(folder: Path) -> Iterator[tuple[str, PackedTensor | Tensor]]:
+def read_stored(
+    folder: Path, only: Callable[[str], bool] = lambda name: True
+) -> Iterator[tuple[str, PackedTensor | Tensor]]:
     """(name, packed weight or plain tensor, of any shape), one at a time: packed ones first, both in the order of use.
 
-    ArtifactError for a damaged file.
+    Those whose name `only` refuses are not read. ArtifactError for a damaged file.
     """
     packing = read_packing(folder) if is_packed(folder) else {}
     stored = stored_tensors(folder)
@@ -73,9 +75,9 @@ def read_stored(folder: Path) -> Iterator[tuple[str, PackedTensor | Tensor]]:
             raise ArtifactError(f"{folder}: {name} is stored both packed and plain; the files do not belong together")
         if PIECE.sub("", name) in packing:
             raise ArtifactError(f"{folder}: {name} is stored, but no part in {PACKING} needs it; the model is damaged")
-    for name in sorted(packing, key=order_of_use):
+    for name in filter(only, sorted(packing, key=order_of_use)):
         yield name, _read_packed(name, *packing[name], stored)
-    for name in plain:
+    for name in filter(only, plain):
         yield name, _tensor(stored, name)
 
 

@@ -181,6 +181,9 @@ class DataContract(ABC):
 class Task(DataContract):
     """One family of models: how to read examples, build a network, compute a loss, score, and answer a request."""
 
+    streams: ClassVar[bool] = False
+    """Whether `score` takes networks loaded with `empty=True`, whose weights it reads a block at a time."""
+
     # ---- networks ---------------------------------------------------------------------------------------------
     @final
     def build(self, size: int, seed: int = 0) -> nn.Module:
@@ -272,19 +275,30 @@ class Task(DataContract):
         folder: Path,
         options: FamilyOptions | None = None,
         share: float = 1.0,
+        kept: Path | None = None,
+        advance: Advance = lambda share: None,
     ) -> list[Evidence]:
         """Metrics with 95 % intervals on `share` of the usual part of the eval split, paired against `parent` when
 
         given, beside the simplest baseline. `artifact_id`, `parent_id`, `machine` and `command` are filled in by the
-        caller.
+        caller. Networks may come without weights where the family `streams`. `kept` is a folder of this parent's, in
+        which what it answers may lie for the next score; `advance` is called with the share of the work that is done.
         """
-        evidence = self._score(model, dataset, parent, folder, options or self.chosen(), share)
+        evidence = self._score(model, dataset, parent, folder, options or self.chosen(), share, kept, advance)
         assert evidence, f"{self.name}: score returned no evidence"
         return evidence
 
     @abstractmethod
     def _score(
-        self, model: nn.Module, dataset: Artifact, parent: nn.Module | None, folder: Path, options: Any, share: float
+        self,
+        model: nn.Module,
+        dataset: Artifact,
+        parent: nn.Module | None,
+        folder: Path,
+        options: Any,
+        share: float,
+        kept: Path | None,
+        advance: Advance,
     ) -> list[Evidence]: ...
 
     @final

@@ -22,7 +22,7 @@ from gulliver.core.records import EXAMPLES
 from gulliver.core.store.artifact import Artifact, open_artifact
 from gulliver.runtime.network import load_network
 from gulliver.runtime.text.tokenizer import Text
-from gulliver.tasks.base import Batch
+from gulliver.tasks.base import Advance, Batch
 from gulliver.tasks.encoder.pooling import Pooling, cut, encode, read_pooling
 from gulliver.tasks.order import Order
 from gulliver.tasks.text.files import dataset_texts
@@ -65,7 +65,15 @@ class EncoderTask(TextTask):
         return 1 - cosine_similarity(encode(model, batch), target, dim=-1)
 
     def _score(
-        self, model: nn.Module, dataset: Artifact, parent: nn.Module | None, folder: Path, options: Any, share: float
+        self,
+        model: nn.Module,
+        dataset: Artifact,
+        parent: nn.Module | None,
+        folder: Path,
+        options: Any,
+        share: float,
+        kept: Path | None,
+        advance: Advance,
     ) -> list[Evidence]:
         """Cosine of each text's vector to the parent's; without a parent, only the spread of its own vectors.
 

@@ -8,11 +8,11 @@ Student's interval for that mean of paired differences, which is far narrower th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,12 @@ from gulliver.core.errors import DataError
 from gulliver.core.evidence.evidence import Evidence, measured, paired_interval
 from gulliver.core.records import EXAMPLES
 from gulliver.core.store.artifact import Artifact
-from gulliver.nets.linear_kl import chunk_rows
-from gulliver.tasks.language.network import final_hidden, has_plain_head, head_weight, logits_of
+from gulliver.tasks.base import Advance
+from gulliver.tasks.language.outputs import Outputs
 from gulliver.tasks.language.text import token_stream
 
-CACHE_BYTES = 128 * 2**20
-"""A parent's final hidden states are kept for the next score when they are smaller than this."""
+LAYERS = 0.6
+"""Share of the time that the layers take, about; the heads take the rest."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,14 @@ class Window:
 
 
 def score_causal(
-    model: nn.Module, dataset: Artifact, parent: nn.Module | None, folder: Path, windows: int, context: int
+    model: nn.Module,
+    dataset: Artifact,
+    parent: nn.Module | None,
+    folder: Path,
+    windows: int,
+    context: int,
+    kept: Path | None = None,
+    advance: Advance = lambda share: None,
 ) -> list[Evidence]:
     """Evidence on the first `windows` windows of `context` tokens of the eval split; see `Task.score`.
 
@@ -55,9 +62,8 @@ def score_causal(
         told = f"the eval split has {len(stream)} tokens, too few for two windows of {context}"
         raise DataError(f"{told}; give more text or a smaller context")
     rows = stream[: count * context].view(count, context)
-    outputs = None if parent is None else _Parent(parent, (dataset.id, count, context))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        found = [_window(model, row, outputs, number) for number, row in enumerate(rows)]
+        found = _windows(model, parent, rows, kept and kept / f"{dataset.id[:32]}-{count}-{context}", advance)
     detail = {"windows": count, "context": context, "precision": "bfloat16 autocast"}
     common: dict[str, Any] = {"n": count, "data_hash": dataset.files[EXAMPLES].sha256, "detail": detail}
     evidence = [measured("perplexity", *_exp(window.nll for window in found), **common)]
@@ -97,63 +103,37 @@ def _exp(logarithms: Iterable[float]) -> tuple[float, float, float]:
 
 
 # ---- windows ------------------------------------------------------------------------------------------------------
-_KEPT: WeakKeyDictionary[nn.Module, tuple[Any, dict[int, Tensor]]] = WeakKeyDictionary()
+def _windows(
+    model: nn.Module, parent: nn.Module | None, rows: Tensor, kept: Path | None, advance: Advance
+) -> list[Window]:
+    """The score of every window: the parent's layers first, then the model's, then both heads side by side."""
+    layers = LAYERS if parent is None else LAYERS / 2
+    theirs = None if parent is None else Outputs(parent, rows, kept, lambda share: advance(layers * share))
+    ours = Outputs(model, rows, None, lambda share: advance(LAYERS - layers * (1 - share)))
+    found = []
+    with ours.ready(), nullcontext() if theirs is None else theirs.ready():
+        for number in range(len(rows)):
+            found.append(_window(ours, theirs, number))
+            advance(LAYERS + (1 - LAYERS) * (number + 1) / len(rows))
+    return found
 
 
-class _Parent:
-    """The parent's outputs by window; its final hidden states are kept for the next score of the same windows."""
-
-    def __init__(self, network: nn.Module, key: Any) -> None:
-        self.network = network
-        version = tuple((id(parameter), parameter._version) for parameter in network.parameters())
-        if _KEPT.get(network, (None,))[0] != (key, version):
-            _KEPT[network] = ((key, version), {})
-        self.hidden = _KEPT[network][1]
-
-    def final_hidden(self, row: Tensor, number: int) -> Tensor:
-        """[context, width] of window `number`."""
-        if number in self.hidden:
-            return self.hidden[number]
-        hidden = final_hidden(self.network, row[None])[0].to(torch.bfloat16)
-        if hidden.numel() * 2 + sum(tensor.numel() * 2 for tensor in self.hidden.values()) <= CACHE_BYTES:
-            self.hidden[number] = hidden
-        return hidden
-
-
-def _window(model: nn.Module, row: Tensor, parent: _Parent | None, number: int) -> Window:
+def _window(ours: Outputs, theirs: Outputs | None, number: int) -> Window:
     """Score one window, a chunk of positions at a time."""
-    targets = row[1:]
+    targets = ours.rows[number, 1:]
     nll = parent_nll = kl = same = 0.0
-    theirs = None if parent is None else _log_probabilities(parent.network, row, parent, number)
-    for start, ours in _log_probabilities(model, row, None, number):
-        target = targets[start : start + len(ours), None]
-        nll -= ours.gather(1, target).sum().item()
-        if theirs is None:
+    references = None if theirs is None else theirs.log_probabilities(number)
+    for start, mine in ours.log_probabilities(number):
+        target = targets[start : start + len(mine), None]
+        nll -= mine.gather(1, target).sum().item()
+        if references is None:
             continue
-        parent_start, reference = next(theirs)
-        assert parent_start == start and reference.shape == ours.shape, "model and parent have different vocabularies"
+        parent_start, reference = next(references)
+        assert parent_start == start and reference.shape == mine.shape, "model and parent have different vocabularies"
         parent_nll -= reference.gather(1, target).sum().item()
-        same += (ours.argmax(1) == reference.argmax(1)).sum().item()
-        kl += torch.linalg.vecdot(reference.exp(), reference - ours).sum().item()
+        same += (mine.argmax(1) == reference.argmax(1)).sum().item()
+        kl += torch.linalg.vecdot(reference.exp(), reference - mine).sum().item()
     scored = len(targets)
-    if parent is None:
+    if theirs is None:
         return Window(nll / scored)
     return Window(nll / scored, parent_nll / scored, kl / scored, same / scored)
-
-
-def _log_probabilities(
-    model: nn.Module, row: Tensor, parent: _Parent | None, number: int
-) -> Iterator[tuple[int, Tensor]]:
-    """(first position, float32 [positions, vocab]) chunks over all positions but the last, which predicts nothing."""
-    vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-    step = chunk_rows(vocabulary)
-    if not has_plain_head(model):
-        logits = logits_of(model, row[None])[0, :-1]
-        for start in range(0, len(logits), step):
-            yield start, torch.log_softmax(logits[start : start + step].float(), -1)
-        return
-    hidden = final_hidden(model, row[None])[0] if parent is None else parent.final_hidden(row, number)
-    weight = head_weight(model)
-    for start in range(0, len(hidden) - 1, step):
-        part = hidden[start : min(start + step, len(hidden) - 1)]
-        yield start, torch.log_softmax(torch.nn.functional.linear(part, weight), -1, dtype=torch.float32)

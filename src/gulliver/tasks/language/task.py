@@ -31,6 +31,7 @@ class LanguageTask(TextTask):
 
     name: ClassVar[str] = "language"
     generates: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
 
     def _batches(self, dataset: Artifact, split: str, order: Order, folder: Path, options: Any) -> Iterator[Batch]:
         return text.window_batches(text.token_stream(dataset, split, folder), options.tokens, order)
@@ -60,11 +61,19 @@ class LanguageTask(TextTask):
         return losses.mean(1)
 
     def _score(
-        self, model: nn.Module, dataset: Artifact, parent: nn.Module | None, folder: Path, options: Any, share: float
+        self,
+        model: nn.Module,
+        dataset: Artifact,
+        parent: nn.Module | None,
+        folder: Path,
+        options: Any,
+        share: float,
+        kept: Path | None,
+        advance: Advance,
     ) -> list[Evidence]:
         """`share` of the windows of `context` tokens is scored; at least two."""
         windows = max(2, round(share * options.windows))
-        return score_causal(model, dataset, parent, folder, windows, options.context)
+        return score_causal(model, dataset, parent, folder, windows, options.context, kept, advance)
 
     def _workloads(self, model: nn.Module, folder: Path) -> dict[str, Callable[[], int]]:
         return workloads(ReferenceDecoder(folder, model=model))

@@ -25,7 +25,7 @@ from gulliver.nets.inception import Inception, InceptionConfig
 from gulliver.nets.weights import assign, empty_parameters, unfilled
 from gulliver.runtime.reference import read_tensors
 from gulliver.runtime.shards import write_file
-from gulliver.tasks.base import Batch, Block, Task, Weight
+from gulliver.tasks.base import Advance, Batch, Block, Task, Weight
 from gulliver.tasks.order import Order
 from gulliver.tasks.vision.config import ARCHITECTURE, MODEL_TYPE
 from gulliver.tasks.vision.examples import Examples, read_split
@@ -94,7 +94,15 @@ class VisionTask(Task):
 
     # ---- judgement --------------------------------------------------------------------------------------------
     def _score(
-        self, model: nn.Module, dataset: Artifact, parent: nn.Module | None, folder: Path, options: Any, share: float
+        self,
+        model: nn.Module,
+        dataset: Artifact,
+        parent: nn.Module | None,
+        folder: Path,
+        options: Any,
+        share: float,
+        kept: Path | None,
+        advance: Advance,
     ) -> list[Evidence]:
         """`share` of the images is scored; at least two."""
         config = read_config(folder)

@@ -20,7 +20,7 @@ from gulliver.core.errors import DataError
 from gulliver.core.evidence.evidence import Evidence, measured, paired_interval
 from gulliver.core.records import EXAMPLES
 from gulliver.core.store.artifact import MANIFEST, Artifact, open_artifact
-from gulliver.tasks.base import Batch, Block, Coupling, Task, Weight
+from gulliver.tasks.base import Advance, Batch, Block, Coupling, Task, Weight
 from gulliver.tasks.order import Order
 
 
@@ -82,7 +82,15 @@ class DigitsTask(Task):
         return [Coupling("hidden units", 64 * model.size, members)]
 
     def _score(
-        self, model: nn.Module, dataset: Artifact, parent: nn.Module | None, folder: Path, options: Any, share: float
+        self,
+        model: nn.Module,
+        dataset: Artifact,
+        parent: nn.Module | None,
+        folder: Path,
+        options: Any,
+        share: float,
+        kept: Path | None,
+        advance: Advance,
     ) -> list[Evidence]:
         """One observation is a sequence: the fraction of its digits that were told right."""
         del folder

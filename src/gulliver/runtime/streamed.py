@@ -1,0 +1,52 @@
+"""Running a network a block at a time: its weights come from the folder before a block runs, and go right after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gulliver.core.errors import ArtifactError
+from gulliver.nets.weights import assign, canonical_names, release, unfilled
+from gulliver.runtime.packed import PackedTensor
+from gulliver.runtime.reference import read_stored
+
+HALF = {torch.bfloat16, torch.float16}
+
+
+@contextmanager
+def filled(network: nn.Module, folder: Path, prefixes: tuple[str, ...], narrow: Collection[str]) -> Iterator[None]:
+    """While the block runs, the parameters under `prefixes` hold their weights from a folder, plain or packed.
+
+    `narrow` names (canonically) weights that only products under bfloat16 autocast read: they keep the 16 bits they are
+    stored in, or have bfloat16 where they are packed. All others become float32. A network that has its weights keeps
+    them as they are. ArtifactError when the folder lacks one.
+    """
+    if not any(name.startswith(prefixes) for name in unfilled(network)):
+        yield
+        return
+    canonical = canonical_names(network)
+    wanted = read_stored(folder, lambda name: canonical.get(name, name).startswith(prefixes))
+    assign(network, _narrowed(wanted, lambda name: canonical.get(name, name) in narrow), None)
+    missing = [name for name in unfilled(network) if name.startswith(prefixes)]
+    if missing:
+        raise ArtifactError(f"{folder} holds no weights for {missing[0]}; bring the model in with `gulliver pull`")
+    try:
+        yield
+    finally:
+        release(network, prefixes)
+
+
+def _narrowed(
+    stored: Iterator[tuple[str, PackedTensor | Tensor]], is_narrow: Callable[[str], bool]
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in stored:
+        if isinstance(tensor, PackedTensor):
+            yield name, tensor.dequantize(torch.bfloat16 if is_narrow(name) else torch.float32)
+        elif tensor.is_floating_point() and not (is_narrow(name) and tensor.dtype in HALF):
+            yield name, tensor.float()
+        else:
+            yield name, tensor

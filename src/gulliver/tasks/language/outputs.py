@@ -1,0 +1,91 @@
+"""What a causal model gives on windows of text, a chunk of positions at a time.
+
+A network that came without weights is run a block at a time, its weights read from its folder, packed or plain, just
+before: memory holds one block, what enters it for all windows, and the output head. One that cannot be run so (its
+layers form no chain) is loaded whole. What enters the head can be kept in a file for the next measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gulliver.core.errors import ConfigError
+from gulliver.core.store.files import temporary_name
+from gulliver.nets.linear_kl import chunk_rows
+from gulliver.nets.weights import unfilled
+from gulliver.runtime.network import load_network
+from gulliver.runtime.streamed import filled
+from gulliver.tasks.base import Block
+from gulliver.tasks.language.network import logits_of
+from gulliver.tasks.text.streaming import stream_blocks
+
+
+class Outputs:
+    """A causal network's outputs on `rows` [windows, context], under bfloat16 autocast.
+
+    `kept`: a file in which what enters the head lies between measurements; written when it is not there.
+    `advance` is called with the share of the layers that are done.
+    """
+
+    def __init__(self, network: nn.Module, rows: Tensor, kept: Path | None, advance: Callable[[float], None]) -> None:
+        self.network, self.rows, self.kept = network, rows, kept
+        self.folder = Path(str(getattr(network, "source_folder", "")))
+        self.blocks: list[Block] = []
+        try:
+            self.blocks = stream_blocks(network, [{"tokens": row[None]} for row in rows])
+        except ConfigError:
+            if unfilled(network):
+                self.network = load_network(self.folder, empty=False)
+        self.narrow = {weight.name for block in self.blocks for weight in block.weights}
+        self.entering: list[Tensor] = []
+        if self.blocks and not (kept is not None and kept.is_file()):
+            self._run_layers(advance)
+        advance(1.0)
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """While the block runs, the weights of the head are in memory and `log_probabilities` may be called."""
+        if not self.blocks:
+            yield
+            return
+        with filled(self.network, self.folder, self.blocks[-1].prefixes, self.narrow):
+            yield
+
+    def log_probabilities(self, number: int) -> Iterator[tuple[int, Tensor]]:
+        """(first position, float32 [positions, vocab]) chunks of window `number`, all but its last position."""
+        vocabulary = int(self.network.config.vocab_size)  # type: ignore[union-attr, arg-type]
+        step, last = chunk_rows(vocabulary), self.rows.shape[1] - 1
+        whole = self._entering(number) if self.blocks else logits_of(self.network, self.rows[number][None])
+        for start in range(0, last, step):
+            part = whole[:, start : min(start + step, last)]
+            logits = self.blocks[-1].forward(part, number) if self.blocks else part
+            yield start, torch.log_softmax(logits[0], -1, dtype=torch.float32)
+
+    def _run_layers(self, advance: Callable[[float], None]) -> None:
+        passing: list[Any] = [{"tokens": row[None]} for row in self.rows]
+        for done, block in enumerate(self.blocks[:-1]):
+            with filled(self.network, self.folder, block.prefixes, self.narrow):
+                for number, x in enumerate(passing):
+                    passing[number] = block.forward(x, number).float()
+            advance((done + 1) / len(self.blocks))
+        if self.kept is None:
+            self.entering = passing
+            return
+        temporary = temporary_name(self.kept)
+        save_file({str(number): x.contiguous() for number, x in enumerate(passing)}, str(temporary))
+        temporary.rename(self.kept)
+
+    def _entering(self, number: int) -> Tensor:
+        """What enters the head for window `number`, float32 [1, context, width]."""
+        if self.kept is None:
+            return self.entering[number]
+        with safe_open(self.kept, framework="pt") as opened:
+            return opened.get_tensor(str(number))
