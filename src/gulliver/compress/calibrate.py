@@ -3,8 +3,8 @@
 For each weight that may be packed it keeps the second moment of its inputs and how much its outputs matter to the loss
 (compress/statistics.py). Activations between blocks lie in files, so memory holds one block, one batch and one block's
 moments whatever the model's size, and a killed run resumes at the block where it stopped. How much outputs matter is
-measured by one backward pass where the whole model fits the memory limit; where it does not, outputs count by the
-inverse of their own power, so that errors are relative.
+measured by a backward pass through the same blocks in reverse, each run again from what entered it; outputs may also
+count by the inverse of their own power, so that errors are relative.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ from gulliver.core.overlap import fingerprints
 from gulliver.core.records import Calibration, StatisticsTable, WeightRow
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import temporary_name
-from gulliver.nets.weights import assign, canonical_names, owners, read_safetensors, release, unfilled
+from gulliver.nets.weights import owners
 from gulliver.runtime.packing import is_packed
+from gulliver.runtime.streamed import filled
 from gulliver.tasks import get_task, same_examples
 from gulliver.tasks.base import Batch, Block, Task
-
-SENSITIVITY = "sensitivity.safetensors"
 
 
 def run(cfg: CalibrateOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
@@ -51,9 +50,10 @@ def run(cfg: CalibrateOptions, inputs: dict[str, Artifact], ctx: Context) -> Art
     batches = [next(streams[index % len(streams)]) for index in range(-(-cfg.examples // cfg.batch_size))]
     network = task.load(model.path, empty=True)
     blocks = task.blocks(network, batches)
-    chosen = _sensitivity(cfg, task, model, blocks, batches, ctx)
+    some = batches[: -(-cfg.gradient_examples // cfg.batch_size)] if cfg.sensitivity == "gradient" else []
     with torch.no_grad():
-        _stream(network, model, blocks, batches, cfg, ctx)
+        _stream(network, model, blocks, batches, cfg, ctx, len(some))
+    chosen = _sensitivity(network, task, model, blocks, some, ctx) if some else None
     known = fingerprints(unit for part in datasets for unit in task.units_of(part.path, "train"))
     with ctx.writer(kind="report", task=task.name, config=cfg) as writer:
         StatisticsTable(
@@ -69,37 +69,78 @@ def run(cfg: CalibrateOptions, inputs: dict[str, Artifact], ctx: Context) -> Art
 
 # ---- how much outputs matter ----------------------------------------------------------------------------------------
 def _sensitivity(
-    cfg: CalibrateOptions, task: Task, model: Artifact, blocks: list[Block], batches: list[Batch], ctx: Context
-) -> dict[str, Tensor] | None:
-    """Squared output gradients by the name of each module's weight; None when outputs count by their power."""
-    if cfg.sensitivity == "power":
-        return None
-    path = ctx.work / SENSITIVITY
-    if path.is_file():
-        return load_file(path)
-    whole = task.load(model.path)
-    watched = [pair for block in blocks for weight in block.weights for pair in owners(whole, weight.name)]
-    some = batches[: -(-cfg.gradient_examples // cfg.batch_size)]
-    with ctx.progress.stage("sensitivity", total=len(some), unit="batch") as bar:
-        with output_gradients(whole, watched) as sums:
-            for batch in some:
-                with torch.autocast("cpu", dtype=torch.bfloat16):
-                    loss = task.loss(whole, batch).sum()
-                loss.backward()
-                bar.advance()
-        examples = sum(next(iter(batch.values())).shape[0] for batch in some)
-        found = {name: total / examples for name, total in sums.items()}
-    ctx.check_ram('the backward pass (sensitivity = "power" does without it)')
-    _save(found, path)
-    return found
+    network: nn.Module, task: Task, model: Artifact, blocks: list[Block], batches: list[Batch], ctx: Context
+) -> dict[str, Tensor]:
+    """Squared output gradients by the name of each module's weight, summed over positions, mean over examples.
+
+    Leaves `gradient-NNNN.safetensors` in the scratch folder for every block, from the last to the first, and resumes.
+    """
+    watched, narrow = _watched(network, blocks), _narrow(blocks)
+    with ctx.progress.stage("sensitivity", total=len(blocks), unit="block") as bar:
+        for number, block in reversed(list(enumerate(blocks))):
+            path = ctx.work / f"gradient-{number:04}.safetensors"
+            if not path.is_file():
+                with filled(network, model.path, block.prefixes, narrow), output_gradients(network, watched) as sums:
+                    with torch.autocast("cpu", dtype=torch.bfloat16):
+                        _backward(network, task, blocks, number, batches, ctx.work)
+                    _save(sums, path)
+                ctx.check_ram(f"the backward pass of {block.name}")
+                shutil.rmtree(_gradients(ctx.work, number), ignore_errors=True)
+            bar.advance(note=block.name)
+    examples = sum(next(iter(batch.values())).shape[0] for batch in batches)
+    stored = (load_file(ctx.work / f"gradient-{number:04}.safetensors") for number in range(len(blocks)))
+    return {name: total / examples for sums in stored for name, total in sums.items()}
+
+
+def _backward(
+    network: nn.Module, task: Task, blocks: list[Block], number: int, batches: list[Batch], work: Path
+) -> None:
+    """Run all batches through block `number` again, and their gradients back; those at its inputs lie in a folder."""
+    folder = temporary_name(work / "gradients")
+    folder.mkdir()
+    for index, batch in enumerate(batches):
+        if number == 0:
+            output = blocks[0].forward(batch, index)
+            if output.requires_grad:
+                output.backward(_gradient(work, 0, index).to(output.dtype))
+            continue
+        x = load_file(_after(work, number - 1) / f"{index}.safetensors")["x"]
+        if number == len(blocks) - 1:
+            gradient = task.backward(network, blocks[-1], x, index, batch)
+        else:
+            x.requires_grad_(True)
+            output = blocks[number].forward(x, index)
+            output.backward(_gradient(work, number, index).to(output.dtype))
+            assert x.grad is not None
+            gradient = x.grad
+        save_file({"x": gradient}, str(folder / f"{index}.safetensors"))
+    folder.rename(_gradients(work, number - 1)) if number else folder.rmdir()
+
+
+def _gradients(work: Path, number: int) -> Path:
+    """The folder of the gradients at what leaves block `number`."""
+    return work / f"gradients-{number:04}"
+
+
+def _gradient(work: Path, number: int, index: int) -> Tensor:
+    return load_file(_gradients(work, number) / f"{index}.safetensors")["x"]
 
 
 # ---- streaming ------------------------------------------------------------------------------------------------------
 def _stream(
-    network: nn.Module, model: Artifact, blocks: list[Block], batches: list[Batch], cfg: CalibrateOptions, ctx: Context
+    network: nn.Module,
+    model: Artifact,
+    blocks: list[Block],
+    batches: list[Batch],
+    cfg: CalibrateOptions,
+    ctx: Context,
+    kept: int,
 ) -> None:
-    """Leave `block-NNNN.safetensors` in the scratch folder for every block, resuming after the last one there."""
-    watched = [pair for block in blocks for weight in block.weights for pair in owners(network, weight.name)]
+    """Leave `block-NNNN.safetensors` in the scratch folder for every block, resuming after the last one there.
+
+    What leaves each block stays there for the first `kept` batches.
+    """
+    watched, narrow = _watched(network, blocks), _narrow(blocks)
     done = [number for number in range(len(blocks)) if _after(ctx.work, number).is_dir()]
     start = done[-1] + 1 if done else 0
     for stale in ctx.work.glob("*.tmp-*"):
@@ -107,29 +148,28 @@ def _stream(
     with ctx.progress.stage("calibrate", total=len(blocks) - start, unit="block") as bar:
         for number in range(start, len(blocks)):
             block = blocks[number]
-            fill(network, model.path, block.prefixes)
             moments = Moments(watched, cfg.moments == "full")
-            with torch.autocast("cpu", dtype=torch.bfloat16):  # a new one for each block: it keeps cast weights
+            with (
+                filled(network, model.path, block.prefixes, narrow),
+                torch.autocast("cpu", dtype=torch.bfloat16),  # a new one for each block: it keeps cast weights
+            ):
                 passed = _pass(block, batches, _after(ctx.work, number - 1) if number else None, moments, ctx.work)
             moments.close()
-            release(network, block.prefixes)
             ctx.check_ram(block.name)
             _save(moments.stored(), ctx.work / f"block-{number:04}.safetensors")
             passed.rename(_after(ctx.work, number))
-            shutil.rmtree(_after(ctx.work, number - 1), ignore_errors=True)
+            for index in range(kept, len(batches) if number else 0):
+                (_after(ctx.work, number - 1) / f"{index}.safetensors").unlink(missing_ok=True)
             bar.advance(note=block.name)
 
 
-def fill(network: nn.Module, folder: Path, prefixes: tuple[str, ...]) -> None:
-    """Give the network the weights under `prefixes` from a plain folder."""
-    canonical = canonical_names(network)
-    tensors = read_safetensors(folder, only=lambda name: canonical.get(name, name).startswith(prefixes))
-    assign(network, tensors)
-    missing = [name for name in unfilled(network) if name.startswith(prefixes)]
-    if missing:
-        raise ConfigError(
-            f"{folder} holds no weights for {missing[0]}; calibrate a plain model as `gulliver pull` makes it"
-        )
+def _watched(network: nn.Module, blocks: list[Block]) -> list[tuple[str, nn.Module]]:
+    """(name of its weight, module) of every module that uses a weight that may be packed."""
+    return [pair for block in blocks for weight in block.weights for pair in owners(network, weight.name)]
+
+
+def _narrow(blocks: list[Block]) -> set[str]:
+    return {weight.name for block in blocks for weight in block.weights}
 
 
 def _pass(block: Block, batches: list[Batch], before: Path | None, moments: Moments, work: Path) -> Path:

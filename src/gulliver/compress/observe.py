@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from gulliver.core.errors import ConfigError
 from gulliver.tasks.base import Batch
 
+STRIP = 256
+
 
 class Moments:
     """Accumulates H over the batches of one block. Modules that read the same tensor share one H.
@@ -50,7 +52,10 @@ class Moments:
 
         "leader:KEY:NAME" of who shares which, "count:NAME" [rows of the table] and scalars "power:NAME" [1].
         """
-        tensors = {f"moment:{key}": self.sums.pop(key).div_(self.positions[key]) for key in list(self.sums)}
+        tensors = {}
+        for key in list(self.sums):
+            mean = self.sums.pop(key).div_(self.positions[key])
+            tensors[f"moment:{key}"] = mirrored(mean) if self.full else mean
         tensors |= {f"leader:{key}:{name}": torch.zeros(1) for name, key in self.shared.items()}
         tensors |= {f"count:{name}": counts for name, counts in self.tables.items()}
         return tensors | {f"power:{name}": torch.tensor([power]) for name, power in self.output_power.items()}
@@ -68,8 +73,13 @@ class Moments:
                 rows = as_rows(module, x.detach().float())
                 if self.mask is not None and x.shape[: self.mask.dim()] == self.mask.shape:
                     rows = rows[self.mask.flatten()]
-                added = rows.T @ rows if self.full else rows.square().sum(0)
-                self.sums[name] = self.sums[name].add_(added) if name in self.sums else added
+                if name not in self.sums:
+                    columns = rows.shape[1]
+                    self.sums[name] = torch.zeros((columns, columns) if self.full else (columns,))
+                if self.full:
+                    add_upper_products(self.sums[name], rows)
+                else:
+                    self.sums[name] += rows.square().sum(0)
                 self.positions[name] = self.positions.get(name, 0) + len(rows)
 
     def _leads(self, name: str, x: Tensor) -> bool:
@@ -87,6 +97,21 @@ class Moments:
             with torch.no_grad():
                 power = float(output.float().square().mean())
             self.output_power[name] = self.output_power.get(name, 0.0) + power
+
+
+def add_upper_products(total: Tensor, rows: Tensor) -> None:
+    """Add rowsᵀ rows to `total` [columns, columns], its upper triangle and some of the lower: half of the work."""
+    for start in range(0, len(total), STRIP):
+        strip = slice(start, start + STRIP)
+        total[strip, start:].addmm_(rows[:, strip].T, rows[:, start:])
+
+
+def mirrored(total: Tensor) -> Tensor:
+    """`total` [columns, columns] with its upper triangle in the place of the lower; overwrites and returns it."""
+    for start in range(0, len(total), STRIP):
+        strip = slice(start, start + STRIP)
+        total[start + STRIP :, strip] = total[strip, start + STRIP :].T
+    return total
 
 
 def as_rows(module: nn.Module, x: Tensor) -> Tensor:
@@ -108,6 +133,8 @@ def output_gradients(model: nn.Module, watched: Sequence[tuple[str, nn.Module]])
     found: dict[str, Tensor] = {}
 
     def watch(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if "forward" in module.__dict__:
+            return output  # a stand-in of the streamer
         if not output.requires_grad:
             output.requires_grad_(True)
         output.register_hook(partial(add, name, 1 if isinstance(module, nn.Conv2d) else output.dim() - 1))

@@ -234,6 +234,24 @@ class Task(DataContract):
     def _loss(self, model: nn.Module, batch: Batch, parent: nn.Module | None) -> Tensor: ...
 
     @final
+    def backward(self, model: nn.Module, last: Block, x: Tensor, index: int, batch: Batch) -> Tensor:
+        """The gradient at `x` [batch, …], what enters the last block, of the sum of the batch's losses (no parent).
+
+        The block's parameters hold data; `index` is the batch's place among those that `blocks` was given.
+        """
+        leaf = x.detach().requires_grad_(True)
+        self._backward(model, last, leaf, index, batch)
+        assert leaf.grad is not None, f"{self.name}: the loss does not depend on what enters {last.name}"
+        return leaf.grad
+
+    def _backward(self, model: nn.Module, last: Block, x: Tensor, index: int, batch: Batch) -> None:
+        self._output_loss(last.forward(x, index), batch).sum().backward()
+
+    def _output_loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """One loss per example from what leaves the last block, for families whose models have a loss of their own."""
+        raise AssertionError(f"{self.name} has a loss of its own, and no _output_loss")
+
+    @final
     def blocks(self, model: nn.Module, batches: Sequence[Batch]) -> list[Block]:
         """The sequence of sub-modules through which `batches` [batch, …] stream, embedding and head included.
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.store.artifact import Artifact
-from gulliver.nets.linear_kl import linear_kl
+from gulliver.nets.linear_kl import chunk_rows, linear_kl
 from gulliver.runtime.network import load_network
 from gulliver.runtime.reference_decode import ReferenceDecoder
 from gulliver.runtime.workloads import workloads
-from gulliver.tasks.base import Advance, Batch
+from gulliver.tasks.base import Advance, Batch, Block
 from gulliver.tasks.language import network, text
 from gulliver.tasks.language.score import score_causal
 from gulliver.tasks.language.writing import write_texts
@@ -56,9 +56,17 @@ class LanguageTask(TextTask):
         tokens = batch["tokens"]
         if parent is not None:
             return _divergence(model, parent, tokens)
-        logits = network.logits_of(model, tokens)[:, :-1].float()
-        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-        return losses.mean(1)
+        return _next_token_losses(network.logits_of(model, tokens)[:, :-1], tokens[:, 1:]).mean(1)
+
+    def _backward(self, model: nn.Module, last: Block, x: Tensor, index: int, batch: Batch) -> None:
+        """A chunk of positions at a time, so that logits [batch, tokens, vocab] are never whole."""
+        targets = batch["tokens"][:, 1:]
+        examples, positions = targets.shape
+        step = max(1, chunk_rows(int(model.config.vocab_size)) // examples)  # type: ignore[union-attr, arg-type]
+        for start in range(0, positions, step):
+            stop = min(start + step, positions)
+            logits = last.forward(x[:, start:stop], index)
+            (_next_token_losses(logits, targets[:, start:stop]).sum() / positions).backward()
 
     def _score(
         self,
@@ -77,6 +85,11 @@ class LanguageTask(TextTask):
 
     def _workloads(self, model: nn.Module, folder: Path) -> dict[str, Callable[[], int]]:
         return workloads(ReferenceDecoder(folder, model=model))
+
+
+def _next_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of logits [batch, positions, vocab] at each of `targets`, float32 [batch, positions]."""
+    return torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
 
 
 def _divergence(model: nn.Module, parent: nn.Module, tokens: Tensor) -> Tensor:

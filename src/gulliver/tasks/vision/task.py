@@ -81,10 +81,13 @@ class VisionTask(Task):
     def _loss(self, model: nn.Module, batch: Batch, parent: nn.Module | None) -> Tensor:
         logits = model(batch["image"])
         if parent is None:
-            return nn.functional.cross_entropy(logits.float(), batch["label"], reduction="none")
+            return self._output_loss(logits, batch)
         with torch.no_grad():
             target = parent(batch["image"])
         return divergences(logits, target)
+
+    def _output_loss(self, output: Tensor, batch: Batch) -> Tensor:
+        return nn.functional.cross_entropy(output.float(), batch["label"], reduction="none")
 
     def _blocks(self, model: nn.Module, batches: Sequence[Batch]) -> list[Block]:
         return [

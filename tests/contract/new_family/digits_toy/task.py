@@ -55,10 +55,13 @@ class DigitsTask(Task):
     def _loss(self, model: nn.Module, batch: Batch, parent: nn.Module | None) -> Tensor:
         logits = model(batch["digits"]).float()
         if parent is None:
-            return nn.functional.cross_entropy(logits, batch["next"], reduction="none")
+            return self._output_loss(logits, batch)
         with torch.no_grad():
             target = parent(batch["digits"]).float().log_softmax(-1)
         return (target.exp() * (target - logits.log_softmax(-1))).sum(-1)
+
+    def _output_loss(self, output: Tensor, batch: Batch) -> Tensor:
+        return nn.functional.cross_entropy(output.float(), batch["next"], reduction="none")
 
     def _blocks(self, model: nn.Module, batches: Sequence[Batch]) -> list[Block]:
         del batches
