@@ -17,7 +17,7 @@ from language_samples import write_encoder
 import gulliver
 from gulliver.cli import main as cli
 from gulliver.core import memory
-from gulliver.core.errors import ArtifactError, BudgetError, ConfigError, DataError
+from gulliver.core.errors import ArtifactError, BudgetError, ConfigError, DataError, GateRefused
 from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import Artifact, open_artifact, verify
 from gulliver.core.store.store import Store
@@ -194,15 +194,43 @@ def test_a_drop_that_no_model_of_this_size_keeps(
     language: Lab, at_home: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     words = ["fit", language.model.id, "--data", language.dataset.id, "--effort", "fast", "--out", tmp_path / "out"]
-    code, shown, err = at_home(*words, "--size", "42kB", "--max-drop", "0.01%", "--json")
+    code, shown, err = at_home(*words, "--size", "36kB", "--max-drop", "2%", "--json")
     assert code == 4 and not (tmp_path / "out").exists()
-    assert "quality_loss <= 0.0001" in err + shown and "nearest feasible point" in err + shown
+    assert "quality_loss <= 0.02" in err + shown and "nearest feasible point" in err + shown
+    would_do = re.search(r"would do with --max-drop ([\d.]+%)", err + shown)
+    assert would_do and fit(language, 36_000, effort="fast", max_drop=would_do[1]).weight_bytes <= 36_000
     with pytest.raises(BudgetError) as refusal:
-        fit(language, 42_000, effort="fast", max_drop=0.0001)
+        fit(language, 36_000, effort="fast", max_drop=0.02)
     nearest = refusal.value.nearest
-    assert nearest is not None and nearest["size_bytes"] > 0
-    loose = fit(language, 42_000, effort="fast", max_drop=0.9)
-    assert loose.weight_bytes <= 42_000
+    assert nearest is not None and nearest["size_bytes"] > 36_000
+    larger = fit(language, nearest["size_bytes"], effort="fast", max_drop=0.02)
+    assert 36_000 < larger.weight_bytes <= nearest["size_bytes"]
+
+
+def test_a_drop_that_no_size_keeps_has_no_nearest_point(language: Lab) -> None:
+    with pytest.raises(BudgetError, match="would do with --max-drop") as refusal:
+        fit(language, 42_000, effort="fast", max_drop=1e-9)
+    assert refusal.value.nearest is None and "nearest feasible" not in str(refusal.value)
+    assert "report.html" in str(refusal.value)
+
+
+def test_the_least_size_is_not_called_feasible_where_more_was_asked(language: Lab) -> None:
+    with pytest.raises(BudgetError, match="whether that size meets the other limits") as refusal:
+        fit(language, 9_000, effort="fast", max_drop=0.01)
+    assert refusal.value.nearest is None and "nearest feasible" not in str(refusal.value)
+
+
+def test_a_parent_worth_nothing_is_not_called_a_matter_of_size(language: Lab, tmp_path: Path) -> None:
+    from toy_language import write_random
+
+    parent, quiet = write_random(tmp_path / "random"), Progress(quiet=True)
+    for options in ({}, {"max_drop": 1e-9}):
+        with pytest.raises(GateRefused, match="no size would") as refusal:
+            gulliver.fit(
+                parent, size=SIZE, data=language.dataset, effort="fast", store=language.store, progress=quiet, **options
+            )
+        assert "perplexity_vs_baseline" in str(refusal.value)
+        assert not any(word in str(refusal.value) for word in ("infeasible", "nearest", "bytes"))
 
 
 def test_memory_that_is_too_little(language: Lab, at_home: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
@@ -219,8 +247,9 @@ def test_memory_that_is_enough_is_judged(language: Lab) -> None:
 
 
 def test_a_speed_that_no_machine_reaches(language: Lab) -> None:
-    with pytest.raises(BudgetError, match="decode_tokens_per_s >= 1e"):
+    with pytest.raises(BudgetError, match="decode_tokens_per_s >= 1e.*would do with --speed") as refusal:
         fit(language, effort="fast", speed=1e12)
+    assert refusal.value.nearest is None and "nearest feasible" not in str(refusal.value)
 
 
 # ---- what is asked -------------------------------------------------------------------------------------------------

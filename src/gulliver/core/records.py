@@ -294,8 +294,8 @@ class Point(Row):
 class FitResult(Record):
     """What a run of `fit` asked, tried and found.
 
-    `memory` is (seconds, stage, resident bytes); `nearest` is the nearest feasible point of an infeasible budget;
-    `artifact_id` is the model that was made, absent where none was.
+    `memory` is (seconds, stage, resident bytes); `nearest` is the nearest feasible point of an infeasible budget, None
+    where none is known; `artifact_id` is the model that was made, absent where none was, and `reason` says why.
     """
 
     file = "fit.json"
@@ -311,6 +311,11 @@ class FitResult(Record):
     artifact_id: Id | None = None
     nearest: Point | None = None
     reason: str | None = None
+
+    @property
+    def infeasible(self) -> bool:
+        """Whether no model met the budget."""
+        return self.nearest is not None or (self.artifact_id is None and bool(self.reason))
 
 
 RECORDS: tuple[type[Record], ...] = (

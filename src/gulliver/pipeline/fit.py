@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gulliver.core.errors import BudgetError, ConfigError, DataError
-from gulliver.core.evidence.evidence import measured
-from gulliver.core.evidence.gate import Budget, Verdict
+from gulliver.core.errors import BudgetError, ConfigError, DataError, GateRefused
+from gulliver.core.evidence.evidence import MUST_BEAT, measured
+from gulliver.core.evidence.gate import Budget, Verdict, below_baseline
 from gulliver.core.machine import describe
 from gulliver.core.progress import Progress
 from gulliver.core.quantities import MOST_BYTES, checked_seed, parse_fraction, parse_size
@@ -23,6 +23,7 @@ from gulliver.core.store.artifact import Artifact, check_target, copy_artifact, 
 from gulliver.core.store.manifest import REPORT
 from gulliver.core.store.store import Store
 from gulliver.pipeline.call import Call, call, renew_cards
+from gulliver.pipeline.feasible import figures_that_would_do, nearest_larger
 from gulliver.pipeline.resolve import check_data, data_for, resolve_model
 from gulliver.pipeline.smallest import FIRST_SHARE, ROUNDS, next_size
 from gulliver.report.gather import gather
@@ -138,10 +139,24 @@ def _loop(work: Fit) -> Artifact:
     calibration = work.step("calibrate", model=work.parent, dataset=work.dataset, samples=samples)
     rounds = _within_size if work.budget.size_bytes is not None else _smallest
     fitted = rounds(work, calibration, samples)
-    missed = [verdict for verdict in work.verdicts if verdict.outcome != "PASS"]
+    missed = [verdict for verdict in work.verdicts if not verdict.passed]
     if missed:
+        _refuse_parent(work, missed)
         raise BudgetError("; ".join(f"{verdict.rule}: {verdict.reason}" for verdict in missed))
     return fitted
+
+
+def _refuse_parent(work: Fit, missed: Sequence[Verdict]) -> None:
+    """GateRefused when the model does not beat its simplest baseline, and its parent does not either."""
+    if not any(one.evidence is not None and one.evidence.metric in MUST_BEAT for one in missed):
+        return
+    work.step("quality", model=work.parent, dataset=work.dataset)
+    below = below_baseline(work.store.evidence(work.parent.id), work.parent.id)
+    if below is not None:
+        raise GateRefused(
+            f"{work.parent.id[:12]} is itself no better than the simplest baseline on these data, so no size would "
+            f"prove anything: {below}; give a trained model, or --data of the kind that it knows"
+        )
 
 
 def _within_size(work: Fit, calibration: Artifact, samples: Artifact | None) -> Artifact:
@@ -188,6 +203,7 @@ def _smallest(work: Fit, calibration: Artifact, samples: Artifact | None) -> Art
 
 def _round(work: Fit, calibration: Artifact, samples: Artifact | None, size_bytes: int) -> tuple[Plan, Artifact]:
     """One round: the plan for a size, and the better of what was packed by it and what was distilled from that."""
+    work.verdicts = []
     plan = work.step("plan", {"size_bytes": size_bytes}, model=work.parent, calibration=calibration)
     planned = Plan.of(plan)
     packed = work.step("quantize", model=work.parent, calibration=calibration, plan=plan)
@@ -246,16 +262,6 @@ def _at(frontier: Sequence[Point], size_bytes: int) -> float:
     return float(np.exp(np.interp(size_bytes, sizes, np.log(drops))))
 
 
-def _nearest(work: Fit) -> Point | None:
-    """The smallest size whose predicted drop is within the budget; the last round where no drop was asked."""
-    limit = work.budget.max_drop
-    if work.rounds and limit is not None:
-        for point in work.frontier:
-            if (point.predicted_drop or 0.0) <= limit and point.size_bytes > work.rounds[-1].size_bytes:
-                return point
-    return work.rounds[-1] if work.rounds else None
-
-
 # ---- the end --------------------------------------------------------------------------------------------------------
 def _record(
     work: Fit, fitted: Artifact | None, began: float, nearest: Point | None = None, reason: str = ""
@@ -289,17 +295,25 @@ def _record(
 
 
 def _infeasible(work: Fit, failure: BudgetError, began: float) -> BudgetError:
-    """The error for a budget that cannot be met: why, the nearest point that can, and where the report is."""
-    nearest = Point(**failure.nearest) if failure.nearest else _nearest(work)
+    """The error for a budget that cannot be met: why, what would have been feasible, and where the report is."""
     told = f"the budget is infeasible with --effort {work.effort}: {failure}"
-    if nearest is None:
+    nearest, would_do = None, ""
+    if failure.nearest and work.budget.only_size:
+        nearest = Point(**failure.nearest)
+    elif failure.nearest:
+        told += "; whether that size meets the other limits shows only when it is measured"
+    elif work.verdicts:
+        nearest = nearest_larger(work.budget, work.verdicts, work.rounds, work.frontier)
+        would_do = figures_that_would_do(work.verdicts)
+    else:
         return BudgetError(told)
     record = _record(work, None, began, nearest=nearest, reason=str(failure))
     path = write_annotation(record, REPORT, page(gather(work.parent, work.store, fit=record)))
-    size = f"{nearest.size_bytes:,} bytes ({nearest.size_bytes / 1e6:.1f} MB)"
-    drop, kind = nearest.measured_drop, "measured"
-    if drop is None:
-        drop, kind = nearest.predicted_drop, "predicted"
-    cost = "" if drop is None else f" with a quality loss of {drop:.1%}"
-    told = f"{told}. The nearest feasible point is {size}{cost} ({kind}); report: {path}"
-    return BudgetError(told, nearest.model_dump(exclude_none=True))
+    if nearest is not None:
+        size = f"{nearest.size_bytes:,} bytes ({nearest.size_bytes / 1e6:.1f} MB)"
+        drop, kind = nearest.drop, "predicted" if nearest.measured_drop is None else "measured"
+        cost = "" if drop is None else f" with a quality loss of {drop:.1%} ({kind})"
+        told += f". The nearest feasible point is {size}{cost}"
+    if would_do:
+        told += f". What was made here, {work.rounds[-1].size_bytes:,} bytes, would do with {would_do}"
+    return BudgetError(f"{told}; report: {path}", nearest and nearest.model_dump(exclude_none=True))

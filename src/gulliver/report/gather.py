@@ -65,7 +65,7 @@ class ReportData:
     @property
     def outcome(self) -> str:
         """The verdict in one word. A gate that has no data refuses; no gate at all is NOT JUDGED."""
-        if self.fit.nearest is not None:
+        if self.fit.infeasible:
             return INFEASIBLE
         judged = [*self.fit.verdicts, *(verdict for other in self.others for verdict in other.verdicts)]
         if not all(verdict.passed for verdict in judged):
@@ -169,7 +169,7 @@ def _newest_fit(model: Artifact, store: Store) -> FitResult | None:
     for found in reversed(store.artifacts()):
         if found.kind == "report" and model.id in found.parents and FitResult.file in found.files:
             result = FitResult.of(found)
-            if result.nearest is None and result.artifact_id in (None, model.id):
+            if not result.infeasible and result.artifact_id in (None, model.id):
                 return result
     return None
 

@@ -32,8 +32,8 @@ def size_quality(data: ReportData) -> Picture | None:
         traces.append(_point("parent", data.parent_size_bytes, 0.0, "square", "violet"))
     if data.parent_download_bytes:
         traces.append(_point("parent as downloaded", data.parent_download_bytes, 0.0, "square-open", "violet"))
-    if fit.nearest is not None:
-        if fit.nearest.drop is not None:
+    if fit.infeasible:
+        if fit.nearest is not None and fit.nearest.drop is not None:
             point = _point("nearest feasible point", fit.nearest.size_bytes, fit.nearest.drop, "star", "green")
             traces.append(point)
     elif data.size_bytes and loss is not None and loss.is_number:
@@ -206,7 +206,7 @@ def _points_table(data: ReportData) -> Table:
         for point in points
     ]
     loss = data.latest("quality_loss")
-    if data.fit.nearest is None:
+    if not data.fit.infeasible:
         rows.append(["this artifact", format_value(data.size_bytes, "bytes"), "–", drop(loss.value if loss else None)])
     for name, size in (("parent", data.parent_size_bytes), ("parent as downloaded", data.parent_download_bytes)):
         if size:

@@ -42,6 +42,8 @@ def sentences(data: ReportData) -> list[str]:
         how = "measured" if near.measured_drop is not None else "predicted"
         loss = f", {format_value(near.drop, 'fraction')} quality loss ({how})" if near.drop is not None else ""
         lines.append(f"No model meets this budget. The nearest feasible point: {_bytes(near.size_bytes)}{loss}.")
+    elif data.outcome == INFEASIBLE:
+        lines.append("No model meets this budget.")
     else:
         lines.append(f"Reached {_reached(data)}.")
     if data.outcome == NOT_JUDGED:

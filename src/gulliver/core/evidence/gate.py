@@ -85,7 +85,7 @@ class Gate:
         judged = [(self._refusal(item), item) for item in newest.values()]
         (outcome, reason), item = min(judged, key=lambda pair: (_WORST_FIRST.index(pair[0][0]), self._margin(pair[1])))
         below = _below_baseline(own) if outcome == "PASS" else None
-        if below:
+        if below is not None:
             return self._verdict("FAIL", f"it does not beat its simplest baseline: {_describe(below)}", below)
         return self._verdict(outcome, reason, item)
 
@@ -171,6 +171,11 @@ class Budget:
             gates.append(Gate("quality_loss", at_most=self.max_drop))
         return gates
 
+    @property
+    def only_size(self) -> bool:
+        """Whether nothing but the size is limited."""
+        return [gate.metric for gate in self.gates()] == ["size_bytes"]
+
     def to_json(self) -> dict[str, Any]:
         """A JSON object of the four limits; null where there is none."""
         return {name: value for name, value in asdict(self).items() if name != "speed_metric"}
@@ -184,6 +189,12 @@ def require(verdicts: Sequence[Verdict]) -> None:
     if refused:
         lines = [f"  {verdict.outcome}  {verdict.rule}: {verdict.reason}" for verdict in refused]
         raise GateRefused("\n".join([f"{len(refused)} of {len(verdicts)} gates refused", *lines]))
+
+
+def below_baseline(evidence: Sequence[Evidence], artifact_id: str) -> str | None:
+    """What was measured where an artifact does not beat its simplest baseline; None where it does, or nothing tells."""
+    below = _below_baseline([item for item in evidence if item.artifact_id == artifact_id])
+    return None if below is None else _describe(below)
 
 
 def _below_baseline(own: Sequence[Evidence]) -> Evidence | None:
