@@ -13,6 +13,7 @@ import torch
 import transformers
 from compress_samples import Lab
 from language_samples import write_encoder
+from toy_language import write_model
 
 import gulliver
 from gulliver.cli import main as cli
@@ -221,9 +222,7 @@ def test_the_least_size_is_not_called_feasible_where_more_was_asked(language: La
 
 
 def test_a_parent_worth_nothing_is_not_called_a_matter_of_size(language: Lab, tmp_path: Path) -> None:
-    from toy_language import write_random
-
-    parent, quiet = write_random(tmp_path / "random"), Progress(quiet=True)
+    parent, quiet = write_model(tmp_path / "random", steps=0), Progress(quiet=True)
     for options in ({}, {"max_drop": 1e-9}):
         with pytest.raises(GateRefused, match="no size would") as refusal:
             gulliver.fit(
@@ -247,7 +246,7 @@ def test_memory_that_is_enough_is_judged(language: Lab) -> None:
 
 
 def test_a_speed_that_no_machine_reaches(language: Lab) -> None:
-    with pytest.raises(BudgetError, match="decode_tokens_per_s >= 1e.*would do with --speed") as refusal:
+    with pytest.raises(BudgetError, match=r"decode_tokens_per_s >= 1e.*would do with --speed") as refusal:
         fit(language, effort="fast", speed=1e12)
     assert refusal.value.nearest is None and "nearest feasible" not in str(refusal.value)
 

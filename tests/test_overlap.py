@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from gulliver.core.overlap import excerpt, fingerprint, fingerprints, first_overlap
+from gulliver.core.overlap import excerpt, fingerprint, fingerprints, first_overlap, shared_phrases
 from gulliver.tasks import get_task
-from gulliver.tasks.text.files import MIN_CHARACTERS, paragraphs
+from gulliver.tasks.text.files import MIN_CHARACTERS, paragraphs, phrases
 
 LONG = "the giant measures every island " * 8
 OTHER = "a sailor mends the long rope of " * 8
@@ -28,6 +28,26 @@ def test_a_shared_passage_is_found_whatever_surrounds_it():
     assert first_overlap(rows(OTHER, f"before\n{LONG}\nafter"), known) == LONG.strip()
     assert first_overlap(rows(OTHER, LONG[:150]), known) is None
     assert first_overlap(rows(LONG.replace("giant", "queen")), known) is None
+
+
+def test_phrases_are_sentences_of_lines_whatever_their_spaces_and_case():
+    text = (
+        'He said: "Go  now." So\twe WENT!\r\n\r\n  Yes. \u4eca\u5929\u5929\u6c14\u5f88\u597d\u3002\uff39\uff45\uff53\n'
+    )
+    assert list(phrases(text)) == [
+        'he said: "go now.',
+        "so we went!",
+        "yes.",
+        "\u4eca\u5929\u5929\u6c14\u5f88\u597d\u3002",
+        "yes",
+    ]
+    assert list(phrases(" \n\t\n")) == []
+
+
+def test_the_share_of_phrases_is_counted_in_characters():
+    assert shared_phrases(["abcd", "ab", "ab", "xy"], ["ab", "cd", "ab"]) == (0.4, "ab")
+    assert shared_phrases(["abcd"], []) == (0.0, "")
+    assert shared_phrases([], ["a"]) == (0.0, "")
 
 
 def test_fingerprints_are_stable():

@@ -11,6 +11,7 @@ from language_samples import text
 
 from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError, DataError
+from gulliver.core.progress import Progress
 from gulliver.core.records import EXAMPLES, Sources
 from gulliver.core.store.artifact import hash_file, verify
 from gulliver.data.options import ReadOptions
@@ -89,6 +90,53 @@ def test_overlapping_parts_are_refused(tmp_path, ctx):
     with pytest.raises(DataError, match="the giant measures every island"):
         run(ReadOptions(data=str(tmp_path / "c.txt"), family={"holdout": 0.25}), {}, ctx)
     assert ctx.store.artifacts() == []
+
+
+def lines_of(kind: str) -> str:
+    """4,000 lines that recur, written so that no two copies need be equal byte by byte."""
+    turn = ["Yes, please.", "What time does it leave?", "Thank you, that is all.", "No, another day!", "At 11 o'clock."]
+    rows = [turn[number * 7 % 5] for number in range(4000)]
+    if kind == "case":
+        rows = [row.upper() if number % 3 else row for number, row in enumerate(rows)]
+    if kind == "spaces":
+        rows = [row.replace(" ", "  ") + " " * (number % 4) for number, row in enumerate(rows)]
+    if kind == "width":
+        rows = ["ＦＵＬＬ width and ordinary" if number % 2 else "full WIDTH and ordinary" for number in range(4000)]
+    if kind == "chinese":
+        return "".join(("你好。", "今天天气很好！", "我们走吧。")[number % 3] for number in range(4000))
+    if kind == "one line":
+        return "The same sentence again and again. " * 4000
+    return {"crlf": "\r\n", "paragraphs": "\n\n"}.get(kind, "\n").join(rows)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("kind", ["lines", "crlf", "paragraphs", "case", "spaces", "width", "chinese", "one line"])
+def test_lines_that_recur_are_no_held_out_part(tmp_path, ctx, kind, suffix):
+    path, whole = tmp_path / f"a{suffix}", lines_of(kind)
+    if suffix == ".txt":
+        path.write_text(whole, newline="")
+    elif suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps({"text": line}) for line in whole.splitlines() if line))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"text": whole.splitlines()}), path)
+    with pytest.raises(DataError, match=r"100% of the eval part repeats short lines .* sort -u"):
+        run(ReadOptions(data=str(path)), {}, ctx)
+    assert ctx.store.artifacts() == []
+
+
+def test_eval_data_of_the_same_lines_is_refused(tmp_path, ctx):
+    (tmp_path / "a.txt").write_text(text(60, 1))
+    (tmp_path / "b.txt").write_text("\n".join(sorted(text(60, 1).splitlines())))
+    with pytest.raises(DataError, match="100% of the eval part"):
+        run(ReadOptions(data=str(tmp_path / "a.txt"), eval_data=str(tmp_path / "b.txt")), {}, ctx)
+
+
+def test_turns_that_recur_now_and_then_are_told_and_kept(tmp_path, store, capsys):
+    rows = [row for line in text(3000, 1).splitlines() for row in (line, "Yes, please, at noon.")]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    ctx = Context(store=store, progress=Progress(), work=store.work("1" * 64), step="read")
+    made = run(ReadOptions(data=str(tmp_path / "a.jsonl")), {}, ctx)
+    assert len(made.files) and 'such as "yes, please, at noon."' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,17 @@ WHAT = ("a small boat", "the long rope", "every island", "the old map", "two lan
 
 
 def sentences(count: int, seed: int = 0) -> str:
-    """`count` sentences, one a line; what is done follows from who does it, so there is something to learn."""
+    """`count` sentences, three a line; what is done follows from who does it, so there is something to learn.
+
+    Lines hardly recur, so a part that is held out holds others.
+    """
     choose = random.Random(seed)
-    lines = []
+    parts = []
     for _ in range(count):
         who = choose.randrange(len(WHO))
         does = DOES[(who + choose.randrange(2)) % len(DOES)]
-        lines.append(f"{WHO[who]} {does} {choose.choice(WHAT)}.")
-    return "\n".join(lines) + "\n"
+        parts.append(f"{WHO[who]} {does} {choose.choice(WHAT)}")
+    return "".join(", ".join(parts[start : start + 3]) + ".\n" for start in range(0, count, 3))
 
 
 def write_text(path: Path, count: int = 3000, seed: int = 1) -> Path:

@@ -1,12 +1,14 @@
 """Step `read`: files or a catalog entry become a dataset with a train and an eval part that share nothing.
 
 Which part is which: with `eval_data`, all of `data` trains and all of `eval_data` judges; without it the family holds a
-part of `data` out. What is in both parts is refused, because a measurement on it would be worthless.
+part of `data` out. What is in both parts is refused, because a measurement on it would be worthless: one long passage,
+or short lines that make up most of what is held out.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pyarrow.parquet
 from gulliver.core import catalog
 from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError, DataError
-from gulliver.core.overlap import excerpt, fingerprints, first_overlap
+from gulliver.core.overlap import MAX_SHARED, excerpt, fingerprints, first_overlap, shared_phrases
 from gulliver.core.progress import Bar
 from gulliver.core.records import EXAMPLES, Sources, SplitSource
 from gulliver.core.store.artifact import Artifact, hash_file
@@ -24,6 +26,9 @@ from gulliver.core.store.files import named_path
 from gulliver.data.options import ReadOptions
 from gulliver.tasks import get_task, same_examples
 from gulliver.tasks.base import Task
+
+TOLD_SHARE = 0.1
+"""Of the eval part: so many short lines that are in the train part too are told."""
 
 
 def run(cfg: ReadOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
@@ -35,12 +40,7 @@ def run(cfg: ReadOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact
         held_out = data if cfg.eval_data is None else locate(cfg.eval_data, cfg.task, ctx)
         whole = cfg.eval_data is not None
         parts = {"train": (data, "all" if whole else "train"), "eval": (held_out, "all" if whole else "eval")}
-        train, judging = (task.units_of(path, name, options) for path, name in parts.values())
-        if (found := first_overlap(judging, fingerprints(train))) is not None:
-            raise DataError(
-                f'the train and eval parts share a passage: "{excerpt(found)}". A measurement on it would prove '
-                "nothing; remove it from one of them, or give other eval_data"
-            )
+        _refuse_shared(task, parts, options, ctx)
         config = cfg.model_dump(mode="json")
         for key in ("data", "eval_data"):  # names of local files in place of their paths on this machine
             if config[key] and not config[key].startswith(catalog.PREFIX):
@@ -50,6 +50,26 @@ def run(cfg: ReadOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact
             sources = {split: SplitSource(examples=counts[split], files=_files(parts[split][0])) for split in parts}
             Sources(**sources).write(writer.path)
             return writer.commit()
+
+
+def _refuse_shared(task: Task, parts: Mapping[str, tuple[Path, str]], options: Any, ctx: Context) -> None:
+    """DataError when the parts share a passage, or when most of the eval part is short lines of the train part."""
+    train, judging = (task.units_of(path, name, options) for path, name in parts.values())
+    if (found := first_overlap(judging, fingerprints(train))) is not None:
+        raise DataError(
+            f'the train and eval parts share a passage: "{excerpt(found)}". A measurement on it would prove '
+            "nothing; remove it from one of them, or give other eval_data"
+        )
+    train, judging = (task.phrases_of(path, name, options) for path, name in parts.values())
+    shared = shared_phrases(judging, train)
+    told = f"{shared.share:.0%} of the eval part repeats short lines of the train part, such as"
+    told += f' "{excerpt(shared.longest)}"'
+    if shared.share > MAX_SHARED:
+        raise DataError(
+            f"{told}. A measurement on them would prove nothing; keep each line once (sort -u), or give other eval_data"
+        )
+    if shared.share >= TOLD_SHARE:
+        ctx.progress.print(f"read: {told}")
 
 
 def _write(file: Path, task: Task, parts: dict[str, tuple[Path, str]], options: Any, bar: Bar) -> dict[str, int]:

@@ -123,6 +123,19 @@ class DataContract(ABC):
         for example in self.rows(source, split, options):
             yield from self.units(example)
 
+    def phrases(self, example: Mapping[str, Any]) -> Iterator[str]:
+        """What of an example may recur in another split by chance, but may not make up most of it: short lines.
+
+        None where `units` are all that can be compared.
+        """
+        return iter(())
+
+    @final
+    def phrases_of(self, source: str | Path, split: str, options: FamilyOptions | None = None) -> Iterator[str]:
+        """The phrases of all examples of a split, in order."""
+        for example in self.rows(source, split, options):
+            yield from self.phrases(example)
+
     @final
     def batches(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import accumulate, islice
@@ -28,6 +29,7 @@ SCHEMA = pyarrow.schema([("text", pyarrow.string()), ("source", pyarrow.string()
 BATCH_ROWS = 1024
 MIN_CHARACTERS = 200
 """Shorter passages occur in many texts by chance (headings, set phrases)."""
+PHRASE_END = re.compile(r"[\r\n\v\f\x85\u2028\u2029]+|(?<=[.!?…])[\"'”’)\]]*\s+|(?<=[。！？])")
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
@@ -163,3 +165,11 @@ def paragraphs(text: str) -> Iterator[str]:
         if len(block) > 1:
             yield from (inner.strip() for inner in block if len(inner.strip()) >= MIN_CHARACTERS)
         block = []
+
+
+def phrases(text: str) -> Iterator[str]:
+    """The lines of `text`, cut into sentences, without a difference in spaces, case or width."""
+    for sentence in PHRASE_END.split(text):
+        words = unicodedata.normalize("NFKC", sentence).casefold().split()
+        if words:
+            yield " ".join(words)

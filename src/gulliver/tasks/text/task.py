@@ -12,7 +12,7 @@ from torch import nn
 from gulliver.tasks.base import Batch, Block, Coupling, Task
 from gulliver.tasks.options import TextOptions
 from gulliver.tasks.text.couplings import transformer_couplings
-from gulliver.tasks.text.files import paragraphs, text_batches
+from gulliver.tasks.text.files import paragraphs, phrases, text_batches
 from gulliver.tasks.text.network import save_network
 from gulliver.tasks.text.streaming import stream_blocks
 
@@ -26,6 +26,10 @@ class TextTask(Task):
     def units(self, example: Mapping[str, Any]) -> Iterator[str]:
         """Its text's lines and paragraphs of at least 200 characters."""
         return paragraphs(example["text"])
+
+    def phrases(self, example: Mapping[str, Any]) -> Iterator[str]:
+        """Its text's lines, cut into sentences."""
+        return phrases(example["text"])
 
     def _save(self, model: nn.Module, folder: Path) -> None:
         save_network(model, folder)
