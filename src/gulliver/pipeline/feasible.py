@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from gulliver.core.evidence.gate import Budget, Verdict
 from gulliver.core.records import Point
 
+MARGIN = 1.3
+"""Predictions hold within about 30 % (docs/log.md): what is called feasible is within the limit by so much."""
+
 
 def nearest_larger(
     budget: Budget, verdicts: Sequence[Verdict], rounds: Sequence[Point], frontier: Sequence[Point]
@@ -32,7 +35,7 @@ def nearest_larger(
         return None
     slower = next((one.evidence for one in verdicts if one.metric == budget.speed_metric and one.evidence), None)
     for point in frontier:
-        bound = (point.predicted_drop or 0.0) * lost.worse_end / lost.value
+        bound = MARGIN * (point.predicted_drop or 0.0) * lost.worse_end / lost.value
         speed = slower.worse_end * last.size_bytes / point.size_bytes if slower else math.inf
         if point.size_bytes > last.size_bytes and bound <= budget.max_drop and speed >= (budget.min_tokens_per_s or 0):
             return point
@@ -58,7 +61,7 @@ def _option(verdict: Verdict, worse_end: float) -> str:
     if verdict.metric == "quality_loss":
         return f"--max-drop {_up(100 * worse_end, 2):g}%"
     if verdict.metric == "size_bytes":
-        return f"--size {math.ceil(worse_end)}"
+        return f"--size {math.ceil(worse_end)}B"
     if verdict.metric == "compress_peak_ram_bytes":
         return f"--ram {math.ceil(worse_end / 1e6)}MB"
     return f"--speed {-_up(-worse_end, 3):g}"
