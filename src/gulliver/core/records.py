@@ -63,7 +63,8 @@ class Origin(Record):
     """Where a model came from. `original_…` is what was downloaded: a file, or the folder's weight files together.
 
     `original_format` is that of most of its bytes, "GGUF Q4_1" or "safetensors F32"; `bfloat16_bytes` are two for each
-    weight, which is what the model takes in full. Models pulled by earlier versions do not say these.
+    weight, which is what the model takes in full. Models pulled by earlier versions do not say these. `notes` says what
+    of the source was left out or read as something else.
     """
 
     file = "origin.json"
@@ -76,6 +77,7 @@ class Origin(Record):
     original_format: str | None = None
     original_bytes: Count | None = None
     bfloat16_bytes: Count | None = None
+    notes: str | None = None
 
 
 class Training(Record):

@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from gulliver.core import catalog
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
+from gulliver.core.progress import plural
 from gulliver.core.records import Origin
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import named_path
@@ -24,12 +27,14 @@ from gulliver.core.store.manifest import PACKING
 from gulliver.data import read
 from gulliver.data.options import PullOptions, ReadOptions
 from gulliver.nets.files import INDEX, copy_companions, plain_files, weight_files
+from gulliver.nets.kinds import model_config
+from gulliver.nets.selection import select
 from gulliver.nets.weights import canonical_names, read_safetensors
-from gulliver.tasks import converter, detect_task, get_task
+from gulliver.runtime.network import settled
+from gulliver.tasks import converter, detect_task, get_task, rewriter
 from gulliver.tasks.base import Task
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 
 
 def run(cfg: PullOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
@@ -55,19 +60,28 @@ def run(cfg: PullOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact
 def _model(path: Path, cfg: PullOptions, origin: Origin, ctx: Context) -> Artifact:
     if not path.exists():
         raise ConfigError(f"{cfg.source} does not exist; give a folder, a .gguf file, catalog:NAME or hf:ORG/NAME")
-    task, convert = converter(path) if path.is_file() else (detect_task(path), None)
+    if path.is_file():
+        task, convert = converter(path)
+    else:
+        task, convert = cfg.task or detect_task(path), None
     name = cfg.task or task
     with ctx.writer(kind="model", task=name, config={"source": origin.source, "task": name}) as writer:
         with ctx.progress.stage("check" if convert is None else "convert"):
-            original = None if convert is None else convert(path, writer.path)
-            weights, dtype = bring_in(get_task(name), path if convert is None else writer.path, writer.path)
-        files = weight_files(path) if convert is None else [path]
+            if convert is None:
+                found = bring_in(get_task(name), path, writer.path)
+                files = weight_files(path)
+            else:
+                original, files = convert(path, writer.path), [path]
+                found = replace(bring_in(get_task(name), writer.path, writer.path), original=original)
+        for note in found.notes:
+            ctx.progress.print(f"{path.name}: {note}")
         origin.model_copy(
             update={
                 "original_file": files[0].name if len(files) == 1 else None,
-                "original_format": original or f"safetensors {str(dtype).removeprefix('torch.')}",
+                "original_format": found.original,
                 "original_bytes": sum(file.stat().st_size for file in files),
-                "bfloat16_bytes": 2 * weights,
+                "bfloat16_bytes": 2 * found.weights,
+                "notes": "; ".join(found.notes) or None,
             }
         ).write(writer.path)
         return writer.commit()
@@ -86,7 +100,7 @@ def download(name: str, cache: Path) -> Path:
             revision=revision or None,
             cache_dir=cache / "hub",
             allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "1_Pooling/config.json"],
-            ignore_patterns=["onnx/*", "openvino/*", "original/*"],
+            ignore_patterns=["onnx/*", "openvino/*", "original/*", "consolidated*", "*.fp16.safetensors"],
         )
     except HFValidationError as error:
         raise ConfigError(f"hf:{name} is not a model id on the hub; write it hf:ORG/NAME") from error
@@ -99,14 +113,57 @@ def download(name: str, cache: Path) -> Path:
 
 
 # ---- checking and copying -------------------------------------------------------------------------------------------
-def bring_in(task: Task, source: Path, folder: Path) -> tuple[int, torch.dtype]:
-    """Check the model in `source` and put it into `folder`, which may be the same. ArtifactError if not whole.
+@dataclass(frozen=True)
+class Brought:
+    """What is known of a model that was checked: how many weights its network has, and in which format they came.
 
-    Returns how many weights the network has, and the dtype of most of them as they came.
+    `notes` are sentences about what of the source was left out.
     """
-    _refuse(source)
-    files = weight_files(source)
+
+    weights: int
+    original: str
+    notes: tuple[str, ...] = ()
+
+
+def bring_in(task: Task, source: Path, folder: Path) -> Brought:
+    """Check the model in `source` and put it into `folder`, which may be the same. ArtifactError if not whole."""
+    if (source / PACKING).is_file():
+        raise ArtifactError(f"{source} holds a model that is quantized already; pull the original in full precision")
+    write = rewriter(source) if source != folder else None
+    if write is not None:
+        rewritten = write(source, folder)
+        found = bring_in(task, folder, folder)
+        return replace(found, original=rewritten.format, notes=(*rewritten.notes, *found.notes))
     model = task.load(source, empty=True)
+    dtype, whole = _checked(model, source)
+    told = select(source).told()
+    notes = (told,) if told else ()
+    if not whole:
+        loaded = task.load(source)  # which knows other names
+        for parameter in loaded.parameters():
+            parameter.data = narrowed(parameter.data, dtype)
+        spare = getattr(loaded, "left_out", ())
+        if spare:
+            notes += (f"{type(loaded).__name__} has no place for {spare[0]} ({plural(len(spare), 'tensor')} left out)",)
+        if source == folder:
+            for file in (*weight_files(folder), folder / INDEX):
+                file.unlink(missing_ok=True)
+        task.save(loaded, folder)
+    elif source != folder:
+        for file in (*weight_files(source), source / INDEX):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+        copy_companions(plain_files(source), folder, (Origin.file,))
+        _settle(model, source, folder)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    return Brought(weights, f"safetensors {str(dtype).removeprefix('torch.')}", notes)
+
+
+def _checked(model: nn.Module, source: Path) -> tuple[torch.dtype, bool]:
+    """The dtype of most weights in `source`, and whether they are all that the network has, under its own names.
+
+    ArtifactError for a weight of a type, value or shape that cannot be.
+    """
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     known = canonical_names(model)
     buffers = {name for name, _ in model.named_buffers()}
@@ -116,8 +173,6 @@ def bring_in(task: Task, source: Path, folder: Path) -> tuple[int, torch.dtype]:
     for name, tensor in read_safetensors(source):
         if tensor.is_floating_point() and tensor.dtype not in DTYPES:
             raise ArtifactError(f"{name} is {tensor.dtype}; pull the model in bfloat16, float16 or float32")
-        if not torch.isfinite(tensor).all():
-            raise ArtifactError(f"{name} holds values that are not finite; the file is damaged or diverged")
         values[tensor.dtype] += tensor.numel()
         if name not in known:
             strange = strange or name not in buffers
@@ -129,27 +184,18 @@ def bring_in(task: Task, source: Path, folder: Path) -> tuple[int, torch.dtype]:
         else:
             found.add(known[name])
     dtype = values.most_common(1)[0][0] if values else torch.float32
-    if strange or found != set(wanted):
-        whole = task.load(source)  # which knows other names
-        for parameter in whole.parameters():
-            parameter.data = parameter.data.to(dtype)
-        task.save(whole, folder)
-    elif source != folder:
-        for file in (*files, source / INDEX):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
-        copy_companions(plain_files(source), folder, (Origin.file,))
-    return sum(parameter.numel() for parameter in model.parameters()), dtype
+    return dtype, not strange and found == set(wanted)
 
 
-def _refuse(folder: Path) -> None:
-    """ArtifactError for weights in a format that runs code, and for a model that is quantized already."""
-    pickles = [file.name for pattern in PICKLES for file in sorted(folder.glob(pattern))]
-    if pickles and not list(folder.glob("*.safetensors")):
-        raise ArtifactError(
-            f"{folder} holds its weights as {pickles[0]}, a format that can run code when it is opened; convert it "
-            "with transformers: AutoModel.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
-        )
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))  # detect_task has read it
-    if (folder / PACKING).is_file() or "quantization_config" in config:
-        raise ArtifactError(f"{folder} holds a model that is quantized already; pull the original in full precision")
+def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of any shape as `dtype` where that holds each of its values, else as it is."""
+    narrow = tensor.to(dtype)
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+
+
+def _settle(model: nn.Module, source: Path, folder: Path) -> None:
+    """Correct the copied config.json where the weights say something else."""
+    raw = model_config(source)
+    if (changed := settled(raw, model)) != raw:
+        text = json.dumps(changed, indent=2, sort_keys=True, ensure_ascii=False)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")

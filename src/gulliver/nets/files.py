@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import struct
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gulliver.core.errors import ArtifactError
 from gulliver.core.store.manifest import EVIDENCE, MANIFEST, read_json
+from gulliver.nets.selection import INDEX, MAX_HEADER_BYTES, select
 
 ITEM_BYTES = {
     **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8},
     **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1},
 }
 """Code of a type in a header -> bytes of one number. Types of less than a byte are not here."""
-CAUSAL = ("ForCausalLM", "LMHeadModel")  # how the names of networks with a language model's head end
-MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 16
-INDEX = "model.safetensors.index.json"
 POOLING = "1_Pooling/config.json"
 COMPANIONS = (".json", ".jinja", ".txt", ".model")
 """How the names of configs, tokenizers and chat templates end."""
@@ -40,58 +36,40 @@ class Stored:
     length: int
 
 
-def architectures(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names under `architectures` in a config.json; empty where there are none."""
-    names = config.get("architectures") or ()
-    return tuple(str(name) for name in names) if isinstance(names, list | tuple) else ()
-
-
-def is_causal(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether `folder` holds a causal language model; an older config without `architectures` counts as one."""
-    if (folder / "modules.json").is_file():
-        return False
-    names = architectures(config)
-    return not names or any(name.endswith(CAUSAL) for name in names)
-
-
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a Hugging Face layout folder: those of its index, else all. ArtifactError if none."""
-    index = folder / INDEX
-    if not index.is_file():
-        files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
-        if not files:
-            found = sorted(folder.glob("*.gguf"))
-            remedy = f"; bring {found[0].name} in with `gulliver pull {found[0]}`" if found else ""
-            raise ArtifactError(f"{folder} has no *.safetensors{remedy}")
-        return files
-    if index.stat().st_size > MAX_HEADER_BYTES:
-        raise ArtifactError(f"{index} has {index.stat().st_size} bytes; at most {MAX_HEADER_BYTES} are allowed")
-    try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        plain = all(isinstance(name, str) and Path(name).name == name for name in names)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"{index} is not a safetensors index: {error}") from error
-    if not plain:
-        raise ArtifactError(f"{index} names a file outside its folder; do not use it")
-    files = [folder / name for name in sorted(set(names))]
-    for path in files:
-        if not path.is_file():
-            raise ArtifactError(f"{path} is listed in {index.name} but missing; download it again")
-    return files
+    """The safetensors files that hold a folder's weights; see `nets.selection`. ArtifactError if none."""
+    return list(select(folder).files)
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Name -> where it is, for every tensor in the weight files of a folder.
 
-    ArtifactError for a header that breaks the format's rules: bytes that are missing, shared by two tensors or unused.
+    ArtifactError for a header that breaks the format's rules (bytes that are missing, shared by two tensors or unused),
+    a name in two files, and a tensor that the index promises and its file lacks.
     """
+    selection = select(folder)
     found: dict[str, Stored] = {}
-    for path in weight_files(folder):
+    for path in selection.files:
         for name, tensor in _header(path).items():
+            if selection.places.get(name, path.name) != path.name:
+                continue  # the index says that another file has it
             if name in found:
                 raise ArtifactError(f"duplicate tensor {name[:200]!r} in the weight files of {folder}")
             found[name] = tensor
+    for name, file in selection.places.items():
+        if name not in found:
+            raise ArtifactError(
+                f"{folder / INDEX} says that {file} holds {name[:200]!r}, which it lacks; download both again"
+            )
     return found
+
+
+def not_finite(name: str, path: Path) -> ArtifactError:
+    """The error for a stored weight with a value that is not a number, or infinite."""
+    return ArtifactError(
+        f"{name} in {path} holds values that are not finite (NaN or infinity); download the file again. If it comes "
+        "the same, the model was saved after it diverged or overflowed: take another checkpoint or precision of it"
+    )
 
 
 def _header(path: Path) -> dict[str, Stored]:
@@ -117,7 +95,7 @@ def _header(path: Path) -> dict[str, Stored]:
             )
         end += tensor.length
     if end != size:
-        raise ArtifactError(f"{path} has {size} bytes, its header describes {end}; download or make it again")
+        raise ArtifactError(f"{path} has {size} bytes, its header describes {end}: it is damaged; download it again")
     return found
 
 

@@ -6,7 +6,7 @@ the helpers here accept any of its names and keep all of them tied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from gulliver.core.errors import ArtifactError
-from gulliver.nets.files import weight_files
+from gulliver.nets.files import Stored, not_finite, stored_tensors
 
 CODES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
@@ -103,6 +103,13 @@ def _replace(model: nn.Module, names: Iterable[str], value: Tensor, requires_gra
         owner._parameters[leaf] = parameter
 
 
+def untie(model: nn.Module, names: Iterable[str]) -> None:
+    """Give each of `names`, which are one parameter, a parameter of its own with the same data."""
+    for name in names:
+        old = model.get_parameter(name)
+        _replace(model, (name,), old.data, old.requires_grad)
+
+
 def unfilled(model: nn.Module) -> list[str]:
     """Canonical names of the parameters that hold no data."""
     return [name for name, parameter in model.named_parameters() if parameter.is_meta]
@@ -118,22 +125,38 @@ def read_safetensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a plain folder, of any shape, one at a time; floating ones become `dtype` when given.
 
-    With `only`, tensors whose name it refuses are not read. ArtifactError for a damaged file or a name in two
-    files.
+    With `only`, tensors whose name it refuses are not read. ArtifactError for a damaged file, a name in two files, and
+    a value that is not finite.
     """
-    seen: set[str] = set()
-    for path in weight_files(folder):
+    files: dict[Path, list[str]] = {}
+    for name, stored in stored_tensors(folder).items():
+        if only is None or only(name):
+            files.setdefault(stored.path, []).append(name)
+    for path, names in files.items():
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    if name in seen:
-                        raise ArtifactError(f"duplicate tensor {name!r} in the weight files of {folder}")
-                    seen.add(name)
-                    if only is None or only(name):
-                        tensor = file.get_tensor(name)
-                        yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+                for name in names:
+                    tensor = file.get_tensor(name)
+                    check_finite(name, tensor, path)
+                    yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         except SafetensorError as error:
             raise ArtifactError(f"{path} is damaged: {error}; download or make it again") from error
+
+
+def read_tensor(stored: Mapping[str, Stored], name: str) -> Tensor:
+    """One stored tensor, of any shape. ArtifactError for a damaged file."""
+    path = stored[name].path
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+    except SafetensorError as error:
+        raise ArtifactError(f"{path} is damaged: {error}; download or make it again") from None
+
+
+def check_finite(name: str, tensor: Tensor, path: Path) -> None:
+    """ArtifactError when a floating tensor of any shape holds a value that is not finite; `path` is its file."""
+    if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(torch.isfinite(tensor).all()):
+        raise not_finite(name, path)
 
 
 def owners(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:

@@ -15,7 +15,7 @@ from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import MANIFEST, Artifact, open_artifact
 from gulliver.core.store.files import named_path
 from gulliver.runtime.packing import is_packed
-from gulliver.tasks import detect_task, family, open_model
+from gulliver.tasks import detect_task, family, open_model, rewriter
 from gulliver.tasks.answerer import Answerer, Can, OpenOptions
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ def local_folder(spec: Spec) -> tuple[Path, str] | None:
         return None
     if (path / MANIFEST).is_file():
         return _of_artifact(open_artifact(path), spec)
-    return path, detect_task(path)
+    task = detect_task(path)
+    return (path, task) if is_packed(path) or rewriter(path) is None else None
 
 
 def _of_artifact(artifact: Artifact, spec: object) -> tuple[Path, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from gulliver.core.errors import ArtifactError
-from gulliver.nets.files import stored_tensors
-from gulliver.nets.weights import assign, canonical_names, empty_parameters, unfilled
-from gulliver.runtime.packing import is_packed
+from gulliver.nets.files import Stored, stored_tensors
+from gulliver.nets.weights import aliases, assign, canonical_names, empty_parameters, read_tensor, unfilled, untie
+from gulliver.runtime.packing import is_packed, read_packing
 from gulliver.runtime.reference import read_tensors
 
 
@@ -28,24 +29,71 @@ def read_config(folder: Path) -> transformers.PretrainedConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
             raise ValueError("it is not a JSON object")
-        if "auto_map" in raw:
+        if "auto_map" in raw and raw.get("model_type") not in transformers.CONFIG_MAPPING:
             raise ValueError("it asks to run code from the folder (auto_map), which Gulliver never does")
         return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, ArithmeticError) as error:
         raise ArtifactError(f"{path} is not a usable model config: {str(error).splitlines()[0]}") from error
 
 
-def empty_network(folder: Path, auto: Any) -> nn.Module:
-    """The network `config.json` describes, parameters on meta, buffers real, `source_folder` set."""
-    config = read_config(folder)
+def network_of(config: Any, folder: Path, auto: Any = transformers.AutoModelForCausalLM) -> Any:
+    """The network that a config of transformers describes, parameters on meta, buffers real.
+
+    `folder` is named in the ArtifactError for a config that describes none.
+    """
     try:
         with empty_parameters(), no_init_weights():
             model = auto.from_config(config, dtype=torch.float32)
             model.tie_weights()
     except (ValueError, TypeError, RuntimeError, ArithmeticError, KeyError, AttributeError) as error:
         raise ArtifactError(f"{folder / 'config.json'} describes no network: {str(error).splitlines()[0]}") from error
-    model.source_folder = str(folder)
     return model.eval()
+
+
+def empty_network(folder: Path, auto: Any) -> nn.Module:
+    """The network `config.json` describes, parameters on meta, buffers real, `source_folder` set.
+
+    Weights that the config ties are one only where the files do not hold two different ones.
+    """
+    model = network_of(read_config(folder), folder, auto)
+    _untie(model, folder)
+    model.source_folder = str(folder)
+    return model
+
+
+def _untie(model: nn.Module, folder: Path) -> None:
+    """Give every name of a tied parameter its own, where the files hold different tensors under these names."""
+    tied = {first: names for first, names in aliases(model).items() if len(names) > 1}
+    if not tied or not any(folder.glob("*.safetensors")):
+        return
+    stored, packing = stored_tensors(folder), read_packing(folder) if is_packed(folder) else {}
+    for names in tied.values():
+        there = [name for name in names if name in stored or name in packing]
+        if len(there) > 1 and (any(name in packing for name in there) or not _equal(stored, there)):
+            untie(model, there)
+            model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+
+def _equal(stored: Mapping[str, Stored], names: Sequence[str]) -> bool:
+    """Whether the stored tensors are the same, of whatever types."""
+    first, *others = (read_tensor(stored, name) for name in names)
+    return all(
+        one.shape == first.shape
+        and all(bool((ours == theirs).all()) for ours, theirs in zip(one.split(4096), first.split(4096), strict=True))
+        for one in others
+    )
+
+
+def settled(raw: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A config.json as it describes a loaded network: with its architecture, and tied as its weights are."""
+    config = getattr(model, "config", None)
+    changed = dict(raw)
+    if isinstance(config, transformers.PretrainedConfig):
+        if not raw.get("architectures"):
+            changed["architectures"] = [type(model).__name__]
+        if not config.tie_word_embeddings and type(config).from_dict(changed).tie_word_embeddings:
+            changed["tie_word_embeddings"] = False
+    return changed
 
 
 def load_network(folder: Path, empty: bool, auto: Any = transformers.AutoModelForCausalLM) -> nn.Module:
@@ -85,5 +133,9 @@ def _translated(model: nn.Module, folder: Path, auto: Any) -> nn.Module:
         raise ArtifactError(f"{folder} holds no usable weights for {wrong[0]} ({len(wrong)} in all)")
     for name in spare:
         torch.nn.init.zeros_(loaded.get_parameter(name))
+    head, table = loaded.get_output_embeddings(), loaded.get_input_embeddings()
+    if head is not None and table is not None and head.weight is not table.weight:
+        loaded.config.tie_word_embeddings = False
     loaded.source_folder = model.source_folder
+    loaded.left_out = sorted(map(str, report["unexpected_keys"]))
     return loaded.eval()

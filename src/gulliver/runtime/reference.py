@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gulliver.core.errors import ArtifactError
 from gulliver.core.records import PackedPart, PackedWeight
 from gulliver.core.store.manifest import PACKING
 from gulliver.nets.files import Stored, stored_tensors
-from gulliver.nets.weights import read_safetensors
+from gulliver.nets.weights import check_finite, read_safetensors, read_tensor
 from gulliver.runtime.formats import Format
 from gulliver.runtime.packed import PackedTensor, RowGroup, pack, unpack
 from gulliver.runtime.packing import PIECE, is_packed, order_of_use, read_packing, stored_names
@@ -84,11 +83,9 @@ def read_stored(
 def _tensor(stored: Mapping[str, Stored], name: str) -> Tensor:
     if name not in stored:
         raise ArtifactError(f"the weight files lack {name}, which {PACKING} promises; the model is damaged")
-    try:
-        with safe_open(stored[name].path, framework="pt") as file:
-            return file.get_tensor(name)
-    except SafetensorError as error:
-        raise ArtifactError(f"{stored[name].path} is damaged: {error}; download or make it again") from None
+    tensor = read_tensor(stored, name)
+    check_finite(name, tensor, stored[name].path)
+    return tensor
 
 
 def _read_packed(

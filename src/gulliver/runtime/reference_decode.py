@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from gulliver.core.errors import ConfigError
-from gulliver.nets.files import is_causal
+from gulliver.nets.kinds import is_causal
 from gulliver.runtime.decoder import StepBatch
 from gulliver.runtime.network import load_network, read_config
 from gulliver.runtime.reference_cache import Reader, Remembered

@@ -5,14 +5,15 @@ Reading the table imports neither torch nor a family: rows name classes and func
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gulliver.core.errors import ArtifactError, ConfigError
+from gulliver.core.errors import ConfigError
 from gulliver.core.names import named, unknown
+from gulliver.nets.kinds import model_config, quantization, refusal
+from gulliver.nets.selection import select
 from gulliver.tasks.family import Family
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from gulliver.tasks.answerer import Answerer, OpenOptions
     from gulliver.tasks.base import Task
     from gulliver.tasks.options import FamilyOptions
+    from gulliver.tasks.rewritten import Rewritten
 
 
 TASKS: Mapping[str, Family] = {
@@ -28,7 +30,7 @@ TASKS: Mapping[str, Family] = {
         task="gulliver.tasks.language.task:LanguageTask",
         options="gulliver.tasks.options:LanguageOptions",
         answerer="gulliver.tasks.language.answerer:open_answerer",
-        claims="gulliver.nets.files:is_causal",
+        claims="gulliver.tasks.language.config:claims",
         examples="text",
         speed_metric="decode_tokens_per_s",
         can=("generate", "predict"),
@@ -60,7 +62,7 @@ TASKS: Mapping[str, Family] = {
         pipeline_tag="image-classification",
     ),
 }
-"""The last row that claims a folder has it: a config without `architectures` is a causal language model's."""
+"""The last row that claims a folder has it; what no row claims is refused."""
 
 DEFAULT = "language"
 """The family of data that is read when neither a model nor an option says which."""
@@ -121,17 +123,21 @@ def exporter(name: str, task: str) -> Callable[[Artifact, Path, str, Context], d
 
 def detect_task(folder: Path) -> str:
     """The family of the model in a folder, from its config.json. ArtifactError when there is none that reads it."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"it holds a {type(config).__name__}")
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{folder} has no config.json; give a Hugging Face layout folder") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not a JSON object: {error}") from error
+    config = model_config(folder)
     for name, row in reversed(list(TASKS.items())):
         if named(row.claims)(folder, config):
+            quantization(folder, config)  # which refuses what cannot be dequantized
             return name
-    names = config.get("architectures") or config.get("model_type")
-    raise ArtifactError(f"{path} describes {names}, which no family of models here reads: {', '.join(TASKS)}")
+    raise refusal(folder, config)
+
+
+def rewriter(folder: Path) -> Callable[[Path, Path], Rewritten] | None:
+    """The function that writes the model of a folder as a plain one; None for a folder that is plain already.
+
+    Plain: the weights are floats, in the files where they are looked for, of a whole model and not a part of one. A
+    model that Gulliver packed is plain too. ArtifactError for a folder without weights.
+    """
+    config = model_config(folder)
+    usual = select(folder).usual and quantization(folder, config) is None
+    part = named("gulliver.tasks.language.config:is_part")(folder, config)
+    return None if usual and not part else named("gulliver.tasks.text.plain:write_plain")

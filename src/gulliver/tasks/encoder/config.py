@@ -1,4 +1,4 @@
-"""Which models are of the encoder family, told without torch."""
+"""Which models are of the encoder family, told without torch unless the architecture's name may be an encoder's."""
 
 from __future__ import annotations
 
@@ -6,17 +6,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gulliver.nets.files import architectures, is_causal
+from gulliver.nets.kinds import CAUSAL, MODULES, architectures
 
 ENCODERS = ("Model", "ForMaskedLM", "ForPreTraining")
 """How the names of networks end whose last hidden states are used."""
 
 
 def claims(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether `folder` holds an encoder: sentence-transformers' modules.json says so, or the architecture's name."""
-    if (folder / "modules.json").is_file():
+    """Whether `folder` holds an encoder: sentence-transformers' modules.json says so, or the architecture does."""
+    if (folder / MODULES).is_file():
         return True
-    names = architectures(config)
-    alone = any(name.endswith("EncoderModel") for name in names)  # of an encoder and a decoder in one (T5EncoderModel)
-    whole = bool(config.get("is_encoder_decoder")) and not alone
-    return any(name.endswith(ENCODERS) for name in names) and not is_causal(folder, config) and not whole
+    return any(
+        name.endswith(ENCODERS) and not name.endswith(CAUSAL) and _reads_text(name, config)
+        for name in architectures(config)
+    )
+
+
+def _reads_text(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether transformers has a network of this name that reads text alone and has no decoder beside its encoder."""
+    if config.get("is_encoder_decoder") and not name.endswith("EncoderModel"):
+        return False
+    import transformers  # slow, and a language model's folder never comes here
+
+    network = getattr(transformers, name, None)
+    modalities = getattr(network, "input_modalities", None)
+    return modalities in ("text", ("text",), ["text"]) and getattr(network, "main_input_name", "") == "input_ids"

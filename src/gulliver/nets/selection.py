@@ -1,0 +1,130 @@
+"""Which files of a model folder are its weights: those that transformers would load. Knows no torch.
+
+That is `model.safetensors`, else the shards that `model.safetensors.index.json` lists. Other *.safetensors beside them
+are left aside: an adapter, Mistral's second copy (`consolidated.safetensors`), a half-precision twin. Where there is
+neither, one file of another name, or a complete set of numbered shards, is taken, since nothing else can be meant.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gulliver.core.errors import ArtifactError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+MAX_HEADER_BYTES = 100_000_000
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
+OTHER = re.compile(r"adapter|consolidated|optimizer|scheduler|training_args|random_states|non_lora|trainer")
+"""How the names of files begin that are not a model's weights."""
+_SHARD = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The weight files of a folder; `places` is tensor -> file as the index says, {} without one.
+
+    `aside` are the names of the other *.safetensors. `usual` is whether transformers would find the files by itself.
+    """
+
+    files: tuple[Path, ...]
+    aside: tuple[str, ...] = ()
+    places: Mapping[str, str] = field(default_factory=dict)
+    usual: bool = True
+
+    def told(self) -> str:
+        """One sentence about what was left aside and what was taken in its place, "" when there is nothing to say."""
+        names = [path.name for path in self.files]
+        taken = f"{names[0]} … {names[-1]}" if len(names) > 1 else names[0]
+        if self.aside:
+            return f"the weights are {taken}; left aside: {', '.join(self.aside)}"
+        return "" if self.usual else f"there is neither {SINGLE} nor an index; {taken} was taken for the weights"
+
+
+def select(folder: Path) -> Selection:
+    """The weight files of a folder. ArtifactError, with the remedy, when there are none or it cannot be told."""
+    present = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
+    if SINGLE in present:
+        return _chosen(folder, present, [SINGLE])
+    if (folder / INDEX).is_file():
+        places = _read_index(folder / INDEX)
+        chosen = sorted(set(places.values()))
+        for name in chosen:
+            if not (folder / name).is_file():
+                raise ArtifactError(f"{folder / name} is listed in {INDEX} but missing; download it again")
+        return _chosen(folder, present, chosen, places)
+    candidates = [name for name in present if not OTHER.match(name)]
+    if not candidates:
+        raise ArtifactError(without_weights(folder))
+    shards = [found for found in map(_SHARD.fullmatch, candidates) if found]
+    if len(shards) == len(candidates) and len({(found[1], int(found[3])) for found in shards}) == 1:
+        missing = sorted(set(range(1, int(shards[0][3]) + 1)) - {int(found[2]) for found in shards})
+        if missing:
+            lacks = f"part {missing[0]} of {int(shards[0][3])} of {shards[0][1]}-…safetensors"
+            raise ArtifactError(f"{folder} lacks {lacks}; download it again")
+    elif len(candidates) > 1:
+        found = f"{', '.join(candidates[:4])}{' …' if len(candidates) > 4 else ''}"
+        told = f"{folder} holds {found}, and neither {SINGLE} nor {INDEX}"
+        raise ArtifactError(f"{told}; rename the one that is meant to {SINGLE}")
+    return _chosen(folder, present, candidates, usual=False)
+
+
+def _chosen(
+    folder: Path, present: Sequence[str], names: Sequence[str], places: Mapping[str, str] | None = None, **more: Any
+) -> Selection:
+    aside = tuple(name for name in present if name not in names)
+    return Selection(tuple(folder / name for name in names), aside, places or {}, **more)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor -> file. ArtifactError for what is not an index, or names a file outside its folder."""
+    if path.stat().st_size > MAX_HEADER_BYTES:
+        raise ArtifactError(f"{path} has {path.stat().st_size} bytes; at most {MAX_HEADER_BYTES} are allowed")
+    try:
+        places = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"].items())
+        plain = all(isinstance(name, str) and Path(name).name == name for name in places.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtifactError(f"{path} is not a safetensors index: {error}") from error
+    if not plain:
+        raise ArtifactError(f"{path} names a file outside its folder; do not use it")
+    if not places:
+        raise ArtifactError(f"{path} lists no tensor; download it again")
+    return places
+
+
+def without_weights(folder: Path) -> str:
+    """Why a folder has no weights that can be read, and what to do."""
+    if (folder / ADAPTER).is_file() or any(folder.glob("adapter_model.*")):
+        return _adapter(folder)
+    if any(folder.glob("consolidated*")):
+        return (
+            f"{folder} holds weights in the layout of Mistral's or Meta's own code (consolidated…), without the "
+            f"{SINGLE} of the Hugging Face layout; download the model in that layout"
+        )
+    pickles = [file.name for pattern in PICKLES for file in sorted(folder.glob(pattern)) if not OTHER.match(file.name)]
+    if pickles:
+        return (
+            f"{folder} holds its weights as {pickles[0]}, a format that can run code when it is opened; convert it "
+            "with transformers: AutoModel.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
+        )
+    found = sorted(folder.glob("*.gguf"))
+    remedy = f"; bring {found[0].name} in with `gulliver pull {found[0]}`" if found else "; download the weights too"
+    return f"{folder} has no *.safetensors{remedy}"
+
+
+def _adapter(folder: Path) -> str:
+    try:
+        raw = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        base, kind = str(raw.get("base_model_name_or_path") or ""), str(raw.get("peft_type") or "")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        base, kind = "", ""
+    return (
+        f"{folder} holds an adapter ({kind or 'LoRA'}), not a whole model: its base model is {base or 'not named'}; "
+        "merge the two with peft (merge_and_unload, then save_pretrained) and give the merged folder"
+    )
