@@ -285,12 +285,14 @@ def test_truncated_weights_are_refused(kept: int, folder: Path) -> None:
 
 
 def test_a_weight_in_two_files_is_refused(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "one.safetensors")
     save_file({"n": torch.zeros(4)}, folder / "other.safetensors")
     refused(folder, "duplicate tensor 'n'")
 
 
 def test_nothing_comes_out_of_a_folder_with_a_stray_tensor(folder: Path) -> None:
-    save_file({"w": torch.zeros(40, 64)}, folder / "other.safetensors")
+    tensors = {**load_file(folder / WEIGHTS), "w": torch.zeros(40, 64)}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     assert "w" in stored_tensors(folder)
     with pytest.raises(ArtifactError, match="both packed and plain"):
         next(read_stored(folder))

@@ -54,7 +54,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
             if selection.places.get(name, path.name) != path.name:
                 continue  # the index says that another file has it
             if name in found:
-                raise ArtifactError(f"duplicate tensor {name[:200]!r} in the weight files of {folder}")
+                told = f"duplicate tensor {name[:200]!r}, in {found[name].path.name} and {path.name} of {folder}"
+                raise ArtifactError(f"{told}; keep the file that is meant as model.safetensors")
             found[name] = tensor
     for name, file in selection.places.items():
         if name not in found:

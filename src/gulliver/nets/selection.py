@@ -1,8 +1,8 @@
 """Which files of a model folder are its weights: those that transformers would load. Knows no torch.
 
-That is `model.safetensors`, else the shards that `model.safetensors.index.json` lists. Other *.safetensors beside them
-are left aside: an adapter, Mistral's second copy (`consolidated.safetensors`), a half-precision twin. Where there is
-neither, one file of another name, or a complete set of numbered shards, is taken, since nothing else can be meant.
+That is what `model.safetensors.index.json` lists, else `model.safetensors`. Other *.safetensors beside them are left
+aside: an adapter, Mistral's second copy (`consolidated.safetensors`), a half-precision twin. Where there is neither,
+the files of other names are taken together, since nothing else can be meant: one, or numbered shards without a gap.
 """
 
 from __future__ import annotations
@@ -50,8 +50,6 @@ class Selection:
 def select(folder: Path) -> Selection:
     """The weight files of a folder. ArtifactError, with the remedy, when there are none or it cannot be told."""
     present = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
-    if SINGLE in present:
-        return _chosen(folder, present, [SINGLE])
     if (folder / INDEX).is_file():
         places = _read_index(folder / INDEX)
         chosen = sorted(set(places.values()))
@@ -59,6 +57,8 @@ def select(folder: Path) -> Selection:
             if not (folder / name).is_file():
                 raise ArtifactError(f"{folder / name} is listed in {INDEX} but missing; download it again")
         return _chosen(folder, present, chosen, places)
+    if SINGLE in present:
+        return _chosen(folder, present, [SINGLE])
     candidates = [name for name in present if not OTHER.match(name)]
     if not candidates:
         raise ArtifactError(without_weights(folder))
@@ -68,10 +68,6 @@ def select(folder: Path) -> Selection:
         if missing:
             lacks = f"part {missing[0]} of {int(shards[0][3])} of {shards[0][1]}-…safetensors"
             raise ArtifactError(f"{folder} lacks {lacks}; download it again")
-    elif len(candidates) > 1:
-        found = f"{', '.join(candidates[:4])}{' …' if len(candidates) > 4 else ''}"
-        told = f"{folder} holds {found}, and neither {SINGLE} nor {INDEX}"
-        raise ArtifactError(f"{told}; rename the one that is meant to {SINGLE}")
     return _chosen(folder, present, candidates, usual=False)
 
 

@@ -29,11 +29,19 @@ def read_config(folder: Path) -> transformers.PretrainedConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
             raise ValueError("it is not a JSON object")
-        if "auto_map" in raw and raw.get("model_type") not in transformers.CONFIG_MAPPING:
+        if "auto_map" in raw and not _known(raw):
             raise ValueError("it asks to run code from the folder (auto_map), which Gulliver never does")
         return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, ArithmeticError) as error:
         raise ArtifactError(f"{path} is not a usable model config: {str(error).splitlines()[0]}") from error
+
+
+def _known(raw: Mapping[str, Any]) -> bool:
+    """Whether transformers itself has the network that a config names, so that no code from its folder is needed."""
+    names = raw.get("architectures") or ()
+    return raw.get("model_type") in transformers.CONFIG_MAPPING and any(
+        hasattr(transformers, str(one)) for one in names
+    )
 
 
 def network_of(config: Any, folder: Path, auto: Any = transformers.AutoModelForCausalLM) -> Any:
