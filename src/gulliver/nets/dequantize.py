@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from gulliver.core.errors import ArtifactError
-from gulliver.nets.files import Stored
+from gulliver.nets.files import Stored, not_finite
 from gulliver.nets.kinds import Quantization
-from gulliver.nets.weights import check_finite, read_tensor
+from gulliver.nets.weights import read_tensor
 
 UNPACK_ROWS = 1024
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each nibble of a word, from the lowest
@@ -98,14 +98,13 @@ def _rules(scheme: Quantization | None) -> Iterator[tuple[str, str, dict[str, st
 
 
 def read(recipe: Recipe, stored: Mapping[str, Stored], scheme: Quantization | None, dtype: torch.dtype) -> Tensor:
-    """The plain tensor of a recipe; `dtype` is that of a dequantized one whose scales have 32 bits.
+    """The plain tensor of a recipe, of any shape; `dtype` is that of a dequantized one whose scales have 32 bits.
 
     ArtifactError for a damaged file, pieces that do not fit together, and a value that is not finite.
     """
     pieces = {role: read_tensor(stored, name) for role, name in recipe.pieces.items()}
     name, path = recipe.pieces["codes"], stored[recipe.pieces["codes"]].path
     if recipe.rule is None or scheme is None:
-        check_finite(name, pieces["codes"], path)
         return pieces["codes"]
     try:
         value = recipe.rule(pieces, scheme)
@@ -113,7 +112,8 @@ def read(recipe: Recipe, stored: Mapping[str, Stored], scheme: Quantization | No
         shapes = ", ".join(f"{role} {list(tensor.shape)}" for role, tensor in pieces.items())
         told = f"{name} in {path} cannot be dequantized ({shapes}): {str(error).splitlines()[0]}"
         raise ArtifactError(f"{told}; download it again") from None
-    check_finite(name, value, path)
+    if not bool(torch.isfinite(value).all()):
+        raise not_finite(name, path)
     scale = pieces["scale"]
     return value.to(scale.dtype if scale.dtype in (torch.float16, torch.bfloat16) else dtype)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -96,16 +97,10 @@ def _of_model_type(model_type: object) -> tuple[str, ...]:
     """The network that transformers has for a model type, when it is of one kind alone; () otherwise."""
     if not isinstance(model_type, str):
         return ()
-    from transformers.models.auto import modeling_auto as auto  # slow, and most configs name their architecture
-
-    kinds = [
-        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type),
-        auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model_type),
-        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.get(model_type),
-        auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.get(model_type),
-        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type),
-    ]
-    found = {str(kind) for kind in kinds if kind}
+    auto: Any = import_module("transformers.models.auto.modeling_auto")  # slow, and most configs name what they are
+    kinds = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT")
+    tables = [getattr(auto, f"MODEL_FOR_{kind}_MAPPING_NAMES") for kind in kinds]
+    found = {str(table[model_type]) for table in tables if model_type in table}
     return tuple(found) if len(found) == 1 else ()
 
 

@@ -23,6 +23,8 @@ CODES = {
     **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
 }
 """Type -> how a safetensors header spells it."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of weights as a header spells them, every value of which must be finite."""
 
 
 @contextmanager
@@ -129,34 +131,34 @@ def read_safetensors(
     a value that is not finite.
     """
     files: dict[Path, list[str]] = {}
-    for name, stored in stored_tensors(folder).items():
+    for name, place in (stored := stored_tensors(folder)).items():
         if only is None or only(name):
-            files.setdefault(stored.path, []).append(name)
+            files.setdefault(place.path, []).append(name)
     for path, names in files.items():
         try:
             with safe_open(path, framework="pt") as file:
                 for name in names:
                     tensor = file.get_tensor(name)
-                    check_finite(name, tensor, path)
+                    if stored[name].dtype in FLOATS and not bool(torch.isfinite(tensor).all()):
+                        raise not_finite(name, path)
                     yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         except SafetensorError as error:
             raise ArtifactError(f"{path} is damaged: {error}; download or make it again") from error
 
 
 def read_tensor(stored: Mapping[str, Stored], name: str) -> Tensor:
-    """One stored tensor, of any shape. ArtifactError for a damaged file."""
+    """One stored tensor, of any shape. ArtifactError for one that is missing, damaged, or not finite."""
+    if name not in stored:
+        raise ArtifactError(f"the weight files lack {name}; the model is damaged: download or make it again")
     path = stored[name].path
     try:
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
+            tensor = file.get_tensor(name)
     except SafetensorError as error:
         raise ArtifactError(f"{path} is damaged: {error}; download or make it again") from None
-
-
-def check_finite(name: str, tensor: Tensor, path: Path) -> None:
-    """ArtifactError when a floating tensor of any shape holds a value that is not finite; `path` is its file."""
-    if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(torch.isfinite(tensor).all()):
+    if stored[name].dtype in FLOATS and not bool(torch.isfinite(tensor).all()):
         raise not_finite(name, path)
+    return tensor
 
 
 def owners(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:

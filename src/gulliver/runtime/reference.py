@@ -18,7 +18,7 @@ from gulliver.core.errors import ArtifactError
 from gulliver.core.records import PackedPart, PackedWeight
 from gulliver.core.store.manifest import PACKING
 from gulliver.nets.files import Stored, stored_tensors
-from gulliver.nets.weights import check_finite, read_safetensors, read_tensor
+from gulliver.nets.weights import read_safetensors, read_tensor
 from gulliver.runtime.formats import Format
 from gulliver.runtime.packed import PackedTensor, RowGroup, pack, unpack
 from gulliver.runtime.packing import PIECE, is_packed, order_of_use, read_packing, stored_names
@@ -77,31 +77,26 @@ def read_stored(
     for name in filter(only, sorted(packing, key=order_of_use)):
         yield name, _read_packed(name, *packing[name], stored)
     for name in filter(only, plain):
-        yield name, _tensor(stored, name)
-
-
-def _tensor(stored: Mapping[str, Stored], name: str) -> Tensor:
-    if name not in stored:
-        raise ArtifactError(f"the weight files lack {name}, which {PACKING} promises; the model is damaged")
-    tensor = read_tensor(stored, name)
-    check_finite(name, tensor, stored[name].path)
-    return tensor
+        yield name, read_tensor(stored, name)
 
 
 def _read_packed(
     name: str, shape: tuple[int, ...], formats: list[tuple[Format, int]], stored: Mapping[str, Stored]
 ) -> PackedTensor:
     parts: list[RowGroup] = []
+    for piece in stored_names(name, formats):
+        if piece not in stored:
+            raise ArtifactError(f"the weight files lack {piece}, which {PACKING} promises; the model is damaged")
     for index, (fmt, rows) in enumerate(formats):
-        codebook = _tensor(stored, f"{name}.codebook.{index}") if fmt.kind == "codebook" else None
+        codebook = read_tensor(stored, f"{name}.codebook.{index}") if fmt.kind == "codebook" else None
         try:
-            tiles = _tensor(stored, f"{name}.tiles.{index}")
+            tiles = read_tensor(stored, f"{name}.tiles.{index}")
             parts.append(unpack(tiles, fmt, rows, math.prod(shape[1:]), codebook))
         except ArtifactError as error:
             raise ArtifactError(f"{name}: {error}") from error
     if len(parts) == 1:
         return PackedTensor(shape, parts)
-    row_part = _tensor(stored, f"{name}.rows")
+    row_part = read_tensor(stored, f"{name}.rows")
     if row_part.dtype != torch.uint8 or tuple(row_part.shape) != (shape[0],):
         raise ArtifactError(f"{name}.rows is {row_part.dtype} {list(row_part.shape)}, not uint8 [{shape[0]}]")
     counts = torch.bincount(row_part.long(), minlength=len(parts)).tolist()
