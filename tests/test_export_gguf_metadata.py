@@ -34,7 +34,8 @@ from toy_language import sentences
 from gulliver.core.errors import ConfigError
 from gulliver.core.store.store import Store
 from gulliver.tasks import get_task
-from gulliver.tasks.language.gguf.metadata import LLAMA3, NO_MERGE, QWEN2, TEKKEN
+from gulliver.tasks.language.gguf.metadata import NO_MERGE
+from gulliver.tasks.language.gguf.pre_tokenizers import LLAMA3, QWEN2, TEKKEN
 from gulliver.tasks.language.gguf.read import convert_gguf
 from gulliver.tasks.text.tokenizer import load_tokenizer
 

@@ -43,3 +43,7 @@ class Options(BaseModel):
         The reuse key is made of the result, so it may depend on nothing but the options and the inputs' contents.
         """
         return self
+
+    def files(self, field: str) -> Any:
+        """The local files that `field` names (one, several or a folder), whose contents belong to the reuse key."""
+        return getattr(self, field)

@@ -60,17 +60,19 @@ class Sources(Record):
 
 
 class Origin(Record):
-    """Where a model came from. `original_…` is what was downloaded: a file, or the folder's weight files together.
+    """Where a model came from, and `name`, what its file calls it.
 
-    `original_format` is that of most of its bytes, "GGUF Q4_1" or "safetensors F32"; `bfloat16_bytes` are two for each
-    weight, which is what the model takes in full. Models pulled by earlier versions do not say these. `notes` says what
-    of the source was left out or read as something else.
+    `original_…` is what was downloaded: a file, its parts, or the folder's weight files together. `original_format` is
+    that of most of its bytes, "GGUF Q4_1" or "safetensors F32"; `bfloat16_bytes` are two for each weight, which is what
+    the model takes in full. Models pulled by earlier versions do not say these. `notes` says
+    what of the source was left out or read as something else.
     """
 
     file = "origin.json"
     remedy = "pull the model again"
 
     source: str
+    name: str | None = None
     license: str | None = None
     revision: str | None = None
     original_file: str | None = None

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
 from pydantic import Field
 
 from gulliver.core.options import MaxRam, Options
-from gulliver.tasks import DEFAULT
+from gulliver.core.store.files import named_path
+from gulliver.tasks import DEFAULT, foreign_files
 
 
 class PullOptions(Options):
     """Options of `pull`."""
 
-    source: str = Field(description="catalog:NAME, hf:ORG/NAME[@REVISION], a folder or a .gguf file")
+    source: str = Field(description="catalog:NAME, hf:ORG/NAME[@REVISION], a folder or a GGUF file (any part of one)")
     task: str | None = Field(None, description="family of the model; found from its config when left out")
+
+    def resolved(self, inputs: Mapping[str, Any]) -> Self:
+        """These options; a foreign model that cannot be converted is refused here, before its bytes are read."""
+        self.files("source")
+        return self
+
+    def files(self, field: str) -> Any:
+        """All parts of a GGUF that is split, whichever is named."""
+        found = foreign_files(named_path(self.source)) if field == "source" else ()
+        return [str(file) for file in found] if len(found) > 1 else super().files(field)
 
 
 class ReadOptions(Options):

@@ -31,7 +31,7 @@ from gulliver.nets.kinds import model_config
 from gulliver.nets.selection import select
 from gulliver.nets.weights import canonical_names, read_safetensors
 from gulliver.runtime.network import settled
-from gulliver.tasks import converter, detect_task, get_task, rewriter
+from gulliver.tasks import converter, detect_task, foreign_files, get_task, rewriter
 from gulliver.tasks.base import Task
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,20 +59,15 @@ def run(cfg: PullOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact
 
 def _model(path: Path, cfg: PullOptions, origin: Origin, ctx: Context) -> Artifact:
     if not path.exists():
-        raise ConfigError(f"{cfg.source} does not exist; give a folder, a .gguf file, catalog:NAME or hf:ORG/NAME")
-    if path.is_file():
-        task, convert = converter(path)
-    else:
-        task, convert = cfg.task or detect_task(path), None
-    name = cfg.task or task
+        raise ConfigError(f"{cfg.source} does not exist; give a folder, a GGUF file, catalog:NAME or hf:ORG/NAME")
+    foreign = foreign_files(path)
+    if foreign or path.is_file():
+        return _converted(foreign[0] if foreign else path, cfg, origin, ctx)
+    name = cfg.task or detect_task(path)
     with ctx.writer(kind="model", task=name, config={"source": origin.source, "task": name}) as writer:
-        with ctx.progress.stage("check" if convert is None else "convert"):
-            if convert is None:
-                found = bring_in(get_task(name), path, writer.path)
-                files = weight_files(path)
-            else:
-                original, files = convert(path, writer.path), [path]
-                found = replace(bring_in(get_task(name), writer.path, writer.path), original=original)
+        with ctx.progress.stage("check"):
+            found = bring_in(get_task(name), path, writer.path)
+        files = weight_files(path)
         for note in found.notes:
             ctx.progress.print(f"{path.name}: {note}")
         origin.model_copy(
@@ -82,6 +77,29 @@ def _model(path: Path, cfg: PullOptions, origin: Origin, ctx: Context) -> Artifa
                 "original_bytes": sum(file.stat().st_size for file in files),
                 "bfloat16_bytes": 2 * found.weights,
                 "notes": "; ".join(found.notes) or None,
+            }
+        ).write(writer.path)
+        return writer.commit()
+
+
+def _converted(file: Path, cfg: PullOptions, origin: Origin, ctx: Context) -> Artifact:
+    """The artifact of a model in another tool's format, whose converter checks every number."""
+    name, convert = converter(file)
+    if cfg.task not in (None, name):
+        raise ConfigError(f"{file.name} holds a {name} model; leave --task out, or say {name}")
+    with ctx.writer(kind="model", task=name, config={"source": origin.source, "task": name}) as writer:
+        with ctx.progress.stage("convert"):
+            found = convert(file, writer.path)
+        if found.note:
+            ctx.progress.print(f"{file.name}: {found.note}")
+        origin.model_copy(
+            update={
+                "name": found.name,
+                "original_file": found.files[0].name,
+                "original_format": found.format,
+                "original_bytes": sum(one.stat().st_size for one in found.files),
+                "bfloat16_bytes": 2 * found.weights,
+                "notes": found.note or None,
             }
         ).write(writer.path)
         return writer.commit()

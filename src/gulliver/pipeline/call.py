@@ -161,7 +161,7 @@ def reuse_key(row: Step, cfg: Any, inputs: Inputs, seed: int) -> str:
     """SHA-256 over all that decides the result of a call; `cfg` is resolved."""
     values = cfg.model_dump(mode="json", exclude={LIMIT})
     parts = {"step": row.name, "version": row.version, "config": values, "inputs": _ids(inputs), "seed": seed}
-    parts["files"] = {field: _contents(values.get(field)) for field in row.reads}
+    parts["files"] = {field: _contents(cfg.files(field)) for field in row.reads}
     return hashlib.sha256(canonical_json(parts)).hexdigest()
 
 

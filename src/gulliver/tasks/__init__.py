@@ -14,7 +14,7 @@ from gulliver.core.errors import ConfigError
 from gulliver.core.names import named, unknown
 from gulliver.nets.kinds import model_config, quantization, refusal
 from gulliver.nets.selection import select
-from gulliver.tasks.family import Family
+from gulliver.tasks.family import Converted, Family, Foreign
 
 if TYPE_CHECKING:
     from gulliver.core.context import Context
@@ -67,8 +67,15 @@ TASKS: Mapping[str, Family] = {
 DEFAULT = "language"
 """The family of data that is read when neither a model nor an option says which."""
 
-FOREIGN = {".gguf": ("language", "gulliver.tasks.language.gguf.read:convert_gguf")}
-"""Suffix of a single-file model -> (family, function that writes it as a folder; see `converter`)."""
+FOREIGN = (
+    Foreign(
+        family="language",
+        find="gulliver.tasks.language.gguf.header:model_file",
+        check="gulliver.tasks.language.gguf.config:files_of",
+        convert="gulliver.tasks.language.gguf.read:convert_gguf",
+    ),
+)
+"""Formats of other tools whose models become folders when they are pulled."""
 
 
 def family(name: str) -> Family:
@@ -104,13 +111,24 @@ def same_examples(one: str, other: str) -> bool:
     return family(one).examples == family(other).examples
 
 
-def converter(path: Path) -> tuple[str, Callable[[Path, Path], str]]:
-    """(family, function(file, folder) -> format) for a model in one file. ConfigError for a file of another kind."""
-    if path.suffix not in FOREIGN:
-        known = ", ".join(sorted(FOREIGN))
-        raise ConfigError(f"{path.name} is not a {known} file or a folder; give the folder that holds config.json")
-    task, function = FOREIGN[path.suffix]
-    return task, named(function)
+def foreign_files(path: Path) -> tuple[Path, ...]:
+    """The files of the model in another tool's format that `path` names: one of them, or the folder they are in.
+
+    Empty when there is none. ArtifactError, before any weight is read, for one that cannot be converted.
+    """
+    for row in FOREIGN:
+        if (found := named(row.find)(path)) is not None:
+            return named(row.check)(found)
+    return ()
+
+
+def converter(path: Path) -> tuple[str, Callable[[Path, Path], Converted]]:
+    """(family, function(file, folder)) for a model in foreign files. ConfigError for a file of another kind."""
+    for row in FOREIGN:
+        if named(row.find)(path) is not None:
+            return row.family, named(row.convert)
+    told = f"{path.name} is not a GGUF file (it does not begin with the letters GGUF) or a folder"
+    raise ConfigError(f"{told}; give a .gguf file, or the folder that holds config.json")
 
 
 def exporter(name: str, task: str) -> Callable[[Artifact, Path, str, Context], dict[str, Any]]:

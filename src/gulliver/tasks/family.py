@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -30,3 +31,31 @@ class Family:
     pipeline_tag: str = ""
     own_loss: bool = True
     sampled: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a converter says of a model in foreign files: the format of most of its bytes, the files, what they call it.
+
+    `weights` is how many the network has; `note` is a sentence for the user, "" when there is nothing to say.
+    """
+
+    format: str
+    files: tuple[Path, ...]
+    name: str | None
+    weights: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A format of other tools, as "module:attribute"s: `find` (path) -> the file that is meant, or None;
+
+    `check` (file) -> all files of its model, an error when it cannot be read, importing no torch; `convert`
+    (file, folder) -> Converted writes it as a folder.
+    """
+
+    family: str
+    find: str
+    check: str
+    convert: str

@@ -9,11 +9,12 @@ llama.cpp stores the rows of q and k of some architectures for its own rotary em
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import gguf
 import numpy as np
+from torch import Tensor
 
 from gulliver.core.errors import ConfigError
 
@@ -25,13 +26,11 @@ ALL_BIASES = (*ATTENTION_BIASES, "attn_output", "ffn_gate", "ffn_up", "ffn_down"
 class Architecture:
     """How llama.cpp runs a network: its name there, and what it can hold.
 
-    `read_as`: transformers' model type and the name in files that are read, "" for one that is only written;
     `permuted`: rows of q and k lie as pairs of neighbours; `norm_offset` is added to every norm's weights; `biases`
     are the layers that may have one; `rope_factors`: divisors of the rotary frequencies may be stored.
     """
 
     name: gguf.MODEL_ARCH
-    read_as: str = ""
     permuted: bool = False
     activation: str = "silu"
     norm_offset: float = 0.0
@@ -39,18 +38,15 @@ class Architecture:
     rope_factors: bool = False
 
 
-_LLAMA = Architecture(gguf.MODEL_ARCH.LLAMA, "llama", permuted=True, biases=ALL_BIASES, rope_factors=True)
+_LLAMA = Architecture(gguf.MODEL_ARCH.LLAMA, permuted=True, biases=ALL_BIASES, rope_factors=True)
 ARCHITECTURES: Mapping[str, Architecture] = {
     "LlamaForCausalLM": _LLAMA,
-    "MistralForCausalLM": replace(_LLAMA, read_as="mistral"),
-    "Qwen2ForCausalLM": Architecture(gguf.MODEL_ARCH.QWEN2, "qwen2"),
-    "Qwen3ForCausalLM": Architecture(gguf.MODEL_ARCH.QWEN3, "qwen3"),
+    "MistralForCausalLM": _LLAMA,
+    "Qwen2ForCausalLM": Architecture(gguf.MODEL_ARCH.QWEN2),
+    "Qwen3ForCausalLM": Architecture(gguf.MODEL_ARCH.QWEN3),
     "Gemma3ForCausalLM": Architecture(gguf.MODEL_ARCH.GEMMA3, activation="gelu_pytorch_tanh", norm_offset=1.0),
 }
 """transformers' class -> how llama.cpp runs it."""
-
-ROPE_FACTORS = "rope_freqs.weight"
-"""Divisors of the rotary frequencies, float32 [head_dim / 2], where a file has them."""
 
 GEMMA3_27B_LAYERS = 62
 """By this number of layers llama.cpp knows the one Gemma 3 whose attention is scaled in another way."""
@@ -91,7 +87,7 @@ def permute(values: np.ndarray, heads: int) -> np.ndarray:
     return values.reshape(heads, 2, half, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
 
-def unpermute(values: np.ndarray, heads: int) -> np.ndarray:
+def unpermute(values: Tensor, heads: int) -> Tensor:
     """Rows [heads · d, …] of any dtype from llama.cpp's order to transformers'."""
     half = values.shape[0] // heads // 2
-    return values.reshape(heads, half, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+    return values.reshape(heads, half, 2, *values.shape[1:]).transpose(1, 2).reshape(values.shape)

@@ -25,6 +25,7 @@ import torch
 
 from gulliver.core.errors import ConfigError
 from gulliver.tasks.language.gguf.architectures import Architecture, no_place
+from gulliver.tasks.language.gguf.pre_tokenizers import PRE_TOKENIZERS
 from gulliver.tasks.text.tokenizer import load_tokenizer
 
 GEMMA3_PATTERN = 6
@@ -118,25 +119,6 @@ def rope_factors(network: Any) -> np.ndarray | None:
 
 
 # ---- tokenizer ----------------------------------------------------------------------------------------------------
-QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-PRE_TOKENIZERS: Mapping[tuple[tuple[tuple[str, Any], ...], bool], str] = {
-    ((("ByteLevel", True),), False): "gpt-2",
-    ((("Digits", True), ("ByteLevel", True)), False): "smollm",
-    ((("Split", QWEN2), ("ByteLevel", False)), False): "qwen2",
-    ((("Split", LLAMA3), ("ByteLevel", False)), True): "llama-bpe",
-    ((("Split", LLAMA3), ("ByteLevel", False)), False): "smaug-bpe",
-    ((("Split", TEKKEN), ("ByteLevel", False)), True): "tekken",
-}
-"""(rules in order, whether a whole word of the vocabulary is taken without merging) -> llama.cpp's name."""
-
 UNMARKED = re.compile(r"<\|(.*\|)?>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
 """Tokens that some models do not mark as special though they control; llama.cpp's converter has the same list."""
 

@@ -1,179 +1,237 @@
-"""A GGUF file as a Hugging Face layout folder: config, tokenizer and bfloat16 weights, one tensor in memory at a time.
+"""A GGUF file (or its parts) as a Hugging Face layout folder: config, tokenizer, weights; one tensor in memory at once.
 
-Llama-type architectures only. Reading undoes llama.cpp's order of the rows of q and k (architectures.py). Llama 3 files
-carry `rope_freqs`, the divisors of the rotary frequencies, which transformers expresses as rope type "longrope" with
-the same factors for short and long texts.
+Which parameter a tensor is, gguf's own table of names says, asked with the names of the empty network. What differs
+besides: llama.cpp's order of the rows of q and k (architectures.py); norms that hold 1 + w; experts, whose gates and
+ups transformers keeps in one tensor; and gpt-oss, which transformers keeps transposed, gates and ups taking turns.
 """
 
 from __future__ import annotations
 
-import json
-import re
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from gulliver.core.errors import ArtifactError
-from gulliver.core.names import unknown
+from gulliver.nets.weights import empty_parameters
+from gulliver.runtime.packing import order_of_use
 from gulliver.runtime.shards import write_tensors
-from gulliver.tasks.language.gguf.architectures import ARCHITECTURES, ROPE_FACTORS, unpermute
+from gulliver.tasks.family import Converted
+from gulliver.tasks.language.gguf.architectures import unpermute
+from gulliver.tasks.language.gguf.config import (
+    FACTORS,
+    LONG_FACTORS,
+    READ,
+    ROPE_FACTORS,
+    SHORT_FACTORS,
+    Reading,
+    checked,
+    rope_factor_tensors,
+)
+from gulliver.tasks.language.gguf.decode import decode, dtype_of
+from gulliver.tasks.language.gguf.header import Header, TensorInfo
+from gulliver.tasks.language.gguf.tokenizer import write_tokenizer
 from gulliver.tasks.text.network import write_config
 
-READ = {row.read_as: name for name, row in ARCHITECTURES.items() if row.read_as}
-"""GGUF architecture, which is also transformers' model type -> transformers' class."""
-
-TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-IN_LAYER = {
-    **{"attn_norm": "input_layernorm", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm"},
-    **{f"attn_{part}": f"self_attn.{part}_proj" for part in ("q", "k", "v")},
-    **{f"attn_{part}_norm": f"self_attn.{part}_norm" for part in ("q", "k")},
-    **{f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
-}
+DEFECTS = (ValueError, TypeError, RuntimeError, ArithmeticError, KeyError, AttributeError, IndexError)
+"""What transformers raises for a config that describes no network."""
+NEAR = 0.2
+"""Two tensors whose difference is below this share of their size are one tensor, rounded twice."""
 
 
-def convert_gguf(path: Path, folder: Path) -> str:
-    """Write config.json, the tokenizer's files and model.safetensors (bfloat16) of the GGUF at `path` into `folder`.
+def convert_gguf(path: Path, folder: Path) -> Converted:
+    """Write config.json, the tokenizer's files and model.safetensors of the GGUF at `path` into `folder`.
 
-    Returns the format of most of its bytes, for example "GGUF Q4_1".
-    ArtifactError for a damaged file, another architecture, experts, or a tensor that has no place.
+    ArtifactError for a damaged file, another architecture, or a tensor that has no place.
     """
-    reader = _open(path)
-    config = _config(reader, path)
-    write_config(config, folder, torch.bfloat16)
-    _write_tokenizer(path, folder)
-    tensors = {_name(tensor.name, path): tensor for tensor in reader.tensors if tensor.name != ROPE_FACTORS}
-    rows = {name: (torch.bfloat16, tuple(map(int, reversed(tensors[name].shape)))) for name in sorted(tensors)}
+    header, options = checked(path)
+    row = READ[header.metadata["general.architecture"]]
+    note = _settle_head(header, options)
+    options["rope_parameters"] = _with_factors(header, options["rope_parameters"])
+    options |= write_tokenizer(header, folder)
+    network = _empty(header, options)
+    places = {place.name: place for place in _places(header, network, row)}
+    largest = Counter[torch.dtype]()
+    for place in places.values():
+        largest[place.dtype] += math.prod(place.shape)
+    write_config(network.config, folder, largest.most_common(1)[0][0])
+    rows = {name: (places[name].dtype, places[name].shape) for name in sorted(places, key=order_of_use)}
     with open(folder / "model.safetensors", "wb") as stream:
-        write_tensors(stream, rows, _values(tensors, config, path))
+        write_tensors(stream, rows, ((name, places[name].read(network.config)) for name in rows), alignment=64)
     sizes = Counter[str]()
-    for tensor in reader.tensors:
-        sizes[tensor.tensor_type.name] += int(tensor.n_bytes)
-    return f"GGUF {sizes.most_common(1)[0][0]}"
+    for tensor in header.tensors.values():
+        sizes[tensor.type.name] += tensor.length
+    return Converted(
+        format=f"GGUF {sizes.most_common(1)[0][0]}",
+        files=header.files,
+        name=name_of(header),
+        weights=sum(parameter.numel() for parameter in network.parameters()),
+        note=note,
+    )
 
 
-def _open(path: Path) -> gguf.GGUFReader:
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, OSError, IndexError, KeyError, OverflowError, UnicodeDecodeError, TypeError) as error:
-        raise ArtifactError(f"{path} is not a readable GGUF file: {error}; download it again") from error
+def name_of(header: Header) -> str | None:
+    """What the file itself calls its model: its name, or its family and size; None when it says neither."""
+    meta = {key: value for key, value in header.metadata.items() if isinstance(value, str) and value.strip()}
+    parts = [meta.get(f"general.{key}", "") for key in ("basename", "size_label", "finetune", "version")]
+    given = meta.get("general.name", "-".join(part for part in parts if part) if parts[0] else "")
+    found = " ".join("".join(one if one.isprintable() else " " for one in given).split())
+    return found[:100] or None
 
 
-def _values(tensors: dict[str, gguf.ReaderTensor], config: Any, path: Path) -> Iterator[tuple[str, Tensor]]:
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    for name, tensor in tensors.items():
-        try:
-            values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        except (NotImplementedError, ValueError, KeyError) as error:
-            raise ArtifactError(f"{path}: {tensor.name} has type {tensor.tensor_type.name}, unknown here") from error
-        if not np.isfinite(values).all():
-            raise ArtifactError(f"{path}: {tensor.name} holds values that are not finite; the file is damaged")
-        part = tensor.name.split(".")[-2]
-        if ARCHITECTURES[config.architectures[0]].permuted and part in heads:
-            values = unpermute(values, heads[part])
-        yield name, torch.from_numpy(np.require(values, np.float32, ["C", "W"])).to(torch.bfloat16)
-
-
-def _name(name: str, path: Path) -> str:
-    top, _, leaf = name.partition(".")
-    if top in TOP and leaf in ("weight", "bias"):
-        return f"{TOP[top]}.{leaf}"
-    found = re.fullmatch(r"blk\.(\d{1,5})\.(\w+)\.(weight|bias)", name)
-    if not found or found[2] not in IN_LAYER:
-        raise ArtifactError(f"{path} holds a tensor {name!r} that a Llama-type model has no place for")
-    return f"model.layers.{found[1]}.{IN_LAYER[found[2]]}.{found[3]}"
-
-
-# ---- config -------------------------------------------------------------------------------------------------------
-def _config(reader: gguf.GGUFReader, path: Path) -> Any:
-    meta = _Metadata(reader, path)
-    architecture = str(meta.get("general.architecture"))
-    if architecture not in READ:
-        raise ArtifactError(f"{path}: {unknown('GGUF architecture', architecture, READ)}")
-    meta.prefix = architecture
-    if meta.get("expert_count", 0):
-        raise ArtifactError(f"{path} is a mixture of experts, which is not read from GGUF; use the original model")
-    if int(meta.get("split.count", 1)) > 1:
-        raise ArtifactError(f"{path} is one part of several; join them first (llama-gguf-split --merge)")
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    if "token_embd.weight" not in tensors:
-        raise ArtifactError(f"{path} holds no token_embd.weight; it is not a language model's file")
-    heads, width = int(meta.get("attention.head_count")), int(meta.get("embedding_length"))
-    head_dim = meta.get("attention.key_length", meta.get("rope.dimension_count", width // max(heads, 1)))
-    options: dict[str, Any] = {
-        "architectures": [READ[architecture]],
-        "hidden_size": width,
-        "intermediate_size": int(meta.get("feed_forward_length")),
-        "num_hidden_layers": int(meta.get("block_count")),
-        "num_attention_heads": heads,
-        "num_key_value_heads": int(meta.get("attention.head_count_kv", heads)),
-        "head_dim": int(head_dim),
-        "max_position_embeddings": int(meta.get("context_length")),
-        "rms_norm_eps": float(meta.get("attention.layer_norm_rms_epsilon")),
-        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "rope_parameters": _rope(meta, tensors),
+# ---- config ---------------------------------------------------------------------------------------------------------
+def _with_factors(header: Header, rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary embedding's config with the divisors that the file stores as tensors."""
+    found = {
+        name: decode(tensor, torch.float32).flatten().tolist() for name, tensor in rope_factor_tensors(header).items()
     }
-    for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        value = int(meta.get(f"tokenizer.ggml.{key}_token_id", -1))
-        options[f"{role}_token_id"] = None if value < 0 else value
-    if architecture == "llama":
-        options["attention_bias"] = "blk.0.attn_q.bias" in tensors
-        options["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
-    if architecture == "mistral":
-        options["sliding_window"] = meta.get("attention.sliding_window", None)
-    return transformers.AutoConfig.for_model(architecture, **options)
+    if not found:
+        return dict(rope)
+    both = found.get(ROPE_FACTORS)
+    return {**rope, "short_factor": found.get(SHORT_FACTORS, both), "long_factor": found.get(LONG_FACTORS, both)}
 
 
-class _Metadata:
-    """The key-value pairs of a GGUF file."""
-
-    def __init__(self, reader: gguf.GGUFReader, path: Path) -> None:
-        self.fields, self.path, self.prefix = reader.fields, path, ""
-
-    def get(self, key: str, default: Any = ...) -> Any:
-        """The value of `key`, as it is or below the architecture's name; ArtifactError without a default."""
-        for name in (key, f"{self.prefix}.{key}"):
-            if name in self.fields:
-                return self.fields[name].contents()
-        if default is ...:
-            raise ArtifactError(f"{self.path} does not say {key}; the file is damaged or too old")
-        return default
-
-
-def _rope(meta: _Metadata, tensors: dict[str, Any]) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(meta.get("rope.freq_base", 10000.0))}
-    if ROPE_FACTORS in tensors:
-        factors = [float(value) for value in tensors[ROPE_FACTORS].data]
-        rope |= {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
-        rope |= {"factor": 1.0, "attention_factor": 1.0}
-        return rope | {"original_max_position_embeddings": int(meta.get("context_length"))}
-    kind = meta.get("rope.scaling.type", "none")
-    if kind == "none":
-        return rope
-    if kind not in ("linear", "yarn"):
-        raise ArtifactError(f"{meta.path} scales its rotary embedding by {kind!r}; known are 'linear' and 'yarn'")
-    rope |= {"rope_type": kind, "factor": float(meta.get("rope.scaling.factor"))}
-    if kind == "yarn":
-        rope["original_max_position_embeddings"] = int(meta.get("rope.scaling.original_context_length"))
-    return rope
-
-
-# ---- tokenizer ----------------------------------------------------------------------------------------------------
-def _write_tokenizer(path: Path, folder: Path) -> None:
+def _empty(header: Header, options: Mapping[str, Any]) -> nn.Module:
+    """The network that the options describe, its parameters without data."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise ArtifactError(f"{path} describes no tokenizer transformers can build: {error}") from error
-    tokenizer.save_pretrained(folder)
-    config = folder / "tokenizer_config.json"
-    raw = json.loads(config.read_text(encoding="utf-8"))
-    for key in ("is_local", "local_files_only"):  # where it was read from, not what it is
-        raw.pop(key, None)
-    config.write_text(json.dumps(raw, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        given = {key: value for key, value in options.items() if key != "model_type"}
+        config = transformers.AutoConfig.for_model(options["model_type"], **given)
+        with empty_parameters():
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except DEFECTS as error:
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        raise ArtifactError(f"{header.path} describes no network: {told[0][:200]}") from error
+
+
+def _settle_head(header: Header, options: dict[str, Any]) -> str:
+    """Whether a stored output head is the embedding again: equal ones are tied. Returns what there is to say of it."""
+    embedding, head = header.tensors["token_embd.weight"], header.tensors.get("output.weight")
+    if head is None or head.shape != embedding.shape:
+        return ""
+    rows = [replace_rows(tensor, 256) for tensor in (embedding, head)]
+    one, other = (decode(tensor, torch.float32) for tensor in rows)
+    apart = float((one - other).norm() / one.norm().clamp_min(1e-30))
+    if apart > NEAR:
+        return ""
+    finer, coarser = sorted((head, embedding), key=lambda tensor: -tensor.length)
+    if apart == 0.0 and torch.equal(decode(embedding, torch.bfloat16), decode(head, torch.bfloat16)):
+        options["tie_word_embeddings"] = True
+        return "output.weight repeats token_embd.weight; the two are one tensor now"
+    told = f"{finer.name} ({finer.type.name}) is a finer copy of {coarser.name} ({coarser.type.name})"
+    return f"{told}, {apart:.1%} apart; both are kept, as the file's own engine computes with both"
+
+
+def replace_rows(tensor: TensorInfo, count: int) -> TensorInfo:
+    """The first `count` rows of a tensor [rows, columns]."""
+    rows = min(count, tensor.shape[0])
+    return TensorInfo(
+        tensor.name, tensor.type, (rows, *tensor.shape[1:]), tensor.path, tensor.offset,
+        tensor.length // tensor.shape[0] * rows,
+    )  # fmt: skip
+
+
+# ---- which tensor is which ------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Place:
+    """A parameter of the network, and the tensors that it is made of.
+
+    `heads`: rows lie in llama.cpp's order for so many heads; `offset` comes off the values; `turned`: the parameter is
+    the transpose of what is stored, per expert.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sources: tuple[TensorInfo, ...]
+    heads: int = 0
+    offset: float = 0.0
+    turned: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the values become: float32 where an offset comes off."""
+        found = {dtype_of(source) for source in self.sources}
+        return torch.float32 if self.offset or len(found) > 1 else found.pop()
+
+    def read(self, config: Any) -> Tensor:
+        """The parameter's values, of its shape."""
+        parts = [decode(source, self.dtype) for source in self.sources]
+        if len(parts) == 2:
+            values = torch.stack(parts, -1).flatten(-2) if self.turned and parts[0].dim() == 2 else self._joined(parts)
+        else:
+            values = parts[0].transpose(-1, -2) if self.turned and parts[0].dim() == 3 else parts[0]
+        if self.heads:
+            values = unpermute(values, self.heads)
+        return (values - self.offset if self.offset else values).reshape(self.shape)
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        if self.turned:  # rows take turns: gate 0, up 0, gate 1, …; then columns become rows
+            return torch.stack(parts, 2).flatten(1, 2).transpose(-1, -2)
+        return torch.cat(parts, 1)
+
+
+def _places(header: Header, network: nn.Module, row: Reading) -> Iterator[Place]:
+    """Every parameter with what it is made of. ArtifactError for one that is missing, and for a tensor left over."""
+    config: Any = network.config
+    table = gguf.get_tensor_name_map(_architecture(header), config.num_hidden_layers)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if row.permuted else {}
+    used = set(FACTORS)
+    if config.tie_word_embeddings:
+        used.add("output.weight")
+    persistent = network.state_dict(keep_vars=True)
+    stored = [
+        *network.named_parameters(),
+        *((name, one) for name, one in network.named_buffers() if name in persistent),
+    ]
+    for name, parameter in stored:
+        sources = _sources(header, table, name)
+        used |= {source.name for source in sources}
+        part = sources[0].name.split(".")[-2]
+        turned = row.model_type == "gpt_oss" and ".experts." in name
+        offset = row.norm_offset if name.endswith("norm.weight") else 0.0
+        place = Place(name, tuple(parameter.shape), sources, heads.get(part, 0), offset, turned)
+        if sum(math.prod(source.shape) for source in sources) != parameter.numel():
+            shapes = " and ".join(str(list(source.shape)) for source in sources)
+            told = f"{header.path}: {sources[0].name} has shape {shapes}, the metadata make it {list(parameter.shape)}"
+            raise ArtifactError(f"{told}; the file is damaged")
+        yield place
+    left = [name for name in header.tensors if name not in used]
+    if left:
+        told = f"{header.path} holds a tensor {left[0][:200]!r} that a {type(network).__name__} has no place for"
+        raise ArtifactError(f"{told} ({len(left)} such)")
+
+
+def _architecture(header: Header) -> gguf.MODEL_ARCH:
+    name = header.metadata["general.architecture"]
+    names = {text: kind for kind, text in gguf.MODEL_ARCH_NAMES.items()}
+    return names.get(name, gguf.MODEL_ARCH.LLAMA)
+
+
+def _sources(header: Header, table: gguf.TensorNameMap, name: str) -> tuple[TensorInfo, ...]:
+    """The stored tensors that make up a parameter: one, or gates and ups."""
+    layer = ".".join(name.split(".")[:3])
+    leaf = "bias" if name.endswith("bias") and "expert_bias" not in name else "weight"
+    number = layer.rpartition(".")[2]
+    if name.endswith(("experts.gate_up_proj", "experts.gate_up_proj_bias")):
+        pairs = [
+            (f"blk.{number}.ffn_gate_exps.{leaf}", f"blk.{number}.ffn_up_exps.{leaf}"),
+            (f"blk.{number}.ffn_gate_up_exps.{leaf}",),
+        ]
+    elif name.endswith(("experts.down_proj", "experts.down_proj_bias")):
+        pairs = [(f"blk.{number}.ffn_down_exps.{leaf}",)]
+    elif name.endswith("router.weight"):
+        pairs = [(f"blk.{number}.ffn_gate_inp.weight",)]
+    else:
+        found = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        pairs = [(found,), (f"{found}.weight",), (f"{found}.bias",)] if found else []
+    for pair in pairs:
+        if all(one in header.tensors for one in pair):
+            return tuple(header.tensors[one] for one in pair)
+    wanted = f" ({pairs[0][0]})" if pairs else ""
+    raise ArtifactError(f"{header.path} holds no weights for {name}{wanted}; the file is damaged or of another kind")

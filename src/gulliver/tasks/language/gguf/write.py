@@ -36,7 +36,8 @@ from gulliver.nets.weights import canonical_names
 from gulliver.runtime import reference
 from gulliver.runtime.network import load_network
 from gulliver.runtime.packed import PackedTensor
-from gulliver.tasks.language.gguf.architectures import ROPE_FACTORS, Architecture, architecture_of, permute
+from gulliver.tasks.language.gguf.architectures import Architecture, architecture_of, permute
+from gulliver.tasks.language.gguf.config import ROPE_FACTORS
 from gulliver.tasks.language.gguf.metadata import add_architecture, add_tokenizer, rope_factors
 
 FILE = "model.gguf"
