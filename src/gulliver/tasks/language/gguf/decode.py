@@ -1,7 +1,7 @@
 """Numbers of GGUF's tensor types: blocks of bytes to values, a share at a time on every core.
 
-The gguf package knows most types' arithmetic; two that ternary models use are here (ggml-quants.c). A block of n weights
-has a float16 scale d and codes q of few bits, the first code in the lowest bits:
+The gguf package knows most types' arithmetic; two that ternary models use are here (ggml-quants.c). A block of n
+weights has a float16 scale d and codes q of few bits, the first code in the lowest bits:
 
     Q1_0 (n = 128)        1 bit     value = d · (2 q - 1)
     Q2_0 (n = 64 or 128)  2 bits    value = d · (q - 1)
@@ -100,12 +100,12 @@ def _scale(blocks: Bytes) -> NDArray[np.float32]:
 
 
 def q1_0_levels(blocks: Bytes) -> NDArray[np.int8]:
-    """-1 or 1 for every weight."""
+    """-1 or 1 for every weight, int8 [blocks, 128], from blocks uint8 [blocks, 18]."""
     return np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").view(np.int8) * 2 - 1
 
 
 def q2_0_levels(blocks: Bytes) -> NDArray[np.int8]:
-    """-1, 0, 1 or 2 for every weight."""
+    """-1, 0, 1 or 2 for every weight, int8 [blocks, n], from blocks uint8 [blocks, 2 + n / 4]."""
     codes = blocks[:, 2:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3
     return codes.reshape(len(blocks), -1).view(np.int8) - 1
 

@@ -1,4 +1,4 @@
-"""The metadata keys of a GGUF file below its architecture's name, each used, known to change nothing, or refused by name.
+"""A GGUF file's keys below its architecture's name: each is used, known to change nothing, or refused by name.
 
 A key that was skipped could be a scale, a window or a bias, and the model would be another one without a word.
 """
@@ -84,5 +84,7 @@ class Metadata:
         for key, value in self.left.items():
             single = not isinstance(value, (list, Texts, str))
             if key not in HARMLESS and not (single and value in NEUTRAL.get(key, ())):
-                told = f"{self.header.path}: {self.architecture}.{key} is {str(value)[:60]!r}, which may change the arithmetic"
-                raise ArtifactError(f"{told} and has no meaning here; use the original model in safetensors")
+                told = (
+                    f"{self.header.path}: {self.architecture}.{key} is {str(value)[:60]!r}, which has no meaning here"
+                )
+                raise ArtifactError(f"{told} and may change the arithmetic; use the original model in safetensors")

@@ -181,7 +181,7 @@ def _places(header: Header, network: nn.Module, row: Reading) -> Iterator[Place]
     config: Any = network.config
     table = gguf.get_tensor_name_map(_architecture(header), config.num_hidden_layers)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if row.permuted else {}
-    used = set(FACTORS)
+    used: set[str] = set(FACTORS)
     if config.tie_word_embeddings:
         used.add("output.weight")
     persistent = network.state_dict(keep_vars=True)
