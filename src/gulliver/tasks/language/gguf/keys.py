@@ -84,7 +84,5 @@ class Metadata:
         for key, value in self.left.items():
             single = not isinstance(value, (list, Texts, str))
             if key not in HARMLESS and not (single and value in NEUTRAL.get(key, ())):
-                told = (
-                    f"{self.header.path}: {self.architecture}.{key} is {str(value)[:60]!r}, which has no meaning here"
-                )
+                told = f"{self.header.path}: {self.architecture}.{key} is {str(value)[:60]!r}, unknown here"
                 raise ArtifactError(f"{told} and may change the arithmetic; use the original model in safetensors")

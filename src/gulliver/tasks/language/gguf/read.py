@@ -160,7 +160,7 @@ class Place:
         return torch.float32 if self.offset or len(found) > 1 else found.pop()
 
     def read(self, config: Any) -> Tensor:
-        """The parameter's values, of its shape."""
+        """The parameter's values [rows, …], of its shape and dtype."""
         parts = [decode(source, self.dtype) for source in self.sources]
         if len(parts) == 2:
             values = torch.stack(parts, -1).flatten(-2) if self.turned and parts[0].dim() == 2 else self._joined(parts)
