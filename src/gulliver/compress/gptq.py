@@ -1,12 +1,13 @@
 """Quantizing one weight matrix: round to nearest (RTN), and GPTQ, which passes rounding errors on.
 
-Columns are quantized one after another; what each rounding got wrong is passed on to the columns not yet quantized so
-that the layer's output changes least. With H = XᵀX + λI over calibration inputs X and U the upper Cholesky factor of
-H⁻¹, quantizing column i with error e = w_i - ŵ_i changes the rest by -e U[i, j] / U[i, i] for j > i (Frantar et al.,
-GPTQ, 2022, arXiv 2210.17323). Columns are taken in order of falling H_ii, whole groups first and then within each
-group, so that a group's scale is known when its first column is rounded (Gafni et al., Dual precision quantization,
-2025, arXiv 2505.14638, call this group-aware reordering). A group's grid is fitted to the already corrected weights,
-weighted by diag(H).
+Columns are quantized one after another; what each rounding got wrong is made up for by the columns not yet quantized so
+that the layer's output changes least. With H = XᵀX + λI over calibration inputs X and H = L D Lᵀ, L unit lower
+triangular, columns are visited from the last to the first, and column i is rounded after Σ_{j>i} (w_j - ŵ_j) L[j, i]
+was added to it (Chee et al., QuIP, 2023, arXiv 2307.13304, who prove it the same as GPTQ: Frantar et al., 2022, arXiv
+2210.17323; it needs no H⁻¹). Columns are in order of rising H_ii, whole groups first and then within each group, so
+that a group's scale is known when its first column is rounded (Gafni et al., Dual precision quantization, 2025, arXiv
+2505.14638, call this group-aware reordering). A group's grid is fitted to what its columns would best be if they were
+not rounded, weighted by diag(H).
 """
 
 from __future__ import annotations
@@ -35,11 +36,16 @@ DAMPING = 0.02
 CHUNK_ROWS = 8192
 """Rows that are rounded at once, and of which float32 copies are in memory."""
 CODEBOOK_ROWS = 65_536
+Solver = tuple[Tensor, Tensor]
+"""The order of the columns, and L: what errors are passed on with."""
 
 
-def quantize_matrix(weight: Tensor, fmt: Format, moment: Tensor | None, *, gptq: bool = True) -> RowGroup:
+def quantize_matrix(
+    weight: Tensor, fmt: Format, moment: Tensor | None, *, gptq: bool = True, kept: dict[int, Solver] | None = None
+) -> RowGroup:
     """Quantize weight [rows, columns]; `moment` is H [columns, columns], its diagonal [columns], or None.
 
+    `kept` holds what the last call with the same moment computed from it, by group size, and is given this one's.
     Without a full H, or with `gptq=False`, codes are the nearest on grids fitted with diag(H) as importance.
     """
     rows, columns = weight.shape
@@ -52,15 +58,18 @@ def quantize_matrix(weight: Tensor, fmt: Format, moment: Tensor | None, *, gptq:
         groups = as_groups(weight[::step].float(), fmt)
         spread = weights_of_group.expand_as(groups).reshape(-1, fmt.group_size)
         codebook = learn_codebook(groups.reshape(-1, fmt.group_size), spread, fmt.levels)
-    solve = None
+    solver, kept = None, {} if kept is None else kept
     if moment is not None and moment.dim() == 2 and gptq:
-        order = column_order(importance, fmt.group_size)
-        solve = order, inverse_factor(moment[order[:, None], order[None]])
+        if fmt.group_size not in kept:
+            kept.clear()  # so that one is in memory
+            order = column_order(importance, fmt.group_size)
+            kept[fmt.group_size] = order, feedback(moment, order)
+        solver = kept[fmt.group_size]
     parts = []
     for start in range(0, rows, CHUNK_ROWS):
         some = weight[start : start + CHUNK_ROWS].float()
         groups = as_groups(some, fmt)
-        if solve is None:
+        if solver is None:
             grid = _fit_all(groups, weights_of_group, fmt, codebook)
             parts.append(_round(some, fmt, grid, row_factors(grid.scales), codebook))
         else:
@@ -69,7 +78,7 @@ def quantize_matrix(weight: Tensor, fmt: Format, moment: Tensor | None, *, gptq:
             else:
                 widest = (groups.amax(2).clamp_min(0) - groups.amin(2).clamp_max(0)) / (fmt.levels - 1)
             factors = row_factors(widest)
-            parts.append(_solve(some, fmt, *solve, importance, factors, codebook))
+            parts.append(_solve(some, fmt, *solver, importance, factors, codebook))
     return joined(parts)
 
 
@@ -106,29 +115,27 @@ def _round(weight: Tensor, fmt: Format, grid: Grid, factors: Tensor, codebook: T
     return RowGroup(fmt, codes, codes_of_scale, factors, stored, codebook)
 
 
-def inverse_factor(moment: Tensor, damping: float = DAMPING) -> Tensor:
-    """Upper Cholesky factor U [columns, columns] of (H + λI)⁻¹ = UᵀU, for H = `moment`, float32 of the same shape.
+def feedback(moment: Tensor, order: Tensor, damping: float = DAMPING) -> Tensor:
+    """L [columns, columns] of H + λI = L D Lᵀ, unit lower triangular, H being `moment` with its columns in `order`.
 
-    λ grows until the factorisation exists. Overwrites H's diagonal.
+    λ grows until the factorisation exists.
     """
-    diagonal = moment.diagonal()
+    diagonal = moment.diagonal()[order]
     mean = float(diagonal.mean().clamp_min(1e-12))
     diagonal[diagonal == 0] = mean
     for _ in range(8):
         diagonal += damping * mean
-        lower, failed = torch.linalg.cholesky_ex(moment)
+        damped = moment[order[:, None], order[None]].mT
+        damped.diagonal().copy_(diagonal)
+        lower, failed = torch.linalg.cholesky_ex(damped, out=(damped, torch.empty((), dtype=torch.int32)))
         if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            del lower
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed:
-                return upper
+            return lower.div_(lower.diagonal().clone()[None])
         damping *= 4
-    raise AssertionError("the second moment of the inputs cannot be inverted even with strong damping")
+    raise AssertionError("the second moment of the inputs cannot be factored even with strong damping")
 
 
 def column_order(importance: Tensor, group_size: int) -> Tensor:
-    """Columns by falling importance: groups by their largest entry, then inside each group. int64 [columns]."""
+    """Columns by rising importance: groups by their largest entry, then inside each group. int64 [columns]."""
     columns = len(importance)
     groups = -(-columns // group_size)
     padded = torch.full((groups * group_size,), -1.0)
@@ -136,52 +143,50 @@ def column_order(importance: Tensor, group_size: int) -> Tensor:
     table = padded.view(groups, group_size)
     inside = table.argsort(dim=1, descending=True, stable=True) + torch.arange(groups)[:, None] * group_size
     order = inside[table.amax(1).argsort(descending=True, stable=True)].flatten()
-    return order[order < columns]
+    return order[order < columns].flip(0)
 
 
 def _solve(
     weight: Tensor,
     fmt: Format,
     order: Tensor,
-    upper: Tensor,
+    lower: Tensor,
     importance: Tensor,
     factors: Tensor,
     codebook: Tensor | None,
 ) -> RowGroup:
     rows, columns = weight.shape
-    # one column of the work matrix is contiguous, because columns are visited one at a time
+    # one column of the work matrix is contiguous, because columns are visited one at a time; those that are done hold
+    # what their rounding got wrong
     work = weight[:, order].t().contiguous()
     codes = torch.empty(columns, rows, dtype=torch.uint8)
     scale_codes = torch.ones(rows, fmt.groups(columns), dtype=torch.uint8)
     zero_codes = None if codebook is not None else torch.zeros(rows, fmt.groups(columns), dtype=torch.uint8)
     borders = None if codebook is None else midpoints(codebook)
     entries = None if codebook is None else codebook.float()
-    fit, start = _fitter(fmt, codebook), 0
-    while start < columns:
-        group = int(order[start]) // fmt.group_size
-        stop = min(start + fmt.group_size, columns)
-        while stop > start and int(order[stop - 1]) // fmt.group_size != group:
-            stop -= 1
-        grid = fit(work[start:stop].t(), importance[order[start:stop]][None])
+    fit, stop = _fitter(fmt, codebook), columns
+    while stop > 0:
+        group = int(order[stop - 1]) // fmt.group_size
+        start = max(stop - fmt.group_size, 0)
+        while int(order[start]) // fmt.group_size != group:
+            start += 1
+        inner = lower[start:stop, start:stop]
+        added = lower[stop:, start:stop].t() @ work[stop:]
+        best = torch.linalg.solve_triangular(inner.t(), added, upper=True, unitriangular=True).add_(work[start:stop])
+        grid = fit(best.t(), importance[order[start:stop]][None])
+        local = added.add_(work[start:stop])
         scale_codes[:, group] = split_scales(grid.scales[:, None], factors)[:, 0]
         scale = scale_codes[:, group].float() * factors.float()
         zeros = torch.zeros(1) if grid.zeros is None else grid.zeros
         if zero_codes is not None:
             zero_codes[:, group] = zeros.to(torch.uint8)
-        errors = torch.empty(stop - start, rows)
-        local = work[start:stop]
-        for index in range(stop - start):
-            column = local[index]
-            code = _codes(column / scale, fmt, zeros, borders)
-            value = (code - zeros) * scale if entries is None else entries[code] * scale
-            codes[start + index] = code.to(torch.uint8)
-            error = (column - value) / upper[start + index, start + index]
-            errors[index] = error
-            if index + 1 < stop - start:
-                local[index + 1 :].addr_(upper[start + index, start + index + 1 : stop], error, alpha=-1.0)
-        if stop < columns:
-            work[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1.0)
-        start = stop
+        for index in range(stop - start - 1, -1, -1):
+            place = start + index
+            code = _codes(local[index] / scale, fmt, zeros, borders)
+            codes[place] = code.to(torch.uint8)
+            work[place] -= (code - zeros) * scale if entries is None else entries[code] * scale
+            local[:index].addr_(inner[index, :index], work[place])
+        stop = start
     back = torch.empty_like(order)
     back[order] = torch.arange(columns)
     return RowGroup(fmt, codes[back].t().contiguous(), scale_codes, factors, zero_codes, codebook)

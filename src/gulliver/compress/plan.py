@@ -28,7 +28,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from gulliver.compress.gptq import quantize_matrix
+from gulliver.compress.gptq import Solver, quantize_matrix
 from gulliver.compress.options import PlanOptions
 from gulliver.compress.statistics import Statistics, Use, joint_moment, loss_increase, open_statistics
 from gulliver.compress.threads import each
@@ -125,14 +125,16 @@ def measurer(
     def job(name: str) -> list[tuple[Item, list[float]]]:
         matrix, uses = read_weight(model.path, name, canonical).flatten(1), statistics.uses(name)
         moment, measured = joint_moment(uses), []
+        kept: dict[int, Solver] = {}
         for rows in row_classes(uses, matrix):
             some = rows[:: max(1, len(rows) // cfg.probe_rows)][: cfg.probe_rows]
-            found: list[float] = []
-            for fmt in [REFERENCE, *(formats if name in probes else [])]:
-                part = quantize_matrix(matrix[some], fmt, moment, gptq=cfg.gptq)
-                found.append(loss_increase(matrix[some], part, uses, some))
-            base, others = found[0], found[1:]
-            ratios = [one / base for one in others] if base > 0 else []
+            found: dict[Format, float] = {}
+            tried = [REFERENCE, *(formats if name in probes else [])]
+            for fmt in sorted(tried, key=lambda one: one.group_size):  # what is kept is of one size
+                part = quantize_matrix(matrix[some], fmt, moment, gptq=cfg.gptq, kept=kept)
+                found[fmt] = loss_increase(matrix[some], part, uses, some)
+            base = found[REFERENCE]
+            ratios = [found[fmt] / base for fmt in formats] if name in probes and base > 0 else []
             increase = len(rows) / len(some) * base
             measured.append((Item(name, len(rows), matrix.shape[1], (increase,)), ratios))
         return measured

@@ -83,7 +83,7 @@ STEPS = (
          needs=("model", "calibration"), makes=("report",),
          help="choose one format per tensor: least predicted loss increase within the budget"),
     Step("quantize", "gulliver.compress.quantize:run", "gulliver.compress.options:QuantizeOptions",
-         needs=("model", "calibration"), optional=("plan",), makes=("model",), compresses=True, version=2,
+         needs=("model", "calibration"), optional=("plan",), makes=("model",), compresses=True, version=3,
          help="pack a model's weights into few bits, by the plan or in one format"),
     Step("distill", "gulliver.train.distill:run", "gulliver.train.options:DistillOptions",
          needs=("model", "parent", "dataset"), optional=("samples",), makes=("model",), compresses=True, version=3,
