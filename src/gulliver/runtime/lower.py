@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from gulliver.core.errors import ArtifactError, BudgetError
 from gulliver.core.store.manifest import read_json
-from gulliver.nets.files import ITEM_BYTES, Stored, stored_tensors
+from gulliver.nets.files import ITEM_BYTES, Stored, not_finite, stored_tensors
 from gulliver.runtime.formats import ALIGNMENT, TILE_ROWS
 from gulliver.runtime.packing import is_packed, order_of_use, read_packing
 from gulliver.runtime.rope import UnknownRope, frequencies, number, rope_parameters
@@ -31,6 +31,9 @@ _HEAD_DIM = {"Qwen3ForCausalLM": 128, "Gemma3ForCausalLM": 256}
 """Where a config does not say it, and it is not the hidden size over the heads."""
 _WINDOW = 4096  # keys that a layer with a window sees where a config does not say it; null: no window
 _KINDS = {"BF16": 0, "F16": 1, "F32": 2}
+_INFINITY = {"BF16": (16, 0x7F80), "F16": (16, 0x7C00), "F32": (32, 0x7F800000)}
+"""Type -> its bits, and infinity as an integer of so many."""
+CHECK_BYTES = 2**18  # so many are in a core's cache when they are looked at again
 MAX_CONFIG_BYTES = 16 * 2**20
 MAX_LAYERS = 10_000
 MAX_WIDTH = 2**18  # most numbers of a layer's input or output; several times what the largest models have
@@ -227,7 +230,10 @@ class Weights:
         return name in self.stored or name in self.packing
 
     def raw(self, name: str, shape: tuple[int, ...], dtypes: Collection[str]) -> NDArray[np.uint8]:
-        """The bytes of a stored tensor, uint8 [length]. ArtifactError if it is missing or of another shape or type."""
+        """The bytes of a stored tensor, uint8 [length]. ArtifactError if it is missing, not finite, or of another shape
+
+        or type.
+        """
         if name not in self.stored:
             raise ArtifactError(f"the weight files of {self.folder} lack {name}; the model is damaged")
         stored = self.stored[name]
@@ -235,6 +241,10 @@ class Weights:
             told = f"{name} is {stored.dtype} {list(stored.shape)}, not {' or '.join(dtypes)} {list(shape)}"
             raise ArtifactError(f"{told}; the model is damaged")
         self.used.add(name)
+        if stored.dtype in _KINDS:
+            if not all_finite(self.arrays[name], stored.dtype):
+                raise not_finite(name, stored.path)
+            self._give_back(stored)
         return self.arrays[name]
 
     def vector(self, name: str, length: int, *, plus: float = 0.0) -> NDArray[np.float32]:
@@ -275,14 +285,32 @@ class Weights:
         return native.packed(parts, columns, part_of_row)
 
     def _check_factors(self, name: str, tiles: NDArray[np.uint8], at: int, rows: int) -> None:
-        """ArtifactError when a row in use has a factor that is not finite. A mapped file's pages are given back."""
+        """ArtifactError when a row in use has a factor that is not finite."""
         factors = tiles[:, at : at + 32].copy().view("<u2").reshape(-1)[:rows]
         if ((factors & 0x7F80) == 0x7F80).any():
             raise ArtifactError(f"{name} has a row factor that is not finite; the model is damaged")
-        stored = self.stored[name]
+        self._give_back(self.stored[name])
+
+    def _give_back(self, stored: Stored) -> None:
+        """Let go of the pages of a mapped file that a check has read."""
         if stored.path in self.maps:
             start = stored.offset // mmap.PAGESIZE * mmap.PAGESIZE
             self.maps[stored.path].madvise(mmap.MADV_DONTNEED, start, stored.offset + stored.length - start)
+
+
+def all_finite(data: NDArray[np.uint8], dtype: str) -> bool:
+    """Whether stored bytes [n · item bytes] of the type BF16, F16 or F32 are finite numbers alone.
+
+    An exponent of all ones is the largest there is: of the positive ones as signed integers, of the negative ones as
+    unsigned integers.
+    """
+    bits, infinity = _INFINITY[dtype]
+    for start in range(0, len(data), CHECK_BYTES):
+        part = data[start : start + CHECK_BYTES]
+        positive, any_sign = part.view(f"<i{bits // 8}"), part.view(f"<u{bits // 8}")
+        if positive.max() >= infinity or any_sign.max() >= infinity + (1 << (bits - 1)):
+            return False
+    return True
 
 
 def as_float32(data: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
