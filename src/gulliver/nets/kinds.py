@@ -121,8 +121,10 @@ def refusal(folder: Path, config: Mapping[str, Any]) -> ArtifactError:
     name = str(names[0] if isinstance(names, list | tuple) else names)
     what = next((words for end, words in WORDS.items() if name.endswith(end)), None)
     if what is None and config.get("is_encoder_decoder"):
-        kind = ENCODER_DECODERS.get(str(config.get("model_type")), "an encoder and a decoder from text to text")
-        what = kind
+        what = ENCODER_DECODERS.get(str(config.get("model_type")), "an encoder and a decoder from text to text")
+    section = next((config[key] for key in SECTIONS if isinstance(config.get(key), Mapping)), None)
+    if what is None and section is not None:
+        what = f"whose text part ({section.get('model_type')}) is not a language model that transformers has"
     described = f"{name}, {what}" if what else name
     return ArtifactError(f"{folder} holds {described}, which no family of models here reads; {_READ_HERE}")
 

@@ -102,8 +102,8 @@ def names_of_part(model: nn.Module, names: Collection[str]) -> dict[str, str]:
 
     ArtifactError when its embedding is stored under no prefix.
     """
-    own = f"{model.base_model_prefix}."
     table = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())  # type: ignore[operator]
+    own = f"{table.split('.')[0]}." if "." in table else ""
     embedding = f"{table}.weight".removeprefix(own)
     wanted = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     body = [name.removeprefix(own) for name in wanted if name.startswith(own)]
