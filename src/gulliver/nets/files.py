@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gulliver.core.errors import ArtifactError
 from gulliver.core.store.manifest import EVIDENCE, MANIFEST, read_json
-from gulliver.nets.selection import INDEX, MAX_HEADER_BYTES, select
+from gulliver.nets.selection import ADAPTER, INDEX, MAX_HEADER_BYTES, select
 
 ITEM_BYTES = {
     **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8},
@@ -22,7 +22,7 @@ MAX_DIMENSIONS = 16
 POOLING = "1_Pooling/config.json"
 COMPANIONS = (".json", ".jinja", ".txt", ".model")
 """How the names of configs, tokenizers and chat templates end."""
-OF_ONE_ARTIFACT = (MANIFEST, EVIDENCE, INDEX)
+OF_ONE_FOLDER = (MANIFEST, EVIDENCE, INDEX, ADAPTER)
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,6 @@ def copy_companions(files: Mapping[str, Path], folder: Path, left_out: Collectio
     """
     for name, path in files.items():
         travels = name.endswith(COMPANIONS) and ("/" not in name or name == POOLING)
-        if travels and name not in left_out and name not in OF_ONE_ARTIFACT:
+        if travels and name not in left_out and name not in OF_ONE_FOLDER:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)

@@ -14,6 +14,7 @@ from gulliver.core.errors import ArtifactError, ConfigError, DataError
 from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import MANIFEST, Artifact, open_artifact
 from gulliver.core.store.files import named_path
+from gulliver.nets.selection import select
 from gulliver.runtime.packing import is_packed
 from gulliver.tasks import detect_task, family, open_model, rewriter
 from gulliver.tasks.answerer import Answerer, Can, OpenOptions
@@ -52,6 +53,8 @@ def open_answerer(
     if found is not None:
         folder, task = found
         _check(spec, task, can)
+        if progress is not None and (told := select(folder).told()):
+            progress.print(f"{folder.name}: {told}")
         try:
             return open_model(folder, task, name or folder.name, options)
         except ArtifactError:

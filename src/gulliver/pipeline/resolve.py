@@ -17,7 +17,7 @@ from gulliver.core.store.store import Store
 from gulliver.pipeline import steps
 from gulliver.pipeline.call import call
 from gulliver.pipeline.steps import INPUT_KINDS, Step
-from gulliver.tasks import DEFAULT
+from gulliver.tasks import DEFAULT, detect_task
 
 _ID = re.compile(r"[0-9a-f]{6,64}")
 
@@ -105,6 +105,9 @@ def check_data(spec: str | Path | Artifact, store: Store) -> None:
 def resolve_any(spec: str | Path | Artifact, store: Store) -> Artifact:
     """An artifact that exists: an Artifact, an id or prefix, or a folder."""
     artifact = _known_artifact(spec, store)
+    if artifact is None and not isinstance(spec, Artifact) and (path := named_path(spec)).is_dir():
+        detect_task(path)  # which says what is wrong with a folder that no command takes
+        raise ArtifactError(f"{spec} is a model that is not in the store; `gulliver pull {spec}` brings it in")
     if artifact is None:
         told = "is neither the id nor the folder of an artifact; `gulliver list` shows the ids"
         raise ArtifactError(f"{str(spec)!r} {told}")

@@ -138,7 +138,11 @@ def _translated(model: nn.Module, folder: Path, auto: Any) -> nn.Module:
     spare = [name for name in missing if auto is transformers.AutoModel and name.startswith("pooler.")]
     wrong = [name for name in missing if name not in spare] + [str(key) for key in report["mismatched_keys"]]
     if wrong:
-        raise ArtifactError(f"{folder} holds no usable weights for {wrong[0]} ({len(wrong)} in all)")
+        told = f"{folder} holds no usable weights for {wrong[0]} ({len(wrong)} in all)"
+        head = loaded.get_output_embeddings()
+        if head is not None and wrong == [name for name in missing if loaded.get_parameter(name) is head.weight]:
+            told += "; if the embedding is the head too, set tie_word_embeddings to true in config.json"
+        raise ArtifactError(told)
     for name in spare:
         torch.nn.init.zeros_(loaded.get_parameter(name))
     head, table = loaded.get_output_embeddings(), loaded.get_input_embeddings()
