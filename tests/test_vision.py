@@ -21,6 +21,7 @@ from scipy.stats import binomtest
 from sklearn.datasets import load_digits
 
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
+from gulliver.core.evidence.intervals import matched_interval, wilson_interval
 from gulliver.core.store.artifact import create
 from gulliver.nets.inception import Inception, InceptionConfig
 from gulliver.nets.weights import assign, release, unfilled
@@ -28,7 +29,7 @@ from gulliver.pipeline.ask import ask
 from gulliver.tasks import get_task, open_model
 from gulliver.tasks.answerer import OpenOptions
 from gulliver.tasks.vision.examples import Examples, read_split, split_by_content
-from gulliver.tasks.vision.scores import divergences, matched_interval, wilson_interval
+from gulliver.tasks.vision.scores import divergences
 
 DIGITS = Path(importlib.util.find_spec("sklearn").origin).parent / "datasets" / "data" / "digits.csv.gz"
 TASK = get_task("vision")

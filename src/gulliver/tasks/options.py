@@ -29,6 +29,7 @@ class LanguageOptions(TextOptions):
 
     windows: int = Field(24, ge=2, description="windows of text that are scored")
     context: int = Field(1024, ge=2, description="tokens in a window that is scored")
+    questions: int = Field(100, ge=0, le=10000, description="cloze and choice questions made of held-out text; 0: none")
 
 
 class EncoderOptions(TextOptions):

@@ -1,13 +1,13 @@
-"""What a causal model gives on windows of text, a chunk of positions at a time.
+"""What a causal model gives on batches of tokens, a chunk of positions at a time.
 
 A network that came without weights is run a block at a time, its weights read from its folder, packed or plain, just
-before: memory holds one block, what enters it for all windows, and the output head. One that cannot be run so (its
+before: memory holds one block, what enters it for all batches, and the output head. One that cannot be run so (its
 layers form no chain) is loaded whole. What enters the head can be kept in a file for the next measurement.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,18 +29,20 @@ from gulliver.tasks.text.streaming import stream_blocks
 
 
 class Outputs:
-    """A causal network's outputs on `rows` [windows, context], under bfloat16 autocast.
+    """A causal network's outputs on `batches` of tokens, [rows, tokens] each, under bfloat16 autocast.
 
     `kept`: a file in which what enters the head lies between measurements; written when it is not there.
     `advance` is called with the share of the layers that are done.
     """
 
-    def __init__(self, network: nn.Module, rows: Tensor, kept: Path | None, advance: Callable[[float], None]) -> None:
-        self.network, self.rows, self.kept = network, rows, kept
+    def __init__(
+        self, network: nn.Module, batches: Sequence[Tensor], kept: Path | None, advance: Callable[[float], None]
+    ) -> None:
+        self.network, self.batches, self.kept = network, batches, kept
         self.folder = Path(str(getattr(network, "source_folder", "")))
         self.blocks: list[Block] = []
         try:
-            self.blocks = stream_blocks(network, [{"tokens": row[None]} for row in rows])
+            self.blocks = stream_blocks(network, [{"tokens": tokens} for tokens in batches])
         except ConfigError:
             if unfilled(network):
                 self.network = load_network(self.folder, empty=False)
@@ -59,18 +61,18 @@ class Outputs:
         with filled(self.network, self.folder, self.blocks[-1].prefixes, self.narrow):
             yield
 
-    def log_probabilities(self, number: int) -> Iterator[tuple[int, Tensor]]:
-        """(first position, float32 [positions, vocab]) chunks of window `number`, all but its last position."""
+    def log_probabilities(self, number: int, rows: Tensor, positions: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """What follows `positions` [k] of `rows` [k] of batch `number`: (first of k, float32 [some of k, vocab])."""
         vocabulary = int(self.network.config.vocab_size)  # type: ignore[union-attr, arg-type]
-        step, last = chunk_rows(vocabulary), self.rows.shape[1] - 1
-        whole = self._entering(number) if self.blocks else logits_of(self.network, self.rows[number][None])
-        for start in range(0, last, step):
-            part = whole[:, start : min(start + step, last)]
+        step = chunk_rows(vocabulary)
+        whole = self._entering(number) if self.blocks else logits_of(self.network, self.batches[number])
+        for start in range(0, len(rows), step):
+            part = whole[rows[start : start + step], positions[start : start + step]][None]
             logits = self.blocks[-1].forward(part, number) if self.blocks else part
             yield start, torch.log_softmax(logits[0], -1, dtype=torch.float32)
 
     def _run_layers(self, advance: Callable[[float], None]) -> None:
-        passing: list[Any] = [{"tokens": row[None]} for row in self.rows]
+        passing: list[Any] = [{"tokens": tokens} for tokens in self.batches]
         for done, block in enumerate(self.blocks[:-1]):
             with filled(self.network, self.folder, block.prefixes, self.narrow):
                 for number, x in enumerate(passing):
@@ -84,7 +86,7 @@ class Outputs:
         temporary.rename(self.kept)
 
     def _entering(self, number: int) -> Tensor:
-        """What enters the head for window `number`, float32 [1, context, width]."""
+        """What enters the head for batch `number`, float32 [rows, tokens, width]."""
         if self.kept is None:
             return self.entering[number]
         with safe_open(self.kept, framework="pt") as opened:

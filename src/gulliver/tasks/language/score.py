@@ -1,4 +1,4 @@
-"""Scores of language models: perplexity, and its paired comparison with the parent.
+"""Scores of language models: perplexity, answers to questions, and their paired comparison with the parent's.
 
 With L_w the mean negative log-likelihood per token of window w, perplexity is exp(mean_w L_w) (all windows are
 equally long). Against a parent with L'_w the ratio is exp(mean_w (L_w - L'_w)) and its interval the exponential of
@@ -23,7 +23,11 @@ from gulliver.core.records import EXAMPLES
 from gulliver.core.store.artifact import Artifact
 from gulliver.tasks.base import Advance
 from gulliver.tasks.language.outputs import Outputs
-from gulliver.tasks.language.text import token_stream
+from gulliver.tasks.language.question_scores import QuestionSheet
+from gulliver.tasks.language.questions import digest, make_questions
+from gulliver.tasks.language.text import joined, token_stream
+from gulliver.tasks.text.files import dataset_texts
+from gulliver.tasks.text.tokenizer import load_tokenizer
 
 LAYERS = 0.6
 """Share of the time that the layers take, about; the heads take the rest."""
@@ -46,10 +50,11 @@ def score_causal(
     folder: Path,
     windows: int,
     context: int,
+    questions: int,
     kept: Path | None = None,
     advance: Advance = lambda share: None,
 ) -> list[Evidence]:
-    """Evidence on the first `windows` windows of `context` tokens of the eval split; see `Task.score`.
+    """Evidence on the first `windows` windows of `context` tokens of the eval split and on its questions; `Task.score`.
 
     A model that reads fewer tokens at once gets windows of that length; the evidence says which.
     """
@@ -62,13 +67,22 @@ def score_causal(
         told = f"the eval split has {len(stream)} tokens, too few for two windows of {context}"
         raise DataError(f"{told}; give more text or a smaller context")
     rows = stream[: count * context].view(count, context)
+    sheet = _sheet(dataset, folder, questions, int(getattr(model.config, "max_position_embeddings", None) or 2**31))
+    name = f"{dataset.id[:32]}-{count}-{context}-{digest(sheet.questions)[:16]}"
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        found = _windows(model, parent, rows, kept and kept / f"{dataset.id[:32]}-{count}-{context}", advance)
+        found, ours, theirs = _answers(model, parent, rows, sheet, kept and kept / name, advance)
     detail = {"windows": count, "context": context, "precision": "bfloat16 autocast"}
     common: dict[str, Any] = {"n": count, "data_hash": dataset.files[EXAMPLES].sha256, "detail": detail}
     evidence = [measured("perplexity", *_exp(window.nll for window in found), **common)]
     evidence += _against_unigrams(found, rows, token_stream(dataset, "train", folder), model, common)
-    return evidence + (_against_parent(found, common) if parent is not None else [])
+    evidence += _against_parent(found, common) if parent is not None else []
+    return evidence + sheet.evidence(ours, theirs, common)
+
+
+def _sheet(dataset: Artifact, folder: Path, count: int, positions: int) -> QuestionSheet:
+    """`count` questions of the eval split's text, in a model's tokens."""
+    text = joined(list(dataset_texts(dataset, "eval")))
+    return QuestionSheet(make_questions(text, count), load_tokenizer(folder), positions)
 
 
 def _against_parent(found: list[Window], common: dict[str, Any]) -> list[Evidence]:
@@ -102,28 +116,39 @@ def _exp(logarithms: Iterable[float]) -> tuple[float, float, float]:
     return mean, low, high
 
 
-# ---- windows ------------------------------------------------------------------------------------------------------
-def _windows(
-    model: nn.Module, parent: nn.Module | None, rows: Tensor, kept: Path | None, advance: Advance
-) -> list[Window]:
-    """The score of every window: the parent's layers first, then the model's, then both heads side by side."""
+# ---- windows and questions ----------------------------------------------------------------------------------------
+def _answers(
+    model: nn.Module,
+    parent: nn.Module | None,
+    rows: Tensor,
+    sheet: QuestionSheet,
+    kept: Path | None,
+    advance: Advance,
+) -> tuple[list[Window], list[bool], list[bool] | None]:
+    """The score of every window, and the model's and the parent's marks on the questions.
+
+    The parent's layers run first, then the model's, then both heads side by side.
+    """
     layers = LAYERS if parent is None else LAYERS / 2
-    theirs = None if parent is None else Outputs(parent, rows, kept, lambda share: advance(layers * share))
-    ours = Outputs(model, rows, None, lambda share: advance(LAYERS - layers * (1 - share)))
+    batches = [*rows[:, None], *sheet.batches]
+    theirs = None if parent is None else Outputs(parent, batches, kept, lambda share: advance(layers * share))
+    ours = Outputs(model, batches, None, lambda share: advance(LAYERS - layers * (1 - share)))
     found = []
     with ours.ready(), nullcontext() if theirs is None else theirs.ready():
         for number in range(len(rows)):
             found.append(_window(ours, theirs, number))
             advance(LAYERS + (1 - LAYERS) * (number + 1) / len(rows))
-    return found
+        marks = sheet.marks(ours, len(rows)), None if theirs is None else sheet.marks(theirs, len(rows))
+    return found, *marks
 
 
 def _window(ours: Outputs, theirs: Outputs | None, number: int) -> Window:
     """Score one window, a chunk of positions at a time."""
-    targets = ours.rows[number, 1:]
+    targets = ours.batches[number][0, 1:]
+    places = torch.zeros(len(targets), dtype=torch.int64), torch.arange(len(targets))
     nll = parent_nll = kl = same = 0.0
-    references = None if theirs is None else theirs.log_probabilities(number)
-    for start, mine in ours.log_probabilities(number):
+    references = None if theirs is None else theirs.log_probabilities(number, *places)
+    for start, mine in ours.log_probabilities(number, *places):
         target = targets[start : start + len(mine), None]
         nll -= mine.gather(1, target).sum().item()
         if references is None:

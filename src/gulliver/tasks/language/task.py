@@ -79,9 +79,10 @@ class LanguageTask(TextTask):
         kept: Path | None,
         advance: Advance,
     ) -> list[Evidence]:
-        """`share` of the windows of `context` tokens is scored; at least two."""
+        """`share` of the windows of `context` tokens is scored, at least two, and of the questions."""
         windows = max(2, round(share * options.windows))
-        return score_causal(model, dataset, parent, folder, windows, options.context, kept, advance)
+        sizes = {"windows": windows, "context": options.context, "questions": round(share * options.questions)}
+        return score_causal(model, dataset, parent, folder, **sizes, kept=kept, advance=advance)
 
     def _workloads(self, model: nn.Module, folder: Path) -> dict[str, Callable[[], int]]:
         return workloads(ReferenceDecoder(folder, model=model))
