@@ -20,6 +20,7 @@ from gulliver.cli import main as cli
 from gulliver.core import memory
 from gulliver.core.errors import ArtifactError, BudgetError, ConfigError, DataError, GateRefused
 from gulliver.core.progress import Progress
+from gulliver.core.records import FitResult
 from gulliver.core.store.artifact import Artifact, open_artifact, verify
 from gulliver.core.store.store import Store
 from gulliver.pipeline import api, resolve, smallest
@@ -87,6 +88,12 @@ def test_every_effort_fits_a_language_model(language: Lab, effort: str, tmp_path
     assert metrics["quality_loss"].parent_id == language.model.id
     assert metrics["compress_peak_ram_bytes"].value > 0
     assert gulliver.ask(out, {"prompt": "the giant", "temperature": 0})["text"]
+    report = [one for one in language.store.artifacts() if FitResult.file in one.files and made.id in one.parents][-1]
+    answers = FitResult.of(report).answers
+    assert len(answers) == 3 and all(pair.prompt and pair.parent and pair.model for pair in answers)
+    asked = {"prompt": answers[0].prompt, "temperature": 0, "max_tokens": 48}
+    assert gulliver.ask(language.model, asked)["text"] == answers[0].parent
+    assert gulliver.ask(out, asked)["text"] == answers[0].model
 
 
 @pytest.mark.parametrize(("rate", "kept"), [(0.01, "distill"), (50.0, "quantize")])
@@ -135,7 +142,7 @@ def test_the_command_leaves_a_folder_that_explains_itself(
     assert document["path"] == str(out) and document["weight_bytes"] <= SIZE
     assert document["report"] == str(out / "report.html")
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert "<html" in page and "PASS" in page
+    assert "<html" in page and "PASS" in page and "Answers, before and after" in page
     card = (out / "README.md").read_text(encoding="utf-8")
     assert document["id"][:12] in card and "perplexity" in card
     evidence = json.loads((out / "evidence.json").read_text(encoding="utf-8"))

@@ -295,6 +295,14 @@ class Point(Row):
         return self.predicted_drop if self.measured_drop is None else self.measured_drop
 
 
+class AnswerPair(Row):
+    """What the parent and the model answer to the same request, as people read it."""
+
+    prompt: str
+    parent: str
+    model: str
+
+
 class FitResult(Record):
     """What a run of `fit` asked, tried and found.
 
@@ -315,6 +323,7 @@ class FitResult(Record):
     artifact_id: Id | None = None
     nearest: Point | None = None
     reason: str | None = None
+    answers: tuple[AnswerPair, ...] = ()
 
     @property
     def infeasible(self) -> bool:

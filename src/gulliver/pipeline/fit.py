@@ -18,10 +18,11 @@ from gulliver.core.evidence.gate import Budget, Verdict, below_baseline
 from gulliver.core.machine import describe
 from gulliver.core.progress import Progress
 from gulliver.core.quantities import MOST_BYTES, checked_seed, parse_fraction, parse_size
-from gulliver.core.records import Asked, FitResult, Plan, Point
+from gulliver.core.records import AnswerPair, Asked, FitResult, Plan, Point
 from gulliver.core.store.artifact import Artifact, check_target, copy_artifact, create, write_annotation
 from gulliver.core.store.manifest import REPORT
 from gulliver.core.store.store import Store
+from gulliver.pipeline.answers import answer_pairs
 from gulliver.pipeline.call import Call, call, renew_cards
 from gulliver.pipeline.feasible import figures_that_would_do, nearest_larger
 from gulliver.pipeline.resolve import check_data, data_for, resolve_model
@@ -126,7 +127,8 @@ def fit(
         fitted = _loop(work)
     except BudgetError as failure:
         raise _infeasible(work, failure, began) from None
-    record = _record(work, fitted, began)
+    answers = answer_pairs(parent, fitted, dataset, budget.max_ram_bytes, progress)
+    record = _record(work, fitted, began, answers=answers)
     write_annotation(fitted, REPORT, page(gather(fitted, work.store, fit=record)))
     return fitted if out is None else copy_artifact(fitted, out)
 
@@ -264,7 +266,12 @@ def _at(frontier: Sequence[Point], size_bytes: int) -> float:
 
 # ---- the end --------------------------------------------------------------------------------------------------------
 def _record(
-    work: Fit, fitted: Artifact | None, began: float, nearest: Point | None = None, reason: str = ""
+    work: Fit,
+    fitted: Artifact | None,
+    began: float,
+    nearest: Point | None = None,
+    reason: str = "",
+    answers: tuple[AnswerPair, ...] = (),
 ) -> Artifact:
     """The report artifact with what was asked, tried and found."""
     result = FitResult(
@@ -278,6 +285,7 @@ def _record(
         artifact_id=None if fitted is None else fitted.id,
         nearest=nearest,
         reason=reason,
+        answers=answers,
     )
     subject = fitted or work.parent
     inputs = {"model": [subject.id], "parent": [work.parent.id], "dataset": [work.dataset.id]}

@@ -190,6 +190,13 @@ class DataContract(ABC):
     ) -> list[dict[str, Any]]:
         raise AssertionError(f"{self.name} says that it generates, and has no _generate")
 
+    def prompts(self, dataset: Artifact, folder: Path, count: int) -> Mapping[str, Mapping[str, Any]]:
+        """At most `count` requests by what a person sees of them, answered alike each time; none where answers are
+
+        no text. `folder` is a model's.
+        """
+        return {}
+
 
 class Task(DataContract):
     """One family of models: how to read examples, build a network, compute a loss, score, and answer a request."""

@@ -18,6 +18,7 @@ from gulliver.runtime.reference_decode import ReferenceDecoder
 from gulliver.runtime.workloads import workloads
 from gulliver.tasks.base import Advance, Batch, Block
 from gulliver.tasks.language import network, text
+from gulliver.tasks.language.prompts import prompts
 from gulliver.tasks.language.score import score_causal
 from gulliver.tasks.language.writing import write_texts
 from gulliver.tasks.order import Order
@@ -35,6 +36,10 @@ class LanguageTask(TextTask):
 
     def _batches(self, dataset: Artifact, split: str, order: Order, folder: Path, options: Any) -> Iterator[Batch]:
         return text.window_batches(text.token_stream(dataset, split, folder), options.tokens, order)
+
+    def prompts(self, dataset: Artifact, folder: Path, count: int) -> dict[str, dict[str, Any]]:
+        """Questions for a model with a chat template, beginnings of held-out passages for others; answered greedily."""
+        return prompts(dataset, folder, count)
 
     def _generate(
         self, model: nn.Module, count: int, folder: Path, options: Any, generator: torch.Generator, advance: Advance
