@@ -30,7 +30,15 @@ from gulliver.core.store.store import Store
 from gulliver.nets.weights import read_safetensors
 from gulliver.pipeline.steps import checked_config, find
 from gulliver.runtime.formats import Format
-from gulliver.runtime.grid import as_groups, fit_codebook_grid, fit_uniform_grid, learn_codebook, midpoints, nearest
+from gulliver.runtime.grid import (
+    Lookup,
+    as_groups,
+    fit_codebook_grid,
+    fit_uniform_grid,
+    learn_codebook,
+    midpoints,
+    nearest,
+)
 from gulliver.runtime.packed import PackedTensor
 from gulliver.runtime.packing import is_packed
 from gulliver.runtime.reference import read_stored
@@ -107,7 +115,7 @@ def test_searched_codebook_scales_beat_the_largest_magnitude() -> None:
         return weighted_error(groups, importance, codebook[codes] * scales[:, None])
 
     widest = groups.abs().amax(1) / codebook.abs().max()
-    assert error(widest) > 1.25 * error(fit_codebook_grid(groups, importance, codebook).scales)
+    assert error(widest) > 1.25 * error(fit_codebook_grid(groups, importance, Lookup(codebook)).scales)
 
 
 def test_searched_uniform_ranges_beat_the_full_range() -> None:

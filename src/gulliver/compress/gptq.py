@@ -21,12 +21,11 @@ from torch import Tensor
 from gulliver.runtime.formats import Format
 from gulliver.runtime.grid import (
     Grid,
+    Lookup,
     as_groups,
     fit_codebook_grid,
     fit_uniform_grid,
     learn_codebook,
-    midpoints,
-    nearest,
     row_factors,
     split_scales,
 )
@@ -52,12 +51,12 @@ def quantize_matrix(
     importance = torch.ones(columns) if moment is None else (moment.diagonal() if moment.dim() == 2 else moment)
     importance = importance / importance.mean().clamp_min(1e-20) + 1e-3
     weights_of_group = as_groups(importance[None], fmt)[0]
-    codebook = None
+    lookup = None
     if fmt.kind == "codebook":
         step = max(1, rows * fmt.groups(columns) // CODEBOOK_ROWS)
         groups = as_groups(weight[::step].float(), fmt)
         spread = weights_of_group.expand_as(groups).reshape(-1, fmt.group_size)
-        codebook = learn_codebook(groups.reshape(-1, fmt.group_size), spread, fmt.levels)
+        lookup = Lookup(learn_codebook(groups.reshape(-1, fmt.group_size), spread, fmt.levels))
     solver, kept = None, {} if kept is None else kept
     if moment is not None and moment.dim() == 2 and gptq:
         if fmt.group_size not in kept:
@@ -70,49 +69,45 @@ def quantize_matrix(
         some = weight[start : start + CHUNK_ROWS].float()
         groups = as_groups(some, fmt)
         if solver is None:
-            grid = _fit_all(groups, weights_of_group, fmt, codebook)
-            parts.append(_round(some, fmt, grid, row_factors(grid.scales), codebook))
+            grid = _fit_all(groups, weights_of_group, fmt, lookup)
+            parts.append(_round(some, fmt, grid, row_factors(grid.scales), lookup))
         else:
-            if codebook is not None:  # scales that just reach every weight: fitted ones hardly ever exceed them
-                widest = groups.abs().amax(2) / codebook.float().abs().max()
+            if lookup is not None:  # scales that just reach every weight: fitted ones hardly ever exceed them
+                widest = groups.abs().amax(2) / lookup.top
             else:
                 widest = (groups.amax(2).clamp_min(0) - groups.amin(2).clamp_max(0)) / (fmt.levels - 1)
             factors = row_factors(widest)
-            parts.append(_solve(some, fmt, *solver, importance, factors, codebook))
+            parts.append(_solve(some, fmt, *solver, importance, factors, lookup))
     return joined(parts)
 
 
-def _fitter(fmt: Format, codebook: Tensor | None) -> Callable[[Tensor, Tensor], Grid]:
+def _fitter(fmt: Format, lookup: Lookup | None) -> Callable[[Tensor, Tensor], Grid]:
     """(group [rows, group_size], importance [1, group_size]) -> its grid."""
-    if codebook is None:
+    if lookup is None:
         return partial(fit_uniform_grid, levels=fmt.levels)
-    return partial(fit_codebook_grid, codebook=codebook.float())
+    return partial(fit_codebook_grid, codebook=lookup)
 
 
-def _fit_all(groups: Tensor, importance: Tensor, fmt: Format, codebook: Tensor | None) -> Grid:
-    fit = _fitter(fmt, codebook)
+def _fit_all(groups: Tensor, importance: Tensor, fmt: Format, lookup: Lookup | None) -> Grid:
+    fit = _fitter(fmt, lookup)
     grids = [fit(groups[:, index], importance[index][None]) for index in range(groups.shape[1])]
     zeros = [grid.zeros for grid in grids if grid.zeros is not None]
     return Grid(torch.stack([grid.scales for grid in grids], 1), torch.stack(zeros, 1) if zeros else None)
 
 
-def _codes(scaled: Tensor, fmt: Format, zeros: Tensor, borders: Tensor | None) -> Tensor:
-    """The code nearest to each of `scaled`, in units of the scale: by the codebook's borders, else plus `zeros`."""
-    if borders is not None:
-        return nearest(scaled, borders)
-    return torch.round(scaled + zeros).clamp_(0, fmt.levels - 1)
-
-
-def _round(weight: Tensor, fmt: Format, grid: Grid, factors: Tensor, codebook: Tensor | None) -> RowGroup:
+def _round(weight: Tensor, fmt: Format, grid: Grid, factors: Tensor, lookup: Lookup | None) -> RowGroup:
     rows, columns = weight.shape
     codes_of_scale = split_scales(grid.scales, factors)
     scales = codes_of_scale.float() * factors.float()[:, None]
-    zeros = torch.zeros(1) if grid.zeros is None else grid.zeros[:, :, None]
-    borders = None if codebook is None else midpoints(codebook)
-    codes = _codes(as_groups(weight, fmt) / scales[:, :, None], fmt, zeros, borders)
-    codes = codes.to(torch.uint8).view(rows, -1)[:, :columns].contiguous()
+    scaled = as_groups(weight, fmt) / scales[:, :, None]
+    if lookup is not None:
+        codes = lookup.nearest_codes(scaled)
+    else:
+        assert grid.zeros is not None
+        codes = torch.round(scaled + grid.zeros[:, :, None]).clamp_(0, fmt.levels - 1).to(torch.uint8)
+    codes = codes.view(rows, -1)[:, :columns].contiguous()
     stored = None if grid.zeros is None else grid.zeros.to(torch.uint8)
-    return RowGroup(fmt, codes, codes_of_scale, factors, stored, codebook)
+    return RowGroup(fmt, codes, codes_of_scale, factors, stored, None if lookup is None else lookup.codebook)
 
 
 def feedback(moment: Tensor, order: Tensor, damping: float = DAMPING) -> Tensor:
@@ -153,7 +148,7 @@ def _solve(
     lower: Tensor,
     importance: Tensor,
     factors: Tensor,
-    codebook: Tensor | None,
+    lookup: Lookup | None,
 ) -> RowGroup:
     rows, columns = weight.shape
     # one column of the work matrix is contiguous, because columns are visited one at a time; those that are done hold
@@ -161,10 +156,8 @@ def _solve(
     work = weight[:, order].t().contiguous()
     codes = torch.empty(columns, rows, dtype=torch.uint8)
     scale_codes = torch.ones(rows, fmt.groups(columns), dtype=torch.uint8)
-    zero_codes = None if codebook is not None else torch.zeros(rows, fmt.groups(columns), dtype=torch.uint8)
-    borders = None if codebook is None else midpoints(codebook)
-    entries = None if codebook is None else codebook.float()
-    fit, stop = _fitter(fmt, codebook), columns
+    zero_codes = None if lookup is not None else torch.zeros(rows, fmt.groups(columns), dtype=torch.uint8)
+    fit, stop = _fitter(fmt, lookup), columns
     while stop > 0:
         group = int(order[stop - 1]) // fmt.group_size
         start = max(stop - fmt.group_size, 0)
@@ -182,11 +175,20 @@ def _solve(
             zero_codes[:, group] = zeros.to(torch.uint8)
         for index in range(stop - start - 1, -1, -1):
             place = start + index
-            code = _codes(local[index] / scale, fmt, zeros, borders)
-            codes[place] = code.to(torch.uint8)
-            work[place] -= (code - zeros) * scale if entries is None else entries[code] * scale
+            scaled = local[index] / scale
+            if lookup is not None:
+                places = lookup.places(scaled)
+                codes[place] = lookup.codes.index_select(0, places)
+                value = lookup.entries.index_select(0, places)
+            else:
+                code = scaled.add_(zeros).round_().clamp_(0, fmt.levels - 1)
+                codes[place] = code.to(torch.uint8)
+                value = code.sub_(zeros)
+            work[place] -= value.mul_(scale)
             local[:index].addr_(inner[index, :index], work[place])
         stop = start
     back = torch.empty_like(order)
     back[order] = torch.arange(columns)
-    return RowGroup(fmt, codes[back].t().contiguous(), scale_codes, factors, zero_codes, codebook)
+    return RowGroup(
+        fmt, codes[back].t().contiguous(), scale_codes, factors, zero_codes, None if lookup is None else lookup.codebook
+    )

@@ -41,21 +41,51 @@ def midpoints(codebook: Tensor) -> Tensor:
     return (entries[1:] + entries[:-1]) / 2
 
 
-def fit_codebook_grid(groups: Tensor, importance: Tensor, codebook: Tensor, refine: int = 2) -> Grid:
-    """Scales [n] that fit groups [n, g] with importance [n or 1, g] on a sorted float codebook [levels]."""
-    borders, top = midpoints(codebook), codebook.abs().max()
+class Lookup:
+    """A sorted codebook [levels] as a table of places: what is nearest is read off, an order faster than searched.
+
+    Exact for a codebook of integers, whose borders are multiples of 1/2; else right but for values within 1/4096 of a
+    border.
+    """
+
+    def __init__(self, codebook: Tensor) -> None:
+        self.codebook, entries = codebook, codebook.float()
+        self.top = entries.abs().max()
+        self.fine = 2.0 if torch.equal(entries, entries.round()) else 4096.0
+        self.reach = float(torch.ceil(self.top * self.fine))
+        places = torch.arange(-self.reach, self.reach + 1) / self.fine
+        codes = nearest(places, midpoints(codebook))
+        self.codes, self.entries = codes.to(torch.uint8), entries[codes]
+
+    def places(self, scaled: Tensor) -> Tensor:
+        """The place in the tables of each of `scaled`, values of any shape in units of the scale; int32, flat."""
+        found = (scaled * self.fine).ceil_().clamp_(-self.reach, self.reach)
+        return found.add_(self.reach).to(torch.int32).flatten()
+
+    def nearest_entries(self, scaled: Tensor) -> Tensor:
+        """The entry nearest to each of `scaled`, float32 of the same shape."""
+        return self.entries.index_select(0, self.places(scaled)).view(scaled.shape)
+
+    def nearest_codes(self, scaled: Tensor) -> Tensor:
+        """Its index, uint8 of the same shape."""
+        return self.codes.index_select(0, self.places(scaled)).view(scaled.shape)
+
+
+def fit_codebook_grid(groups: Tensor, importance: Tensor, codebook: Lookup, refine: int = 2) -> Grid:
+    """Scales [n] that fit groups [n, g] with importance [n or 1, g] on a sorted codebook [levels]."""
+    groups = groups.contiguous()
     peak = groups.abs().amax(1).clamp_min(1e-12)
-    best_scale, best_error = peak / top, torch.full_like(peak, torch.inf)
+    best_scale, best_error = peak / codebook.top, torch.full_like(peak, torch.inf)
     for shrink in SHRINKS:
-        scale = peak * (shrink / top)
-        values = codebook[nearest(groups / scale[:, None], borders)] * scale[:, None]
-        error = ((values - groups) ** 2 * importance).sum(1)
+        scale = peak * (shrink / codebook.top)
+        values = codebook.nearest_entries(groups / scale[:, None]).mul_(scale[:, None])
+        error = values.sub_(groups).square_().mul_(importance).sum(1)
         better = error < best_error
         best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
     for _ in range(refine):
-        entries = codebook[nearest(groups / best_scale[:, None], borders)]
+        entries = codebook.nearest_entries(groups / best_scale[:, None])
         weighted = importance * entries
-        solved = (weighted * groups).sum(1) / (weighted * entries).sum(1).clamp_min(1e-20)
+        solved = (weighted * groups).sum(1) / weighted.mul_(entries).sum(1).clamp_min(1e-20)
         best_scale = torch.where(solved > 0, solved, best_scale)
     return Grid(best_scale, None)
 
@@ -91,8 +121,9 @@ def learn_codebook(groups: Tensor, importance: Tensor, levels: int, rounds: int 
     codebook = codebook / codebook.abs().max()
     flat_importance = importance.expand_as(groups)
     for _ in range(rounds):
-        scales = fit_codebook_grid(groups, importance, codebook, refine=1).scales
-        codes = nearest(groups / scales[:, None], midpoints(codebook)).flatten().long()
+        lookup = Lookup(codebook)
+        scales = fit_codebook_grid(groups, importance, lookup, refine=1).scales
+        codes = lookup.nearest_codes(groups / scales[:, None]).flatten().long()
         weight = (flat_importance * scales[:, None] ** 2).flatten()
         total = torch.zeros(levels).index_add_(0, codes, weight)
         moment = torch.zeros(levels).index_add_(0, codes, weight * (groups / scales[:, None]).flatten())
