@@ -265,6 +265,10 @@ def test_bits_come_out_as_they_went_in(bits: int) -> None:
     values = torch.randint(0, 2**bits, (5, 64), generator=torch.Generator().manual_seed(bits))
     assert torch.equal(unpack_bits(words(values, bits), bits, 64).long(), values)
     assert torch.equal(unpack_bits(words(values, bits), bits, 50).long(), values[:, :50])
+    few = words(
+        values[:, :32], bits
+    )  # one word a row, as the zero points of few rows are, and not row by row in memory
+    assert torch.equal(unpack_bits(few.T.contiguous().T, bits, 32 // bits).long(), values[:, : 32 // bits])
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

@@ -190,11 +190,16 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
     if words.dtype != torch.int32 or not 1 <= bits <= 8 or words.shape[1] * 32 < count * bits:
         raise ValueError(f"{count} codes of {bits} bits are not in {words.shape[1]} words of {words.dtype}")
     if bits in (4, 8):  # no code reaches over two bytes
-        octets = words.contiguous().view(torch.uint8)
+        octets = words.reshape(-1).view(torch.uint8).reshape(len(words), -1)
         return (torch.stack([octets & 15, octets >> 4], -1).flatten(1) if bits == 4 else octets)[:, :count]
     found = []
     for rows in words.split(UNPACK_ROWS):
-        stream = np.unpackbits(rows.contiguous().numpy().view(np.uint8), axis=1, count=count * bits, bitorder="little")
+        stream = np.unpackbits(
+            rows.reshape(-1).numpy().view(np.uint8).reshape(len(rows), -1),
+            axis=1,
+            count=count * bits,
+            bitorder="little",
+        )
         fields = stream.reshape(len(rows), count, bits)
         found.append(torch.from_numpy(np.packbits(fields, axis=2, bitorder="little")[:, :, 0]))
     return torch.cat(found)
