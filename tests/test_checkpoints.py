@@ -171,6 +171,8 @@ KINDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "T5": (named("T5ForConditionalGeneration", model_type="t5", is_encoder_decoder=True), "from text to text"),
     "BART": (named("BartForConditionalGeneration", model_type="bart", is_encoder_decoder=True), "from text to text"),
     "Whisper": (named("WhisperForConditionalGeneration", model_type="whisper", is_encoder_decoder=True), "speech"),
+    "T5 without its head": (named("T5Model", model_type="t5"), "T5Model, which no family"),
+    "a speech synthesizer": (named("VitsModel", model_type="vits"), "VitsModel, which no family"),
     "a classifier of texts": (named("LlamaForSequenceClassification"), "classifier of texts"),
     "a classifier of tokens": (named("BertForTokenClassification"), "classifier of tokens"),
     "question answering": (named("BertForQuestionAnswering"), "question answerer"),
@@ -386,6 +388,19 @@ def test_a_head_that_is_the_embedding_is_tied(tmp_path):
     assert model.lm_head.weight is model.get_input_embeddings().weight
     change_tensors(folder, {"lm_head.weight": table.to(torch.bfloat16)})
     assert TASK.load(folder).lm_head.weight is not TASK.load(folder).get_input_embeddings().weight
+
+
+def test_a_head_that_is_stored_twice_is_tied(tmp_path, store):
+    folder = write_causal(tmp_path / "model", "llama-untied")
+    table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    change_tensors(folder, {"lm_head.weight": table.clone()})
+    expected = logits(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+    made = pulled(folder, store)
+    for place in (folder, made.path):
+        model: Any = TASK.load(place)
+        assert model.lm_head.weight is model.get_input_embeddings().weight and torch.equal(logits(model), expected)
+    assert json.loads(made.file("config.json").read_text())["tie_word_embeddings"] is True
+    assert answer(folder, store) == answer(made.path, store)
 
 
 def test_a_head_that_is_missing_is_named_with_the_remedy(tmp_path, store):

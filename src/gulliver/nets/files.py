@@ -19,6 +19,7 @@ ITEM_BYTES = {
 }
 """Code of a type in a header -> bytes of one number. Types of less than a byte are not here."""
 MAX_DIMENSIONS = 16
+COMPARED_BYTES = 2**20
 POOLING = "1_Pooling/config.json"
 COMPANIONS = (".json", ".jinja", ".txt", ".model")
 """How the names of configs, tokenizers and chat templates end."""
@@ -63,6 +64,17 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
                 f"{folder / INDEX} says that {file} holds {name[:200]!r}, which it lacks; download both again"
             )
     return found
+
+
+def same_bytes(one: Stored, other: Stored) -> bool:
+    """Whether two stored tensors are of one type and shape and hold the same bytes; ends at the first difference."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with open(one.path, "rb") as ours, open(other.path, "rb") as theirs:
+        ours.seek(one.offset)
+        theirs.seek(other.offset)
+        parts = (min(COMPARED_BYTES, one.length - at) for at in range(0, one.length, COMPARED_BYTES))
+        return all(ours.read(size) == theirs.read(size) for size in parts)
 
 
 def not_finite(name: str, path: Path) -> ArtifactError:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from gulliver.core.errors import ArtifactError
-from gulliver.nets.files import Stored, stored_tensors
+from gulliver.nets.files import Stored, same_bytes, stored_tensors
 from gulliver.nets.weights import aliases, assign, canonical_names, empty_parameters, read_tensor, unfilled, untie
 from gulliver.runtime.packing import is_packed, read_packing
 from gulliver.runtime.reference import read_tensors
@@ -61,35 +61,44 @@ def network_of(config: Any, folder: Path, auto: Any = transformers.AutoModelForC
 def empty_network(folder: Path, auto: Any) -> nn.Module:
     """The network `config.json` describes, parameters on meta, buffers real, `source_folder` set.
 
-    Weights that the config ties are one only where the files do not hold two different ones.
+    Weights are tied as the files say: two that differ are two, whatever the config says, and equal ones are one.
     """
     model = network_of(read_config(folder), folder, auto)
-    _untie(model, folder)
+    _tie_as_stored(model, folder)
     model.source_folder = str(folder)
     return model
 
 
-def _untie(model: nn.Module, folder: Path) -> None:
-    """Give every name of a tied parameter its own, where the files hold different tensors under these names."""
-    tied = {first: names for first, names in aliases(model).items() if len(names) > 1}
-    if not tied or not any(folder.glob("*.safetensors")):
+def _tie_as_stored(model: Any, folder: Path) -> None:
+    """Give every name of a tied parameter its own where the files hold different tensors under these names.
+
+    And tie the head to the embedding where the files hold the same tensor twice.
+    """
+    if not any(folder.glob("*.safetensors")):
         return
     stored, packing = stored_tensors(folder), read_packing(folder) if is_packed(folder) else {}
-    for names in tied.values():
+    for names in aliases(model).values():
         there = [name for name in names if name in stored or name in packing]
         if len(there) > 1 and (any(name in packing for name in there) or not _equal(stored, there)):
             untie(model, there)
-            model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+            model.config.tie_word_embeddings = False
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    table, head = (getattr(end, "weight", None) for end in ends)
+    if head is None or table is None or head is table or not getattr(model, "_tied_weights_keys", None):
+        return
+    names = [name for name, parameter in model.named_parameters() if parameter is head or parameter is table]
+    if len(names) == 2 and all(name in stored for name in names) and same_bytes(stored[names[0]], stored[names[1]]):
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
 
 
 def _equal(stored: Mapping[str, Stored], names: Sequence[str]) -> bool:
     """Whether the stored tensors are the same, of whatever types."""
-    first, *others = (read_tensor(stored, name) for name in names)
-    return all(
-        one.shape == first.shape
-        and all(bool((ours == theirs).all()) for ours, theirs in zip(one.split(4096), first.split(4096), strict=True))
-        for one in others
-    )
+    first, *others = (stored[name] for name in names)
+    if all(one.dtype == first.dtype for one in others):
+        return all(same_bytes(first, one) for one in others)
+    values = [read_tensor(stored, name) for name in names]
+    return all(one.shape == values[0].shape and bool((one == values[0]).all()) for one in values)
 
 
 def settled(raw: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -99,8 +108,9 @@ def settled(raw: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     if isinstance(config, transformers.PretrainedConfig):
         if not raw.get("architectures"):
             changed["architectures"] = [type(model).__name__]
-        if not config.tie_word_embeddings and type(config).from_dict(changed).tie_word_embeddings:
-            changed["tie_word_embeddings"] = False
+        tied = getattr(config, "tie_word_embeddings", None)
+        if tied != getattr(type(config).from_dict(changed), "tie_word_embeddings", None):
+            changed["tie_word_embeddings"] = tied
     return changed
 
 
