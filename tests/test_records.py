@@ -249,13 +249,14 @@ def test_the_place_of_a_fault_is_named(
         _set("tensors", "a.weight", "parts", 0, "format", "zip"), _set("tensors", "a.weight", "shape", [16]),
         _set("tensors", "a.weight", "shape", [16, 0]), _set("tensors", "a.weight", "shape", [16.0, 64]),
         _set("tensors", "a.weight", "parts", 0, "rows", True), _set("tensors", "a.weight", "more", 1),
+        _set("tensors", "a.weight", "inputs", 2), _set("tensors", "a.weight", "inputs", 0),
         _set("tensors", 3), _set("format", True), _set("format", 2), _set("tensors", "a.weight", "parts", 0, "n", 1),
     ],
 )  # fmt: skip
 def test_both_readers_of_packing_refuse_alike(change: Callable[[Any], None], tmp_path: Path) -> None:
     body = written(Packing, tmp_path)
     found = read_packing(tmp_path)["a.weight"]
-    assert found[0] == (16, 64) and [(fmt.name, rows) for fmt, rows in found[1]] == [("c4g64", 16)]
+    assert found.shape == (16, 64) and [(fmt.name, rows) for fmt, rows in found.parts] == [("c4g64", 16)]
     change(body)
     (tmp_path / Packing.file).write_text(json.dumps(body))
     for read in (Packing.read, read_packing):

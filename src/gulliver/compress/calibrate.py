@@ -4,33 +4,38 @@ For each weight that may be packed it keeps the second moment of its inputs and 
 (compress/statistics.py). Activations between blocks lie in files, so memory holds one block, one batch and one block's
 moments whatever the model's size, and a killed run resumes at the block where it stopped. How much outputs matter is
 measured by a backward pass through the same blocks in reverse, each run again from what entered it; outputs may also
-count by the inverse of their own power, so that errors are relative.
+count by the inverse of their own power, so that errors are relative. A network whose parts form no sequence is run
+whole.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from gulliver.compress.collect import Collector
 from gulliver.compress.observe import Moments, output_gradients
 from gulliver.compress.options import CalibrateOptions
-from gulliver.compress.statistics import ROWS
 from gulliver.core.context import Context
-from gulliver.core.errors import ConfigError, DataError
+from gulliver.core.errors import FOREIGN, ConfigError, DataError, first_line
 from gulliver.core.overlap import fingerprints
-from gulliver.core.records import Calibration, StatisticsTable, WeightRow
+from gulliver.core.records import Calibration, StatisticsTable
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import temporary_name
-from gulliver.nets.weights import owners
 from gulliver.runtime.packing import is_packed
-from gulliver.runtime.streamed import filled
+from gulliver.runtime.shards import save
+from gulliver.runtime.streamed import filled, narrow_weights
 from gulliver.tasks import get_task, same_examples
-from gulliver.tasks.base import Batch, Block, Task
+from gulliver.tasks.base import Batch, Block, Task, packed_names
+
+TOLD = 8
+"""Lines at most about weights that no data reached; the report lists them all."""
 
 
 def run(cfg: CalibrateOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
@@ -48,23 +53,61 @@ def run(cfg: CalibrateOptions, inputs: dict[str, Artifact], ctx: Context) -> Art
         for part in datasets
     ]
     batches = [next(streams[index % len(streams)]) for index in range(-(-cfg.examples // cfg.batch_size))]
-    network = task.load(model.path, empty=True)
-    blocks = task.blocks(network, batches)
+    network, notes = task.load(model.path, empty=True), []
     some = batches[: -(-cfg.gradient_examples // cfg.batch_size)] if cfg.sensitivity == "gradient" else []
-    with torch.no_grad():
-        _stream(network, model, blocks, batches, cfg, ctx, len(some))
-    chosen = _sensitivity(network, task, model, blocks, some, ctx) if some else None
+    blocks, chosen = _observe(network, task, model, batches, some, cfg, ctx, notes)
     known = fingerprints(unit for part in datasets for unit in task.units_of(part.path, "train"))
     with ctx.writer(kind="report", task=task.name, config=cfg) as writer:
+        kept = Collector(network, chosen, ctx.work, writer.path).collect(blocks)
+        if not kept.weights:
+            raise DataError("no calibration data passed through any weight; nothing is known about them")
         StatisticsTable(
             model=model.id,
-            weights=_collect(network, blocks, chosen, ctx.work, writer.path),
+            weights=kept.weights,
+            plain=kept.plain,
+            unreached=kept.unreached,
+            notes=tuple(notes),
             blocks=tuple(block.name for block in blocks),
             sensitivity=cfg.sensitivity,
             examples=sum(next(iter(batch.values())).shape[0] for batch in batches),
         ).write(writer.path)
         Calibration(dataset=dataset.id, fingerprints=tuple(known)).write(writer.path)
+        for line in (*notes, *(f"{name}: {told}" for name, told in list(kept.unreached.items())[:TOLD])):
+            ctx.progress.print(f"calibrate: {line}")
         return writer.commit()
+
+
+def _observe(
+    network: nn.Module,
+    task: Task,
+    model: Artifact,
+    batches: list[Batch],
+    some: list[Batch],
+    cfg: CalibrateOptions,
+    ctx: Context,
+    notes: list[str],
+) -> tuple[list[Block], dict[str, Tensor] | None]:
+    """Stream, block by block or, where that does not work, whole. Returns the blocks, and what outputs matter.
+
+    `notes` gets a line for what went another way than usual.
+    """
+    for whole in (False, True):
+        try:
+            blocks = task.blocks(network, batches, whole=whole)
+            with torch.no_grad():
+                _stream(network, model, blocks, batches, cfg, ctx, len(some))
+            break
+        except (ConfigError, *FOREIGN) as error:
+            if whole:
+                raise ConfigError(f"this network cannot be calibrated: {first_line(error)}") from error
+            notes.append(f"the network is run whole, because it cannot be run block by block: {first_line(error)}")
+            for stale in ctx.work.iterdir():
+                shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink()
+    try:
+        return blocks, _sensitivity(network, task, model, blocks, some, ctx) if some else None
+    except FOREIGN as error:
+        notes.append(f"outputs count by their power, because no gradient passes back: {first_line(error)}")
+        return blocks, None
 
 
 # ---- how much outputs matter ----------------------------------------------------------------------------------------
@@ -75,15 +118,22 @@ def _sensitivity(
 
     Leaves `gradient-NNNN.safetensors` in the scratch folder for every block, from the last to the first, and resumes.
     """
-    watched, narrow = _watched(network, blocks), _narrow(blocks)
+    names, narrow = packed_names(blocks), narrow_weights(network)
     with ctx.progress.stage("sensitivity", total=len(blocks), unit="block") as bar:
         for number, block in reversed(list(enumerate(blocks))):
             path = ctx.work / f"gradient-{number:04}.safetensors"
             if not path.is_file():
-                with filled(network, model.path, block.prefixes, narrow), output_gradients(network, watched) as sums:
-                    with torch.autocast("cpu", dtype=torch.bfloat16):
-                        _backward(network, task, blocks, number, batches, ctx.work)
-                    _save(sums, path)
+                for half in (True, False):
+                    with filled(network, model.path, block.prefixes, narrow if half else ()):
+                        weights = {name: network.get_parameter(name) for name in names}
+                        try:
+                            with output_gradients(network, weights) as sums, _half(half):
+                                _backward(network, task, blocks, number, batches, ctx.work)
+                            break
+                        except FOREIGN:  # some networks mix types that do not go together
+                            if not half:
+                                raise
+                save(sums, path)
                 ctx.check_ram(f"the backward pass of {block.name}")
                 shutil.rmtree(_gradients(ctx.work, number), ignore_errors=True)
             bar.advance(note=block.name)
@@ -99,6 +149,9 @@ def _backward(
     folder = temporary_name(work / "gradients")
     folder.mkdir()
     for index, batch in enumerate(batches):
+        if len(blocks) == 1:
+            blocks[0].forward(batch, index).sum().backward()
+            continue
         if number == 0:
             output = blocks[0].forward(batch, index)
             if output.requires_grad:
@@ -140,7 +193,7 @@ def _stream(
 
     What leaves each block stays there for the first `kept` batches.
     """
-    watched, narrow = _watched(network, blocks), _narrow(blocks)
+    names, narrow = packed_names(blocks), narrow_weights(network)
     done = [number for number in range(len(blocks)) if _after(ctx.work, number).is_dir()]
     start = done[-1] + 1 if done else 0
     for stale in ctx.work.glob("*.tmp-*"):
@@ -148,28 +201,28 @@ def _stream(
     with ctx.progress.stage("calibrate", total=len(blocks) - start, unit="block") as bar:
         for number in range(start, len(blocks)):
             block = blocks[number]
-            moments = Moments(watched, cfg.moments == "full")
-            with (
-                filled(network, model.path, block.prefixes, narrow),
-                torch.autocast("cpu", dtype=torch.bfloat16),  # a new one for each block: it keeps cast weights
-            ):
-                passed = _pass(block, batches, _after(ctx.work, number - 1) if number else None, moments, ctx.work)
-            moments.close()
+            before = _after(ctx.work, number - 1) if number else None
+            for half in (True, False):
+                with filled(network, model.path, block.prefixes, narrow if half else ()):
+                    weights = {name: network.get_parameter(name) for name in names}
+                    try:
+                        with Moments(weights, cfg.moments == "full") as moments, _half(half):
+                            passed = _pass(block, batches, before, moments, ctx.work)
+                        break
+                    except FOREIGN:  # some networks mix types that do not go together
+                        if not half:
+                            raise
             ctx.check_ram(block.name)
-            _save(moments.stored(), ctx.work / f"block-{number:04}.safetensors")
+            save(moments.stored(), ctx.work / f"block-{number:04}.safetensors")
             passed.rename(_after(ctx.work, number))
             for index in range(kept, len(batches) if number else 0):
                 (_after(ctx.work, number - 1) / f"{index}.safetensors").unlink(missing_ok=True)
             bar.advance(note=block.name)
 
 
-def _watched(network: nn.Module, blocks: list[Block]) -> list[tuple[str, nn.Module]]:
-    """(name of its weight, module) of every module that uses a weight that may be packed."""
-    return [pair for block in blocks for weight in block.weights for pair in owners(network, weight.name)]
-
-
-def _narrow(blocks: list[Block]) -> set[str]:
-    return {weight.name for block in blocks for weight in block.weights}
+def _half(wanted: bool) -> AbstractContextManager[Any]:
+    """Products in bfloat16 where it is wanted. A new one for each block: it keeps cast weights."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=wanted)
 
 
 def _pass(block: Block, batches: list[Batch], before: Path | None, moments: Moments, work: Path) -> Path:
@@ -186,58 +239,3 @@ def _pass(block: Block, batches: list[Batch], before: Path | None, moments: Mome
 
 def _after(work: Path, number: int) -> Path:
     return work / f"after-{number:04}"
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    temporary = temporary_name(path)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(temporary))
-    temporary.rename(path)
-
-
-# ---- what is kept ---------------------------------------------------------------------------------------------------
-def _collect(
-    network: nn.Module, blocks: list[Block], chosen: dict[str, Tensor] | None, work: Path, folder: Path
-) -> dict[str, WeightRow]:
-    """Move the blocks' moments into the artifact, write the row weights beside them; returns the rows of the table."""
-    home: dict[str, tuple[str, str]] = {}
-    found: dict[str, dict[str, Tensor]] = {"count": {}, "power": {}}
-    for number in range(len(blocks)):
-        path = work / f"block-{number:04}.safetensors"
-        stored = load_file(path)
-        for key, tensor in stored.items():
-            kind, _, name = key.partition(":")
-            if kind == "leader":
-                leader, _, name = name.partition(":")
-                home[name] = (path.name, f"moment:{leader}")
-            elif kind in found:
-                found[kind][name] = found[kind].get(name, 0) + (tensor.double() if kind == "power" else tensor)
-        kept = {key: tensor for key, tensor in stored.items() if key.startswith("moment:")}
-        if kept:
-            _save(kept, folder / path.name)
-    rows: dict[str, Tensor] = {}
-    weights: dict[str, WeightRow] = {}
-    for block in blocks:
-        for weight in block.weights:
-            shape = tuple(network.get_parameter(weight.name).shape)
-            uses = []
-            for name, module in owners(network, weight.name):
-                table = isinstance(module, nn.Embedding)
-                if name not in (found["count"] if table else home):
-                    continue
-                width = shape[1] if table else shape[0]
-                if chosen is not None:
-                    outputs = chosen.get(name, torch.zeros(width))
-                else:
-                    outputs = torch.full((width,), 1.0 / (width * max(float(found["power"].get(name, 0.0)), 1e-20)))
-                if table:
-                    counts = found["count"][name] + 0.5
-                    rows |= {f"moment:{name}": outputs, f"rows:{name}": counts / counts.sum()}
-                    uses.append((ROWS, f"moment:{name}", f"rows:{name}"))
-                else:
-                    rows[f"rows:{name}"] = outputs
-                    uses.append((*home[name], f"rows:{name}"))
-            if not uses:
-                raise DataError(f"no calibration data passed through {weight.name}; nothing is known about it")
-            weights[weight.name] = WeightRow(shape=shape, block=block.name, uses=tuple(uses))
-    _save(rows, folder / ROWS)
-    return weights

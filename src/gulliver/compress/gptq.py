@@ -39,24 +39,43 @@ Solver = tuple[Tensor, Tensor]
 """The order of the columns, and L: what errors are passed on with."""
 
 
+def codebook_of(weight: Tensor, fmt: Format, moment: Tensor | None) -> Tensor:
+    """The values int8 [levels] that codes of `fmt` stand for in weight [rows, columns]; `moment` as below."""
+    spread = as_groups(_importance(moment, weight.shape[1])[None], fmt)[0]
+    step = max(1, len(weight) * fmt.groups(weight.shape[1]) // CODEBOOK_ROWS)
+    groups = as_groups(weight[::step].float(), fmt)
+    return learn_codebook(
+        groups.reshape(-1, fmt.group_size), spread.expand_as(groups).reshape(-1, fmt.group_size), fmt.levels
+    )
+
+
+def _importance(moment: Tensor | None, columns: int) -> Tensor:
+    """How much each column's errors count, float32 [columns], mean 1."""
+    found = torch.ones(columns) if moment is None else (moment.diagonal() if moment.dim() == 2 else moment)
+    return found / found.mean().clamp_min(1e-20) + 1e-3
+
+
 def quantize_matrix(
-    weight: Tensor, fmt: Format, moment: Tensor | None, *, gptq: bool = True, kept: dict[int, Solver] | None = None
+    weight: Tensor,
+    fmt: Format,
+    moment: Tensor | None,
+    *,
+    gptq: bool = True,
+    kept: dict[int, Solver] | None = None,
+    codebook: Tensor | None = None,
 ) -> RowGroup:
     """Quantize weight [rows, columns]; `moment` is H [columns, columns], its diagonal [columns], or None.
 
     `kept` holds what the last call with the same moment computed from it, by group size, and is given this one's.
+    `codebook`: the values that codes stand for; learned from the weight where none is given and the format has one.
     Without a full H, or with `gptq=False`, codes are the nearest on grids fitted with diag(H) as importance.
     """
     rows, columns = weight.shape
-    importance = torch.ones(columns) if moment is None else (moment.diagonal() if moment.dim() == 2 else moment)
-    importance = importance / importance.mean().clamp_min(1e-20) + 1e-3
+    importance = _importance(moment, columns)
     weights_of_group = as_groups(importance[None], fmt)[0]
     lookup = None
     if fmt.kind == "codebook":
-        step = max(1, rows * fmt.groups(columns) // CODEBOOK_ROWS)
-        groups = as_groups(weight[::step].float(), fmt)
-        spread = weights_of_group.expand_as(groups).reshape(-1, fmt.group_size)
-        lookup = Lookup(learn_codebook(groups.reshape(-1, fmt.group_size), spread, fmt.levels))
+        lookup = Lookup(codebook_of(weight, fmt, moment) if codebook is None else codebook)
     solver, kept = None, {} if kept is None else kept
     if moment is not None and moment.dim() == 2 and gptq:
         if fmt.group_size not in kept:

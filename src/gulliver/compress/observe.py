@@ -1,102 +1,132 @@
-"""Watching modules while calibration data pass: second moments of their inputs, squared gradients at their outputs."""
+"""Watching products while calibration data pass: second moments of their inputs, squared gradients at their outputs.
+
+A *slot* is what has a moment and row weights of its own: a weight's name, NAME@3 for the fourth matrix of a stack
+(experts), NAME@table for a table of which rows are looked up (an embedding may be both a table and the head).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gulliver.core.errors import ConfigError
+from gulliver.compress.products import Product, Watch
 from gulliver.tasks.base import Batch
 
 STRIP = 256
+STACK_BYTES = 2**30
+"""Most bytes of one stack's moments; beyond, all its matrices share one."""
+
+
+def slot_of(name: str, matrix: int | None) -> str:
+    """The slot of a weight that is one matrix (None), or of one of its matrices."""
+    return name if matrix is None else f"{name}@{matrix}"
+
+
+def table_slot(name: str) -> str:
+    """The slot of a weight as a table."""
+    return f"{name}@table"
 
 
 class Moments:
-    """Accumulates H over the batches of one block. Modules that read the same tensor share one H.
+    """Accumulates H over the batches of one block; a context manager. Slots that read the same tensor share one H.
 
-    `full` keeps H [columns, columns], else its diagonal. `shared` maps a module's weight name to the key of its H;
-    `tables` counts how often each row of a lookup table was read.
+    `full` keeps H [columns, columns], else its diagonal. `shared` maps a slot to the key of its H; `tables` counts how
+    often each row of a lookup table was read; `inputs` says along which dimensions a weight was multiplied.
     """
 
-    def __init__(self, watched: Iterable[tuple[str, nn.Module]], full: bool) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], full: bool) -> None:
         self.full = full
         self.sums: dict[str, Tensor] = {}
         self.positions: dict[str, int] = {}
         self.shared: dict[str, str] = {}
         self.tables: dict[str, Tensor] = {}
         self.output_power: dict[str, float] = {}
+        self.inputs: dict[str, set[int | None]] = {}
         self.mask: Tensor | None = None
-        self._seen: list[tuple[Tensor, str]] = []
-        self._hooks: list[Any] = []
-        for name, module in watched:
-            self._hooks.append(module.register_forward_pre_hook(partial(self._read, name), with_kwargs=True))
-            self._hooks.append(module.register_forward_hook(partial(self._written, name)))
+        self._weights = weights
+        self._seen: list[tuple[Tensor, int, str]] = []
+        self._watch = Watch(weights, self._product)
+
+    def __enter__(self) -> Moments:
+        self._watch.__enter__()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._watch.__exit__(*failure)
 
     def begin(self, batch: Batch) -> None:
         """Say which batch comes next; what its mask [batch, tokens] calls padding does not count."""
         self._seen = []
         self.mask = batch["mask"].bool() if "mask" in batch else None
 
-    def close(self) -> None:
-        """Stop watching."""
-        for hook in self._hooks:
-            hook.remove()
-
     def stored(self) -> dict[str, Tensor]:
         """What one block's file holds, given away: means "moment:KEY" [columns, columns] or [columns], empty marks
 
-        "leader:KEY:NAME" of who shares which, "count:NAME" [rows of the table] and scalars "power:NAME" [1].
+        "leader:KEY:SLOT" of who shares which, "count:NAME" [rows of the table], scalars "power:SLOT" [1],
+        "inputs:NAME" (dimensions, -1 for all but the first) and "odd:NAME" (see `Watch`).
         """
         tensors = {}
         for key in list(self.sums):
-            mean = self.sums.pop(key).div_(self.positions[key])
+            mean = self.sums.pop(key).div_(max(1, self.positions[key]))
             tensors[f"moment:{key}"] = mirrored(mean) if self.full else mean
-        tensors |= {f"leader:{key}:{name}": torch.zeros(1) for name, key in self.shared.items()}
+        tensors |= {f"leader:{key}:{slot}": torch.zeros(1) for slot, key in self.shared.items()}
         tensors |= {f"count:{name}": counts for name, counts in self.tables.items()}
-        return tensors | {f"power:{name}": torch.tensor([power]) for name, power in self.output_power.items()}
+        dims = {name: sorted(-1 if dim is None else dim for dim in found) for name, found in self.inputs.items()}
+        tensors |= {f"inputs:{name}": torch.tensor(found) for name, found in dims.items()}
+        tensors |= {f"odd:{name}": torch.zeros(1) for name in self._watch.odd}
+        return tensors | {f"power:{slot}": torch.tensor([power]) for slot, power in self.output_power.items()}
 
-    def _read(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if "forward" in module.__dict__:
-            return  # a stand-in of the streamer: nothing real passes through
-        x = args[0] if args else next(iter(kwargs.values()))
+    def _product(self, product: Product, output: Tensor) -> None:
+        call, name = product.call, product.name
+        self.inputs.setdefault(name, set()).add(product.inputs)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            if isinstance(module, nn.Embedding):
-                ids = x[self.mask] if self.mask is not None and x.shape == self.mask.shape else x.flatten()
-                counts = torch.bincount(ids, minlength=module.num_embeddings).float()
+            if call.table:
+                ids = call.x[self.mask] if self.mask is not None and call.x.shape == self.mask.shape else call.x
+                counts = torch.bincount(ids.flatten().long(), minlength=len(call.weight)).float()
                 self.tables[name] = self.tables.get(name, 0) + counts
-            elif self._leads(name, x):
-                rows = as_rows(module, x.detach().float())
-                if self.mask is not None and x.shape[: self.mask.dim()] == self.mask.shape:
-                    rows = rows[self.mask.flatten()]
-                if name not in self.sums:
-                    columns = rows.shape[1]
-                    self.sums[name] = torch.zeros((columns, columns) if self.full else (columns,))
-                if self.full:
-                    add_upper_products(self.sums[name], rows)
-                else:
-                    self.sums[name] += rows.square().sum(0)
-                self.positions[name] = self.positions.get(name, 0) + len(rows)
+                self._power(table_slot(name), output)
+                return
+            for place, matrix in enumerate(product.matrices or (None,)):
+                x, part = call.x, output
+                if product.batched:
+                    x = x[place] if x.dim() > 2 and len(x) > 1 else x.reshape(-1, x.shape[-1])
+                    part = output[place] if output.shape[0] == len(product.matrices) else output
+                if x.numel():
+                    self._input(self._home(name, matrix, x.shape[-1]), slot_of(name, matrix), x, (call.x, place))
+                    self._power(slot_of(name, matrix), part)
 
-    def _leads(self, name: str, x: Tensor) -> bool:
-        """Whether x must be added to the module's own H: no module before it in this batch has read the same x."""
-        leader = next((key for seen, key in self._seen if seen is x), None)
-        if leader is not None and self.shared.get(name, leader) == leader:
-            self.shared[name] = leader
-            return False
-        self._seen.append((x, name))
-        self.shared[name] = name
-        return True
+    def _home(self, name: str, matrix: int | None, columns: int) -> str:
+        """The key under which a slot's own H is kept."""
+        whole = self._weights[name]
+        bytes_of_all = 4 * columns * (columns if self.full else 1) * whole.shape[0]
+        return name if matrix is not None and bytes_of_all > STACK_BYTES else slot_of(name, matrix)
 
-    def _written(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if "forward" not in module.__dict__ and isinstance(output, Tensor):
-            with torch.no_grad():
-                power = float(output.float().square().mean())
-            self.output_power[name] = self.output_power.get(name, 0.0) + power
+    def _input(self, key: str, slot: str, x: Tensor, origin: tuple[Tensor, int]) -> None:
+        """Add x [..., columns] to the slot's H, unless a slot before it in this batch has read the same x."""
+        leader = next((one for seen, place, one in self._seen if seen is origin[0] and place == origin[1]), None)
+        if leader is not None and self.shared.get(slot, leader) == leader:
+            self.shared[slot] = leader
+            return
+        self._seen.append((*origin, key))
+        self.shared[slot] = key
+        rows = x.detach().float().reshape(-1, x.shape[-1])
+        if self.mask is not None and x.shape[: self.mask.dim()] == self.mask.shape:
+            rows = rows[self.mask.flatten()]
+        if key not in self.sums:
+            columns = rows.shape[1]
+            self.sums[key] = torch.zeros((columns, columns) if self.full else (columns,))
+        if self.full:
+            add_upper_products(self.sums[key], rows)
+        else:
+            self.sums[key] += rows.square().sum(0)
+        self.positions[key] = self.positions.get(key, 0) + len(rows)
+
+    def _power(self, slot: str, output: Tensor) -> None:
+        self.output_power[slot] = self.output_power.get(slot, 0.0) + float(output.float().square().mean())
 
 
 def add_upper_products(total: Tensor, rows: Tensor) -> None:
@@ -114,40 +144,44 @@ def mirrored(total: Tensor) -> Tensor:
     return total
 
 
-def as_rows(module: nn.Module, x: Tensor) -> Tensor:
-    """The inputs of a linear or convolution as a matrix [positions, columns of its weight]."""
-    if isinstance(module, nn.Conv2d):
-        if module.groups != 1 or isinstance(module.padding, str):
-            raise ConfigError(f"a convolution with groups {module.groups}, padding {module.padding} cannot be packed")
-        patches = nn.functional.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
-        return patches.transpose(1, 2).flatten(0, 1)
-    return x.reshape(-1, x.shape[-1])
-
-
 @contextmanager
-def output_gradients(model: nn.Module, watched: Sequence[tuple[str, nn.Module]]) -> Iterator[dict[str, Tensor]]:
-    """While the block runs, backward passes add their squared gradients at each watched module's output to the dict
+def output_gradients(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """While the block runs, backward passes add their squared gradients at the outputs of products with `weights` to
 
-    this yields: name -> [outputs], summed over examples and positions. Parameters get no gradients.
+    the dict this yields: slot -> [rows] (of a table: [columns]), summed over examples and positions. Parameters get no
+    gradients.
     """
     found: dict[str, Tensor] = {}
 
-    def watch(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if "forward" in module.__dict__:
-            return output  # a stand-in of the streamer
+    def watch(product: Product, output: Tensor) -> Tensor | None:
+        if not output.is_floating_point() or not torch.is_grad_enabled():
+            return None
         if not output.requires_grad:
-            output.requires_grad_(True)
-        output.register_hook(partial(add, name, 1 if isinstance(module, nn.Conv2d) else output.dim() - 1))
+            output = output + torch.zeros((), dtype=output.dtype, requires_grad=True)
+        output.register_hook(partial(add, product))
         return output
 
-    def add(name: str, channel: int, grad: Tensor) -> None:
-        total = grad.float().square().sum([axis for axis in range(grad.dim()) if axis != channel])
-        found[name] = found[name] + total if name in found else total
+    def add(product: Product, grad: Tensor) -> None:
+        squares = grad.float().square()
+        if product.call.table:
+            one = squares.reshape(-1, squares.shape[-1]).sum(0)
+            found[table_slot(product.name)] = found.get(table_slot(product.name), 0) + one
+        elif product.first_row is not None:
+            channel = product.call.channel % squares.dim()
+            if product.batched:
+                for place, matrix in enumerate(product.matrices):
+                    put(product, matrix, squares[place], channel - 1)
+            else:
+                put(product, product.matrices[0] if product.matrices else None, squares, channel)
+
+    def put(product: Product, matrix: int | None, squares: Tensor, channel: int) -> None:
+        weight, slot = weights[product.name], slot_of(product.name, matrix)
+        total = squares.movedim(channel, -1).reshape(-1, squares.shape[channel]).sum(0)
+        columns = weight[0].numel() if product.inputs is None else weight.shape[product.inputs]
+        rows = weight.numel() // columns // (len(weight) if product.matrices else 1)
+        start = product.first_row or 0
+        found.setdefault(slot, torch.zeros(rows))[start : start + len(total)] += total
 
     model.requires_grad_(False)
-    hooks = [module.register_forward_hook(partial(watch, name)) for name, module in watched]
-    try:
+    with Watch(weights, watch):
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()

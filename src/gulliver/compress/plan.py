@@ -40,10 +40,13 @@ from gulliver.core.store.artifact import Artifact
 from gulliver.nets.files import ITEM_BYTES, stored_tensors
 from gulliver.nets.weights import canonical_names, read_safetensors
 from gulliver.runtime.formats import CODEBOOK_BITS, GROUP_SIZES, PLANES, TILE_ROWS, Format
+from gulliver.runtime.packed import as_matrix
 from gulliver.tasks import get_task
 
 REFERENCE = Format(4, 64, "codebook")
 PROBES = 8
+PROBED_MATRICES = 8
+"""Matrices of a stack, at most about, on which its loss increase is predicted."""
 CLASSES = (1 / 24, 1 / 8, 1 / 3, 1.0)
 """Cumulative shares of a lookup table's rows, most important first, that may get formats of their own."""
 MIN_CLASS_ROWS = 64
@@ -123,7 +126,11 @@ def measurer(
     probes = set(names[:: max(1, len(names) // PROBES)])
 
     def job(name: str) -> list[tuple[Item, list[float]]]:
-        matrix, uses = read_weight(model.path, name, canonical).flatten(1), statistics.uses(name)
+        row = statistics.weights[name]
+        matrix = as_matrix(read_weight(model.path, name, canonical), row.inputs)
+        if row.matrices > 1:
+            return [of_stack(name, matrix.view(row.matrices, -1, matrix.shape[1]))]
+        uses = statistics.uses(name)
         moment, measured = joint_moment(uses), []
         kept: dict[int, Solver] = {}
         for rows in row_classes(uses, matrix):
@@ -138,6 +145,22 @@ def measurer(
             increase = len(rows) / len(some) * base
             measured.append((Item(name, len(rows), matrix.shape[1], (increase,)), ratios))
         return measured
+
+    def of_stack(name: str, stack: Tensor) -> tuple[Item, list[float]]:
+        """One item for a stack [matrices, rows, columns], measured on some rows of some of its matrices."""
+        count, rows, columns = stack.shape
+        numbers = range(0, count, max(1, count // PROBED_MATRICES))
+        found = np.zeros(1 + (len(formats) if name in probes else 0))
+        taken = 0
+        for number in numbers:
+            uses = statistics.uses(name, number)
+            some = torch.arange(rows)[:: max(1, rows * len(numbers) // cfg.probe_rows)]
+            taken += len(some)
+            for place, fmt in enumerate([REFERENCE, *(formats if name in probes else [])]):
+                part = quantize_matrix(stack[number][some], fmt, joint_moment(uses), gptq=cfg.gptq)
+                found[place] += loss_increase(stack[number][some], part, uses, some)
+        ratios = [float(one / found[0]) for one in found[1:]] if found[0] > 0 else []
+        return Item(name, count * rows, columns, (float(found[0]) * count * rows / taken,)), ratios
 
     return job
 
@@ -302,7 +325,7 @@ def planned(plan: Artifact, statistics: Statistics) -> dict[str, Parts]:
     if odd:
         raise ArtifactError(f"plan {plan.id[:12]} and the calibration disagree about {min(odd)}; plan again")
     for name, parts in found.items():
-        rows = statistics.weights[name].shape[0]
+        rows = statistics.weights[name].rows
         if min((count for count, _ in parts), default=0) < 1 or sum(count for count, _ in parts) != rows:
             raise ArtifactError(f"plan {plan.id[:12]}: the parts of {name} do not make up its {rows} rows; plan again")
     return found

@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gulliver.compress.gptq import quantize_matrix
+from gulliver.compress.gptq import codebook_of, quantize_matrix
 from gulliver.compress.options import QuantizeOptions
 from gulliver.compress.plan import Parts, planned, read_weight, rows_of_classes
-from gulliver.compress.statistics import Statistics, joint_moment, loss_increase, open_statistics
+from gulliver.compress.statistics import Statistics, Use, joint_moment, loss_increase, open_statistics
 from gulliver.compress.threads import each
 from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError
@@ -29,7 +29,7 @@ from gulliver.core.store.files import temporary_name
 from gulliver.nets.files import copy_companions
 from gulliver.nets.weights import canonical_names, read_safetensors
 from gulliver.runtime.formats import Format
-from gulliver.runtime.packed import PackedTensor
+from gulliver.runtime.packed import PackedTensor, RowGroup, as_matrix, joined
 from gulliver.runtime.packing import is_packed, order_of_use
 from gulliver.runtime.reference import packing_entry, stored_form
 from gulliver.runtime.shards import PACKED_SHARD_BYTES, ShardWriter
@@ -48,7 +48,7 @@ def run(cfg: QuantizeOptions, inputs: dict[str, Artifact], ctx: Context) -> Arti
         choices = planned(plan, statistics)
     else:
         fixed = Format(cfg.bits, cfg.group_size, cfg.kind)
-        choices = {name: ((statistics.weights[name].shape[0], fixed),) for name in names}
+        choices = {name: ((statistics.weights[name].rows, fixed),) for name in names}
     canonical = canonical_names(get_task(model.task).load(model.path, empty=True))
     files = {name: ctx.work / f"weight-{index:05}.safetensors" for index, name in enumerate(names)}
     job = packer(model, canonical, statistics, choices, cfg.method == "gptq", files)
@@ -79,19 +79,15 @@ def packer(
     def job(name: str) -> str:
         if files[name].is_file():
             return name
-        weight, uses = read_weight(model.path, name, canonical), statistics.uses(name)
-        matrix = weight.flatten(1)
-        classes = rows_of_classes(uses, matrix, [count for count, _ in choices[name]])
-        row_part = torch.empty(len(matrix), dtype=torch.uint8) if len(classes) > 1 else None
-        moment, increase, parts = joint_moment(uses), 0.0, []
-        for index, (rows, (_, fmt)) in enumerate(zip(classes, choices[name], strict=True)):
-            chosen = matrix if row_part is None else matrix[rows]
-            part = quantize_matrix(chosen, fmt, moment, gptq=gptq)
-            increase += loss_increase(chosen, part, uses, None if row_part is None else rows)
-            parts.append(part)
-            if row_part is not None:
-                row_part[rows] = index
-        packed = PackedTensor(tuple(weight.shape), parts, row_part)
+        row, weight = statistics.weights[name], read_weight(model.path, name, canonical)
+        matrix = as_matrix(weight, row.inputs)
+        if row.matrices > 1:
+            ((_, fmt),) = choices[name]
+            part, increase = pack_stack(matrix.view(row.matrices, -1, matrix.shape[1]), fmt, statistics, name, gptq)
+            packed = PackedTensor(tuple(weight.shape), [part], None, row.inputs)
+        else:
+            parts, row_part, increase = pack_matrix(matrix, choices[name], statistics.uses(name), gptq)
+            packed = PackedTensor(tuple(weight.shape), parts, row_part, row.inputs)
         facts = json.dumps({"packing": packing_entry(packed).model_dump(mode="json"), "loss_increase": increase})
         temporary = temporary_name(files[name])
         save_file(stored_form(name, packed), str(temporary), metadata={"facts": facts})
@@ -99,6 +95,36 @@ def packer(
         return name
 
     return job
+
+
+def pack_matrix(
+    matrix: Tensor, choice: Parts, uses: list[Use], gptq: bool
+) -> tuple[list[RowGroup], Tensor | None, float]:
+    """The parts of a matrix [rows, columns], the part of each row (uint8 [rows]), and the predicted loss increase."""
+    classes = rows_of_classes(uses, matrix, [count for count, _ in choice])
+    row_part = torch.empty(len(matrix), dtype=torch.uint8) if len(classes) > 1 else None
+    moment, increase, parts = joint_moment(uses), 0.0, []
+    for index, (rows, (_, fmt)) in enumerate(zip(classes, choice, strict=True)):
+        chosen = matrix if row_part is None else matrix[rows]
+        part = quantize_matrix(chosen, fmt, moment, gptq=gptq)
+        increase += loss_increase(chosen, part, uses, None if row_part is None else rows)
+        parts.append(part)
+        if row_part is not None:
+            row_part[rows] = index
+    return parts, row_part, increase
+
+
+def pack_stack(stack: Tensor, fmt: Format, statistics: Statistics, name: str, gptq: bool) -> tuple[RowGroup, float]:
+    """All matrices of a stack [matrices, rows, columns], each by its own statistics, as one part with one codebook."""
+    codebook, increase, parts = None, 0.0, []
+    if fmt.kind == "codebook":
+        codebook = codebook_of(stack.flatten(0, 1), fmt, None)
+    for number, matrix in enumerate(stack):
+        uses = statistics.uses(name, number)
+        part = quantize_matrix(matrix, fmt, joint_moment(uses), gptq=gptq, codebook=codebook)
+        increase += loss_increase(matrix, part, uses)
+        parts.append(part)
+    return joined(parts), increase
 
 
 def assemble(folder: Path, model: Artifact, canonical: Mapping[str, str], files: Mapping[str, Path]) -> None:

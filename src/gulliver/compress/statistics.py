@@ -51,11 +51,15 @@ class Statistics:
         """Every weight that may be packed, by name."""
         return self.table.weights
 
-    def uses(self, name: str) -> list[Use]:
-        """The uses of a weight, read from disk now. ArtifactError for a weight that was not calibrated."""
+    def uses(self, name: str, matrix: int = 0) -> list[Use]:
+        """The uses of a weight, or of one matrix of a stack, read from disk now.
+
+        ArtifactError for a weight that was not calibrated.
+        """
         if name not in self.weights:
             raise ArtifactError(f"calibration {self.artifact.id[:12]} knows no weight {name!r}; calibrate this model")
-        found = self.weights[name].uses
+        row = self.weights[name]
+        found = row.uses if row.matrices == 1 else row.uses[matrix : matrix + 1]
         return [Use(self._tensor(file, moment), self._tensor(ROWS, rows)) for file, moment, rows in found]
 
     def _tensor(self, file: str, key: str) -> Tensor:

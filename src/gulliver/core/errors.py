@@ -15,6 +15,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+FOREIGN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
+"""What code of others raises when it meets what it does not expect: a network of transformers, run another way."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another's error says, as one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
 
 class GulliverError(Exception):
     """Base of all expected failures; its text is shown to the user without a traceback."""

@@ -16,7 +16,7 @@ from pydantic import AliasChoices, BeforeValidator, Field, PlainSerializer, Stri
 from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.evidence.gate import Verdict
 from gulliver.core.record import Record, Row
-from gulliver.core.store.manifest import MAX_INTEGER, PACKING
+from gulliver.core.store.manifest import MAX_INTEGER, PACKING, rows_of
 
 EXAMPLES = "examples.parquet"
 """A dataset: one row each, with the columns `split` and `source` (text) and those of the family."""
@@ -115,15 +115,30 @@ class Calibration(Record):
 
 
 class WeightRow(Row):
-    """One weight that may be packed: shape [rows, …], block, and (file, moment key, rows key) of each of its uses."""
+    """One weight that may be packed: shape, block, and (file, moment key, rows key) of each of its uses.
+
+    `inputs`: the dimension along which it is multiplied; None: all but the first. A weight that is a stack of several
+    `matrices` [matrices, …] has one use for each.
+    """
 
     shape: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
     block: str
     uses: tuple[tuple[str, str, str], ...] = Field(min_length=1, validation_alias=AliasChoices("uses", "views"))
+    inputs: Annotated[int, Field(ge=0, le=7)] | None = None
+    matrices: Annotated[int, Field(ge=1)] = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of all its matrices."""
+        return rows_of(self.shape, self.inputs)
 
 
 class StatisticsTable(Record):
-    """What a report of `calibrate` holds, beside its tensors; `blocks` are in the network's order."""
+    """What a report of `calibrate` holds, beside its tensors; `blocks` are in the network's order.
+
+    `plain`: why weights that are no vectors stay at 16 bits; `unreached`: what was made up, for those that no data
+    reached; both by name. `notes` says what else went another way than usual.
+    """
 
     file = "statistics.json"
     remedy = "calibrate again"
@@ -134,6 +149,9 @@ class StatisticsTable(Record):
     blocks: tuple[str, ...]
     sensitivity: str
     examples: Count
+    plain: dict[str, str] = Field(default_factory=dict)
+    unreached: dict[str, str] = Field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _blocks_are_known(self) -> Self:
@@ -226,16 +244,17 @@ class PackedPart(Row):
 
 
 class PackedWeight(Row):
-    """One packed weight: 2 to 8 sizes, the first of which its parts' rows make up."""
+    """One packed weight: 2 to 8 sizes, and the dimension of its inputs (None: all but the first)."""
 
     shape: tuple[Annotated[int, Field(ge=1, le=MAX_INTEGER)], ...] = Field(min_length=2, max_length=8)
     parts: tuple[PackedPart, ...] = Field(min_length=1, max_length=16)
+    inputs: Annotated[int, Field(ge=0, le=7)] | None = Field(None, exclude_if=lambda value: value is None)
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
         rows = [part.rows for part in self.parts]
-        if sum(rows) != self.shape[0]:
-            raise ValueError(f"its parts have {rows} rows, the weight has {self.shape[0]}")
+        if sum(rows) != rows_of(self.shape, self.inputs):
+            raise ValueError(f"its parts have {rows} rows, the weight has {rows_of(self.shape, self.inputs)}")
         return self
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gulliver.runtime.grid import SCALE_LEVELS, midpoints, nearest, row_factors, split_scales
-from gulliver.runtime.packed import PackedTensor, RowGroup
+from gulliver.runtime.packed import PackedTensor, RowGroup, as_matrix, from_matrix
 
 INSIDE = 0.15
 """A latent that lies outside its cell is put this far inside, as a fraction of the distance between two values.
@@ -136,20 +136,21 @@ class LatentTensor:
     """A packed weight that can be trained."""
 
     def __init__(self, tensor: PackedTensor, parent: Tensor) -> None:
-        self.shape, self.row_part = tensor.shape, tensor.row_part
-        matrix = parent.flatten(1)
+        self.shape, self.row_part, self.inputs = tensor.shape, tensor.row_part, tensor.inputs
+        matrix = as_matrix(parent, self.inputs)
         self.parts = []
         for index, part in enumerate(tensor.parts):
             rows = slice(None) if tensor.row_part is None else tensor.row_part == index
             self.parts.append(LatentPart(part, matrix[rows]))
 
     def value(self) -> Tensor:
-        """The weight as the network uses it, float32 [rows, …] (its `shape`), differentiable in the parts."""
+        """The weight as the network uses it, float32 of its `shape`, differentiable in the parts."""
         values = [Rounded.apply(part.latent, part.change, part.scale, part.grid) for part in self.parts]
         if self.row_part is None:
-            return values[0].view(self.shape)  # type: ignore[union-attr]
-        return torch.cat(values)[self.row_part.argsort(stable=True).argsort()].view(self.shape)
+            return from_matrix(values[0], self.shape, self.inputs)  # type: ignore[arg-type]
+        matrix = torch.cat(values)[self.row_part.argsort(stable=True).argsort()]
+        return from_matrix(matrix, self.shape, self.inputs)
 
     def packed(self) -> PackedTensor:
-        """The weight [rows, …] as it is now, packed."""
-        return PackedTensor(self.shape, [part.packed() for part in self.parts], self.row_part)
+        """The weight as it is now, packed."""
+        return PackedTensor(self.shape, [part.packed() for part in self.parts], self.row_part, self.inputs)

@@ -18,6 +18,7 @@ from gulliver.core.evidence.gate import Verdict
 from gulliver.core.machine import Machine, kept
 from gulliver.core.records import Asked, FitResult, Origin, Packing, PartBits, Plan, TensorBits
 from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.manifest import rows_of
 from gulliver.core.store.store import Store
 from gulliver.report.units import short_id
 from gulliver.runtime.formats import Format
@@ -190,7 +191,8 @@ def of_packing(packing: Packing) -> tuple[TensorBits, ...]:
     """
     tensors = []
     for name, weight in packing.tensors.items():
-        columns, parts = math.prod(weight.shape[1:]), []
+        columns = math.prod(weight.shape) // rows_of(weight.shape, weight.inputs)
+        parts = []
         for part in weight.parts:
             try:
                 size = Format.parse(part.format).packed_bytes(part.rows, columns)

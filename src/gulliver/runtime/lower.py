@@ -263,9 +263,10 @@ class Weights:
         return native.plain(data.reshape(rows, -1), _KINDS[stored.dtype])
 
     def _packed(self, native: Any, name: str, rows: int, columns: int) -> int:
-        shape, formats = self.packing[name]
-        if shape != (rows, columns):
-            raise ArtifactError(f"{name} is packed as {list(shape)}, config.json makes it [{rows}, {columns}]")
+        entry = self.packing[name]
+        formats = entry.parts
+        if entry.shape != (rows, columns) or entry.inputs not in (None, 1):
+            raise ArtifactError(f"{name} is packed as {list(entry.shape)}, config.json makes it [{rows}, {columns}]")
         self.used.add(name)
         parts = []
         for index, (fmt, count) in enumerate(formats):

@@ -17,6 +17,7 @@ what an 8-bit dot-product instruction takes. docs/artifact.md states the format 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -83,7 +84,7 @@ def joined(parts: list[RowGroup]) -> RowGroup:
 
 @dataclass
 class PackedTensor:
-    """A weight of `shape` (its first dimension is rows, the others flattened are columns) as parts.
+    """A weight of `shape` as parts of the matrix that `as_matrix` makes of it.
 
     `row_part` uint8 [rows] names the part of each row when there is more than one; rows keep their order in a part.
     """
@@ -91,17 +92,35 @@ class PackedTensor:
     shape: tuple[int, ...]
     parts: list[RowGroup]
     row_part: Tensor | None = None
+    inputs: int | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values as `dtype`, [rows, …] of `shape`; float32 copies of CHUNK_ROWS rows at most are in memory."""
-        values = torch.empty(self.shape[0], self.parts[0].shape[1], dtype=dtype)
+        """The values as `dtype`, of `shape`; float32 copies of CHUNK_ROWS rows at most are in memory."""
+        rows = sum(part.shape[0] for part in self.parts)
+        values = torch.empty(rows, self.parts[0].shape[1], dtype=dtype)
         for index, part in enumerate(self.parts):
             places = None if self.row_part is None else (self.row_part == index).nonzero()[:, 0]
             for start in range(0, part.shape[0], CHUNK_ROWS):
                 stop = min(start + CHUNK_ROWS, part.shape[0])
                 some = part.rows(start, stop).dequantize()
                 values[slice(start, stop) if places is None else places[start:stop]] = some.to(dtype)
-        return values.reshape(self.shape)
+        return from_matrix(values, self.shape, self.inputs)
+
+
+def as_matrix(weight: Tensor, inputs: int | None) -> Tensor:
+    """A weight of any shape as a matrix [rows, columns]: a row holds what one output multiplies its inputs with.
+
+    `inputs` is the dimension along which the weight is multiplied; None: all but the first, as in a convolution.
+    """
+    return weight.flatten(1) if inputs is None else weight.movedim(inputs, -1).reshape(-1, weight.shape[inputs])
+
+
+def from_matrix(matrix: Tensor, shape: Sequence[int], inputs: int | None) -> Tensor:
+    """The weight of `shape` whose matrix this is."""
+    if inputs is None:
+        return matrix.reshape(tuple(shape))
+    others = [size for dim, size in enumerate(shape) if dim != inputs]
+    return matrix.reshape(*others, shape[inputs]).movedim(-1, inputs).contiguous()
 
 
 def pack(part: RowGroup) -> Tensor:

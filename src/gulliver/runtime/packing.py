@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gulliver.core.errors import ArtifactError, ConfigError
-from gulliver.core.store.manifest import PACKING, read_json
+from gulliver.core.store.manifest import PACKING, read_json, rows_of
 from gulliver.runtime.formats import Format
 
 FORMAT = 1
@@ -46,8 +48,22 @@ def is_packed(folder: Path) -> bool:
     return (folder / PACKING).is_file()
 
 
-def read_packing(folder: Path) -> dict[str, tuple[tuple[int, ...], list[tuple[Format, int]]]]:
-    """Name -> (shape, [(format, rows) of each part]) from packing.json. ArtifactError when it breaks a rule."""
+@dataclass(frozen=True)
+class Entry:
+    """One packed weight: its shape, (format, rows) of each part, and the dimension of its inputs (see `as_matrix`)."""
+
+    shape: tuple[int, ...]
+    parts: list[tuple[Format, int]]
+    inputs: int | None = None
+
+    @property
+    def columns(self) -> int:
+        """Inputs of a row."""
+        return math.prod(self.shape[1:]) if self.inputs is None else self.shape[self.inputs]
+
+
+def read_packing(folder: Path) -> dict[str, Entry]:
+    """The packed weights by name, from packing.json. ArtifactError when it breaks a rule."""
     path = folder / PACKING
     if path.stat().st_size > MAX_PACKING_BYTES:
         raise ArtifactError(f"{path} has {path.stat().st_size} bytes; at most {MAX_PACKING_BYTES} are allowed")
@@ -59,19 +75,21 @@ def read_packing(folder: Path) -> dict[str, tuple[tuple[int, ...], list[tuple[Fo
     return {name: _entry(row, f"{PACKING}: {name[:200]}") for name, row in body["tensors"].items()}
 
 
-def _entry(row: Any, what: str) -> tuple[tuple[int, ...], list[tuple[Format, int]]]:
-    if not isinstance(row, dict) or set(row) != {"shape", "parts"}:
+def _entry(row: Any, what: str) -> Entry:
+    if not isinstance(row, dict) or set(row) - {"inputs"} != {"shape", "parts"}:
         raise ArtifactError(f"{what} must hold shape and parts; the file is damaged")
-    shape, parts = row["shape"], row["parts"]
+    shape, parts, inputs = row["shape"], row["parts"], row.get("inputs")
     sized = isinstance(shape, list) and 2 <= len(shape) <= MAX_DIMENSIONS
     if not sized or not all(type(size) is int and size > 0 for size in shape):
         raise ArtifactError(f"{what}: shape is {str(shape)[:80]}; it must be 2 to {MAX_DIMENSIONS} positive sizes")
     if not isinstance(parts, list) or not 1 <= len(parts) <= MAX_PARTS:
         raise ArtifactError(f"{what} must have 1 to {MAX_PARTS} parts; the file is damaged")
-    found = [_part(part, what) for part in parts]
-    if min(rows for _, rows in found) < 1 or sum(rows for _, rows in found) != shape[0]:
-        raise ArtifactError(f"{what}: its parts have {[rows for _, rows in found]} rows, the weight has {shape[0]}")
-    return tuple(shape), found
+    if inputs is not None and (type(inputs) is not int or not 0 <= inputs < len(shape)):
+        raise ArtifactError(f"{what}: inputs is {str(inputs)[:80]}; it must be one of the {len(shape)} dimensions")
+    found, wanted = [_part(part, what) for part in parts], rows_of(shape, inputs)
+    if min(rows for _, rows in found) < 1 or sum(rows for _, rows in found) != wanted:
+        raise ArtifactError(f"{what}: its parts have {[rows for _, rows in found]} rows, the weight has {wanted}")
+    return Entry(tuple(shape), found, inputs)
 
 
 def _part(part: Any, what: str) -> tuple[Format, int]:

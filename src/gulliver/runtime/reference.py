@@ -1,13 +1,12 @@
 """Packed model folders: how tensors are stored in the files, and the slow, obvious way to read them back.
 
-`packing.json` lists every packed weight: its shape and its parts. For a weight NAME the weight files hold NAME.tiles.K
+`packing.json` lists every packed weight: shape, parts and dimension of the inputs. For NAME the files hold NAME.tiles.K
 (uint8 [tiles, tile_bytes]) and, where the format has one, NAME.codebook.K (int8) for part K, and NAME.rows (uint8
 [rows]) when there is more than one part. All other tensors have their own names. docs/artifact.md has the rules.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -19,9 +18,8 @@ from gulliver.core.records import PackedPart, PackedWeight
 from gulliver.core.store.manifest import PACKING
 from gulliver.nets.files import Stored, stored_tensors
 from gulliver.nets.weights import read_safetensors, read_tensor
-from gulliver.runtime.formats import Format
 from gulliver.runtime.packed import PackedTensor, RowGroup, pack, unpack
-from gulliver.runtime.packing import PIECE, is_packed, order_of_use, read_packing, stored_names
+from gulliver.runtime.packing import PIECE, Entry, is_packed, order_of_use, read_packing, stored_names
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------
@@ -40,7 +38,7 @@ def stored_form(name: str, tensor: PackedTensor) -> dict[str, Tensor]:
 def packing_entry(tensor: PackedTensor) -> PackedWeight:
     """The row of `packing.json` for one packed weight of any shape."""
     parts = tuple(PackedPart(format=part.format.name, rows=part.shape[0]) for part in tensor.parts)
-    return PackedWeight(shape=tuple(tensor.shape), parts=parts)
+    return PackedWeight(shape=tuple(tensor.shape), parts=parts, inputs=tensor.inputs)
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
@@ -67,7 +65,7 @@ def read_stored(
     """
     packing = read_packing(folder) if is_packed(folder) else {}
     stored = stored_tensors(folder)
-    owned = {piece for name, shape_parts in packing.items() for piece in stored_names(name, shape_parts[1])}
+    owned = {piece for name, entry in packing.items() for piece in stored_names(name, entry.parts)}
     plain = sorted(set(stored) - owned, key=order_of_use)
     for name in plain:
         if name in packing:
@@ -75,31 +73,30 @@ def read_stored(
         if PIECE.sub("", name) in packing:
             raise ArtifactError(f"{folder}: {name} is stored, but no part in {PACKING} needs it; the model is damaged")
     for name in filter(only, sorted(packing, key=order_of_use)):
-        yield name, _read_packed(name, *packing[name], stored)
+        yield name, _read_packed(name, packing[name], stored)
     for name in filter(only, plain):
         yield name, read_tensor(stored, name)
 
 
-def _read_packed(
-    name: str, shape: tuple[int, ...], formats: list[tuple[Format, int]], stored: Mapping[str, Stored]
-) -> PackedTensor:
+def _read_packed(name: str, entry: Entry, stored: Mapping[str, Stored]) -> PackedTensor:
     parts: list[RowGroup] = []
-    for piece in stored_names(name, formats):
+    for piece in stored_names(name, entry.parts):
         if piece not in stored:
             raise ArtifactError(f"the weight files lack {piece}, which {PACKING} promises; the model is damaged")
-    for index, (fmt, rows) in enumerate(formats):
+    for index, (fmt, rows) in enumerate(entry.parts):
         codebook = read_tensor(stored, f"{name}.codebook.{index}") if fmt.kind == "codebook" else None
         try:
             tiles = read_tensor(stored, f"{name}.tiles.{index}")
-            parts.append(unpack(tiles, fmt, rows, math.prod(shape[1:]), codebook))
+            parts.append(unpack(tiles, fmt, rows, entry.columns, codebook))
         except ArtifactError as error:
             raise ArtifactError(f"{name}: {error}") from error
     if len(parts) == 1:
-        return PackedTensor(shape, parts)
+        return PackedTensor(entry.shape, parts, None, entry.inputs)
     row_part = read_tensor(stored, f"{name}.rows")
-    if row_part.dtype != torch.uint8 or tuple(row_part.shape) != (shape[0],):
-        raise ArtifactError(f"{name}.rows is {row_part.dtype} {list(row_part.shape)}, not uint8 [{shape[0]}]")
+    wanted = [rows for _, rows in entry.parts]
+    if row_part.dtype != torch.uint8 or tuple(row_part.shape) != (sum(wanted),):
+        raise ArtifactError(f"{name}.rows is {row_part.dtype} {list(row_part.shape)}, not uint8 [{sum(wanted)}]")
     counts = torch.bincount(row_part.long(), minlength=len(parts)).tolist()
-    if counts != [rows for _, rows in formats]:
-        raise ArtifactError(f"{name}.rows deals out {counts} rows, {PACKING} says {[rows for _, rows in formats]}")
-    return PackedTensor(shape, parts, row_part)
+    if counts != wanted:
+        raise ArtifactError(f"{name}.rows deals out {counts} rows, {PACKING} says {wanted}")
+    return PackedTensor(entry.shape, parts, row_part, entry.inputs)

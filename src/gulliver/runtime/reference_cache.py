@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gulliver.core.errors import ArtifactError
+from gulliver.core.errors import FOREIGN, ArtifactError, first_line
 
 NAMES = ("past_key_values", "cache_params", "state")  # what networks call the cache, in their arguments and outputs
-FOREIGN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)  # raised inside networks
 CLOSE = 1e-3  # of the largest logit: float32 in another order stays far below, a forgotten token far above
 
 
@@ -51,8 +50,7 @@ class Reader:
         try:
             right = self._call(tokens, len(tokens), None).logits[0]
         except FOREIGN as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ArtifactError(f"the network cannot read text: {reason}") from error
+            raise ArtifactError(f"the network cannot read text: {first_line(error)}") from error
         limit = CLOSE * float(right.abs().max())
         text = Remembered()
 

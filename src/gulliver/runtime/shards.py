@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gulliver.core.errors import ArtifactError
+from gulliver.core.store.files import temporary_name
 from gulliver.nets.files import INDEX
 from gulliver.nets.weights import CODES
 from gulliver.runtime.formats import ALIGNMENT
@@ -87,6 +88,13 @@ class ShardWriter:
 
     def _part(self, index: int) -> Path:
         return self._folder / f"part-{index}.safetensors"
+
+
+def save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors of any shape to one file, which appears under its name when it is complete."""
+    temporary = temporary_name(path)
+    write_file(temporary, tensors)
+    temporary.rename(path)
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:

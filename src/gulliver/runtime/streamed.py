@@ -17,6 +17,20 @@ from gulliver.runtime.reference import read_stored
 HALF = {torch.bfloat16, torch.float16}
 
 
+def narrow_weights(network: nn.Module) -> set[str]:
+    """Canonical names of the weights that only products under bfloat16 autocast read.
+
+    Those of linears and lookup tables, and stacks of matrices outside convolutions.
+    """
+    canonical, found = canonical_names(network), set()
+    for name, module in network.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            own = leaf == "weight" and isinstance(module, nn.Linear | nn.Embedding)
+            if own or (parameter.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd)):
+                found.add(canonical[f"{name}.{leaf}" if name else leaf])
+    return found
+
+
 @contextmanager
 def filled(network: nn.Module, folder: Path, prefixes: tuple[str, ...], narrow: Collection[str]) -> Iterator[None]:
     """While the block runs, the parameters under `prefixes` hold their weights from a folder, plain or packed.

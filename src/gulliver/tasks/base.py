@@ -33,30 +33,33 @@ PARTS = (*SPLITS, "all")
 
 
 @dataclass(frozen=True)
-class Weight:
-    """One weight that may be packed: rows are outputs, columns are inputs.
-
-    `name` is the parameter's dotted name in the model ("model.layers.0.mlp.up_proj.weight"); `kind` says how its input
-    is seen as rows of X with `columns` features: "linear" (last dimension), "conv" (unfolded patches) or "embedding"
-    (looked up by row, and, when tied, also the output head whose inputs are final hidden states).
-    """
-
-    name: str
-    kind: str
-
-
-@dataclass(frozen=True)
 class Block:
     """One stage of the sequence through which calibration streams.
 
-    `forward(x, index)` maps the activations [examples, …] of calibration batch `index` before the block to those after
-    it; for the first block `x` is the batch itself. Only parameters under `prefixes` must hold data while it runs.
+    `weights` names the parameters that may be packed ("model.layers.0.mlp.up_proj.weight"): matrices and stacks of
+    them; how one is used shows when data pass. `forward(x, index)` maps the activations [examples, …] of calibration
+    batch `index` before the block to those after it; for the first block `x` is the batch itself. Only parameters under
+    `prefixes` must hold data while it runs.
     """
 
     name: str
     prefixes: tuple[str, ...]
-    weights: tuple[Weight, ...]
+    weights: tuple[str, ...]
     forward: Callable[[Any, int], Tensor]
+
+
+def packable(model: nn.Module, prefixes: tuple[str, ...] = ("",)) -> tuple[str, ...]:
+    """Names of the parameters under `prefixes` that are matrices or stacks of them, in the network's order."""
+    return tuple(
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() >= 2 and parameter.is_floating_point() and name.startswith(prefixes)
+    )
+
+
+def packed_names(blocks: Sequence[Block]) -> list[str]:
+    """All weights of these blocks that may be packed."""
+    return [name for block in blocks for name in block.weights]
 
 
 @dataclass(frozen=True)
@@ -272,14 +275,16 @@ class Task(DataContract):
         raise AssertionError(f"{self.name} has a loss of its own, and no _output_loss")
 
     @final
-    def blocks(self, model: nn.Module, batches: Sequence[Batch]) -> list[Block]:
+    def blocks(self, model: nn.Module, batches: Sequence[Batch], *, whole: bool = False) -> list[Block]:
         """The sequence of sub-modules through which `batches` [batch, …] stream, embedding and head included.
 
         Works on a model loaded with `empty=True`: nothing is computed before a block's `forward` is called, and
-        blocks are called in order. Every parameter belongs to exactly one block's prefixes, except tied ones.
+        blocks are called in order. Every parameter belongs to exactly one block's prefixes, except shared ones.
+        `whole`: one block that is all of the network, for those whose parts do not form a sequence. ConfigError where
+        they do not, and where nothing can be packed.
         """
-        blocks = self._blocks(model, batches)
-        seen = [weight.name for block in blocks for weight in block.weights]
+        blocks = [self._whole(model, batches)] if whole else self._blocks(model, batches)
+        seen = [name for block in blocks for name in block.weights]
         assert len(seen) == len(set(seen)), f"{self.name}: a weight is in two blocks"
         if not seen:
             raise ConfigError(f"{self.name}: no weight of this model can be packed; nothing to compress")
@@ -287,6 +292,12 @@ class Task(DataContract):
 
     @abstractmethod
     def _blocks(self, model: nn.Module, batches: Sequence[Batch]) -> list[Block]: ...
+
+    def _whole(self, model: nn.Module, batches: Sequence[Batch]) -> Block:
+        def forward(x: Any, index: int) -> Tensor:
+            return self._loss(model, batches[index], None if self.row.own_loss else model)
+
+        return Block("network", ("",), packable(model), forward)
 
     @final
     def couplings(self, model: nn.Module) -> list[Coupling]:

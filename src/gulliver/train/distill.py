@@ -153,9 +153,9 @@ def _trainable(
         if name not in latents and (parameter.dim() == 1 or not latents):
             dense[name] = parameter
             parameter.requires_grad_(True)
-    users = {name: [module for _, module in owners(student, name)] for name in latents}
-    for module in (module for modules in users.values() for module in modules):
-        del module._parameters["weight"]
+    users = {name: [(alias.rpartition(".")[2], module) for alias, module in owners(student, name)] for name in latents}
+    for leaf, module in (pair for pairs in users.values() for pair in pairs):
+        del module._parameters[leaf]
     student.__dict__["latent_owners"] = users
     return latents, dense
 
@@ -181,8 +181,8 @@ def _use(student: nn.Module, latents: dict[str, LatentTensor]) -> nn.Module:
     """Give the network the weights that the latents have come to stand for; returns it."""
     for name, latent in latents.items():
         value = latent.value()
-        for module in student.__dict__["latent_owners"][name]:
-            module.__dict__["weight"] = value
+        for leaf, module in student.__dict__["latent_owners"][name]:
+            module.__dict__[leaf] = value
     return student
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -34,6 +34,11 @@ MAX_INTEGER = 2**63 - 1
 _KEYS = ("format", "id", "kind", "task", "inputs", "step", "config", "seed", "files")
 _ID = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
+
+
+def rows_of(shape: Sequence[int], inputs: int | None) -> int:
+    """Rows of the matrix that a packed weight of `shape` is; `inputs` as in core/records.py's PackedWeight."""
+    return shape[0] if inputs is None else math.prod(size for dim, size in enumerate(shape) if dim != inputs)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from gulliver.core.store.files import temporary_name
 from gulliver.nets.linear_kl import chunk_rows
 from gulliver.nets.weights import unfilled
 from gulliver.runtime.network import load_network
-from gulliver.runtime.streamed import filled
+from gulliver.runtime.streamed import filled, narrow_weights
 from gulliver.tasks.base import Block
 from gulliver.tasks.language.network import logits_of
 from gulliver.tasks.text.streaming import stream_blocks
@@ -46,7 +46,7 @@ class Outputs:
         except ConfigError:
             if unfilled(network):
                 self.network = load_network(self.folder, empty=False)
-        self.narrow = {weight.name for block in self.blocks for weight in block.weights}
+        self.narrow = narrow_weights(network)
         self.entering: list[Tensor] = []
         if self.blocks and not (kept is not None and kept.is_file()):
             self._run_layers(advance)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gulliver.core.errors import ConfigError
 from gulliver.nets.weights import canonical_names
-from gulliver.tasks.base import Batch, Block, Weight
+from gulliver.tasks.base import Batch, Block, packable
 
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 DEFECTS = (ConfigError, IndexError, TypeError, AttributeError, RuntimeError, ValueError)
@@ -86,7 +86,7 @@ class Stream:
         def forward(x: Tensor, index: int) -> Tensor:
             args, kwargs = self._calls_of(index)[number]
             out = self.layers[number](x, *args, **kwargs)
-            return out[0] if isinstance(out, tuple) else out
+            return out[0] if isinstance(out, (tuple, list)) else out
 
         return forward
 
@@ -162,21 +162,19 @@ def stream_blocks(model: nn.Module, batches: Sequence[Batch]) -> list[Block]:
     """Embed, each layer, head, for batches of tokens [batch, tokens]. See `Task.blocks`."""
     stream, tied = Stream(model, batches), canonical_names(model)
     stream.dry_run()
-    table = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
-    embeddings = [Weight(name, "embedding") for name, parameter in model.named_parameters() if parameter is table]
-    blocks = [Block("embed", _prefixes(stream, stream.before, tied), tuple(embeddings), stream.embed)]
+    parts = [("embed", _prefixes(stream, stream.before, tied), stream.embed)]
     for number, layer in enumerate(stream.layers):
         name = f"{stream.layers_name}.{number}"
-        linears = [leaf for leaf, module in layer.named_modules() if isinstance(module, nn.Linear)]
-        weights = tuple(Weight(f"{name}.{leaf}.weight", "linear") for leaf in linears)
-        blocks.append(Block(name, (f"{name}.",), weights, stream.layer(number)))
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    heads = tuple(
-        Weight(f"{name}.weight", "linear")
-        for name in sorted(stream.after - stream.before)
-        if stream.outside[name] is head and tied[f"{name}.weight"] == f"{name}.weight"
-    )
-    return [*blocks, Block("head", _prefixes(stream, stream.after, tied), heads, stream.head)]
+        own = {tied[f"{name}.{leaf}"] for leaf, _ in layer.named_parameters(remove_duplicate=False)}
+        shared = sorted(one for one in own if not one.startswith(f"{name}."))
+        parts.append((name, (f"{name}.", *shared), stream.layer(number)))
+    parts.append(("head", _prefixes(stream, stream.after, tied), stream.head))
+    blocks, taken = [], set()
+    for name, prefixes, forward in parts:
+        weights = tuple(one for one in packable(model, prefixes) if one not in taken) if prefixes else ()
+        blocks.append(Block(name, prefixes, weights, forward))
+        taken |= set(weights)
+    return blocks
 
 
 def largest_list(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -25,7 +25,7 @@ from gulliver.nets.inception import Inception, InceptionConfig
 from gulliver.nets.weights import assign, empty_parameters, unfilled
 from gulliver.runtime.reference import read_tensors
 from gulliver.runtime.shards import write_file
-from gulliver.tasks.base import Advance, Batch, Block, Task, Weight
+from gulliver.tasks.base import Advance, Batch, Block, Task, packable
 from gulliver.tasks.order import Order
 from gulliver.tasks.vision.config import ARCHITECTURE, MODEL_TYPE
 from gulliver.tasks.vision.examples import Examples, read_split
@@ -33,8 +33,6 @@ from gulliver.tasks.vision.scores import divergences, evidence
 
 WORKLOAD_IMAGES = SCORE_IMAGES = 256
 BATCH_ROWS = 1024
-MIN_COLUMNS = 32
-"""Weights with fewer inputs than the smallest group stay as they are: packing them would add bytes."""
 
 
 class VisionTask(Task):
@@ -91,7 +89,7 @@ class VisionTask(Task):
 
     def _blocks(self, model: nn.Module, batches: Sequence[Batch]) -> list[Block]:
         return [
-            Block(name, (f"{name}.",), _packable(name, stage), _forward(stage, first=index == 0))
+            Block(name, (f"{name}.",), packable(model, (f"{name}.",)), _forward(stage, first=index == 0))
             for index, (name, stage) in enumerate(_inception(model).sequence())
         ]
 
@@ -165,16 +163,6 @@ def _fitting(dataset: Artifact, split: str, config: InceptionConfig) -> Examples
 def _batch(examples: Examples, config: InceptionConfig) -> Batch:
     image = torch.from_numpy(examples.images).reshape(-1, *config.shape)
     return {"image": image, "label": torch.from_numpy(examples.labels)}
-
-
-def _packable(prefix: str, stage: nn.Module) -> tuple[Weight, ...]:
-    """Convolutions and linears below `stage` with at least MIN_COLUMNS inputs."""
-    kinds = {nn.Conv2d: "conv", nn.Linear: "linear"}
-    return tuple(
-        Weight(f"{prefix}.{name}.weight", kinds[type(module)])
-        for name, module in stage.named_modules()
-        if type(module) in kinds and module.weight[0].numel() >= MIN_COLUMNS  # type: ignore[index, union-attr, operator]
-    )
 
 
 def _forward(stage: nn.Module, first: bool) -> Callable[[Any, int], Tensor]:

@@ -20,7 +20,7 @@ from gulliver.core.errors import DataError
 from gulliver.core.evidence.evidence import Evidence, measured, paired_interval
 from gulliver.core.records import EXAMPLES
 from gulliver.core.store.artifact import MANIFEST, Artifact, open_artifact
-from gulliver.tasks.base import Advance, Batch, Block, Coupling, Task, Weight
+from gulliver.tasks.base import Advance, Batch, Block, Coupling, Task
 from gulliver.tasks.order import Order
 
 
@@ -70,13 +70,11 @@ class DigitsTask(Task):
             Block(
                 "table",
                 ("table.",),
-                (Weight("table.weight", "embedding"),),
+                ("table.weight",),
                 lambda x, index: model.looked_up(x["digits"]),
             ),
-            Block(
-                "hidden", ("hidden.",), (Weight("hidden.weight", "linear"),), lambda x, index: model.hidden(x).relu()
-            ),
-            Block("head", ("head.",), (Weight("head.weight", "linear"),), lambda x, index: model.head(x)),
+            Block("hidden", ("hidden.",), ("hidden.weight",), lambda x, index: model.hidden(x).relu()),
+            Block("head", ("head.",), ("head.weight",), lambda x, index: model.head(x)),
         ]
 
     def _couplings(self, model: nn.Module) -> list[Coupling]:
