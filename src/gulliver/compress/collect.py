@@ -28,7 +28,7 @@ from gulliver.tasks.base import Block
 
 SMALLEST = Format(4, 32, "uniform")
 """A weight stays at 16 bits that is not smaller in this format, or has fewer inputs than one of its groups."""
-UNREACHED = "no calibration data passed through it"
+UNREACHED = "calibration saw no product with it: it is used otherwise, or no data reached it"
 SMALL = "so small that packing would add bytes"
 TWO_WAYS = "it is multiplied along two of its dimensions"
 

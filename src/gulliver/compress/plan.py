@@ -156,7 +156,8 @@ def measurer(
             uses = statistics.uses(name, number)
             some = torch.arange(rows)[:: max(1, rows * len(numbers) // cfg.probe_rows)]
             taken += len(some)
-            for place, fmt in enumerate([REFERENCE, *(formats if name in probes else [])]):
+            tried: list[Format] = [REFERENCE, *(formats if name in probes else [])]
+            for place, fmt in enumerate(tried):
                 part = quantize_matrix(stack[number][some], fmt, joint_moment(uses), gptq=cfg.gptq)
                 found[place] += loss_increase(stack[number][some], part, uses, some)
         ratios = [float(one / found[0]) for one in found[1:]] if found[0] > 0 else []

@@ -27,8 +27,8 @@ class Call:
     the weight's rows. `table`: rows of the weight are looked up by `x` (whole numbers).
     """
 
-    weight: Tensor
-    x: Tensor
+    weight: Tensor  # [rows, columns] or another order, or [matrices, …]
+    x: Tensor  # [positions, columns] with any dimensions in front, or [matrices, positions, columns]
     inputs: int | None
     channel: int = -1
     table: bool = False
@@ -197,7 +197,7 @@ def _einsum(find: Find, equation: Any, *operands: Any) -> Call | None:
 
 _T = torch.Tensor
 READERS: Mapping[Any, Callable[..., Call | None]] = {
-    **dict.fromkeys((nn.functional.linear, torch._C._nn.linear), _linear),
+    **dict.fromkeys((nn.functional.linear,), _linear),
     **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, _T.matmul, _T.mm, _T.bmm, _T.__matmul__), _matmul),
     **dict.fromkeys((_T.__rmatmul__,), _reversed),
     **dict.fromkeys((torch.addmm, torch.baddbmm, _T.addmm, _T.baddbmm), _added),

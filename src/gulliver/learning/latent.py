@@ -144,7 +144,7 @@ class LatentTensor:
             self.parts.append(LatentPart(part, matrix[rows]))
 
     def value(self) -> Tensor:
-        """The weight as the network uses it, float32 of its `shape`, differentiable in the parts."""
+        """The weight as the network uses it, float32 [rows, …] or whatever its `shape`, differentiable in the parts."""
         values = [Rounded.apply(part.latent, part.change, part.scale, part.grid) for part in self.parts]
         if self.row_part is None:
             return from_matrix(values[0], self.shape, self.inputs)  # type: ignore[arg-type]
@@ -152,5 +152,5 @@ class LatentTensor:
         return from_matrix(matrix, self.shape, self.inputs)
 
     def packed(self) -> PackedTensor:
-        """The weight as it is now, packed."""
+        """The weight [rows, …] as it is now, packed."""
         return PackedTensor(self.shape, [part.packed() for part in self.parts], self.row_part, self.inputs)

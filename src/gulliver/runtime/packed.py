@@ -95,7 +95,7 @@ class PackedTensor:
     inputs: int | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values as `dtype`, of `shape`; float32 copies of CHUNK_ROWS rows at most are in memory."""
+        """The values as `dtype`, [rows, …] or another `shape`; float32 copies of CHUNK_ROWS rows at most in memory."""
         rows = sum(part.shape[0] for part in self.parts)
         values = torch.empty(rows, self.parts[0].shape[1], dtype=dtype)
         for index, part in enumerate(self.parts):
@@ -116,7 +116,7 @@ def as_matrix(weight: Tensor, inputs: int | None) -> Tensor:
 
 
 def from_matrix(matrix: Tensor, shape: Sequence[int], inputs: int | None) -> Tensor:
-    """The weight of `shape` whose matrix this is."""
+    """The weight of `shape` whose matrix [rows, columns] this is."""
     if inputs is None:
         return matrix.reshape(tuple(shape))
     others = [size for dim, size in enumerate(shape) if dim != inputs]

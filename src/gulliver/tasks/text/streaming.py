@@ -44,6 +44,7 @@ class Stream:
         }
         self.caches = "use_cache" in inspect.signature(model.forward).parameters
         self.calls: dict[Any, list[LayerCall]] = {}
+        self.by_shape = True  # whether layers of all batches of one shape get the same beside their input
         self.before: set[str] = set()
         self.after: set[str] = set()
 
@@ -59,10 +60,12 @@ class Stream:
         for self.tuples in (False, True):
             called: tuple[set[str], set[str]] = (set(), set())
             try:
-                self._record(batch, called)
+                first = _checked(self._record(batch, called))
+                other = _checked(self._record(batch | {"tokens": torch.ones_like(batch["tokens"])}))
             except DEFECTS as error:
                 broken = error
                 continue
+            self.by_shape = len(first) == len(other) and all(map(_equal, first, other))
             self.before, self.after = called[0], called[1] | (set(self.outside) - called[0])
             return
         raise ConfigError(f"{type(self.model).__name__} cannot be streamed layer by layer: {broken}") from broken
@@ -91,7 +94,10 @@ class Stream:
         return forward
 
     def head(self, x: Tensor, index: int) -> Tensor:
-        """Logits [batch, tokens, vocab] (or last hidden states, without a head) from the last layer's output."""
+        """Logits [batch, tokens, vocab] (or last hidden states, without a head) from the last layer's output.
+
+        `x` may hold fewer positions than the batch; which does not matter here.
+        """
 
         def passing(*args: Any, **kwargs: Any) -> Any:
             return self._like_layer(_split(args, kwargs)[0])
@@ -100,14 +106,14 @@ class Stream:
         stubs[self.layers[-1]] = lambda *args, **kwargs: self._like_layer(x)
         stubs |= {self.outside[name]: _stand_in(name, self.outside[name]) for name in self.before - self.after}
         with _patched(stubs):
-            output = self._run(self.batches[index])
+            output = self._run({name: part[:, : x.shape[1]] for name, part in self.batches[index].items()})
         logits = getattr(output, "logits", None)
         return output.last_hidden_state if logits is None else logits
 
     # ---- what layers are called with --------------------------------------------------------------------------
     def _calls_of(self, index: int) -> list[LayerCall]:
         batch = self.batches[index]
-        key = tuple(batch["tokens"].shape) if set(batch) == {"tokens"} else index
+        key = tuple(batch["tokens"].shape) if self.by_shape and set(batch) == {"tokens"} else index
         if key not in self.calls:
             self.calls[key] = self._record(batch)
         return self.calls[key]
@@ -162,7 +168,8 @@ def stream_blocks(model: nn.Module, batches: Sequence[Batch]) -> list[Block]:
     """Embed, each layer, head, for batches of tokens [batch, tokens]. See `Task.blocks`."""
     stream, tied = Stream(model, batches), canonical_names(model)
     stream.dry_run()
-    parts = [("embed", _prefixes(stream, stream.before, tied), stream.embed)]
+    parts: list[tuple[str, tuple[str, ...], Callable[[Any, int], Tensor]]] = []
+    parts.append(("embed", _prefixes(stream, stream.before, tied), stream.embed))
     for number, layer in enumerate(stream.layers):
         name = f"{stream.layers_name}.{number}"
         own = {tied[f"{name}.{leaf}"] for leaf, _ in layer.named_parameters(remove_duplicate=False)}
@@ -202,8 +209,36 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Layer
     return kwargs["hidden_states"], ((), {key: value for key, value in kwargs.items() if key != "hidden_states"})
 
 
+def _checked(calls: list[LayerCall]) -> list[Any]:
+    """All that layers get beside their input, flat. ConfigError for what stand-ins cannot tell, or layers change."""
+    found: list[Any] = []
+
+    def add(value: Any) -> None:
+        if isinstance(value, tuple):
+            for one in value:
+                add(one)
+        elif isinstance(value, Tensor):
+            if value.is_floating_point() and bool(value.isnan().any()):
+                raise ConfigError("layers get what was computed from weights, beside their input")
+            found.append(value)
+        elif value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+            found.append(value)
+        else:
+            raise ConfigError(f"layers share a {type(value).__name__}")
+
+    for args, kwargs in calls:
+        add((args, *(kwargs[key] for key in sorted(kwargs))))
+    return found
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and one == other
+
+
 def _stand_in(name: str, module: nn.Module, called: Callable[[str], None] = lambda name: None) -> Callable[..., Tensor]:
-    """A function that returns zeros of the shape `module` would return, taking no memory and reading no weight.
+    """A function that returns NaN in the shape `module` would return, taking no memory and reading no weight.
 
     It tells `called` the module's name.
     """
@@ -220,7 +255,7 @@ def _stand_in(name: str, module: nn.Module, called: Callable[[str], None] = lamb
             shape = (*x.shape[:-1], module.out_features)
         else:
             shape = tuple(x.shape)
-        return torch.zeros((), dtype=torch.float32).expand(shape)
+        return torch.full((), torch.nan).expand(shape)
 
     return call
 
