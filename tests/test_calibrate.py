@@ -13,8 +13,9 @@ from language_samples import write_dataset, write_encoder
 from torch import Tensor, nn
 
 from gulliver.compress import calibrate
+from gulliver.compress.observe import output_gradients
+from gulliver.compress.options import CalibrateOptions
 from gulliver.compress.statistics import ROWS, Statistics, open_statistics
-from gulliver.core import memory
 from gulliver.core.errors import BudgetError, ConfigError, DataError
 from gulliver.core.progress import Progress
 from gulliver.core.records import Calibration
@@ -148,11 +149,30 @@ def test_power_weighs_outputs_by_the_inverse_of_their_power(language: Lab, seen:
 
 
 def test_without_memory_for_a_backward_pass_outputs_count_by_power(language: Lab) -> None:
-    limit = memory.current_rss_bytes() + 1_000_000_000
+    for limit, chosen in ((1_000_000_000, "power"), (2_000_000_000, "gradient"), (None, "gradient")):
+        options = CalibrateOptions(max_ram_bytes=limit).resolved({"model": language.model})
+        assert options.sensitivity == chosen
     inputs = {"model": language.model, "dataset": language.dataset}
-    made = language.step("calibrate", FEW | {"max_ram_bytes": limit}, **inputs)
+    made = language.step("calibrate", FEW | {"sensitivity": "power"}, **inputs)
     assert open_statistics(made, language.model).table.sensitivity == "power"
-    assert open_statistics(language.step("calibrate", FEW, **inputs), language.model).table.sensitivity == "gradient"
+
+
+def test_gradients_block_by_block_are_those_of_the_whole_network(language: Lab) -> None:
+    """Every watched output: squared gradients, from blocks in reverse, against one backward pass."""
+    statistics = opened(language, sensitivity="gradient")
+    task = get_task("language")
+    network = task.load(language.model.path)
+    modules = {f"{name}.weight": module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    with output_gradients(network, list(modules.items())) as sums:
+        for batch in batches_of(language, tokens=32):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                task.loss(network, batch).sum().backward()
+    checked = 0
+    for name, total in sums.items():
+        if name in statistics.weights:
+            assert far(statistics.uses(name)[0].rows, total / 8) < BFLOAT16, name
+            checked += 1
+    assert checked == 2 * 7
 
 
 def test_padding_does_not_count(store: Store, quiet: Progress, tmp_path: Path) -> None:

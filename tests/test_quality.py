@@ -6,6 +6,7 @@ import json
 
 import pytest
 from language_samples import text, write_causal, write_dataset
+from safetensors import SafetensorError
 from test_vision import DIGITS, make_dataset
 
 from gulliver.audit import measure, speed
@@ -16,9 +17,11 @@ from gulliver.core.errors import ArtifactError, ConfigError, DataError, Gulliver
 from gulliver.core.overlap import fingerprints
 from gulliver.core.records import Calibration, QualityReport, SpeedReport
 from gulliver.core.store.artifact import canonical_json, create, verify
+from gulliver.nets.weights import unfilled
 from gulliver.pipeline import steps
 from gulliver.runtime.decode import native_reason
 from gulliver.tasks import get_task
+from gulliver.tasks.language import outputs
 
 PASSAGE = "the giant measures every island and the queen counts the lanterns. " * 4
 SMALL = QualityOptions(family={"windows": 3, "context": 32})
@@ -82,6 +85,39 @@ def test_evidence_is_recorded_about_the_model(store, ctx, dataset):
     assert list(body.evidence) == store.evidence(model.id)
     assert (body.model, body.dataset, body.parent) == (model.id, dataset.id, parent.id)
     assert report.kind == "report" and ctx.recorded == {model.id}
+
+
+def test_packed_weights_are_measured_a_block_at_a_time(language, monkeypatch):
+    """A packed model without its weights in memory scores as the whole one; its parent's outputs are read again."""
+    task, cfg = get_task("language"), {"windows": 3, "context": 32}
+    packed = language.quantize(bits=4)
+    models, options = (packed, language.model), task.chosen(cfg)
+    whole = task.score(
+        task.load(packed.path),
+        language.dataset,
+        task.load(language.model.path),
+        folder=packed.path,
+        options=options,
+    )
+    loaded = []
+    monkeypatch.setattr(outputs, "load_network", lambda *args, **kwargs: loaded.append(args))
+    kept = language.store.home / "kept"
+    kept.mkdir()
+    for _ in range(2):
+        empty = [task.load(model.path, empty=True) for model in models]
+        assert all(len(unfilled(network)) for network in empty)
+        shares = []
+        found = task.score(
+            empty[0], language.dataset, empty[1], folder=packed.path, options=options, kept=kept, advance=shares.append
+        )
+        assert all(len(unfilled(network)) for network in empty) and not loaded
+        assert shares == sorted(shares) and shares[-1] == 1
+        for one, other in zip(whole, found, strict=True):
+            assert one.metric == other.metric and other.value == pytest.approx(one.value, rel=0.02, abs=1e-3)
+    (file,) = kept.iterdir()
+    file.write_bytes(b"no outputs")  # is read, not made again
+    with pytest.raises(SafetensorError):
+        task.score(empty[0], language.dataset, empty[1], folder=packed.path, options=options, kept=kept)
 
 
 def test_calibration_data_is_never_measured_on(store, ctx, dataset):

@@ -118,6 +118,18 @@ def test_searched_codebook_scales_beat_the_largest_magnitude() -> None:
     assert error(widest) > 1.25 * error(fit_codebook_grid(groups, importance, Lookup(codebook)).scales)
 
 
+def test_a_table_finds_what_a_search_finds() -> None:
+    """Exactly, for codebooks of integers: at borders, beyond both ends, and between."""
+    generator = torch.Generator().manual_seed(0)
+    for levels in (4, 8, 16, 64):
+        codebook = torch.randperm(255, generator=generator)[:levels].sub(127).sort().values.to(torch.int8)
+        borders, lookup = midpoints(codebook), Lookup(codebook)
+        values = torch.cat([150 * torch.randn(4096, generator=generator), borders, torch.arange(-300.0, 300.0)])
+        wanted = nearest(values, borders)
+        assert torch.equal(lookup.nearest_codes(values).int(), wanted)
+        assert torch.equal(lookup.nearest_entries(values), codebook.float()[wanted])
+
+
 def test_searched_uniform_ranges_beat_the_full_range() -> None:
     groups = as_groups(gaussian(256, 256), Format(3, 64, "uniform")).flatten(0, 1)
     importance = torch.randn(1, 64, generator=torch.Generator().manual_seed(2)).exp()

@@ -12,8 +12,8 @@ from gulliver.core.options import MaxRam, Options
 from gulliver.nets.files import stored_tensors
 from gulliver.tasks import family
 
-BACKWARD_BYTES = 2_500_000_000
-"""Room for the process, and activations and gradients of one batch in the backward pass, beside the model itself."""
+BACKWARD_BYTES = 1_200_000_000
+"""Room for the process, and activations and gradients of one batch in one block, beside the block's weights."""
 
 
 class CalibrateOptions(Options):
@@ -36,8 +36,8 @@ class CalibrateOptions(Options):
         model = inputs["model"]
         gradient = family(model.task).own_loss
         if gradient and self.max_ram_bytes is not None:
-            weights = sum(math.prod(tensor.shape) for tensor in stored_tensors(model.path).values())
-            gradient = 4 * weights + BACKWARD_BYTES <= self.max_ram_bytes
+            largest = max(math.prod(tensor.shape) for tensor in stored_tensors(model.path).values())
+            gradient = 4 * largest + BACKWARD_BYTES <= self.max_ram_bytes
         return self.model_copy(update={"sensitivity": "gradient" if gradient else "power"})
 
 

@@ -67,8 +67,7 @@ class Context:
 
     def check_ram(self, where: str) -> None:
         """After each unit of work: note the peak beside the scratch; BudgetError when it is beyond the limit."""
-        if self.max_ram_bytes is not None:
-            memory.give_back_freed_memory()
+        memory.give_back_freed_memory(at_once=self.max_ram_bytes is not None)
         peak = self.peak_rss_bytes()
         if self.max_ram_bytes is not None and memory.peak_rss_bytes() > self.max_ram_bytes:
             raise BudgetError(

@@ -38,16 +38,18 @@ def reset_peak_rss() -> bool:
     return True
 
 
-def give_back_freed_memory() -> None:
-    """Let what is freed go back to the system at once, and what is free now. Does nothing outside glibc.
+def give_back_freed_memory(at_once: bool) -> None:
+    """Give what is free now back to the system, and, `at_once`, what is freed from now on. Nothing outside glibc.
 
-    glibc keeps freed blocks of up to 32 MB for later, which a limit on resident memory counts as used.
+    glibc keeps freed blocks of up to 32 MB for later, which a limit on resident memory counts as used; to do without
+    that costs time.
     """
     import ctypes
 
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
-        library.mallopt(_MMAP_THRESHOLD, 2**20)
+        if at_once:
+            library.mallopt(_MMAP_THRESHOLD, 2**20)
         library.malloc_trim(0)
 
 

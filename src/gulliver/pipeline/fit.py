@@ -18,7 +18,7 @@ from gulliver.core.evidence.gate import Budget, Verdict, below_baseline
 from gulliver.core.machine import describe
 from gulliver.core.progress import Progress
 from gulliver.core.quantities import MOST_BYTES, checked_seed, parse_fraction, parse_size
-from gulliver.core.records import AnswerPair, Asked, FitResult, Plan, Point
+from gulliver.core.records import AnswerPair, Asked, FitResult, Plan, Point, StatisticsTable
 from gulliver.core.store.artifact import Artifact, check_target, copy_artifact, create, write_annotation
 from gulliver.core.store.manifest import REPORT
 from gulliver.core.store.store import Store
@@ -139,6 +139,7 @@ def _loop(work: Fit) -> Artifact:
     written = {"family": dict(family(work.parent.task).sampled.get(work.effort, {}))}
     samples = work.step("sample", written, model=work.parent) if _may_write(work) else None
     calibration = work.step("calibrate", model=work.parent, dataset=work.dataset, samples=samples)
+    _tell_cost_of_limit(work, calibration, samples)
     rounds = _within_size if work.budget.size_bytes is not None else _smallest
     fitted = rounds(work, calibration, samples)
     missed = [verdict for verdict in work.verdicts if not verdict.passed]
@@ -212,7 +213,10 @@ def _round(work: Fit, calibration: Artifact, samples: Artifact | None, size_byte
     candidates = [packed]
     if EFFORTS[work.effort]["distill"] is not None:
         inputs = {"parent": work.parent, "dataset": work.dataset, "samples": samples}
-        candidates += [work.step("distill", model=packed, **inputs)]
+        try:
+            candidates += [work.step("distill", model=packed, **inputs)]
+        except BudgetError as failure:  # the packed model is within the limit
+            work.shared["progress"].print(f"left out, which costs quality: {failure}")
     drops = [_measured_drop(work, candidate) for candidate in candidates]
     drop = min(drops)  # distilling must show on held-out data, or it is not kept
     fitted = candidates[drops.index(drop)]
@@ -229,6 +233,20 @@ def _may_write(work: Fit) -> bool:
         return False
     limit = work.budget.max_ram_bytes
     return limit is None or WRITING_COPIES * work.parent.weight_bytes + WRITING_BYTES <= limit
+
+
+def _tell_cost_of_limit(work: Fit, calibration: Artifact, samples: Artifact | None) -> None:
+    """Say what the memory limit left out that would have made the model better."""
+    limit = work.budget.max_ram_bytes
+    if limit is None:
+        return
+    lost = []
+    if samples is None and EFFORTS[work.effort]["sample"] is not None and get_task(work.parent.task).generates:
+        lost.append("calibration without texts of the model's own")
+    if StatisticsTable.of(calibration).sensitivity == "power" and family(work.parent.task).own_loss:
+        lost.append("outputs weighed by their power instead of the loss's gradient")
+    if lost:
+        work.shared["progress"].print(f"{limit / 1e9:.1f} GB of memory cost quality: {'; '.join(lost)}")
 
 
 def _measured_drop(work: Fit, fitted: Artifact) -> float:
