@@ -23,7 +23,15 @@ from gulliver.compress.statistics import Statistics, Use, joint_moment, loss_inc
 from gulliver.compress.threads import each
 from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError
-from gulliver.core.records import NOT_COPIED, Calibration, LossIncrease, PackedWeight, Packing
+from gulliver.core.records import (
+    NOT_COPIED,
+    Calibration,
+    LossIncrease,
+    PackedWeight,
+    Packing,
+    PlainTensor,
+    PlainTensors,
+)
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import temporary_name
 from gulliver.nets.files import copy_companions
@@ -34,6 +42,9 @@ from gulliver.runtime.packing import is_packed, order_of_use
 from gulliver.runtime.reference import packing_entry, stored_form
 from gulliver.runtime.shards import PACKED_SHARD_BYTES, ShardWriter
 from gulliver.tasks import get_task
+
+TOLD = 3
+"""Tensors that are named in the line about what stays at 16 bits."""
 
 
 def run(cfg: QuantizeOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
@@ -57,7 +68,8 @@ def run(cfg: QuantizeOptions, inputs: dict[str, Artifact], ctx: Context) -> Arti
             ctx.check_ram(name)
             bar.advance(note=name)
     with ctx.writer(kind="model", task=model.task, config=cfg) as writer:
-        assemble(writer.path, model, canonical, files)
+        kept = assemble(writer.path, model, canonical, files, statistics.table.plain)
+        ctx.progress.print(f"quantize: {told(kept)}")
         Calibration.of(calibration).write(writer.path)
         copy_companions(model.paths(), writer.path, NOT_COPIED)
         return writer.commit()
@@ -127,12 +139,21 @@ def pack_stack(stack: Tensor, fmt: Format, statistics: Statistics, name: str, gp
     return joined(parts), increase
 
 
-def assemble(folder: Path, model: Artifact, canonical: Mapping[str, str], files: Mapping[str, Path]) -> None:
+def assemble(
+    folder: Path,
+    model: Artifact,
+    canonical: Mapping[str, str],
+    files: Mapping[str, Path],
+    reasons: Mapping[str, str],
+) -> PlainTensors:
     """Write the weight files of a packed model: packed weights in the order of use, each from its file; then the rest,
 
-    which has 16 bits at most; and the records that say how each is packed and what that is predicted to cost.
+    which has 16 bits at most; and the records that say how each is packed, what that is predicted to cost, and what
+    stays plain for which of the `reasons` by name. Returns the last.
     """
     packing: dict[str, PackedWeight] = {}
+    plain: dict[str, PlainTensor] = {}
+    packed_bytes = 0
     increases: dict[str, float] = {}
     with ShardWriter(folder, PACKED_SHARD_BYTES) as shards:
         for name in sorted(files, key=order_of_use):
@@ -140,13 +161,34 @@ def assemble(folder: Path, model: Artifact, canonical: Mapping[str, str], files:
                 facts = json.loads(opened.metadata()["facts"])
             packing[name] = PackedWeight.model_validate(facts["packing"], strict=False)
             increases[name] = facts["loss_increase"]
-            shards.add(load_file(files[name]))
+            pieces = load_file(files[name])
+            packed_bytes += sum(piece.nbytes for piece in pieces.values())
+            shards.add(pieces)
         for stored, tensor in read_safetensors(model.path, only=lambda one: canonical.get(one, one) not in files):
             name = canonical.get(stored, stored)
             if name not in shards.names:  # tied tensors once, by their first name
-                shards.add({name: narrow(tensor)})
+                stays = narrow(tensor)
+                shards.add({name: stays})
+                reason = reasons.get(name, "a vector" if tensor.dim() < 2 else "no weight of the network")
+                plain[name] = PlainTensor(size_bytes=stays.nbytes, reason=reason)
     Packing(tensors=packing).write(folder)
     LossIncrease(weights=increases).write(folder)
+    plain_bytes = sum(row.size_bytes for row in plain.values())
+    found = PlainTensors(share=plain_bytes / max(1, plain_bytes + packed_bytes), tensors=plain)
+    found.write(folder)
+    return found
+
+
+def told(kept: PlainTensors) -> str:
+    """One line: how much stays at 16 bits, and the largest tensors of it that are no vectors, with the reason."""
+    size = sum(row.size_bytes for row in kept.tensors.values())
+    line = f"{len(kept.tensors)} tensors stay at 16 bits, {kept.share:.1%} of the bytes ({size / 1e6:.2f} MB)"
+    others = sorted(
+        (row.size_bytes, name, row.reason) for name, row in kept.tensors.items() if row.reason != "a vector"
+    )
+    for _, name, reason in others[: -1 - TOLD : -1]:
+        line += f"; {name}: {reason}"
+    return line + ("; the model's card lists them" if kept.tensors else "")
 
 
 def narrow(tensor: Tensor) -> Tensor:

@@ -268,6 +268,23 @@ class Packing(Record):
     tensors: dict[str, PackedWeight]
 
 
+class PlainTensor(Row):
+    """A tensor that is not packed, and why."""
+
+    size_bytes: Count
+    reason: str
+
+
+class PlainTensors(Record):
+    """What of a packed model stays at 16 bits; `share` of all bytes of weights, 0 to 1."""
+
+    file = "plain.json"
+    remedy = "quantize again"
+
+    share: Annotated[float, Field(ge=0, le=1)]
+    tensors: dict[str, PlainTensor]
+
+
 # ---- measuring and fitting ------------------------------------------------------------------------------------------
 class Measured(Record):
     """The evidence of one measurement, and the ids of what was measured."""
@@ -351,13 +368,13 @@ class FitResult(Record):
 
 
 RECORDS: tuple[type[Record], ...] = (
-    *(Sources, Origin, Training, Distillation, Calibration, StatisticsTable, Plan, LossIncrease, Packing),
+    *(Sources, Origin, Training, Distillation, Calibration, StatisticsTable, Plan, LossIncrease, Packing, PlainTensors),
     *(QualityReport, SpeedReport, FitResult),
 )
 
 NOT_COPIED = tuple(
     name
-    for record in (Packing, LossIncrease, Calibration, Origin, Training, Distillation)
+    for record in (Packing, PlainTensors, LossIncrease, Calibration, Origin, Training, Distillation)
     for name in (record.file, record.former)
     if name is not None
 )

@@ -16,7 +16,7 @@ from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.evidence.evidence import METRICS, Evidence
 from gulliver.core.evidence.gate import Verdict
 from gulliver.core.machine import Machine, kept
-from gulliver.core.records import Asked, FitResult, Origin, Packing, PartBits, Plan, TensorBits
+from gulliver.core.records import Asked, FitResult, Origin, Packing, PartBits, PlainTensors, Plan, TensorBits
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.manifest import rows_of
 from gulliver.core.store.store import Store
@@ -62,6 +62,7 @@ class ReportData:
     others: tuple[OtherGates, ...] = ()
     origin: Origin | None = None
     origin_id: str = ""
+    plain: PlainTensors | None = None
 
     @property
     def outcome(self) -> str:
@@ -143,6 +144,7 @@ def gather(
         evidence=evidence,
         parent_evidence=tuple(store.evidence(parent_id)) if parent_id else (),
         tensors=_tensors(model, plan),
+        plain=PlainTensors.of(model) if PlainTensors.file in model.files else None,
         fit=told.model_copy(update={"memory": tuple(memory) or told.memory, "verdicts": judged}),
         manifests=tuple(manifests),
         machine=kept(store.home),
