@@ -17,7 +17,7 @@ from gulliver.pipeline.generate import generate as generate
 from gulliver.pipeline.run import run_recipe as run
 
 __version__: str
-__all__ = ["ask", "audit", "bench", "calibrate", "distill", "export", "fit", "generate", "list_artifacts", "plan", "pull", "quality", "quantize", "read", "run", "sample", "show", "speed", "train", "verify"]
+__all__ = ["ask", "audit", "bench", "calibrate", "distill", "export", "fit", "generate", "harness", "list_artifacts", "plan", "pull", "quality", "quantize", "read", "run", "sample", "show", "speed", "train", "verify"]
 
 _Source = str | Path | Artifact
 """An artifact, its id, its folder, or what `pull` and `read` take."""
@@ -207,6 +207,20 @@ def quality(
     progress: Progress | None = None,
 ) -> Artifact:
     """measure a model on held-out data, paired against its parent"""
+
+def harness(
+    model: _Source,
+    parent: _Source | None = None,
+    *,
+    tasks: tuple[str, ...],
+    limit: int | None = None,
+    include_path: str | None = None,
+    home: Path | str | None = None,
+    database_url: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Artifact:
+    """score a language model on tasks of lm-eval, paired against its parent by item"""
 
 def speed(
     model: _Source,

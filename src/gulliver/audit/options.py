@@ -17,6 +17,14 @@ class QualityOptions(Options):
     max_ram_bytes: MaxRam = None
 
 
+class HarnessOptions(Options):
+    """Options of `harness`."""
+
+    tasks: tuple[str, ...] = Field(..., min_length=1, description="names of tasks, such as arc_easy and hellaswag")
+    limit: int | None = Field(None, ge=1, description="most items of each task (default: all)")
+    include_path: str | None = Field(None, description="a folder with tasks of your own (YAML, with their Python code)")
+
+
 class SpeedOptions(Options):
     """Options of `speed`."""
 

@@ -83,6 +83,9 @@ class AuditOptions(Options):
     data: str | None = option(None, "data to measure on (default: the held-out part of what it was made with)")
     eval_data: str | None = option(None, "held-out text, when --data names text files")
     parent: str | None = option(None, "the model to compare with (default: the one it was made from)")
+    tasks: str | None = option(None, "tasks of lm-eval too, such as arc_easy,hellaswag (extra: gulliver[eval])")
+    limit: int | None = option(None, "most items of each task (default: all)", metavar="N", ge=1)
+    include_path: str | None = option(None, "folder with tasks of your own (YAML)", metavar="FOLDER")
     seed: int = option(0, "seed of everything random")
 
 

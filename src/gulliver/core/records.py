@@ -303,6 +303,12 @@ class QualityReport(Measured):
     file = "quality.json"
 
 
+class HarnessReport(Measured):
+    """What `harness` measured."""
+
+    file = "harness.json"
+
+
 class SpeedReport(Measured):
     """What `speed` measured."""
 
@@ -369,7 +375,7 @@ class FitResult(Record):
 
 RECORDS: tuple[type[Record], ...] = (
     *(Sources, Origin, Training, Distillation, Calibration, StatisticsTable, Plan, LossIncrease, Packing, PlainTensors),
-    *(QualityReport, SpeedReport, FitResult),
+    *(QualityReport, HarnessReport, SpeedReport, FitResult),
 )
 
 NOT_COPIED = tuple(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,9 @@ def audit(
     parent: str | Path | Artifact | None = None,
     *,
     eval_data: str | None = None,
+    tasks: str | Sequence[str] | None = None,
+    limit: int | None = None,
+    include_path: str | None = None,
     home: Path | str | None = None,
     store: Store | None = None,
     seed: int = 0,
@@ -66,8 +69,9 @@ def audit(
 ) -> list[Evidence]:
     """Measure quality, size, memory and speed now; returns the newest evidence about the model.
 
-    `parent` defaults to the model it was made from; `data` to the held-out part of the data it was made with.
-    DataError if there is no data to measure quality on.
+    `parent` defaults to the model it was made from; `data` to the held-out part of the data it was made with. `tasks`
+    names tasks of lm-eval ("arc_easy,hellaswag"), of which `limit` items are scored, and `include_path` a folder with
+    tasks of one's own. DataError if there is nothing to measure quality on. MissingExtra for tasks without lm-eval.
     """
     store = store or Store(home)
     if data is not None:
@@ -75,12 +79,16 @@ def audit(
     target = resolve_model(model, store, progress=progress)
     older = original(target, store) if parent is None else resolve_model(parent, store, progress=progress)
     dataset = data_for(target, data, store, eval_data=eval_data, progress=progress)
-    if dataset is None:
+    names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks or ())
+    if dataset is None and not names:
         told = "was made without data, so there is nothing to measure its quality on"
         raise DataError(f"{target.id[:12]} {told}; add --data, or run `gulliver speed` alone")
-    inputs = {"model": target, "dataset": dataset, **({"parent": older} if older else {})}
+    inputs = {"model": target, **({"parent": older} if older else {})}
     shared: dict[str, Any] = {"store": store, "seed": seed, "progress": progress, "command": command, "log": log}
-    call("quality", {}, inputs, **shared)
+    if names:
+        call("harness", {"tasks": names, "limit": limit, "include_path": include_path}, inputs, **shared)
+    if dataset is not None:
+        call("quality", {}, {**inputs, "dataset": dataset}, **shared)
     call("speed", {}, {"model": target}, **shared)
     return newest(store.evidence(target.id))
 

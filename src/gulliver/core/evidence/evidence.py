@@ -39,6 +39,8 @@ METRICS: Mapping[str, Metric] = {
     "cloze_accuracy_drop": Metric("fraction", "lower", "the parent's cloze accuracy minus the model's, by question"),
     "choice_accuracy": Metric("fraction", "higher", "fraction of passages told from three false continuations"),
     "choice_accuracy_drop": Metric("fraction", "lower", "the parent's choice accuracy minus the model's, by question"),
+    "task_score": Metric("fraction", "higher", "mean score of the items of one of lm-eval's tasks"),
+    "task_score_drop": Metric("fraction", "lower", "the parent's score on the task minus the model's, by item"),
     "cosine_similarity": Metric("cosine", "higher", "mean cosine between the model's and the parent's embeddings"),
     "quality_loss": Metric("fraction", "lower", "fraction of the parent's quality given up; what --max-drop limits"),
     # against the simplest baseline
