@@ -25,6 +25,7 @@ from gulliver.core.records import (
     Calibration,
     Distillation,
     FitResult,
+    HarnessReport,
     LossIncrease,
     Origin,
     PackedPart,
@@ -76,6 +77,7 @@ SAMPLES: dict[type[Record], Record] = {
     LossIncrease: LossIncrease(weights={"a.weight": 0.25}),
     PlainTensors: PlainTensors(share=0.1, tensors={"norm.weight": PlainTensor(size_bytes=2, reason="a vector")}),
     Packing: Packing(tensors={"a.weight": PackedWeight(shape=(16, 64), parts=(PackedPart(format="c4g64", rows=16),))}),
+    HarnessReport: HarnessReport(model=ID, parent=ID, evidence=(EVIDENCE,)),
     QualityReport: QualityReport(model=ID, dataset=ID, parent=ID, evidence=(EVIDENCE,)),
     SpeedReport: SpeedReport(model=ID, evidence=(EVIDENCE,)),
     FitResult: FitResult(

@@ -50,7 +50,7 @@ def run(cfg: HarnessOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
         if parent is not None:
             theirs = scored(parent.path, loaded_tasks(cfg.tasks, cfg.include_path), cfg.limit)
             bar.advance()
-    evidence = [item for name in ours for item in _evidence(name, ours[name], theirs and theirs[name])]
+    evidence = [item for name in ours for item in _evidence(name, ours[name], None if theirs is None else theirs[name])]
     owner = None if parent is None else parent.id
     evidence = [item.filled(artifact_id=model.id, parent_id=owner) for item in evidence]
     report = write_report(HarnessReport, evidence, inputs, cfg, ctx)
