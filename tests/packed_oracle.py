@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +17,8 @@ def unpack_slowly(tiles: Tensor, fmt: Format, rows: int, columns: int, codebook:
     group_bytes = fmt.group_size * TILE_ROWS * fmt.bits // 8
     scales_at = groups * group_bytes
     zeros_at = scales_at + groups * TILE_ROWS
-    factors_at = zeros_at + (groups * TILE_ROWS if fmt.kind == "uniform" else 0)
+    beside = {"codebook": 1, "uniform": 2, "half": 2, "minimum": 4}[fmt.kind]
+    factors_at = scales_at + groups * TILE_ROWS * beside
     for row in range(rows):
         tile, lane = tiles[row // TILE_ROWS].tolist(), row % TILE_ROWS
         factor_bytes = bytes(tile[factors_at + 2 * lane : factors_at + 2 * lane + 2])
@@ -29,6 +33,14 @@ def unpack_slowly(tiles: Tensor, fmt: Format, rows: int, columns: int, codebook:
                 byte = tile[start + 64 * chunk + 4 * lane + lane_column]
                 code |= ((byte >> (width * field)) & ((1 << width) - 1)) << shift
                 start, shift = start + fmt.group_size * TILE_ROWS * width // 8, shift + width
+            if fmt.kind in ("half", "minimum"):
+                side = scales_at + 2 * (group * TILE_ROWS + lane)
+                (scale,) = struct.unpack("<e", bytes(tile[side : side + 2]))
+                side += 2 * groups * TILE_ROWS
+                least = struct.unpack("<e", bytes(tile[side : side + 2]))[0] if fmt.kind == "minimum" else 0.0
+                level = code - (1 << fmt.bits >> 1) if fmt.kind == "half" else code
+                line.append(float(np.float32(np.float32(factor * scale * level) + np.float32(factor * least))))
+                continue
             scale = tile[scales_at + group * TILE_ROWS + lane]
             level = int(codebook[code]) if codebook is not None else code - tile[zeros_at + group * TILE_ROWS + lane]
             line.append(factor * scale * level)

@@ -150,11 +150,11 @@ def test_what_is_encoded_is_decoded_exactly_or_refused(kind: Type, seed: int, co
     low = -zero if zero else int(random.integers(-100, 100))
     levels = random.integers(low, low + (1 << bits), (2, 64)).astype(np.int16)
     scales = random.integers(0, 8 if coarse else 1 << 12, (2, 2)).astype(np.float32) / 4096
-    stored = encode_blocks(levels, scales, kind)
+    stored = encode_blocks(levels, scales, None, kind)
     if stored is not None:
         assert np.array_equal(gguf.dequantize(stored, kind), levels * scales.repeat(32, 1))
     assert stored is not None or not coarse or zero == 0
-    assert encode_blocks(levels + np.int16(1 << bits), scales, kind) is None or zero == 0
+    assert encode_blocks(levels + np.int16(1 << bits), scales, None, kind) is None or zero == 0
 
 
 def test_an_encoder_and_options_of_other_formats_are_refused(store: Store, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from needed import needed_module
 from packed_oracle import unpack_slowly
 from test_packed import FORMATS, random_part
 
+from gulliver.runtime.formats import SIDE_BYTES
 from gulliver.runtime.packed import Format, RowGroup, pack
 
 native = needed_module("gulliver.runtime._native", "the native engine is not built: no compiler was found")
@@ -26,7 +27,8 @@ def product(isa: str, part: RowGroup, x: np.ndarray, tiles: torch.Tensor | None 
     y = np.full((len(x), rows), np.nan, dtype=np.float32)
     codebook = None if part.codebook is None else part.codebook.numpy()
     packed = (pack(part) if tiles is None else tiles).numpy()
-    native.product(isa, packed, rows, columns, part.format.bits, part.format.group_size, codebook, x, y)
+    fmt, minimums = part.format, {"half": False, "minimum": True}
+    native.product(isa, packed, rows, columns, fmt.bits, fmt.group_size, codebook, x, y, minimums.get(fmt.kind))
     return y
 
 
@@ -97,6 +99,8 @@ def test_integer_sums_are_exact_on_every_set(fmt: Format) -> None:
     part = random_part(fmt, 21, 200, 5)
     part.scales.fill_(1)
     part.factors.fill_(1.0)
+    if part.minimums is not None:
+        part.minimums.copy_(part.minimums.round())
     whole = np.random.default_rng(7).integers(-127, 128, (16, 200))
     whole[:, ::BLOCK] = 127
     if part.codebook is not None:
@@ -118,9 +122,11 @@ def test_the_largest_codes_and_activations_do_not_saturate(isa: str) -> None:
             part.zeros.fill_(0)
         if part.codebook is not None:
             part.codebook.fill_(127)
+        if part.minimums is not None:
+            part.minimums.fill_(0)
         x = np.full((2, 256), 127, dtype=np.float32)
         x[1] = -127
-        level = 127 if part.codebook is not None else fmt.levels - 1
+        level = 127 if part.codebook is not None else fmt.levels // (2 if fmt.kind == "half" else 1) - 1
         assert (product(isa, part, x) == np.array([[1], [-1]]) * 127 * 256 * level).all(), fmt.name
 
 
@@ -129,14 +135,16 @@ def test_padding_may_hold_anything(isa: str) -> None:
     for fmt in FORMATS:
         part = random_part(fmt, 5, 70, 2)
         groups, codes = fmt.groups(70), fmt.groups(70) * fmt.group_size * 2 * fmt.bits
-        zeros = groups if fmt.kind == "uniform" else 0
+        each = 2 if fmt.kind in ("half", "minimum") else 1
+        sides = groups * SIDE_BYTES[fmt.kind]
         ragged = torch.nn.functional.pad(part.codes, (0, groups * fmt.group_size - 70), value=fmt.levels - 1)
-        wide = RowGroup(fmt, ragged, part.scales, part.factors, part.zeros, part.codebook)
+        wide = RowGroup(fmt, ragged, part.scales, part.factors, part.zeros, part.codebook, part.minimums)
         tiles = pack(wide)
         for lane in range(5, 16):
-            for group in range(groups + zeros):
-                tiles[0, codes + 16 * group + lane] = 255
-            at = codes + 16 * (groups + zeros) + 2 * lane
+            for side in range(sides // each):
+                at = codes + each * (16 * side + lane)
+                tiles[0, at : at + each] = 255
+            at = codes + 16 * sides + 2 * lane
             tiles[0, at : at + 2] = torch.tensor([0xFF, 0x7F], dtype=torch.uint8)  # not a number
         x = normal(4, 70, 1)
         assert (product(isa, part, x, tiles) == product(isa, part, x)).all(), fmt.name

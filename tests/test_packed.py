@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from packed_oracle import unpack_slowly
 
 from gulliver.core.errors import ArtifactError, ConfigError
-from gulliver.runtime.formats import CODEBOOK_BITS, GROUP_SIZES, PLANES, Format
+from gulliver.runtime.formats import CODEBOOK_BITS, GROUP_SIZES, KEPT_BITS, PLANES, Format
 from gulliver.runtime.packed import PackedTensor, RowGroup, pack, unpack
 
 FORMATS = [Format(bits, size, "uniform") for bits in PLANES for size in GROUP_SIZES] + [
     Format(bits, size, "codebook") for bits in CODEBOOK_BITS for size in GROUP_SIZES
 ]
+FORMATS += [Format(bits, size, kind) for kind, known in KEPT_BITS.items() for bits in known for size in GROUP_SIZES]
 
 
 def random_part(fmt: Format, rows: int, columns: int, seed: int) -> RowGroup:
@@ -28,6 +29,9 @@ def random_part(fmt: Format, rows: int, columns: int, seed: int) -> RowGroup:
     codebook = (draw(255, fmt.levels) - 127).to(torch.int8) if fmt.kind == "codebook" else None
     factors = torch.randn(rows, generator=random).to(torch.bfloat16)
     codes = draw(fmt.levels, rows, columns).to(torch.uint8)
+    if fmt.kind in KEPT_BITS:
+        scales, least = (torch.randn(rows, groups, generator=random).to(torch.float16) for _ in range(2))
+        return RowGroup(fmt, codes, scales, factors, minimums=least if fmt.kind == "minimum" else None)
     return RowGroup(fmt, codes, draw(256, rows, groups).to(torch.uint8), factors, zeros, codebook)
 
 

@@ -28,7 +28,7 @@ from gulliver.core.overlap import fingerprints
 from gulliver.core.records import Calibration, StatisticsTable
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import temporary_name
-from gulliver.runtime.packing import is_packed
+from gulliver.runtime.packing import is_compressed
 from gulliver.runtime.shards import save
 from gulliver.runtime.streamed import filled, narrow_weights
 from gulliver.tasks import get_task, same_examples
@@ -43,7 +43,7 @@ def run(cfg: CalibrateOptions, inputs: dict[str, Artifact], ctx: Context) -> Art
     model, dataset, samples = inputs["model"], inputs["dataset"], inputs.get("samples")
     if not same_examples(dataset.task, model.task):
         raise ConfigError(f"the model is for {model.task}, but the dataset is for {dataset.task}")
-    if is_packed(model.path):
+    if is_compressed(model.path):
         raise ConfigError(f"model {model.id[:12]} is packed already; calibrate the plain model that it came from")
     ctx.check_ram("the start")
     task = get_task(model.task)

@@ -25,6 +25,7 @@ from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.manifest import PACKING, read_json
 from gulliver.nets.files import copy_companions
 from gulliver.runtime import reference
+from gulliver.runtime.packing import is_compressed
 from gulliver.runtime.shards import ShardWriter
 from gulliver.tasks import EXPORTS, exporter, get_task
 
@@ -72,7 +73,7 @@ def _plain(model: Artifact, raw: dict[str, Any], folder: Path, ctx: Context) -> 
 
 def _compressed(model: Artifact, raw: dict[str, Any], folder: Path, ctx: Context, widen: bool) -> dict[str, Any]:
     """Write packed codes and the config.json that describes them into `folder`. Returns facts likewise."""
-    if not reference.is_packed(model.path):
+    if not is_compressed(model.path):
         raise ConfigError(
             f"model {model.id[:12]} has no packed weights, so compressed-tensors has nothing to hold; quantize it "
             "first, or export it as safetensors"

@@ -38,9 +38,10 @@ from gulliver.core.records import BlockLoss, PartBits, Plan, PlannedPoint, Tenso
 from gulliver.core.stdout import stdout_into
 from gulliver.core.store.artifact import Artifact
 from gulliver.nets.files import ITEM_BYTES, stored_tensors
-from gulliver.nets.weights import canonical_names, read_safetensors
+from gulliver.nets.weights import canonical_names
 from gulliver.runtime.formats import CODEBOOK_BITS, GROUP_SIZES, PLANES, TILE_ROWS, Format
 from gulliver.runtime.packed import as_matrix
+from gulliver.runtime.reference import read_stored
 from gulliver.tasks import get_task
 
 REFERENCE = Format(4, 64, "codebook")
@@ -189,9 +190,9 @@ def items_of(measured: Sequence[tuple[Item, list[float]]], formats: Sequence[For
 
 
 def read_weight(folder: Path, name: str, canonical: Mapping[str, str]) -> Tensor:
-    """One weight of a plain folder, as stored, of any shape, under any of its names. ConfigError if it has none."""
-    for _, tensor in read_safetensors(folder, only=lambda stored: canonical.get(stored) == name):
-        return tensor
+    """One weight as it is stored, of any shape, under any of its names. ConfigError if the folder has none."""
+    for _, tensor in read_stored(folder, lambda stored: canonical.get(stored) == name):
+        return tensor if isinstance(tensor, Tensor) else tensor.dequantize()
     raise ConfigError(f"{folder} holds no weights for {name}; compress a plain model as `gulliver pull` makes it")
 
 

@@ -35,11 +35,11 @@ from gulliver.core.records import (
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import temporary_name
 from gulliver.nets.files import copy_companions
-from gulliver.nets.weights import canonical_names, read_safetensors
+from gulliver.nets.weights import canonical_names
 from gulliver.runtime.formats import Format
 from gulliver.runtime.packed import PackedTensor, RowGroup, as_matrix, joined
-from gulliver.runtime.packing import is_packed, order_of_use
-from gulliver.runtime.reference import packing_entry, stored_form
+from gulliver.runtime.packing import is_compressed, order_of_use
+from gulliver.runtime.reference import packing_entry, read_stored, stored_form
 from gulliver.runtime.shards import PACKED_SHARD_BYTES, ShardWriter
 from gulliver.tasks import get_task
 
@@ -50,7 +50,7 @@ TOLD = 3
 def run(cfg: QuantizeOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     """The packed model. ConfigError for a model that is packed already, BudgetError beyond the memory limit."""
     model, calibration, plan = inputs["model"], inputs["calibration"], inputs.get("plan")
-    if is_packed(model.path):
+    if is_compressed(model.path):
         raise ConfigError(f"model {model.id[:12]} is packed already; quantize the model that it came from")
     ctx.check_ram("the start")
     statistics = open_statistics(calibration, model)
@@ -164,9 +164,13 @@ def assemble(
             pieces = load_file(files[name])
             packed_bytes += sum(piece.nbytes for piece in pieces.values())
             shards.add(pieces)
-        for stored, tensor in read_safetensors(model.path, only=lambda one: canonical.get(one, one) not in files):
+        for stored, tensor in read_stored(model.path, lambda one: canonical.get(one, one) not in files):
             name = canonical.get(stored, stored)
-            if name not in shards.names:  # tied tensors once, by their first name
+            if isinstance(tensor, PackedTensor):  # blocks of another tool that no plan has touched
+                packing[name], pieces = packing_entry(tensor), stored_form(name, tensor)
+                packed_bytes += sum(piece.nbytes for piece in pieces.values())
+                shards.add(pieces)
+            elif name not in shards.names:  # tied tensors once, by their first name
                 stays = narrow(tensor)
                 shards.add({name: stays})
                 reason = reasons.get(name, "a vector" if tensor.dim() < 2 else "no weight of the network")

@@ -66,7 +66,7 @@ class WrongKey(ConfigError):
 STEPS = (
     Step("pull", "gulliver.data.pull:run", "gulliver.data.options:PullOptions",
          needs=(), makes=("model", "dataset"), reads=("source",), version=2,
-         help="bring a model in: catalog:NAME, hf:ORG/NAME, a local folder or a .gguf file"),
+         help="bring a model in: catalog:NAME, hf:ORG/NAME, a local folder or a GGUF file"),
     Step("read", "gulliver.data.read:run", "gulliver.data.options:ReadOptions",
          needs=(), makes=("dataset",), reads=("data", "eval_data"),
          help="make a dataset from files or the catalog, split into parts that never overlap"),

@@ -23,9 +23,10 @@ def product(
     codebook: Annotated[NDArray[numpy.int8], dict(shape=(None,), order="C", device="cpu", writable=False)] | None,
     x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
     y: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
+    minimums: bool | None = None,
 ) -> None:
     """
-    y[b, row] = the packed part times x[b], with x rounded to int8 blocks of 32; for tests.
+    y[b, row] = the packed part times x[b], with x rounded to int8 blocks of 32; for tests. Kept blocks say whether they have minimums.
     """
 
 class Native:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from gulliver.core.errors import ArtifactError, BudgetError
 from gulliver.core.store.manifest import read_json
 from gulliver.nets.files import ITEM_BYTES, Stored, not_finite, stored_tensors
-from gulliver.runtime.formats import ALIGNMENT, TILE_ROWS
+from gulliver.runtime.formats import ALIGNMENT, KEPT_BITS, SIDE_BYTES, TILE_ROWS, Format
 from gulliver.runtime.packing import is_packed, order_of_use, read_packing
 from gulliver.runtime.rope import UnknownRope, frequencies, number, rope_parameters
 
@@ -275,8 +275,12 @@ class Weights:
             codebook = None
             if fmt.kind == "codebook":
                 codebook = self.raw(f"{name}.codebook.{index}", (fmt.levels,), ("I8",)).copy().view(np.int8)
-            self._check_factors(f"{name}.tiles.{index}", tiles, fmt.factors_at(columns), count)
+            self._check_factors(f"{name}.tiles.{index}", tiles, fmt, columns, count)
             parts.append((tiles, count, fmt.bits, fmt.group_size, codebook))
+            if fmt.kind in KEPT_BITS:
+                if len(formats) > 1:
+                    raise NotLowered(f"{name} has kept blocks beside other parts")
+                return native.kept(tiles, rows, columns, fmt.bits, fmt.group_size, fmt.kind == "minimum")
         part_of_row = None
         if len(parts) > 1:
             part_of_row = self.raw(f"{name}.rows", (rows,), ("U8",)).copy()
@@ -285,8 +289,13 @@ class Weights:
                 raise ArtifactError(f"{name}.rows deals out {counts} rows; packing.json says otherwise")
         return native.packed(parts, columns, part_of_row)
 
-    def _check_factors(self, name: str, tiles: NDArray[np.uint8], at: int, rows: int) -> None:
-        """ArtifactError when a row in use has a factor that is not finite."""
+    def _check_factors(self, name: str, tiles: NDArray[np.uint8], fmt: Format, columns: int, rows: int) -> None:
+        """ArtifactError for a factor of a row in use, or a float16 scale, that is not finite."""
+        at = fmt.factors_at(columns)
+        if fmt.kind in KEPT_BITS:
+            sides = tiles[:, at - fmt.groups(columns) * TILE_ROWS * SIDE_BYTES[fmt.kind] : at].copy().view("<u2")
+            if ((sides & 0x7C00) == 0x7C00).any():
+                raise ArtifactError(f"{name} has a scale that is not finite; the model is damaged")
         factors = tiles[:, at : at + 32].copy().view("<u2").reshape(-1)[:rows]
         if ((factors & 0x7F80) == 0x7F80).any():
             raise ArtifactError(f"{name} has a row factor that is not finite; the model is damaged")

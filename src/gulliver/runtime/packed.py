@@ -7,6 +7,11 @@ uniform), and for every row one bfloat16 factor. With q the code, s the scale, f
     uniform    value = f · s · (q - zero)
     codebook   value = f · s · codebook[q]          (codebook: 2^bits signed bytes, one table for the part)
 
+Two kinds keep other tools' blocks (GGUF's Q4_0, Q4_1, …) to the last bit. Scale d and minimum m are float16:
+
+    half       value = f · d · (q - 2^(bits - 1))
+    minimum    value = f · (d · q + m)
+
 Products inside a group stay integer until the scale, and until the row factor after it. The bytes of a tile are, in
 order: the codes of each group, all scales [groups, 16], all zero points [groups, 16] (uniform only), 16 row factors,
 and padding to a multiple of 64. Codes are split into planes of 4, 2 and 1 bits (`PLANES`). In a plane of w bits, byte
@@ -34,7 +39,8 @@ CHUNK_ROWS = 8192
 class RowGroup:
     """Rows of a weight in one format: codes uint8 [rows, columns], scales uint8 [rows, groups], factors bf16 [rows],
 
-    zeros uint8 [rows, groups] (uniform) or codebook int8 [2^bits] (codebook).
+    zeros uint8 [rows, groups] (uniform) or codebook int8 [2^bits] (codebook). The kinds half and minimum have float16
+    scales, the latter minimums float16 [rows, groups], too.
     """
 
     format: Format
@@ -43,6 +49,7 @@ class RowGroup:
     factors: Tensor
     zeros: Tensor | None = None
     codebook: Tensor | None = None
+    minimums: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -57,27 +64,33 @@ class RowGroup:
         """The values, float32 [rows, columns]."""
         rows, columns = self.shape
         size = self.format.group_size
-        scale = self.factors.float()[:, None] * self.scales.float()
+        factors = self.factors.float()[:, None]
+        scale = factors * self.scales.float()
         values = self.codes.float() if self.codebook is None else self.codebook.float()[self.codes.int()]
         if columns % size:
             values = torch.nn.functional.pad(values, (0, size - columns % size))
         values = values.view(rows, -1, size)
         if self.zeros is not None:
             values = values - self.zeros.float()[:, :, None]
+        elif self.format.kind == "half":
+            values = values - self.format.levels / 2
+        if self.minimums is not None:
+            scaled = values * scale[:, :, None] + (factors * self.minimums.float())[:, :, None]
+            return scaled.view(rows, -1)[:, :columns]
         return (values * scale[:, :, None]).view(rows, -1)[:, :columns]
 
     def rows(self, start: int, stop: int) -> RowGroup:
         """The part's rows from `start` to before `stop`."""
-        zeros = None if self.zeros is None else self.zeros[start:stop]
+        zeros, least = (None if side is None else side[start:stop] for side in (self.zeros, self.minimums))
         chosen = self.codes[start:stop], self.scales[start:stop], self.factors[start:stop]
-        return RowGroup(self.format, *chosen, zeros, self.codebook)
+        return RowGroup(self.format, *chosen, zeros, self.codebook, least)
 
 
 def joined(parts: list[RowGroup]) -> RowGroup:
     """Parts of one format and one codebook as one, rows in order."""
     if len(parts) == 1:
         return parts[0]
-    first, names = parts[0], ("codes", "scales", "factors", "zeros")
+    first, names = parts[0], ("codes", "scales", "factors", "zeros", "minimums")
     columns = {name: [getattr(part, name) for part in parts] for name in names if getattr(first, name) is not None}
     return replace(first, **{name: torch.cat(tensors) for name, tensors in columns.items()})
 
@@ -128,21 +141,19 @@ def pack(part: RowGroup) -> Tensor:
     fmt, (rows, columns) = part.format, part.shape
     tiles, groups = -(-rows // TILE_ROWS), fmt.groups(columns)
     padding = (0, groups * fmt.group_size - columns, 0, tiles * TILE_ROWS - rows)
-    codes = torch.nn.functional.pad(part.codes, padding)
-    codes = codes.view(tiles, TILE_ROWS, groups, fmt.group_size)
+    codes = torch.nn.functional.pad(part.codes, padding) if any(padding) else part.codes.contiguous()
+    fours = codes.view(torch.int32)  # codes of four columns at a time, which stay together
     planes, shift = [], 0
     for width in PLANES[fmt.bits]:
         fields = 8 // width
-        plane = (codes >> shift) & ((1 << width) - 1)
-        plane = plane.view(tiles, TILE_ROWS, groups, -1, fields, 4)
-        packed = torch.zeros_like(plane[..., 0, :])
-        for field in range(fields):
-            packed |= plane[..., field, :] << (width * field)
-        planes.append(packed.permute(0, 2, 3, 1, 4).reshape(tiles, groups, -1))
+        plane = ((fours >> shift) & _each_byte((1 << width) - 1)).view(tiles, TILE_ROWS, groups, -1, fields)
+        packed = plane[..., 0]
+        for field in range(1, fields):
+            packed = packed | plane[..., field] << (width * field)
+        planes.append(packed.permute(0, 2, 3, 1).contiguous().view(torch.uint8).view(tiles, groups, -1))
         shift += width
     columns_of_tile = [torch.cat(planes, 2).reshape(tiles, -1), _by_tile(part.scales, tiles)]
-    if part.zeros is not None:
-        columns_of_tile.append(_by_tile(part.zeros, tiles))
+    columns_of_tile += [_by_tile(side, tiles) for side in (part.zeros, part.minimums) if side is not None]
     factors = torch.zeros(tiles * TILE_ROWS, dtype=torch.bfloat16)
     factors[:rows] = part.factors
     columns_of_tile.append(factors.view(torch.uint8).view(tiles, -1))
@@ -164,31 +175,40 @@ def unpack(tiles: Tensor, fmt: Format, rows: int, columns: int, codebook: Tensor
     if codebook is not None and (codebook.dtype != torch.int8 or tuple(codebook.shape) != (fmt.levels,)):
         found = f"{codebook.dtype} {list(codebook.shape)}"
         raise ArtifactError(f"a {fmt.name} codebook must be int8 [{fmt.levels}], not {found}")
-    codes = torch.zeros(count, TILE_ROWS, groups, fmt.group_size, dtype=torch.uint8)
+    fours = torch.zeros(count, TILE_ROWS, groups, fmt.group_size // 4, dtype=torch.int32)
     group_bytes = fmt.group_size * TILE_ROWS * fmt.bits // 8
-    body = tiles[:, : groups * group_bytes].view(count, groups, group_bytes)
+    body = tiles[:, : groups * group_bytes].reshape(count, groups, group_bytes)
     start, shift = 0, 0
     for width in PLANES[fmt.bits]:
         fields, size = 8 // width, fmt.group_size * TILE_ROWS * width // 8
-        plane = body[:, :, start : start + size].reshape(count, groups, -1, TILE_ROWS, 4).permute(0, 3, 1, 2, 4)
-        view = codes.view(count, TILE_ROWS, groups, -1, fields, 4)
+        plane = body[:, :, start : start + size].contiguous().view(torch.int32).view(count, groups, -1, TILE_ROWS)
+        plane, view = plane.permute(0, 3, 1, 2), fours.view(count, TILE_ROWS, groups, -1, fields)
         for field in range(fields):
-            view[..., field, :] |= ((plane >> (width * field)) & ((1 << width) - 1)) << shift
+            view[..., field] |= ((plane >> (width * field)) & _each_byte((1 << width) - 1)) << shift
         start, shift = start + size, shift + width
     at, factors_at = groups * group_bytes, fmt.factors_at(columns)  # scales, zero points where there are any, factors
-    beside = tiles[:, at:factors_at].reshape(count, -1, groups, TILE_ROWS)
-    scales, *zeros = (side.transpose(1, 2).reshape(-1, groups)[:rows].contiguous() for side in beside.unbind(1))
+    beside = tiles[:, at:factors_at].contiguous()
+    halves = fmt.kind in ("half", "minimum")
+    beside = (beside.view(torch.float16) if halves else beside).reshape(count, -1, groups, TILE_ROWS)
+    scales, *second = (side.transpose(1, 2).reshape(-1, groups)[:rows].contiguous() for side in beside.unbind(1))
     factors = (
         tiles[:, factors_at : factors_at + 2 * TILE_ROWS].contiguous().view(torch.bfloat16).view(-1)[:rows].clone()
     )
-    if not torch.isfinite(factors).all():
-        raise ArtifactError("a packed weight has a row factor that is not finite; the file is damaged")
-    flat = codes.view(count * TILE_ROWS, -1)[:rows, :columns].contiguous()
-    return RowGroup(fmt, flat, scales, factors, zeros[0] if zeros else None, codebook)
+    if not torch.isfinite(factors).all() or (halves and not all(side.isfinite().all() for side in (scales, *second))):
+        raise ArtifactError("a packed weight has a row factor or scale that is not finite; the file is damaged")
+    flat = fours.view(torch.uint8).view(count * TILE_ROWS, -1)[:rows, :columns].contiguous()
+    beside_scales = {"minimums" if halves else "zeros": second[0]} if second else {}
+    return RowGroup(fmt, flat, scales, factors, codebook=codebook, **beside_scales)
+
+
+def _each_byte(value: int) -> int:
+    """The int32 whose four bytes are `value`."""
+    whole = value * 0x01010101
+    return whole - (1 << 32 if whole >> 31 else 0)
 
 
 def _by_tile(per_group: Tensor, tiles: int) -> Tensor:
-    """[rows, groups] -> [tiles, groups * 16], group first."""
+    """[rows, groups] of one or two bytes each -> uint8 [tiles, groups * 16 * bytes], group first."""
     rows, groups = per_group.shape
     padded = torch.nn.functional.pad(per_group, (0, 0, 0, tiles * TILE_ROWS - rows))
-    return padded.view(tiles, TILE_ROWS, groups).transpose(1, 2).reshape(tiles, -1)
+    return padded.view(tiles, TILE_ROWS, groups).transpose(1, 2).reshape(tiles, -1).view(torch.uint8)

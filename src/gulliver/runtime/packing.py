@@ -11,7 +11,7 @@ from typing import Any
 
 from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.store.manifest import PACKING, read_json, rows_of
-from gulliver.runtime.formats import Format
+from gulliver.runtime.formats import KEPT_BITS, Format
 
 FORMAT = 1
 MAX_PARTS = 16
@@ -46,6 +46,13 @@ def order_of_use(name: str) -> tuple[int, int, int, str]:
 def is_packed(folder: Path) -> bool:
     """Whether the model in `folder` has packed weights."""
     return (folder / PACKING).is_file()
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether weights were packed by a step; other tools' blocks, kept as they came, are what a model was pulled as."""
+    return is_packed(folder) and any(
+        fmt.kind not in KEPT_BITS for entry in read_packing(folder).values() for fmt, _ in entry.parts
+    )
 
 
 @dataclass(frozen=True)

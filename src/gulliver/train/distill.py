@@ -29,7 +29,7 @@ from gulliver.learning.optim import OptimizerConfig, Schedule
 from gulliver.nets.files import copy_companions
 from gulliver.nets.weights import canonical_names, owners
 from gulliver.runtime.packed import PackedTensor
-from gulliver.runtime.packing import is_packed
+from gulliver.runtime.packing import is_compressed
 from gulliver.runtime.reference import packing_entry, read_stored, stored_form
 from gulliver.runtime.shards import PACKED_SHARD_BYTES, SHARD_BYTES, ShardWriter
 from gulliver.tasks import family, get_task, same_examples
@@ -63,7 +63,7 @@ def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
             raise ConfigError(f"{told}; take a model with the parent's tokenizer")
     teacher = task.load(parent.path).requires_grad_(False)
     student = task.load(model.path).requires_grad_(False)
-    canonical, packed = canonical_names(student), is_packed(model.path)
+    canonical, packed = canonical_names(student), is_compressed(model.path)
     quantized_from = any(parent.id in ids for ids in model.inputs.values())
     latents, dense = _trainable(student, teacher if quantized_from else None, model)
 
@@ -86,7 +86,9 @@ def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
         with ShardWriter(writer.path, PACKED_SHARD_BYTES if packed else SHARD_BYTES) as shards:
             for name, tensor in read_stored(model.path):
                 trained = dense.get(canonical.get(name, name))
-                if isinstance(tensor, PackedTensor):
+                if name not in latents and isinstance(tensor, PackedTensor):
+                    shards.add({name: student.get_parameter(name).detach().to(torch.bfloat16)})
+                elif isinstance(tensor, PackedTensor):
                     now = latents[name].packed()
                     entries[name] = packing_entry(now)
                     shards.add(stored_form(name, now))
@@ -144,7 +146,7 @@ def _trainable(
     """
     theirs = dict(ancestor.named_parameters()) if ancestor is not None else {}
     latents = {}
-    for name, tensor in read_stored(model.path) if is_packed(model.path) else ():
+    for name, tensor in read_stored(model.path) if is_compressed(model.path) else ():
         if isinstance(tensor, PackedTensor):
             known = name in theirs and theirs[name].shape == tensor.shape
             latents[name] = LatentTensor(tensor, theirs[name].detach() if known else tensor.dequantize())

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field
 
 from gulliver.core.options import MaxRam, Options
-from gulliver.runtime.packing import is_packed
+from gulliver.runtime.packing import is_compressed
 
 
 class TrainOptions(Options):
@@ -55,5 +55,5 @@ class DistillOptions(Options):
 
     def resolved(self, inputs: Mapping[str, Any]) -> Self:
         """The weights' rate by whether they are packed, where none is given."""
-        rate = self.learning_rate or (7e-3 if is_packed(inputs["model"].path) else 1e-2)
+        rate = self.learning_rate or (7e-3 if is_compressed(inputs["model"].path) else 1e-2)
         return self.model_copy(update={"learning_rate": rate})

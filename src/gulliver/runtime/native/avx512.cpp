@@ -87,6 +87,10 @@ inline __m512 scales_of(const uint8_t* bytes) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
 }
 
+inline __m512 halves_of(const uint8_t* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
 // Reading ahead by hand into the second-level cache, for one row of activations. Wide tiles of fewer than 8 bits: always, which is
 // up to twice as fast. Others: only where the thread's share of a product ends and that of the next one begins; in between, the
 // hardware's own prefetcher does better (docs/log.md).
@@ -127,20 +131,34 @@ inline __m512 finished(__m512 sum, float base, __m512 factors) {
   return _mm512_mul_ps(_mm512_mul_ps(sum, _mm512_set1_ps(base)), factors);
 }
 
+// What stands beside the codes of group g, of 16 rows.
+template <int kBits, int kKind>
+struct Sides {
+  __m512 scale, least;
+  __m512i zero;
+
+  inline Sides(const uint8_t* scales, int groups, int g) {
+    const size_t all = size_t(kTileRows) * groups, at = size_t(kTileRows) * g;
+    if constexpr (kKind == kHalves || kKind == kMinimums) scale = halves_of(scales + 2 * at);
+    else scale = scales_of(scales + at);
+    if constexpr (kKind == kMinimums) least = halves_of(scales + 2 * (all + at));
+    if constexpr (kKind == kZeros) zero = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + all + at)));
+    if constexpr (kKind == kHalves) zero = _mm512_set1_epi32(1 << (kBits - 1));
+  }
+};
+
 // One row of activations: the sum stays in a register. `kBlocks` are those of a group.
-template <int kBits, bool kUniform, int kBlocks>
+template <int kBits, int kKind, int kBlocks>
 inline __m512 tile_single(const Part& part, const uint8_t* tile, const Activations& x, ptrdiff_t ahead) {
+  constexpr bool kUniform = kKind != kTable;
   const __m512i table = _mm512_loadu_si512(part.table);
   constexpr int kGroup = kBlocks * kBlock, kGroupBytes = kGroup * kTileRows * kBits / 8;
   const uint8_t* scales = tile + size_t(kGroupBytes) * part.groups;
-  const uint8_t* zeros = scales + kTileRows * part.groups;
   const int32_t* q = reinterpret_cast<const int32_t*>(x.q);
   const int32_t *x_sum = kUniform ? x.sum : x.minus, *shift = x.shift, *eighths = x.eighths;
   __m512 sum = _mm512_setzero_ps();
   for (int g = 0; g < part.groups; g++, tile += kGroupBytes) {
-    const __m512 scale = scales_of(scales + kTileRows * g);
-    __m512i zero;
-    if constexpr (kUniform) zero = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros + kTileRows * g)));
+    const Sides<kBits, kKind> side(scales, part.groups, g);
 #pragma GCC unroll 4
     for (int n = 0; n < kBlocks; n++, q += 8, x_sum++, shift++, eighths++) {
       if (ahead)
@@ -155,20 +173,24 @@ inline __m512 tile_single(const Part& part, const uint8_t* tile, const Activatio
         add_dot(odd, w[k + 1], q[k + 1]);
       }
       __m512i dot = _mm512_add_epi32(even, odd);
-      if constexpr (kUniform) dot = _mm512_sub_epi32(dot, _mm512_mullo_epi32(zero, _mm512_set1_epi32(*x_sum)));
-      sum = _mm512_fmadd_ps(shifted(dot, *shift), _mm512_mul_ps(scale, _mm512_set1_ps(kFraction[*eighths])), sum);
+      if constexpr (kKind == kZeros) dot = _mm512_sub_epi32(dot, _mm512_mullo_epi32(side.zero, _mm512_set1_epi32(*x_sum)));
+      if constexpr (kKind == kHalves) dot = _mm512_sub_epi32(dot, _mm512_set1_epi32(*x_sum * (1 << (kBits - 1))));
+      const __m512 fraction = _mm512_set1_ps(kFraction[*eighths]);
+      if constexpr (kKind == kMinimums)
+        sum = _mm512_fmadd_ps(shifted(_mm512_set1_epi32(*x_sum), *shift), _mm512_mul_ps(side.least, fraction), sum);
+      sum = _mm512_fmadd_ps(shifted(dot, *shift), _mm512_mul_ps(side.scale, fraction), sum);
     }
   }
-  return finished(sum, *x.base, row_factors((kUniform ? zeros : scales) + kTileRows * part.groups));
+  return finished(sum, *x.base, row_factors(scales + size_t(kTileRows) * part.groups * side_bytes(kKind)));
 }
 
-template <int kBits, bool kUniform>
+template <int kBits, int kKind>
 inline __m512 tile_single(const Part& part, const uint8_t* tile, const Activations& x, Reading reading) {
   const ptrdiff_t ahead = ahead_of(part, tile, reading);
   switch (part.group_size) {
-    case 32: return tile_single<kBits, kUniform, 1>(part, tile, x, ahead);
-    case 64: return tile_single<kBits, kUniform, 2>(part, tile, x, ahead);
-    default: return tile_single<kBits, kUniform, 4>(part, tile, x, ahead);
+    case 32: return tile_single<kBits, kKind, 1>(part, tile, x, ahead);
+    case 64: return tile_single<kBits, kKind, 2>(part, tile, x, ahead);
+    default: return tile_single<kBits, kKind, 4>(part, tile, x, ahead);
   }
 }
 
@@ -178,32 +200,33 @@ constexpr int kChunk = 64;          // blocks that are unpacked at a time, 32 KB
 struct Chunk {
   alignas(64) uint8_t weights[kChunk][8][64];     // of four columns and 16 rows each
   alignas(64) float scale[kChunk][kEighths][kTileRows];   // times 1, 1 1/8, …
-  alignas(64) int32_t zero[kChunk][kTileRows];    // of uniform codes
+  alignas(64) int32_t zero[kChunk][kTileRows];    // of codes that are not a codebook's, and have no minimum
+  alignas(64) float least[kChunk][kTileRows];     // minimums
 };
 
 // Blocks first to last (not included) of a tile.
-template <int kBits, bool kUniform>
+template <int kBits, int kKind>
 void unpack(const Part& part, const uint8_t* tile, int first, int last, Chunk& chunk) {
+  constexpr bool kUniform = kKind != kTable;
   const __m512i table = _mm512_loadu_si512(part.table);
   const int in_group = part.group_size / kBlock;
   const size_t group_bytes = size_t(part.group_size) * kTileRows * kBits / 8;
   const uint8_t* scales = tile + group_bytes * part.groups;
-  const uint8_t* zeros = scales + kTileRows * part.groups;
   for (int block = first; block < last; block++) {
     const int group = block / in_group, at = block - first;
     __m512i w[8];
     Codes<kBits, kUniform>::load(tile + group_bytes * group, part.group_size, block % in_group, table, w);
     for (int k = 0; k < 8; k++) _mm512_store_si512(chunk.weights[at][k], w[k]);
-    const __m512 scale = scales_of(scales + kTileRows * group);
-    for (int e = 0; e < kEighths; e++) _mm512_store_ps(chunk.scale[at][e], _mm512_mul_ps(scale, _mm512_set1_ps(kFraction[e])));
-    if constexpr (kUniform)
-      _mm512_store_si512(chunk.zero[at], _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros + kTileRows * group))));
+    const Sides<kBits, kKind> side(scales, part.groups, group);
+    for (int e = 0; e < kEighths; e++) _mm512_store_ps(chunk.scale[at][e], _mm512_mul_ps(side.scale, _mm512_set1_ps(kFraction[e])));
+    if constexpr (kKind == kZeros || kKind == kHalves) _mm512_store_si512(chunk.zero[at], side.zero);
+    if constexpr (kKind == kMinimums) _mm512_store_ps(chunk.least[at], side.least);
   }
 }
 
 // Blocks first to last (not included), which the chunk holds, times kRows rows of activations from number `row` of a panel on:
 // added to the sums. Four rows take turns, so that no dot product waits for the one before it.
-template <bool kUniform, int kRows>
+template <int kKind, int kRows>
 void multiply(const Chunk& chunk, int first, int last, const Activations& x, int row, __m512* sums) {
   __m512 sum[kRows];
 #pragma GCC unroll 8
@@ -220,7 +243,7 @@ void multiply(const Chunk& chunk, int first, int last, const Activations& x, int
       const int count = kRows - start < kMost ? kRows - start : kMost;
       __m512i dot[kMost];
 #pragma GCC unroll 4
-      for (int b = 0; b < count; b++) dot[b] = kUniform ? _mm512_setzero_si512() : _mm512_set1_epi32(x.minus[at + start + b]);
+      for (int b = 0; b < count; b++) dot[b] = kKind == kTable ? _mm512_set1_epi32(x.minus[at + start + b]) : _mm512_setzero_si512();
 #pragma GCC unroll 8
       for (int k = 0; k < 8; k++)
 #pragma GCC unroll 4
@@ -228,9 +251,13 @@ void multiply(const Chunk& chunk, int first, int last, const Activations& x, int
 #pragma GCC unroll 4
       for (int b = 0; b < count; b++) {
         const size_t place = at + start + b;
-        if constexpr (kUniform) {
+        if constexpr (kKind == kZeros || kKind == kHalves) {
           const __m512i zero = _mm512_load_si512(chunk.zero[block]);
           dot[b] = _mm512_sub_epi32(dot[b], _mm512_mullo_epi32(zero, _mm512_set1_epi32(x.sum[place])));
+        }
+        if constexpr (kKind == kMinimums) {
+          const __m512 least = _mm512_mul_ps(_mm512_load_ps(chunk.least[block]), _mm512_set1_ps(kFraction[x.eighths[place]]));
+          sum[start + b] = _mm512_fmadd_ps(shifted(_mm512_set1_epi32(x.sum[place]), x.shift[place]), least, sum[start + b]);
         }
         const __m512 scale = _mm512_load_ps(chunk.scale[block][x.eighths[place]]);
         sum[start + b] = _mm512_fmadd_ps(shifted(dot[b], x.shift[place]), scale, sum[start + b]);
@@ -243,9 +270,9 @@ void multiply(const Chunk& chunk, int first, int last, const Activations& x, int
 
 using Multiply = void (*)(const Chunk&, int, int, const Activations&, int, __m512*);
 
-template <bool kUniform>
-constexpr Multiply kMultiply[9] = {nullptr, multiply<kUniform, 1>, multiply<kUniform, 2>, multiply<kUniform, 3>, multiply<kUniform, 4>,
-                                   multiply<kUniform, 5>, multiply<kUniform, 6>, multiply<kUniform, 7>, multiply<kUniform, 8>};
+template <int kKind>
+constexpr Multiply kMultiply[9] = {nullptr, multiply<kKind, 1>, multiply<kKind, 2>, multiply<kKind, 3>, multiply<kKind, 4>,
+                                   multiply<kKind, 5>, multiply<kKind, 6>, multiply<kKind, 7>, multiply<kKind, 8>};
 
 // The outputs of tile t to their places.
 inline void store(const Part& part, int t, __m512 value, float* line) {
@@ -257,11 +284,11 @@ inline void store(const Part& part, int t, __m512 value, float* line) {
 
 // Eight rows of activations at a time, whose results are stored at once, to cache lines that were asked for before the product.
 // Meanwhile a share of the next tile is fetched.
-template <int kBits, bool kUniform>
+template <int kBits, int kKind>
 void tile_product(const Part& part, int t, const Activations& x, int batch, float* y, int y_stride) {
   const uint8_t* tile = part.tiles + size_t(t) * part.tile_bytes;
   const size_t codes = size_t(part.group_size) * kTileRows * kBits / 8 * part.groups;
-  const __m512 factor = row_factors(tile + codes + kTileRows * part.groups * (kUniform ? 2 : 1));
+  const __m512 factor = row_factors(tile + codes + size_t(kTileRows) * part.groups * side_bytes(kKind));
   const int blocks = part.group_size / kBlock * part.groups;
   const size_t share = part.tile_bytes / size_t((batch + 7) / 8) + 63;
   size_t at = part.tile_bytes;
@@ -269,7 +296,7 @@ void tile_product(const Part& part, int t, const Activations& x, int batch, floa
   __m512 sums[kMaxBatch];
   for (int start = 0; start < blocks; start += kChunk) {
     const int stop = blocks - start < kChunk ? blocks : start + kChunk;
-    unpack<kBits, kUniform>(part, tile, start, stop, chunk);
+    unpack<kBits, kKind>(part, tile, start, stop, chunk);
     for (int row = 0; row < batch; row += 8) {
       const int count = batch - row < 8 ? batch - row : 8;
       for (size_t until = at + share; stop == blocks && at < until; at += 64)
@@ -278,7 +305,7 @@ void tile_product(const Part& part, int t, const Activations& x, int batch, floa
         if (start == 0) sums[b] = _mm512_setzero_ps();
         if (!part.out_index) _mm_prefetch(reinterpret_cast<const char*>(y + size_t(b) * y_stride + t * kTileRows), _MM_HINT_T0);
       }
-      kMultiply<kUniform>[count](chunk, start, stop, x.from(row / kPanel * kPanel), row % kPanel, sums + row);
+      kMultiply<kKind>[count](chunk, start, stop, x.from(row / kPanel * kPanel), row % kPanel, sums + row);
       if (stop < blocks) continue;
       for (int b = row; b < row + count; b++)
         store(part, t, finished(sums[b], x.base[b], factor), y + size_t(b) * y_stride);
@@ -286,31 +313,33 @@ void tile_product(const Part& part, int t, const Activations& x, int batch, floa
   }
 }
 
-template <int kBits, bool kUniform>
+template <int kBits, int kKind>
 void product_of(const Part& part, int first, int last, const Activations& x, int batch, float* y, int y_stride, Reading reading) {
   const size_t codes = size_t(part.group_size) * kTileRows * kBits / 8 * part.groups;
   for (int t = first; t < last; t++) {
     if (x.side > 1) {
-      tile_product<kBits, kUniform>(part, t, x, batch, y, y_stride);
+      tile_product<kBits, kKind>(part, t, x, batch, y, y_stride);
       continue;
     }
     const uint8_t* tile = part.tiles + size_t(t) * part.tile_bytes;
     // Codes are one long stream that the hardware fetches ahead; scales lie behind them and would be waited for.
     for (size_t line = codes; line < part.tile_bytes; line += 64)
       _mm_prefetch(reinterpret_cast<const char*>(tile) + part.tile_bytes + line, _MM_HINT_T0);
-    store(part, t, tile_single<kBits, kUniform>(part, tile, x, reading), y);
+    store(part, t, tile_single<kBits, kKind>(part, tile, x, reading), y);
   }
 }
 
 void product(const Part& part, int first, int last, const Activations& x, int batch, float* y, int y_stride, Reading reading) {
-#define CASE(bits) \
-  case bits: \
-    part.uniform ? product_of<bits, true>(part, first, last, x, batch, y, y_stride, reading) \
-                 : product_of<bits, false>(part, first, last, x, batch, y, y_stride, reading); \
-    break;
-  switch (part.bits) { CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-    case 8: product_of<8, true>(part, first, last, x, batch, y, y_stride, reading); break; }
-#undef CASE
+  using Function = void (*)(const Part&, int, int, const Activations&, int, float*, int, Reading);
+  static constexpr Function of[4][9] = {
+      {nullptr, nullptr, product_of<2, kTable>, product_of<3, kTable>, product_of<4, kTable>, product_of<5, kTable>,
+       product_of<6, kTable>, nullptr, nullptr},
+      {nullptr, nullptr, product_of<2, kZeros>, product_of<3, kZeros>, product_of<4, kZeros>, product_of<5, kZeros>,
+       product_of<6, kZeros>, nullptr, product_of<8, kZeros>},
+      {nullptr, nullptr, product_of<2, kHalves>, nullptr, product_of<4, kHalves>, product_of<5, kHalves>, nullptr, nullptr,
+       product_of<8, kHalves>},
+      {nullptr, nullptr, nullptr, nullptr, product_of<4, kMinimums>, product_of<5, kMinimums>}};
+  of[part.kind][part.bits](part, first, last, x, batch, y, y_stride, reading);
 }
 
 // The part of the maximum that not-a-number leaves alone: the second operand wins.

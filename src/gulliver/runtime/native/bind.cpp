@@ -43,10 +43,13 @@ const Kernels* kernels_of(const std::string& wanted) {
   return found;
 }
 
-Part part_of(const Bytes& tiles, int rows, int columns, int bits, int group_size, const std::optional<Signed>& codebook) {
+Part part_of(const Bytes& tiles, int rows, int columns, int bits, int group_size, int kind, const std::optional<Signed>& codebook) {
   demand(rows > 0 && columns > 0, "a part needs rows and columns");
   demand(bits == 2 || bits == 3 || bits == 4 || bits == 5 || bits == 6 || bits == 8, "bits must be 2, 3, 4, 5, 6 or 8");
   demand(group_size == 32 || group_size == 64 || group_size == 128, "group_size must be 32, 64 or 128");
+  demand(kind >= kTable && kind <= kMinimums && (kind == kTable) == codebook.has_value(), "kind 0 has a codebook, 1 to 3 have none");
+  demand(kind != kHalves || bits == 2 || bits == 4 || bits == 5 || bits == 8, "float16 scales go with 2, 4, 5 or 8 bits");
+  demand(kind != kMinimums || bits == 4 || bits == 5, "float16 minimums go with 4 or 5 bits");
   demand(!codebook || (bits < 8 && codebook->shape(0) == size_t(1) << bits), "a codebook has 2^bits entries, bits below 8");
   Part part{};
   part.rows = rows;
@@ -54,8 +57,8 @@ Part part_of(const Bytes& tiles, int rows, int columns, int bits, int group_size
   part.bits = bits;
   part.group_size = group_size;
   part.groups = (columns + group_size - 1) / group_size;
-  part.uniform = !codebook;
-  const size_t raw = size_t(2) * part.groups * group_size * bits + size_t(16) * part.groups * (codebook ? 1 : 2) + 32;
+  part.kind = kind;
+  const size_t raw = size_t(2) * part.groups * group_size * bits + size_t(16) * part.groups * side_bytes(kind) + 32;
   part.tile_bytes = (raw + 63) / 64 * 64;
   part.tiles = tiles.data();
   demand(tiles.shape(0) == size_t(rows + kTileRows - 1) / kTileRows && tiles.shape(1) == part.tile_bytes,
@@ -75,7 +78,7 @@ class Native {
     auto matrix = std::make_unique<Matrix>();
     matrix->columns = columns;
     for (const auto& [tiles, rows, bits, group_size, codebook] : parts) {
-      matrix->parts.push_back(part_of(tiles, rows, columns, bits, group_size, codebook));
+      matrix->parts.push_back(part_of(tiles, rows, columns, bits, group_size, codebook ? kTable : kZeros, codebook));
       matrix->rows += rows;
       kept_.push_back(nb::cast(tiles));
     }
@@ -93,6 +96,17 @@ class Native {
       }
       for (size_t part = 0; part < parts.size(); part++) matrix->parts[part].out_index = matrix->places[part].data();
     }
+    matrices_.push_back(std::move(matrix));
+    return int(matrices_.size()) - 1;
+  }
+
+  // Blocks of another tool: float16 scales, and minimums or none.
+  int kept(const Bytes& tiles, int rows, int columns, int bits, int group_size, bool minimums) {
+    auto matrix = std::make_unique<Matrix>();
+    matrix->columns = columns;
+    matrix->rows = rows;
+    matrix->parts.push_back(part_of(tiles, rows, columns, bits, group_size, minimums ? kMinimums : kHalves, std::nullopt));
+    kept_.push_back(nb::cast(tiles));
     matrices_.push_back(std::move(matrix));
     return int(matrices_.size()) - 1;
   }
@@ -216,9 +230,10 @@ class Native {
 
 // Products alone, for tests: x [batch, columns] floats times a packed part, on one instruction set.
 void product(const std::string& isa, const Bytes& tiles, int rows, int columns, int bits, int group_size,
-             const std::optional<Signed>& codebook, const FloatRows& x, FloatRows y) {
+             const std::optional<Signed>& codebook, const FloatRows& x, FloatRows y, std::optional<bool> minimums) {
   const Kernels* kernels = kernels_of(isa);
-  const Part part = part_of(tiles, rows, columns, bits, group_size, codebook);
+  const int kind = minimums ? (*minimums ? kMinimums : kHalves) : codebook ? kTable : kZeros;
+  const Part part = part_of(tiles, rows, columns, bits, group_size, kind, codebook);
   const int batch = int(x.shape(0));
   demand(batch >= 1 && batch <= kMaxBatch && x.shape(1) == size_t(columns), "x must be [1 to 256, columns]");
   demand(y.shape(0) == size_t(batch) && y.shape(1) == size_t(rows), "y must be [batch, rows]");
@@ -240,7 +255,8 @@ NB_MODULE(_native, m) {
     return rows;
   }, "(name, whether it runs here, why) of every instruction set, best first.");
   m.def("product", &product, "isa"_a, "tiles"_a, "rows"_a, "columns"_a, "bits"_a, "group_size"_a, "codebook"_a.none(), "x"_a, "y"_a,
-        "y[b, row] = the packed part times x[b], with x rounded to int8 blocks of 32; for tests.");
+        "minimums"_a = nb::none(),
+        "y[b, row] = the packed part times x[b], with x rounded to int8 blocks of 32; for tests. Kept blocks say whether they have minimums.");
   nb::class_<Native>(m, "Native", "A decoder lowered to native code.")
       .def("__init__", [](Native* self, int hidden, int heads, int kv_heads, int head_dim, int intermediate, int vocabulary,
                           int positions, float epsilon, float attention_scale, float embedding_scale, bool gelu,
@@ -258,6 +274,7 @@ NB_MODULE(_native, m) {
       }, nb::kw_only(), "hidden"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "intermediate"_a, "vocabulary"_a, "positions"_a, "epsilon"_a,
          "attention_scale"_a, "embedding_scale"_a, "gelu"_a, "isa"_a, "threads"_a, "max_rows"_a, "cache_blocks"_a)
       .def("packed", &Native::packed, "parts"_a, "columns"_a, "part_of_row"_a.none())
+      .def("kept", &Native::kept, "tiles"_a, "rows"_a, "columns"_a, "bits"_a, "group_size"_a, "minimums"_a)
       .def("plain", &Native::plain, "data"_a, "kind"_a)
       .def("rope", &Native::rope, "frequency"_a, "scale"_a)
       .def("layer", &Native::layer, nb::kw_only(), "rope"_a, "window"_a, "attention_norm"_a, "mlp_norm"_a, "qkv"_a, "out"_a, "gate_up"_a, "down"_a,

@@ -6,10 +6,13 @@
 // scale by adding to its exponent, and the eighths are in the weights' scale, of which there are eight.
 // With weight code w, weight scale s (uint8), zero point z and row factor f, a block b of 32 columns adds
 //     y += f * s * scale[b] * (dot(w, q) - z * sum[b])
+// Where s is a float16 (kHalves), z is half of the codes there are; where a float16 minimum m stands beside it (kMinimums):
+//     y += f * scale[b] * (s * dot(w, q) + m * sum[b])
 // `table` holds a codebook's signed bytes with 128 added, so that the dot product may be unsigned x signed, with z = 128.
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace gulliver {
 
@@ -20,13 +23,37 @@ constexpr int kPanel = 16;          // rows of activations that stand side by si
 constexpr int kMaxBatch = 256;      // rows of activations that one call of `product` takes
 constexpr int kCacheTokens = 16;    // tokens of one block of the key/value cache
 
+// The float of a float16's bits.
+inline float half_to_float(uint16_t half) {
+  const uint32_t sign = uint32_t(half & 0x8000) << 16;
+  uint32_t rest = uint32_t(half & 0x7fff) << 13;
+  float value;
+  if ((half & 0x7c00) == 0x7c00) {          // infinite or not a number
+    rest = rest | sign | 0x7f800000;
+    std::memcpy(&value, &rest, 4);
+    return value;
+  }
+  std::memcpy(&value, &rest, 4);
+  value *= 5.192296858534828e33f;            // 2^112: the difference of the exponents' biases, also right for subnormals
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits |= sign;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// What stands beside the codes of a group, for each row: a byte of scale, of a codebook; that and a byte of zero point; a float16
+// scale; that and a float16 minimum.
+constexpr int kTable = 0, kZeros = 1, kHalves = 2, kMinimums = 3;
+constexpr int side_bytes(int kind) { return kind == kTable ? 1 : kind == kMinimums ? 4 : 2; }
+
 struct Part {
   const uint8_t* tiles;             // [ceil(rows / 16), tile_bytes], any alignment
   const int32_t* out_index;         // [rows] place of each row in the output, or null when row r goes to place r
   size_t tile_bytes;
   int rows, columns, groups;        // groups = ceil(columns / group_size)
   int bits, group_size;             // 2 3 4 5 6 8; 32 64 128
-  bool uniform;
+  int kind;                         // kTable, kZeros, kHalves, kMinimums
   uint8_t table[64];                // codebook + 128, repeated to 64 entries
 };
 

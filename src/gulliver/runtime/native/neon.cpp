@@ -90,7 +90,7 @@ inline void dots(const Block& weights, const int8_t* q, int32x4_t total[][kQuart
 }
 
 struct GroupScales {
-  float32x4_t scale[kQuarters];
+  float32x4_t scale[kQuarters], least[kQuarters];
   int32x4_t zero[kQuarters];
 };
 
@@ -103,9 +103,33 @@ inline void bytes_to_int(const uint8_t* bytes, int32x4_t out[kQuarters]) {
   out[3] = vreinterpretq_s32_u32(vmovl_u16(vget_high_u16(high)));
 }
 
+inline float32x4_t halves_to_float(const uint8_t* from) {
+  return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(from)));
+}
+
+// What stands beside the codes of group g.
+template <int kBits, int kKind>
+inline void sides_of(const Part& part, const uint8_t* scales, int g, GroupScales& group) {
+  constexpr bool kUniform = kKind != kTable;
+  const size_t all = size_t(kTileRows) * part.groups, at = size_t(kTileRows) * g;
+  if constexpr (kKind == kTable || kKind == kZeros) {
+    int32x4_t scale[kQuarters];
+    bytes_to_int(scales + at, scale);
+    for (int quarter = 0; quarter < kQuarters; quarter++) group.scale[quarter] = vcvtq_f32_s32(scale[quarter]);
+  }
+  if constexpr (kKind == kZeros) bytes_to_int(scales + all + at, group.zero);
+  for (int quarter = 0; quarter < kQuarters; quarter++) {
+    const size_t row = at + 4 * quarter;
+    if constexpr (kKind == kHalves || kKind == kMinimums) group.scale[quarter] = halves_to_float(scales + 2 * row);
+    if constexpr (kKind == kMinimums) group.least[quarter] = halves_to_float(scales + 2 * (all + row));
+    if constexpr (kKind != kZeros) group.zero[quarter] = vdupq_n_s32(kKind == kHalves ? 1 << (kBits - 1) : 0);
+    if constexpr (kUniform) group.zero[quarter] = vsubq_s32(group.zero[quarter], vdupq_n_s32(kShifted<kBits, kUniform>));
+  }
+}
+
 // One block of weights times kCount activations from number `first` on: added to sum[c][quarter].
-template <int kBits, bool kUniform, int kCount>
-inline void add_block(const Weights<kBits, kUniform>& weights, const GroupScales& group, const Activations& x, int first,
+template <int kBits, int kKind, int kCount>
+inline void add_block(const Weights<kBits, kKind != kTable>& weights, const GroupScales& group, const Activations& x, int first,
                       int block, float32x4_t sum[][kQuarters]) {
   int32x4_t total[kCount][kQuarters];
   dots<kCount>(weights, x.q + (size_t(block) * x.side + first) * kBlock, total);
@@ -114,41 +138,36 @@ inline void add_block(const Weights<kBits, kUniform>& weights, const GroupScales
     const float32x4_t by = vdupq_n_f32(x.scale[place]);
     for (int quarter = 0; quarter < kQuarters; quarter++) {
       int32x4_t dot = total[c][quarter];
-      if constexpr (kUniform) dot = vmlsq_s32(dot, group.zero[quarter], vdupq_n_s32(x.sum[place]));
-      const float32x4_t scaled = vmulq_f32(vcvtq_f32_s32(dot), group.scale[quarter]);
+      if constexpr (kKind != kTable) dot = vmlsq_s32(dot, group.zero[quarter], vdupq_n_s32(x.sum[place]));
+      float32x4_t scaled = vmulq_f32(vcvtq_f32_s32(dot), group.scale[quarter]);
+      if constexpr (kKind == kMinimums) scaled = vfmaq_n_f32(scaled, group.least[quarter], float(x.sum[place]));
       sum[c][quarter] = vfmaq_f32(sum[c][quarter], scaled, by);
     }
   }
 }
 
-template <int kBits, bool kUniform>
+template <int kBits, int kKind>
 void tile_product(const Part& part, const uint8_t* tile, const Activations& x, int batch, float32x4_t out[][kQuarters]) {
+  constexpr bool kUniform = kKind != kTable;
   uint8x16x4_t table;
   for (int n = 0; n < 4; n++) table.val[n] = vld1q_u8(part.table + 16 * n);
   const int blocks = part.group_size / kBlock;
   const size_t group_bytes = size_t(part.group_size) * kTileRows * kBits / 8;
   const uint8_t* scales = tile + group_bytes * part.groups;
-  const uint8_t* zeros = scales + size_t(kTileRows) * part.groups;
   for (int b = 0; b < batch; b++)
     for (int quarter = 0; quarter < kQuarters; quarter++) out[b][quarter] = vdupq_n_f32(0.0f);
   for (int g = 0; g < part.groups; g++) {
     GroupScales group;
-    int32x4_t scale[kQuarters];
-    bytes_to_int(scales + size_t(kTileRows) * g, scale);
-    for (int quarter = 0; quarter < kQuarters; quarter++) group.scale[quarter] = vcvtq_f32_s32(scale[quarter]);
-    if constexpr (kUniform) {
-      bytes_to_int(zeros + size_t(kTileRows) * g, group.zero);
-      for (auto& zero : group.zero) zero = vsubq_s32(zero, vdupq_n_s32(kShifted<kBits, kUniform>));
-    }
+    sides_of<kBits, kKind>(part, scales, g, group);
     for (int n = 0; n < blocks; n++) {
       const Weights<kBits, kUniform> weights(tile + g * group_bytes, part.group_size, n, table);
       const int at = g * blocks + n;
       int b = 0;
-      for (; b + kTogether <= batch; b += kTogether) add_block<kBits, kUniform, kTogether>(weights, group, x, b, at, out + b);
-      for (; b < batch; b++) add_block<kBits, kUniform, 1>(weights, group, x, b, at, out + b);
+      for (; b + kTogether <= batch; b += kTogether) add_block<kBits, kKind, kTogether>(weights, group, x, b, at, out + b);
+      for (; b < batch; b++) add_block<kBits, kKind, 1>(weights, group, x, b, at, out + b);
     }
   }
-  const uint8_t* factors = (kUniform ? zeros : scales) + size_t(kTileRows) * part.groups;
+  const uint8_t* factors = scales + size_t(kTileRows) * part.groups * side_bytes(kKind);
   for (int quarter = 0; quarter < kQuarters; quarter++) {
     const uint16x4_t bits = vreinterpret_u16_u8(vld1_u8(factors + 8 * quarter));
     const float32x4_t factor = vreinterpretq_f32_u32(vshll_n_u16(bits, 16));
@@ -164,26 +183,29 @@ void store(const Part& part, int row, const float32x4_t value[kQuarters], float*
   else for (int r = 0; r < rows; r++) line[part.out_index[row + r]] = lanes[r];
 }
 
-template <int kBits, bool kUniform>
+template <int kBits, int kKind>
 void product_of(const Part& part, int first, int last, const Activations& x, int batch, float* y, int y_stride) {
   float32x4_t out[kPanel][kQuarters];
   for (int t = first; t < last; t++) {
     const uint8_t* tile = part.tiles + size_t(t) * part.tile_bytes;
-    if (batch == 1) tile_product<kBits, kUniform>(part, tile, x, 1, out);  // a constant: the loops over activations vanish
-    else tile_product<kBits, kUniform>(part, tile, x, batch, out);
+    if (batch == 1) tile_product<kBits, kKind>(part, tile, x, 1, out);  // a constant: the loops over activations vanish
+    else tile_product<kBits, kKind>(part, tile, x, batch, out);
     for (int b = 0; b < batch; b++) store(part, t * kTileRows, out[b], y + size_t(b) * y_stride);
   }
 }
 
 void product(const Part& part, int first, int last, const Activations& x, int batch, float* y, int y_stride, Reading) {
   using Function = void (*)(const Part&, int, int, const Activations&, int, float*, int);
-  static constexpr Function of[2][9] = {
-      {nullptr, nullptr, product_of<2, false>, product_of<3, false>, product_of<4, false>, product_of<5, false>,
-       product_of<6, false>, nullptr, nullptr},
-      {nullptr, nullptr, product_of<2, true>, product_of<3, true>, product_of<4, true>, product_of<5, true>,
-       product_of<6, true>, nullptr, product_of<8, true>}};
+  static constexpr Function of[4][9] = {
+      {nullptr, nullptr, product_of<2, kTable>, product_of<3, kTable>, product_of<4, kTable>, product_of<5, kTable>,
+       product_of<6, kTable>, nullptr, nullptr},
+      {nullptr, nullptr, product_of<2, kZeros>, product_of<3, kZeros>, product_of<4, kZeros>, product_of<5, kZeros>,
+       product_of<6, kZeros>, nullptr, product_of<8, kZeros>},
+      {nullptr, nullptr, product_of<2, kHalves>, nullptr, product_of<4, kHalves>, product_of<5, kHalves>, nullptr, nullptr,
+       product_of<8, kHalves>},
+      {nullptr, nullptr, nullptr, nullptr, product_of<4, kMinimums>, product_of<5, kMinimums>}};
   for (int row = 0; row < batch; row += kPanel)
-    of[part.uniform][part.bits](part, first, last, x.from(row), batch - row < kPanel ? batch - row : kPanel, y + size_t(row) * y_stride, y_stride);
+    of[part.kind][part.bits](part, first, last, x.from(row), batch - row < kPanel ? batch - row : kPanel, y + size_t(row) * y_stride, y_stride);
 }
 
 float largest_of_block(const float* x) {

@@ -47,9 +47,9 @@ void values_of(const Part& part, const Codes& codes, const uint8_t* zeros, Block
   for (int row = 0; row < kTileRows; row++) {
     uint8_t line[kBlock];
     for (int k = 0; k < kBlock / 4; k++) std::memcpy(line + 4 * k, codes[k] + 4 * row, 4);
-    if (!part.uniform)
+    if (part.kind == kTable)
       for (int c = 0; c < kBlock; c++) line[c] = part.table[line[c]];
-    const int16_t zero = part.uniform ? zeros[row] : 128;
+    const int16_t zero = zeros ? zeros[row] : part.kind == kTable ? 128 : part.kind == kHalves ? 1 << (part.bits - 1) : 0;
     for (int c = 0; c < kBlock; c++) weights[row][c] = int16_t(line[c] - zero);
   }
 }
@@ -61,8 +61,8 @@ float factor_of(const uint8_t* bytes) {
   return factor;
 }
 
-// out[b][row] += scale * dot(weights of the row, activations b), for one block.
-void add_block(const Block& weights, const uint8_t* scales, const Activations& x, int batch, int block,
+// out[b][row] += scale * dot(weights of the row, activations b) + least * sum of the activations, for one block.
+void add_block(const Block& weights, const float* scales, const float* least, const Activations& x, int batch, int block,
                float out[][kTileRows]) {
   for (int b = 0; b < batch; b++) {
     const size_t place = size_t(block) * x.side + b;
@@ -71,8 +71,21 @@ void add_block(const Block& weights, const uint8_t* scales, const Activations& x
     for (int row = 0; row < kTileRows; row++) {
       int32_t dot = 0;
       for (int c = 0; c < kBlock; c++) dot += int32_t(weights[row][c]) * int32_t(q[c]);
-      out[b][row] += float(dot) * float(scales[row]) * x.scale[place];
+      out[b][row] += (float(dot) * scales[row] + least[row] * float(x.sum[place])) * x.scale[place];
     }
+  }
+}
+
+// The scales and minimums of a group, of all rows.
+void sides_of(const Part& part, const uint8_t* scales, int g, float* scale, float* least) {
+  const bool halves = part.kind == kHalves || part.kind == kMinimums;
+  for (int row = 0; row < kTileRows; row++) {
+    const size_t at = size_t(kTileRows) * g + row;
+    uint16_t half = 0, second = 0;
+    if (halves) std::memcpy(&half, scales + 2 * at, 2);
+    if (part.kind == kMinimums) std::memcpy(&second, scales + 2 * (size_t(kTileRows) * part.groups + at), 2);
+    scale[row] = halves ? half_to_float(half) : float(scales[at]);
+    least[row] = half_to_float(second);
   }
 }
 
@@ -83,15 +96,17 @@ void tile_product(const Part& part, const uint8_t* tile, const Activations& x, i
   const int blocks = part.group_size / kBlock;
   std::memset(out, 0, sizeof(float) * kTileRows * size_t(batch));
   for (int g = 0; g < part.groups; g++) {
+    float scale[kTileRows], least[kTileRows];
+    sides_of(part, scales, g, scale, least);
     for (int n = 0; n < blocks; n++) {
       Codes codes;
       Block weights;
       codes_of(tile + g * group_bytes, part.group_size, n, part.bits, codes);
-      values_of(part, codes, part.uniform ? zeros + size_t(kTileRows) * g : nullptr, weights);
-      add_block(weights, scales + size_t(kTileRows) * g, x, batch, g * blocks + n, out);
+      values_of(part, codes, part.kind == kZeros ? zeros + size_t(kTileRows) * g : nullptr, weights);
+      add_block(weights, scale, least, x, batch, g * blocks + n, out);
     }
   }
-  const uint8_t* factors = (part.uniform ? zeros : scales) + size_t(kTileRows) * part.groups;
+  const uint8_t* factors = scales + size_t(kTileRows) * part.groups * side_bytes(part.kind);
   for (int row = 0; row < kTileRows; row++)
     for (int b = 0; b < batch; b++) out[b][row] *= factor_of(factors + 2 * row);
 }

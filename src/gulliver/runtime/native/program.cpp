@@ -34,11 +34,17 @@ void unpack_row(const Part& part, int row, float* out) {
   const int lane = row % kTileRows, low_bits = part.bits >= 4 ? (part.bits == 8 ? 8 : 4) : 2, high_bits = part.bits - low_bits;
   const size_t group_bytes = size_t(part.group_size) * kTileRows * part.bits / 8;
   const uint8_t* scales = tile + group_bytes * part.groups;
-  const uint8_t* zeros = scales + kTileRows * part.groups;
-  const uint8_t* factors = part.uniform ? zeros + kTileRows * part.groups : zeros;
+  const bool halves = part.kind == kHalves || part.kind == kMinimums;
+  const uint8_t* second = scales + size_t(kTileRows) * part.groups * (halves ? 2 : 1);   // zero points or minimums
+  const uint8_t* factors = scales + size_t(kTileRows) * part.groups * side_bytes(part.kind);
   const uint32_t bits = uint32_t(factors[2 * lane] | factors[2 * lane + 1] << 8) << 16;
   float factor;
   std::memcpy(&factor, &bits, 4);
+  auto half_at = [&](const uint8_t* from, int g) {
+    uint16_t half;
+    std::memcpy(&half, from + 2 * (size_t(kTileRows) * g + lane), 2);
+    return half_to_float(half);
+  };
   auto field = [&](const uint8_t* plane, int width, int column) {
     const int in_chunk = 32 / width, chunk = column / in_chunk, at = column % in_chunk;
     return plane[64 * chunk + 4 * lane + at % 4] >> (width * (at / 4)) & ((1 << width) - 1);
@@ -46,12 +52,13 @@ void unpack_row(const Part& part, int row, float* out) {
   for (int g = 0, column = 0; g < part.groups; g++) {
     const uint8_t* group = tile + g * group_bytes;
     const uint8_t* high = group + size_t(part.group_size) * kTileRows * low_bits / 8;
-    const float scale = factor * float(scales[kTileRows * g + lane]);
-    const int zero = part.uniform ? zeros[kTileRows * g + lane] : 128;
+    const float scale = factor * (halves ? half_at(scales, g) : float(scales[kTileRows * g + lane]));
+    const int zero = part.kind == kZeros ? second[kTileRows * g + lane] : part.kind == kTable ? 128 : part.kind == kHalves ? 1 << (part.bits - 1) : 0;
+    const float least = part.kind == kMinimums ? factor * half_at(second, g) : 0.0f;
     for (int i = 0; i < part.group_size && column < part.columns; i++, column++) {
       int code = field(group, low_bits, i);
       if (high_bits) code |= field(high, high_bits, i) << low_bits;
-      out[column] = scale * float((part.uniform ? code : part.table[code]) - zero);
+      out[column] = scale * float((part.kind == kTable ? part.table[code] : code) - zero) + least;
     }
   }
 }

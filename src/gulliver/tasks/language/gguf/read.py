@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
 
 from gulliver.core.errors import ArtifactError
+from gulliver.core.records import PackedPart, PackedWeight, Packing
 from gulliver.nets.weights import empty_parameters
+from gulliver.runtime.formats import ALIGNMENT, TILE_ROWS, Format
 from gulliver.runtime.packing import order_of_use
 from gulliver.runtime.shards import write_tensors
 from gulliver.tasks.family import Converted
@@ -35,8 +38,9 @@ from gulliver.tasks.language.gguf.config import (
     checked,
     rope_factor_tensors,
 )
-from gulliver.tasks.language.gguf.decode import decode, dtype_of
+from gulliver.tasks.language.gguf.decode import decode, dtype_of, not_finite, raw_blocks
 from gulliver.tasks.language.gguf.header import Header, TensorInfo
+from gulliver.tasks.language.gguf.kept import format_of, holds, keep
 from gulliver.tasks.language.gguf.tokenizer import write_tokenizer
 from gulliver.tasks.text.network import write_config
 
@@ -57,14 +61,12 @@ def convert_gguf(path: Path, folder: Path) -> Converted:
     options["rope_parameters"] = _with_factors(header, options["rope_parameters"])
     options |= write_tokenizer(header, folder)
     network = _empty(header, options)
-    places = {place.name: place for place in _places(header, network, row)}
+    places = list(_places(header, network, row))
     largest = Counter[torch.dtype]()
-    for place in places.values():
+    for place in places:
         largest[place.dtype] += math.prod(place.shape)
     write_config(network.config, folder, largest.most_common(1)[0][0])
-    rows = {name: (places[name].dtype, places[name].shape) for name in sorted(places, key=order_of_use)}
-    with open(folder / "model.safetensors", "wb") as stream:
-        write_tensors(stream, rows, ((name, places[name].read(network.config)) for name in rows), alignment=64)
+    _write_weights(places, folder)
     sizes = Counter[str]()
     for tensor in header.tensors.values():
         sizes[tensor.type.name] += tensor.length
@@ -75,6 +77,35 @@ def convert_gguf(path: Path, folder: Path) -> Converted:
         weights=sum(parameter.numel() for parameter in network.parameters()),
         note=note,
     )
+
+
+def _write_weights(places: Sequence[Place], folder: Path) -> None:
+    """model.safetensors, and packing.json where weights stay packed; one tensor is in memory at a time."""
+    order = sorted(places, key=lambda place: order_of_use(place.name))
+    kept = {place.name: fmt for place in order if (fmt := place.kept_as()) is not None}
+    packing = {
+        place.name: PackedWeight(
+            shape=place.shape, parts=(PackedPart(format=kept[place.name].name, rows=place.shape[0]),), inputs=None
+        )
+        for place in order
+        if place.name in kept
+    }
+    rows: dict[str, tuple[torch.dtype, Sequence[int]]] = {}
+    for place in sorted(order, key=lambda place: place.name not in kept):
+        if place.name in kept:
+            columns = math.prod(place.shape[1:])
+            size = (-(-place.shape[0] // TILE_ROWS), kept[place.name].tile_bytes(columns))
+            rows[f"{place.name}.tiles.0"] = (torch.uint8, size)
+        else:
+            rows[place.name] = (place.dtype, place.shape)
+    tensors = (
+        (f"{place.name}.tiles.0", place.tiles()) if place.name in kept else (place.name, place.read())
+        for place in order
+    )
+    with open(folder / "model.safetensors", "wb") as stream:
+        write_tensors(stream, rows, tensors, alignment=ALIGNMENT)
+    if packing:
+        Packing(tensors=packing).write(folder)
 
 
 def name_of(header: Header) -> str | None:
@@ -159,7 +190,31 @@ class Place:
         found = {dtype_of(source) for source in self.sources}
         return torch.float32 if self.offset or len(found) > 1 else found.pop()
 
-    def read(self, config: Any) -> Tensor:
+    def kept_as(self) -> Format | None:
+        """The format in which the weight stays packed; None where it cannot.
+
+        Experts are rows of a tile, so a number of them that fills no tile would grow.
+        """
+        kinds = {source.type for source in self.sources}
+        few = len(self.shape) > 2 and self.shape[0] % TILE_ROWS
+        if len(kinds) > 1 or len(self.shape) < 2 or self.turned or self.offset or few:
+            return None
+        (kind,) = kinds
+        return format_of(kind) if all(holds(kind, raw_blocks(source)) for source in self.sources) else None
+
+    def tiles(self) -> Tensor:
+        """The packed weight, uint8 [tiles, bytes of one]."""
+        count, kind = self.shape[0], self.sources[0].type
+        parts = [raw_blocks(source).reshape(count, -1) for source in self.sources]
+        blocks = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        if self.heads:
+            blocks = unpermute(torch.from_numpy(np.array(blocks)), self.heads).numpy()
+        try:
+            return keep(kind, blocks, math.prod(self.shape[1:]))
+        except ValueError:
+            raise not_finite(self.sources[0]) from None
+
+    def read(self) -> Tensor:
         """The parameter's values [rows, …], of its shape and dtype."""
         parts = [decode(source, self.dtype) for source in self.sources]
         if len(parts) == 2:

@@ -34,6 +34,7 @@ from gulliver.core.records import Origin
 from gulliver.core.store.artifact import Artifact
 from gulliver.nets.weights import canonical_names
 from gulliver.runtime import reference
+from gulliver.runtime.formats import KEPT_BITS
 from gulliver.runtime.network import load_network
 from gulliver.runtime.packed import PackedTensor
 from gulliver.tasks.language.gguf.architectures import Architecture, architecture_of, permute
@@ -181,9 +182,9 @@ def exact_type(tensor: PackedTensor | Tensor) -> Type:
     """The smallest GGUF type that holds a weight [rows, columns] bit for bit."""
     values = _values(tensor)
     if isinstance(tensor, PackedTensor) and tensor.shape[1] % BLOCK == 0:
-        levels, scales = blocks_of(tensor)
+        blocks = blocks_of(tensor)
         for kind in BLOCK_TYPES:
-            stored = encode_blocks(levels, scales, kind)
+            stored = encode_blocks(*blocks, kind)
             if stored is not None and np.array_equal(gguf.dequantize(stored, kind), values):
                 return kind
     exact = torch.from_numpy(values)
@@ -198,33 +199,49 @@ def _values(tensor: PackedTensor | Tensor) -> np.ndarray:
     return (tensor.dequantize() if isinstance(tensor, PackedTensor) else tensor.float()).numpy()
 
 
-def blocks_of(tensor: PackedTensor) -> tuple[np.ndarray, np.ndarray]:
-    """A packed weight's levels int16 [rows, columns] and scales float32 [rows, columns / 32]; values are products."""
+def blocks_of(tensor: PackedTensor) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """A packed weight's levels int16 [rows, columns], scales and minimums float32 [rows, columns / 32].
+
+    Values are the products of the first two, plus the minimum where there are minimums.
+    """
     rows, columns = tensor.shape
     levels, scales = torch.empty(rows, columns, dtype=torch.int16), torch.empty(rows, columns // BLOCK)
+    least = torch.zeros(rows, columns // BLOCK) if any(part.minimums is not None for part in tensor.parts) else None
     for index, part in enumerate(tensor.parts):
         where = slice(None) if tensor.row_part is None else tensor.row_part == index
         group = torch.arange(0, columns, BLOCK) // part.format.group_size
         scales[where] = (part.factors.float()[:, None] * part.scales.float())[:, group]
         if part.codebook is not None:
             levels[where] = part.codebook.to(torch.int16)[part.codes.int()]
+        elif part.format.kind in KEPT_BITS:
+            levels[where] = part.codes.to(torch.int16) - (part.format.levels // 2 if part.minimums is None else 0)
+            if least is not None and part.minimums is not None:
+                least[where] = (part.factors.float()[:, None] * part.minimums.float())[:, group]
         else:
             assert part.zeros is not None
             levels[where] = part.codes.to(torch.int16) - part.zeros.to(torch.int16)[:, part.group_of_column]
-    return levels.numpy(), scales.numpy()
+    return levels.numpy(), scales.numpy(), None if least is None else least.numpy()
 
 
-def encode_blocks(levels: np.ndarray, scales: np.ndarray, kind: Type) -> np.ndarray | None:
-    """uint8 [rows, bytes] of a type of BLOCK_TYPES with these levels and scales; None when a number does not fit it."""
+def encode_blocks(levels: np.ndarray, scales: np.ndarray, minimums: np.ndarray | None, kind: Type) -> np.ndarray | None:
+    """uint8 [rows, bytes] of a type of BLOCK_TYPES with these levels and scales [rows, …]; None when one does not fit.
+
+    With minimums, levels are codes from 0 on.
+    """
     bits, zero = BLOCK_TYPES[kind]
     blocks = levels.reshape(-1, BLOCK)
     low = blocks.min(1) if zero == 0 else np.full(len(blocks), -zero, np.int16)
+    if minimums is not None:
+        if zero:
+            return None
+        low = np.zeros(len(blocks), np.int16)
     if blocks.min() < low.min() or (blocks.max(1) - low >= 1 << bits).any():
         return None
     exact = np.where(blocks.any(1), scales.reshape(-1), 0)
+    wanted = exact * low if minimums is None else minimums.reshape(-1)
     with np.errstate(over="ignore"):
-        scale, least = exact.astype(np.float16), (exact * low).astype(np.float16)
-    if (scale != exact).any() or (zero == 0 and (least != exact * low).any()):
+        scale, least = exact.astype(np.float16), wanted.astype(np.float16)
+    if (scale != exact).any() or (zero == 0 and (least != wanted).any()):
         return None
     head = [scale[:, None].view(np.uint8)]
     if kind == Type.Q8_0:
