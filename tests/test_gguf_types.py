@@ -1,4 +1,4 @@
-"""Tensor types of GGUF files: values to the last bit, kept packed where tiles hold them, with their own precision else."""
+"""Tensor types of GGUF files: values to the last bit, packed where tiles hold them, with their own precision else."""
 
 from __future__ import annotations
 
@@ -77,17 +77,13 @@ def test_every_type_is_decoded(tmp_path, number):
         blocks[:, :4] = 56
     found = decode(info(tmp_path / "weight", number, blocks, (6, 256)), torch.float32)
     if number in (41, 42):
-        scales = half.view(np.float16).astype(np.float32)
         levels = [
             [(byte >> at & 1) * 2 - 1 for byte in row for at in range(8)]
             if number == 41
             else [(byte >> at & 3) - 1 for byte in row for at in (0, 2, 4, 6)]
             for row in blocks[:, 2:].tolist()
         ]
-        for row in blocks[:0]:
-            raise AssertionError(row)
         wanted = np.array(levels, np.float32) * np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
-        assert scales.shape == (len(blocks), 1)
     elif kind.name.startswith("I") and kind.block == 1:
         return
     elif kind.name == "F64":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,9 @@ def serve(options: ServeOptions, session: Session) -> tuple[Any, list[str]]:
     return {"served": [model.name for model in models]}, ["stopped"]
 
 
+ID = re.compile(r"[0-9a-f]{6,64}")
+
+
 def named_models(specs: Sequence[str]) -> list[tuple[str, str]]:
     """(name, model) of each argument: NAME=MODEL, or MODEL under the last part of what it is called.
 
@@ -53,7 +57,8 @@ def named_models(specs: Sequence[str]) -> list[tuple[str, str]]:
         if not sign:
             model = spec
             name = Path(spec).resolve().name if Path(spec).exists() else spec.rstrip("/").rpartition("/")[2]
-            name = name.removeprefix("catalog:").removeprefix("hf:").removesuffix(".gguf")
+            name = name.removeprefix("catalog:").removeprefix("hf:")
+            name = name[:-5] if name.lower().endswith(".gguf") else name
         if not name or not model:
             raise ConfigError(f"{spec!r} names no model; write MODEL or NAME=MODEL")
         if any(name == other for other, _ in found):
@@ -69,8 +74,10 @@ def opened(name: str, spec: str, options: ServeOptions, session: Session) -> Any
     from gulliver.serve.state import ServedModel
 
     how = opening(options, slots=options.slots, cache_tokens=options.cache_tokens, queue=options.queue)
-    answerer = open_answerer(spec, how, store=lambda: session.store, name=name, progress=session.progress)
+    given = None if name == spec and ID.fullmatch(name) else name  # an id is no name where the model has one
+    answerer = open_answerer(spec, how, store=lambda: session.store, name=given, progress=session.progress)
     folder = answerer.folder
+    name = answerer.name if given is None and answerer.name != folder.name else name
     artifact = open_artifact(folder) if (folder / MANIFEST).is_file() else None
     return ServedModel(
         name=name,

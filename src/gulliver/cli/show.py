@@ -26,7 +26,7 @@ def show(options: OneArtifact, session: Session) -> tuple[Any, list[str]]:
 
     document = show(options.id, store=session.store)
     lines = [
-        f"{document['kind']} {document['id']}",
+        " ".join(filter(None, (document["kind"], document["name"], document["id"]))),
         f"task {document['task']}, made by {document['step']['name']} version {document['step']['version']}",
         f"folder {document['path']}, {megabytes(document['weight_bytes'])} of weights",
         "",

@@ -14,6 +14,7 @@ from gulliver.core.store import artifact as artifacts
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import named_path
 from gulliver.core.store.store import Store
+from gulliver.pipeline.ask import own_name
 from gulliver.pipeline.call import Call, call
 from gulliver.pipeline.resolve import check_data, data_for, original, resolve_any, resolve_inputs, resolve_model
 from gulliver.pipeline.steps import fields_of, find
@@ -106,6 +107,7 @@ def show(spec: str | Path | Artifact, *, home: Path | str | None = None, store: 
     lineage = store.lineage(found.id)
     return {
         **lineage[0],
+        "name": own_name(found.path),
         "path": str(found.path),
         "weight_bytes": found.weight_bytes,
         "lineage": [{key: value for key, value in row.items() if key not in _LONG} for row in lineage],

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
 from gulliver.core.progress import Progress
+from gulliver.core.records import Origin
 from gulliver.core.store.artifact import MANIFEST, Artifact, open_artifact
 from gulliver.core.store.files import named_path
+from gulliver.core.store.manifest import read_json
 from gulliver.nets.selection import select
 from gulliver.runtime.packing import is_packed
 from gulliver.tasks import detect_task, family, open_model, rewriter
@@ -56,14 +58,23 @@ def open_answerer(
         if progress is not None and (told := select(folder).told()):
             progress.print(f"{folder.name}: {told}")
         try:
-            return open_model(folder, task, name or folder.name, options)
+            return open_model(folder, task, name or own_name(folder) or folder.name, options)
         except ArtifactError:
             if (folder / MANIFEST).is_file() or is_packed(folder):
                 raise
             # An older checkpoint, whose names `pull` translates, or a damaged one, of which it says what is wrong.
     folder, task = resolved(spec, store, progress)
     _check(spec, task, can)
-    return open_model(folder, task, name or folder.name, options)
+    return open_model(folder, task, name or own_name(folder) or folder.name, options)
+
+
+def own_name(folder: Path) -> str | None:
+    """What the file that the model in `folder` was pulled from calls it, without spaces; None when it does not say."""
+    if not (folder / Origin.file).is_file():
+        return None
+    found = read_json((folder / Origin.file).read_bytes(), Origin.file)
+    name = found.get("name") if isinstance(found, dict) else None
+    return "-".join(name.split()) if isinstance(name, str) else None
 
 
 def resolved(spec: Spec, store: Callable[[], Store], progress: Progress | None = None) -> tuple[Path, str]:

@@ -134,7 +134,7 @@ def gather(
     judged = tuple(dict.fromkeys([*verdicts, *told.verdicts]))
     origin, origin_id = _origin(manifests, store)
     return ReportData(
-        title=_called(origin.source) if origin is not None else short_id(model.id),
+        title=origin.name or _called(origin.source) if origin is not None else short_id(model.id),
         artifact_id=model.id,
         task=model.task,
         step=str(model.step["name"]),

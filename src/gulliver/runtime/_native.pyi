@@ -26,7 +26,8 @@ def product(
     minimums: bool | None = None,
 ) -> None:
     """
-    y[b, row] = the packed part times x[b], with x rounded to int8 blocks of 32; for tests. Kept blocks say whether they have minimums.
+    y[b, row] = the packed part times x[b], with x rounded to int8 blocks of 32; for tests.
+    Kept blocks say whether they have minimums.
     """
 
 class Native:

@@ -256,7 +256,7 @@ NB_MODULE(_native, m) {
   }, "(name, whether it runs here, why) of every instruction set, best first.");
   m.def("product", &product, "isa"_a, "tiles"_a, "rows"_a, "columns"_a, "bits"_a, "group_size"_a, "codebook"_a.none(), "x"_a, "y"_a,
         "minimums"_a = nb::none(),
-        "y[b, row] = the packed part times x[b], with x rounded to int8 blocks of 32; for tests. Kept blocks say whether they have minimums.");
+        "y[b, row] = the packed part times x[b], with x rounded to int8 blocks of 32; for tests.\nKept blocks say whether they have minimums.");
   nb::class_<Native>(m, "Native", "A decoder lowered to native code.")
       .def("__init__", [](Native* self, int hidden, int heads, int kv_heads, int head_dim, int intermediate, int vocabulary,
                           int positions, float epsilon, float attention_scale, float embedding_scale, bool gelu,
