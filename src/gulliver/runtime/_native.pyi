@@ -67,6 +67,15 @@ class Native:
         part_of_row: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order="C", device="cpu", writable=False)]
         | None,
     ) -> int: ...
+    def kept(
+        self,
+        tiles: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+        rows: int,
+        columns: int,
+        bits: int,
+        group_size: int,
+        minimums: bool,
+    ) -> int: ...
     def plain(
         self,
         data: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order="C", device="cpu", writable=False)],
