@@ -70,7 +70,10 @@ class Watch(TorchFunctionMode):
         reader = READERS.get(func)
         if reader is None or not isinstance(output, Tensor):
             return output
-        call = reader(self._find, *args, **(kwargs or {}))
+        try:
+            call = reader(self._find, *args, **(kwargs or {}))
+        except (TypeError, ValueError):  # arguments under names that no reader knows: as if it were no product
+            call = None
         product = self._product(call) if call is not None else None
         changed = self._seen(product, output) if product is not None else None
         return output if changed is None else changed
@@ -133,7 +136,9 @@ def _reversed(find: Find, right: Tensor, left: Tensor) -> Call | None:
     return _matmul(find, left, right)
 
 
-def _added(find: Find, input: Any, left: Tensor, right: Tensor, **options: Any) -> Call | None:
+def _added(find: Find, input: Any, *factors: Tensor, **options: Any) -> Call | None:
+    named = [options[name] for name in ("mat1", "batch1", "mat2", "batch2") if name in options]
+    left, right = (*factors, *named)
     return _matmul(find, left, right)
 
 

@@ -96,7 +96,7 @@ class Stream:
     def head(self, x: Tensor, index: int) -> Tensor:
         """Logits [batch, tokens, vocab] (or last hidden states, without a head) from the last layer's output.
 
-        `x` may hold fewer positions than the batch; which does not matter here.
+        `x` may hold other positions than the batch: which they are does not matter here.
         """
 
         def passing(*args: Any, **kwargs: Any) -> Any:
@@ -106,7 +106,10 @@ class Stream:
         stubs[self.layers[-1]] = lambda *args, **kwargs: self._like_layer(x)
         stubs |= {self.outside[name]: _stand_in(name, self.outside[name]) for name in self.before - self.after}
         with _patched(stubs):
-            output = self._run({name: part[:, : x.shape[1]] for name, part in self.batches[index].items()})
+            batch = self.batches[index]
+            if batch["tokens"].shape != x.shape[:2]:
+                batch = {"tokens": torch.zeros(x.shape[:2], dtype=torch.int64)}
+            output = self._run(batch)
         logits = getattr(output, "logits", None)
         return output.last_hidden_state if logits is None else logits
 
