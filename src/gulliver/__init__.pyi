@@ -31,7 +31,7 @@ def pull(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Artifact:
-    """bring a model in: catalog:NAME, hf:ORG/NAME, a local folder or a .gguf file"""
+    """bring a model in: catalog:NAME, hf:ORG/NAME, a local folder or a GGUF file"""
 
 def read(
     data: str,
