@@ -8,7 +8,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader, dequantize, quantize
 from gguf_files import CASES, network, stored_tensors, write_file
-from gguf_samples import exported
+from gguf_samples import NETWORKS, TEXT, exported, model_folder, sentence_piece
 from safetensors.torch import load_file
 
 from gulliver.core.progress import Progress
@@ -17,10 +17,12 @@ from gulliver.pipeline.call import call
 from gulliver.runtime.packed import unpack
 from gulliver.runtime.packing import read_packing
 from gulliver.runtime.reference import read_tensors
+from gulliver.tasks import get_task
 from gulliver.tasks.language.gguf.decode import decode
 from gulliver.tasks.language.gguf.header import TYPES, TensorInfo
 from gulliver.tasks.language.gguf.kept import format_of, holds, keep
 from gulliver.tasks.language.gguf.read import convert_gguf
+from gulliver.tasks.text.tokenizer import load_tokenizer
 
 KEPT = [Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0]
 OTHERS = [Type.F32, Type.F16, Type.BF16]
@@ -135,3 +137,19 @@ def test_what_was_kept_is_exported_as_it_came(tmp_path, kind):
 def test_every_stored_tensor_has_a_name_of_its_own():
     names = [name for name, _ in stored_tensors(network(CASES["lfm 2 moe"]), CASES["lfm 2 moe"])]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_we_export_can_be_pulled_again(tmp_path, name):
+    model_type, options = NETWORKS[name]
+    tokenizer = sentence_piece() if model_type == "gemma3_text" else None
+    source = model_folder(tmp_path / "source", model_type, tokenizer, **options)
+    store = Store(tmp_path / "home")
+    file = exported(store, source).file("model.gguf")
+    again = call("pull", {"source": str(file)}, {}, store=store, progress=Progress(quiet=True))
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        wanted, got = (get_task("language").load(one)(input_ids=tokens).logits for one in (source, again.path))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+    before, after = load_tokenizer(source), load_tokenizer(again.path)
+    assert after(TEXT)["input_ids"] == before(TEXT)["input_ids"]
