@@ -159,7 +159,8 @@ def _evidence(
             raise DataError(f"task {task!r} has no items to score")
         hashes, scores = [one for one, _ in items], [score for _, score in items]
         data_hash = hashlib.sha256("\n".join([task, metric, *hashes]).encode()).hexdigest()
-        about: dict[str, Any] = {"n": len(items), "data_hash": data_hash, "detail": {"task": task, "metric": metric}}
+        detail = {"data": f"{task}, {metric}", "task": task, "metric": metric}
+        about: dict[str, Any] = {"n": len(items), "data_hash": data_hash, "detail": detail}
         found.append(measured("task_score", *_share(scores), **about))
         if theirs is not None:
             assert [one for one, _ in theirs[metric]] == hashes, f"{task}: model and parent were asked other items"

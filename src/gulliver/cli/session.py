@@ -75,7 +75,9 @@ def evidence_table(evidence: list[dict[str, Any]]) -> list[str]:
     rows = [("metric", "value", "95 % interval", "unit", "n")]
     for item in evidence:
         value, low, high = (_number(item[name]) for name in ("value", "low", "high"))
-        rows.append((item["metric"], value, f"{low} … {high}", item["unit"], str(item["n"])))
+        about = item["detail"].get("data")
+        name = f"{item['metric']} ({about})" if about else item["metric"]
+        rows.append((name, value, f"{low} … {high}", item["unit"], str(item["n"])))
     return table(rows)
 
 

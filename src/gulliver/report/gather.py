@@ -148,7 +148,7 @@ def gather(
         fit=told.model_copy(update={"memory": tuple(memory) or told.memory, "verdicts": judged}),
         manifests=tuple(manifests),
         machine=kept(store.home),
-        data_names=_data_names(store, {row.data_hash for row in evidence}),
+        data_names=_data_names(store, evidence),
         others=tuple(others),
         origin=origin,
         origin_id=origin_id,
@@ -214,9 +214,10 @@ def _same_formats(planned: TensorBits | None, held: TensorBits) -> TensorBits:
     return planned
 
 
-def _data_names(store: Store, hashes: set[str]) -> dict[str, str]:
-    """Names of the measured data, from the data sets of the store that hold files with these hashes."""
-    names = {}
+def _data_names(store: Store, evidence: Sequence[Evidence]) -> dict[str, str]:
+    """Names of the measured data: as the evidence says, or from the data sets that hold files with these hashes."""
+    names = {row.data_hash: str(row.detail["data"]) for row in evidence if "data" in row.detail}
+    hashes = {row.data_hash for row in evidence}
     for found in store.artifacts():
         own = {entry.sha256 for entry in found.files.values()} & hashes if found.kind == "dataset" else set()
         source = found.config.get("eval_data") or found.config.get("data") or found.config.get("source")
