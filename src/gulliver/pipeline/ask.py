@@ -18,7 +18,7 @@ from gulliver.core.store.files import named_path
 from gulliver.core.store.manifest import read_json
 from gulliver.nets.selection import select
 from gulliver.runtime.packing import is_packed
-from gulliver.tasks import detect_task, family, open_model, rewriter
+from gulliver.tasks import detect_task, family, foreign_files, open_model, rewriter
 from gulliver.tasks.answerer import Answerer, Can, OpenOptions
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ def local_folder(spec: Spec) -> tuple[Path, str] | None:
         return _of_artifact(spec, spec.id[:12])
     path = named_path(spec)
     if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
+        foreign_files(path)  # one that cannot be converted is refused here, before the store is imported
         return None
     if (path / MANIFEST).is_file():
         return _of_artifact(open_artifact(path), spec)
