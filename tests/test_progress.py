@@ -107,3 +107,10 @@ def test_time_left_is_what_the_pace_says(monkeypatch: pytest.MonkeyPatch) -> Non
     assert bar.left == ", 1:30:00 left"
     bar.done = 0
     assert bar.left == ""
+
+
+def test_time_left_counts_what_units_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    bar = Bar(Progress(quiet=True), "calibrate", 3, "block", costs=(1.0, 2.0, 7.0), started=0.0)
+    monkeypatch.setattr(progress_file, "time", SimpleNamespace(monotonic=lambda: 30.0))
+    bar.done = 2
+    assert bar.left == ", 1:10 left"

@@ -34,6 +34,9 @@ from gulliver.runtime.streamed import filled, narrow_weights
 from gulliver.tasks import get_task, same_examples
 from gulliver.tasks.base import Batch, Block, Task, packed_names
 
+LOOKED_UP = 0.02
+"""What it costs to look a parameter up, as a share of multiplying by it, about."""
+
 TOLD = 8
 """Lines at most about weights that no data reached; the report lists them all."""
 
@@ -119,7 +122,8 @@ def _sensitivity(
     Leaves `gradient-NNNN.safetensors` in the scratch folder for every block, from the last to the first, and resumes.
     """
     names, narrow = packed_names(blocks), narrow_weights(network)
-    with ctx.progress.stage("sensitivity", total=len(blocks), unit="block") as bar:
+    costs = _costs(network, blocks)[::-1]
+    with ctx.progress.stage("sensitivity", total=len(blocks), unit="block", costs=costs) as bar:
         for number, block in reversed(list(enumerate(blocks))):
             path = ctx.work / f"gradient-{number:04}.safetensors"
             if not path.is_file():
@@ -198,7 +202,8 @@ def _stream(
     start = done[-1] + 1 if done else 0
     for stale in ctx.work.glob("*.tmp-*"):
         shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink()
-    with ctx.progress.stage("calibrate", total=len(blocks) - start, unit="block") as bar:
+    costs = _costs(network, blocks)[start:]
+    with ctx.progress.stage("calibrate", total=len(blocks) - start, unit="block", costs=costs) as bar:
         for number in range(start, len(blocks)):
             block = blocks[number]
             before = _after(ctx.work, number - 1) if number else None
@@ -223,6 +228,13 @@ def _stream(
 def _half(wanted: bool) -> AbstractContextManager[Any]:
     """Products in bfloat16 where it is wanted. A new one for each block: it keeps cast weights."""
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=wanted)
+
+
+def _costs(network: nn.Module, blocks: list[Block]) -> list[float]:
+    """How long each block takes, in products: as many as it has parameters, but for the first, which looks them up."""
+    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    products = [sum(size for name, size in sizes.items() if name.startswith(block.prefixes)) for block in blocks]
+    return [products[0] * LOOKED_UP, *map(float, products[1:])]
 
 
 def _pass(block: Block, batches: list[Batch], before: Path | None, moments: Moments, work: Path) -> Path:

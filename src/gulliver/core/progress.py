@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -32,9 +32,14 @@ class Progress:
         self._bars: Any = None
 
     @contextlib.contextmanager
-    def stage(self, name: str, total: int | None = None, unit: str = "step") -> Iterator[Bar]:
-        """One stage of `total` units (None when unknown). Stages may be nested; the inner is shown below."""
-        bar = Bar(self, name, total, unit)
+    def stage(
+        self, name: str, total: int | None = None, unit: str = "step", costs: Sequence[float] = ()
+    ) -> Iterator[Bar]:
+        """One stage of `total` units (None when unknown). Stages may be nested; the inner is shown below.
+
+        `costs`: about how long each unit takes in its turn, in any measure, where they are not alike.
+        """
+        bar = Bar(self, name, total, unit, costs=costs)
         self.sample(name, force=True)
         self._open += 1
         if not self._quiet and self._stream.isatty():
@@ -94,6 +99,7 @@ class Bar:
     name: str
     total: int | None
     unit: str
+    costs: Sequence[float] = ()
     done: int = 0
     row: Any = None
     started: float = field(default_factory=time.monotonic)
@@ -114,8 +120,11 @@ class Bar:
         """ ", 0:42 left" once it can be told."""
         if self.total is None or not 0 < self.done <= self.total:
             return ""
+        spent, ahead = float(self.done), float(self.total - self.done)
+        if self.costs:
+            spent, ahead = sum(self.costs[: self.done]), sum(self.costs[self.done :])
         seconds = time.monotonic() - self.started
-        return f", {_clock(seconds / self.done * (self.total - self.done))} left"
+        return f", {_clock(seconds * ahead / spent)} left" if spent > 0 else ""
 
 
 def _rich_bars(stream: TextIO) -> Any:
