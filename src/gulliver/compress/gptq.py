@@ -18,6 +18,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gulliver.compress.kquant import Solver, nested_order, round_blocks
+from gulliver.runtime.blocks import BlockRows
 from gulliver.runtime.formats import Format
 from gulliver.runtime.grid import (
     Grid,
@@ -35,8 +37,6 @@ DAMPING = 0.02
 CHUNK_ROWS = 8192
 """Rows that are rounded at once, and of which float32 copies are in memory."""
 CODEBOOK_ROWS = 65_536
-Solver = tuple[Tensor, Tensor]
-"""The order of the columns, and L: what errors are passed on with."""
 
 
 def codebook_of(weight: Tensor, fmt: Format, moment: Tensor | None) -> Tensor:
@@ -61,28 +61,31 @@ def quantize_matrix(
     moment: Tensor | None,
     *,
     gptq: bool = True,
-    kept: dict[int, Solver] | None = None,
+    kept: dict[tuple[int, int], Solver] | None = None,
     codebook: Tensor | None = None,
-) -> RowGroup:
+) -> RowGroup | BlockRows:
     """Quantize weight [rows, columns]; `moment` is H [columns, columns], its diagonal [columns], or None.
 
-    `kept` holds what the last call with the same moment computed from it, by group size, and is given this one's.
+    `kept` holds what the last call with the same moment computed from it, by `Format.nesting`, and is given this one's.
     `codebook`: the values that codes stand for; learned from the weight where none is given and the format has one.
     Without a full H, or with `gptq=False`, codes are the nearest on grids fitted with diag(H) as importance.
     """
     rows, columns = weight.shape
     importance = _importance(moment, columns)
+    solver, kept = None, {} if kept is None else kept
+    if moment is not None and moment.dim() == 2 and gptq:
+        if fmt.nesting not in kept:
+            kept.clear()  # so that one is in memory
+            order = nested_order(importance, fmt) if fmt.block else column_order(importance, fmt.group_size)
+            kept[fmt.nesting] = order, feedback(moment, order)
+        solver = kept[fmt.nesting]
+    if fmt.block is not None:
+        some = (weight[start : start + CHUNK_ROWS].float() for start in range(0, rows, CHUNK_ROWS))
+        return BlockRows(fmt, torch.cat([round_blocks(part, fmt, importance, solver).blocks for part in some]))
     weights_of_group = as_groups(importance[None], fmt)[0]
     lookup = None
     if fmt.kind == "codebook":
         lookup = Lookup(codebook_of(weight, fmt, moment) if codebook is None else codebook)
-    solver, kept = None, {} if kept is None else kept
-    if moment is not None and moment.dim() == 2 and gptq:
-        if fmt.group_size not in kept:
-            kept.clear()  # so that one is in memory
-            order = column_order(importance, fmt.group_size)
-            kept[fmt.group_size] = order, feedback(moment, order)
-        solver = kept[fmt.group_size]
     parts = []
     for start in range(0, rows, CHUNK_ROWS):
         some = weight[start : start + CHUNK_ROWS].float()

@@ -28,7 +28,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from gulliver.compress.gptq import Solver, quantize_matrix
+from gulliver.compress.gptq import quantize_matrix
+from gulliver.compress.kquant import Solver
 from gulliver.compress.options import PlanOptions
 from gulliver.compress.statistics import Statistics, Use, joint_moment, loss_increase, open_statistics
 from gulliver.compress.threads import each
@@ -133,12 +134,12 @@ def measurer(
             return [of_stack(name, matrix.view(row.matrices, -1, matrix.shape[1]))]
         uses = statistics.uses(name)
         moment, measured = joint_moment(uses), []
-        kept: dict[int, Solver] = {}
+        kept: dict[tuple[int, int], Solver] = {}
         for rows in row_classes(uses, matrix):
             some = rows[:: max(1, len(rows) // cfg.probe_rows)][: cfg.probe_rows]
             found: dict[Format, float] = {}
             tried = [REFERENCE, *(formats if name in probes else [])]
-            for fmt in sorted(tried, key=lambda one: one.group_size):  # what is kept is of one size
+            for fmt in sorted(tried, key=lambda one: one.nesting):  # what is kept is of one nesting
                 part = quantize_matrix(matrix[some], fmt, moment, gptq=cfg.gptq, kept=kept)
                 found[fmt] = loss_increase(matrix[some], part, uses, some)
             base = found[REFERENCE]

@@ -24,6 +24,7 @@ from torch import Tensor
 from gulliver.core.errors import ArtifactError
 from gulliver.core.records import StatisticsTable, WeightRow
 from gulliver.core.store.artifact import Artifact
+from gulliver.runtime.blocks import BlockRows
 from gulliver.runtime.packed import RowGroup
 
 CHUNK_ROWS = 4096
@@ -88,7 +89,7 @@ def joint_moment(uses: list[Use]) -> Tensor:
     return full
 
 
-def loss_increase(weight: Tensor, part: RowGroup, uses: list[Use], rows: Tensor | None = None) -> float:
+def loss_increase(weight: Tensor, part: RowGroup | BlockRows, uses: list[Use], rows: Tensor | None = None) -> float:
     """What storing `weight` [n, columns] as `part` is predicted to add to the loss, in the unit of the statistics.
 
     `rows`, int64 [n], says which rows of the whole weight these are; None when they are all.

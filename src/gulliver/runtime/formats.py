@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gulliver.core.errors import ConfigError
@@ -21,15 +22,58 @@ KEPT_BITS = {"half": (2, 4, 5, 8), "minimum": (4, 5)}
 """Bits of the kinds that other tools' blocks are kept in as they came; no plan chooses them."""
 
 
+@dataclass(frozen=True)
+class BlockType:
+    """A type of GGUF (runtime/blocks.py): `size_bytes` for `columns` columns, `group_size` of which share a scale.
+
+    `levels` are the values of its codes before scaling. `scale_codes` and `minimum_codes` are the least and largest
+    code of a group's scale and minimum; (1, 1) where the block's float16 is the number itself, None where there is no
+    minimum. `halves_at` are the bytes of a block at which its float16 numbers begin.
+    """
+
+    columns: int
+    size_bytes: int
+    group_size: int
+    levels: tuple[int, ...]
+    halves_at: tuple[int, ...]
+    scale_codes: tuple[int, int] = (1, 1)
+    minimum_codes: tuple[int, int] | None = None
+
+    @property
+    def bits(self) -> int:
+        return (len(self.levels) - 1).bit_length()
+
+
+_NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+BLOCK_TYPES: Mapping[str, BlockType] = {
+    "Q2_K": BlockType(256, 84, 16, tuple(range(4)), (80, 82), (0, 15), (0, 15)),
+    "Q3_K": BlockType(256, 110, 16, tuple(range(-4, 4)), (108,), (-32, 31)),
+    "IQ4_XS": BlockType(256, 136, 32, _NONLINEAR, (0,), (-32, 31)),
+    "Q4_K": BlockType(256, 144, 32, tuple(range(16)), (0, 2), (0, 63), (0, 63)),
+    "IQ4_NL": BlockType(32, 18, 32, _NONLINEAR, (0,)),
+    "Q4_0": BlockType(32, 18, 32, tuple(range(-8, 8)), (0,)),
+    "Q4_1": BlockType(32, 20, 32, tuple(range(16)), (0, 2), (1, 1), (1, 1)),
+    "Q5_K": BlockType(256, 176, 32, tuple(range(32)), (0, 2), (0, 63), (0, 63)),
+    "Q5_0": BlockType(32, 22, 32, tuple(range(-16, 16)), (0,)),
+    "Q5_1": BlockType(32, 24, 32, tuple(range(32)), (0, 2), (1, 1), (1, 1)),
+    "Q6_K": BlockType(256, 210, 16, tuple(range(-32, 32)), (208,), (-128, 127)),
+    "Q8_0": BlockType(32, 34, 32, tuple(range(-128, 128)), (0,)),
+}
+"""The types of GGUF that weights are packed in, by rising bytes."""
+
+
 @dataclass(frozen=True, order=True)
 class Format:
     """How one part of a weight is stored: `bits` a code, one scale for `group_size` columns, `kind` of values."""
 
     bits: int
     group_size: int
-    kind: str  # one of KINDS
+    kind: str  # one of KINDS, or a name of BLOCK_TYPES
 
     def __post_init__(self) -> None:
+        if self.block is not None:
+            assert (self.bits, self.group_size) == (self.block.bits, self.block.group_size), self
+            return
         if self.bits not in PLANES:
             raise ConfigError(f"bits is {self.bits}; choose one of {', '.join(map(str, PLANES))}")
         if self.group_size not in GROUP_SIZES:
@@ -42,17 +86,38 @@ class Format:
         if self.kind == "codebook" and self.bits not in CODEBOOK_BITS:
             raise ConfigError(f"a codebook has 2 to 6 bits, not {self.bits}; use uniform")
 
+    @staticmethod
+    def of_block(name: str) -> Format:
+        """The format of a name of BLOCK_TYPES."""
+        return Format(BLOCK_TYPES[name].bits, BLOCK_TYPES[name].group_size, name)
+
+    @property
+    def block(self) -> BlockType | None:
+        """The type of GGUF that this is; None for tiles."""
+        return BLOCK_TYPES.get(self.kind)
+
     @property
     def name(self) -> str:
-        """Short name: "u4g64" (uniform), "c4g64" (codebook), "h4g32" (half) or "m4g32" (minimum)."""
-        return f"{self.kind[0]}{self.bits}g{self.group_size}"
+        """Short name: "u4g64" (uniform), "c4g64" (codebook), "h4g32" (half), "m4g32" (minimum) or a type of GGUF."""
+        return self.kind if self.block else f"{self.kind[0]}{self.bits}g{self.group_size}"
+
+    @property
+    def nesting(self) -> tuple[int, int]:
+        """Columns that are rounded in a row because they share something: of a block, and of a group in it."""
+        return self.block.columns if self.block else self.group_size, self.group_size
+
+    def holds(self, columns: int) -> bool:
+        """Whether a row of so many columns can be stored: whole blocks; tiles are padded."""
+        return self.block is None or columns % self.block.columns == 0
 
     @staticmethod
     def parse(name: str) -> Format:
         """The format of a short name. ConfigError for any other text."""
+        if name in BLOCK_TYPES:
+            return Format.of_block(name)
         found = re.fullmatch(r"([uchm])([1-9])g([1-9][0-9]{0,4})", name)
         if not found:
-            raise ConfigError(f"{name[:40]!r} is not a format; write it like u4g64 (uniform) or c4g64 (codebook)")
+            raise ConfigError(f"{name[:40]!r} is not a format; write it like u4g64, c4g64 or Q4_K")
         return Format(int(found[2]), int(found[3]), next(kind for kind in KINDS if kind[0] == found[1]))
 
     @property
@@ -75,5 +140,7 @@ class Format:
 
     def packed_bytes(self, rows: int, columns: int) -> int:
         """Bytes on disk of a part of `rows` rows, without the file header."""
+        if self.block is not None:
+            return rows * columns // self.block.columns * self.block.size_bytes
         table = self.levels if self.kind == "codebook" else 0
         return -(-rows // TILE_ROWS) * self.tile_bytes(columns) + table

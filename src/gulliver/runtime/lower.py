@@ -268,6 +268,8 @@ class Weights:
         if entry.shape != (rows, columns) or entry.inputs not in (None, 1):
             raise ArtifactError(f"{name} is packed as {list(entry.shape)}, config.json makes it [{rows}, {columns}]")
         self.used.add(name)
+        if any(fmt.block for fmt, _ in formats):
+            return native.plain(self._from_blocks(name, columns, formats).view(np.uint8), _KINDS["F32"])
         parts = []
         for index, (fmt, count) in enumerate(formats):
             size = (-(-count // TILE_ROWS), fmt.tile_bytes(columns))
@@ -288,6 +290,16 @@ class Weights:
             if counts != [count for _, count in formats]:
                 raise ArtifactError(f"{name}.rows deals out {counts} rows; packing.json says otherwise")
         return native.packed(parts, columns, part_of_row)
+
+    def _from_blocks(self, name: str, columns: int, formats: list[tuple[Format, int]]) -> NDArray[np.float32]:
+        """The values [rows, columns] of a weight in GGUF's blocks, for which there are no kernels."""
+        from gulliver.runtime.blocks import dequantized  # here, because other models have no use for it
+
+        (fmt, rows), *others = formats
+        if others or not fmt.holds(columns):
+            raise ArtifactError(f"{name} does not fit into whole blocks of {fmt.name}; the model is damaged")
+        size = (rows, fmt.packed_bytes(1, columns))
+        return dequantized(self.raw(f"{name}.tiles.0", size, ("U8",)).reshape(size), fmt)
 
     def _check_factors(self, name: str, tiles: NDArray[np.uint8], fmt: Format, columns: int, rows: int) -> None:
         """ArtifactError for a factor of a row in use, or a float16 scale, that is not finite."""

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from gulliver.core.errors import ArtifactError
+from gulliver.runtime.blocks import BlockRows, opened
 from gulliver.runtime.formats import PLANES, TILE_ROWS, Format
 
 CHUNK_ROWS = 8192
@@ -103,7 +104,7 @@ class PackedTensor:
     """
 
     shape: tuple[int, ...]
-    parts: list[RowGroup]
+    parts: Sequence[RowGroup | BlockRows]
     row_part: Tensor | None = None
     inputs: int | None = None
 
@@ -136,8 +137,10 @@ def from_matrix(matrix: Tensor, shape: Sequence[int], inputs: int | None) -> Ten
     return matrix.reshape(*others, shape[inputs]).movedim(-1, inputs).contiguous()
 
 
-def pack(part: RowGroup) -> Tensor:
-    """The tiles of a part, uint8 [tiles, tile_bytes]."""
+def pack(part: RowGroup | BlockRows) -> Tensor:
+    """The tiles of a part, uint8 [tiles, tile_bytes]; of a type of GGUF its blocks, uint8 [rows, bytes of a row]."""
+    if isinstance(part, BlockRows):
+        return part.blocks
     fmt, (rows, columns) = part.format, part.shape
     tiles, groups = -(-rows // TILE_ROWS), fmt.groups(columns)
     padding = (0, groups * fmt.group_size - columns, 0, tiles * TILE_ROWS - rows)
@@ -161,8 +164,10 @@ def pack(part: RowGroup) -> Tensor:
     return torch.nn.functional.pad(packed, (0, fmt.tile_bytes(columns) - packed.shape[1])).contiguous()
 
 
-def unpack(tiles: Tensor, fmt: Format, rows: int, columns: int, codebook: Tensor | None) -> RowGroup:
+def unpack(tiles: Tensor, fmt: Format, rows: int, columns: int, codebook: Tensor | None) -> RowGroup | BlockRows:
     """The part of `tiles` uint8 [tiles, tile_bytes] and `codebook` int8 [levels]. ArtifactError for other sizes."""
+    if fmt.block is not None:
+        return opened(tiles, fmt, rows, columns)
     count, groups = -(-rows // TILE_ROWS), fmt.groups(columns)
     expected = (count, fmt.tile_bytes(columns))
     if tuple(tiles.shape) != expected or tiles.dtype != torch.uint8:

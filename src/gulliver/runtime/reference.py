@@ -18,6 +18,7 @@ from gulliver.core.records import PackedPart, PackedWeight
 from gulliver.core.store.manifest import PACKING
 from gulliver.nets.files import Stored, stored_tensors
 from gulliver.nets.weights import read_safetensors, read_tensor
+from gulliver.runtime.blocks import BlockRows
 from gulliver.runtime.packed import PackedTensor, RowGroup, pack, unpack
 from gulliver.runtime.packing import PIECE, Entry, is_packed, order_of_use, read_packing, stored_names
 
@@ -28,7 +29,7 @@ def stored_form(name: str, tensor: PackedTensor) -> dict[str, Tensor]:
     stored: dict[str, Tensor] = {}
     for index, part in enumerate(tensor.parts):
         stored[f"{name}.tiles.{index}"] = pack(part)
-        if part.codebook is not None:
+        if isinstance(part, RowGroup) and part.codebook is not None:
             stored[f"{name}.codebook.{index}"] = part.codebook
     if tensor.row_part is not None:
         stored[f"{name}.rows"] = tensor.row_part
@@ -79,7 +80,7 @@ def read_stored(
 
 
 def _read_packed(name: str, entry: Entry, stored: Mapping[str, Stored]) -> PackedTensor:
-    parts: list[RowGroup] = []
+    parts: list[RowGroup | BlockRows] = []
     for piece in stored_names(name, entry.parts):
         if piece not in stored:
             raise ArtifactError(f"the weight files lack {piece}, which {PACKING} promises; the model is damaged")
