@@ -20,11 +20,12 @@ from gulliver.cli import main as cli
 from gulliver.core import memory
 from gulliver.core.errors import ArtifactError, BudgetError, ConfigError, DataError, GateRefused
 from gulliver.core.progress import Progress
-from gulliver.core.records import FitResult
+from gulliver.core.records import FitResult, Packing
 from gulliver.core.store.artifact import Artifact, open_artifact, verify
 from gulliver.core.store.store import Store
 from gulliver.pipeline import api, resolve, smallest
 from gulliver.pipeline import call as run
+from gulliver.runtime.formats import BLOCK_TYPES
 from gulliver.tasks import get_task
 
 SIZE = 60_000
@@ -416,3 +417,32 @@ def test_a_fit_in_a_new_home_makes_the_same_model(language: Lab, tmp_path: Path)
         progress=Progress(quiet=True),
     )
     assert there.id == here.id
+
+
+def test_a_model_for_gguf_is_as_large_in_its_file(language: Lab, tmp_path: Path) -> None:
+    import gguf
+
+    limit = 150_000
+    made = fit(language, limit, effort="fast", for_="gguf")
+    assert made.weight_bytes <= limit
+    exported = gulliver.export(made, format="gguf", home=language.store.home)
+    assert exported.weight_bytes <= limit
+    written = {row.name: row for row in gguf.GGUFReader(str(exported.path / "model.gguf")).tensors}
+    held = {row.tensor_type.name for row in written.values()}
+    packed = {part.format for tensor in Packing.of(made).tensors.values() for part in tensor.parts}
+    assert packed <= set(BLOCK_TYPES) and held == packed | {"F32"}
+    ours = get_task("language").load(made.path).state_dict()
+    for theirs, name in (("token_embd", "embed_tokens"), ("blk.0.ffn_down", "layers.0.mlp.down_proj")):
+        row = written[f"{theirs}.weight"]
+        values = torch.from_numpy(gguf.dequantize(row.data, row.tensor_type))
+        torch.testing.assert_close(values, ours[f"model.{name}.weight"], rtol=0, atol=0)
+    assert gulliver.ask(made.path, {"prompt": "the giant", "temperature": 0})["text"]
+    with pytest.raises(ConfigError, match="only GGUF and plain safetensors can hold"):
+        gulliver.export(made, format="compressed-tensors", home=language.store.home)
+
+
+def test_for_whom(language: Lab, digits: Lab) -> None:
+    with pytest.raises(ConfigError, match="for is 'mlx'; choose one of native, gguf"):
+        fit(language, for_="mlx")
+    with pytest.raises(ConfigError, match="format gguf is for language models"):
+        fit(digits, DIGITS, data=None, for_="gguf")

@@ -130,6 +130,7 @@ def plan(
     *,
     size_bytes: int | str,
     kind: Literal['any', 'codebook', 'uniform'] = 'any',
+    target: Literal['native', 'gguf'] = 'native',
     min_bits: int = 2,
     probe_rows: int = 32,
     gptq: bool = True,

@@ -97,7 +97,7 @@ def plan_layout(tensors: Iterable[tuple[str, PackedTensor | Tensor]], network: n
 
 def _need(name: str, tensor: PackedTensor, network: nn.Module) -> _Need:
     """What a packed tensor needs. ConfigError when no integer scheme holds it."""
-    formats = ", ".join(dict.fromkeys(part.format.name for part in tensor.parts))
+    formats = ", ".join(dict.fromkeys(part.format.name for part in tensor.in_tiles))
     owner, _, leaf = name.rpartition(".")
     module = network.get_submodule(owner)
     if leaf != "weight" or not isinstance(module, nn.Linear | nn.Embedding) or len(tensor.shape) != 2:
@@ -105,19 +105,19 @@ def _need(name: str, tensor: PackedTensor, network: nn.Module) -> _Need:
             f"{name} ({formats}) cannot be expressed: compressed-tensors packs the weight of a Linear or an Embedding, "
             f"and this is a {type(module).__name__}; use --format safetensors"
         )
-    group_size = gcd(tensor.shape[1], *(part.format.group_size for part in tensor.parts))
+    group_size = gcd(tensor.shape[1], *(part.format.group_size for part in tensor.in_tiles))
     bits = max(
         MAX_BITS if part.zeros is None else max(part.format.bits, int(part.zeros.max()).bit_length())
-        for part in tensor.parts
+        for part in tensor.in_tiles
     )
     return _Need(Scheme(bits, group_size), _too_narrow(tensor, bits), formats, isinstance(module, nn.Embedding))
 
 
 def _too_narrow(tensor: PackedTensor, bits: int) -> str:
     """Why the tensor's own codes will not do, or ""."""
-    if any(part.format.kind == "codebook" for part in tensor.parts):
+    if any(part.format.kind == "codebook" for part in tensor.in_tiles):
         return "it holds integers with a scale and a zero point, and has no place for a codebook"
-    own = {part.format.bits for part in tensor.parts}
+    own = {part.format.bits for part in tensor.in_tiles}
     if len(own) > 1:
         return f"all rows of a tensor have codes of one width, and these have {', '.join(map(str, sorted(own)))} bits"
     return f"its zero points have the codes' {max(own)} bits, and these reach beyond" if bits > max(own) else ""
@@ -144,7 +144,7 @@ def compressed_tensors(name: str, tensor: PackedTensor, layout: Layout) -> dict[
     codes = torch.empty(rows, columns, dtype=torch.uint8)
     scales = torch.empty(rows, groups)
     zeros = torch.empty(rows, groups, dtype=torch.uint8)
-    for index, part in enumerate(tensor.parts):
+    for index, part in enumerate(tensor.in_tiles):
         where = slice(None) if tensor.row_part is None else tensor.row_part == index
         codes[where], scales[where], zeros[where] = _integers(part, scheme)
     if layout.strategy == "group":

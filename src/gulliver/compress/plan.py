@@ -40,7 +40,7 @@ from gulliver.core.stdout import stdout_into
 from gulliver.core.store.artifact import Artifact
 from gulliver.nets.files import ITEM_BYTES, stored_tensors
 from gulliver.nets.weights import canonical_names
-from gulliver.runtime.formats import CODEBOOK_BITS, GROUP_SIZES, PLANES, TILE_ROWS, Format
+from gulliver.runtime.formats import BLOCK_TYPES, CODEBOOK_BITS, GROUP_SIZES, PLANES, TILE_ROWS, Format
 from gulliver.runtime.packed import as_matrix
 from gulliver.runtime.reference import read_stored
 from gulliver.tasks import get_task
@@ -82,7 +82,10 @@ def run(cfg: PlanOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact
     """A report with the plan. BudgetError, with the smallest size that is feasible, when the budget is too small."""
     model, calibration = inputs["model"], inputs["calibration"]
     statistics = open_statistics(calibration, model)
-    formats = menu(cfg.kind, cfg.min_bits)
+    formats = menu(cfg.kind, cfg.min_bits) if cfg.target == "native" else block_menu(cfg.min_bits)
+    stacked = [name for name, row in statistics.weights.items() if row.matrices > 1 or row.inputs not in (None, 1)]
+    if cfg.target != "native" and stacked:
+        raise ConfigError(f"{stacked[0]} holds several matrices or a transposed one, which are not packed for GGUF yet")
     job, measured = measurer(model, statistics, formats, cfg), []
     with ctx.progress.stage("plan", total=len(statistics.weights), unit="weight") as bar:
         for rows in each(job, sorted(statistics.weights), ctx):
@@ -94,7 +97,7 @@ def run(cfg: PlanOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact
     classes = Counter(item.name for item in items)
     fixed = overhead_bytes(model, set(statistics.weights))
     fixed += sum(item.rows for item in items if classes[item.name] > 1)  # lists that say which part a row is in
-    smallest = fixed + sum(min(item.bytes(fmt) for fmt in formats) for item in items)
+    smallest = fixed + int(sizes_of(items, formats).min(1).sum())
     chosen = solve(items, formats, cfg.size_bytes - fixed)
     if chosen is None:
         raise BudgetError(
@@ -115,6 +118,12 @@ def menu(kind: str, min_bits: int) -> list[Format]:
     return sorted(found, key=lambda fmt: -fmt.packed_bytes(TILE_ROWS, 128 * 64))
 
 
+def block_menu(min_bits: int) -> list[Format]:
+    """The types of GGUF with at least `min_bits` bits a code, by falling bytes."""
+    found = [Format.of_block(name) for name in BLOCK_TYPES]
+    return [fmt for fmt in reversed(found) if fmt.bits >= min_bits]
+
+
 # ---- what each choice costs -----------------------------------------------------------------------------------------
 def measurer(
     model: Artifact, statistics: Statistics, formats: Sequence[Format], cfg: PlanOptions
@@ -126,6 +135,14 @@ def measurer(
     canonical = canonical_names(get_task(model.task).load(model.path, empty=True))
     names = sorted(statistics.weights)
     probes = set(names[:: max(1, len(names) // PROBES)])
+    if cfg.target != "native":  # a type has whole blocks only: every width needs probes
+        widths = groupby(
+            sorted(names, key=lambda name: (columns_of(statistics, name), name)),
+            key=lambda name: columns_of(statistics, name),
+        )
+        for _, same in widths:
+            alike = list(same)
+            probes |= set(alike[:: max(1, len(alike) // 3)])
 
     def job(name: str) -> list[tuple[Item, list[float]]]:
         row = statistics.weights[name]
@@ -135,15 +152,21 @@ def measurer(
         uses = statistics.uses(name)
         moment, measured = joint_moment(uses), []
         kept: dict[tuple[int, int], Solver] = {}
-        for rows in row_classes(uses, matrix):
+        whole = [torch.arange(len(matrix))]
+        for rows in row_classes(uses, matrix) if cfg.target == "native" else whole:
             some = rows[:: max(1, len(rows) // cfg.probe_rows)][: cfg.probe_rows]
             found: dict[Format, float] = {}
-            tried = [REFERENCE, *(formats if name in probes else [])]
+            held = [fmt for fmt in formats if fmt.holds(matrix.shape[1])]
+            if not held:
+                raise ConfigError(
+                    f"GGUF has no type of few bits for {name}, whose rows of {matrix.shape[1]} fill no block"
+                )
+            tried = [REFERENCE, *(held if name in probes else [])]
             for fmt in sorted(tried, key=lambda one: one.nesting):  # what is kept is of one nesting
                 part = quantize_matrix(matrix[some], fmt, moment, gptq=cfg.gptq, kept=kept)
                 found[fmt] = loss_increase(matrix[some], part, uses, some)
             base = found[REFERENCE]
-            ratios = [found[fmt] / base for fmt in formats] if name in probes and base > 0 else []
+            ratios = [found.get(fmt, math.nan) / base for fmt in formats] if name in probes and base > 0 else []
             increase = len(rows) / len(some) * base
             measured.append((Item(name, len(rows), matrix.shape[1], (increase,)), ratios))
         return measured
@@ -181,13 +204,36 @@ def overhead_bytes(model: Artifact, packed: Set[str]) -> int:
 
 
 def items_of(measured: Sequence[tuple[Item, list[float]]], formats: Sequence[Format]) -> list[Item]:
-    """Items with a loss increase for every format: that in the reference format, times the other's typical ratio."""
+    """Items with a loss increase for every format: that in the reference format, times the other's typical ratio.
+
+    Infinite for a format that does not hold an item's rows.
+    """
     table = np.array([ratios for _, ratios in measured if ratios])
-    typical = np.exp(np.mean(np.log(np.maximum(table, 1e-12)), 0)) if len(table) else np.ones(len(formats))
+    typical = np.ones(len(formats))
+    if len(table):
+        tried = ~np.isnan(table)
+        logarithms = np.where(tried, np.log(np.maximum(table, 1e-12, where=tried, out=np.ones_like(table))), 0.0)
+        typical = np.exp(logarithms.sum(0) / np.maximum(tried.sum(0), 1))
     return [
-        replace(item, loss_increases=tuple(float(item.loss_increases[0] * one) for one in typical))
+        replace(
+            item,
+            loss_increases=tuple(
+                float(item.loss_increases[0] * ratio) if fmt.holds(item.columns) else math.inf
+                for fmt, ratio in zip(formats, typical, strict=True)
+            ),
+        )
         for item, _ in measured
     ]
+
+
+def sizes_of(items: Sequence[Item], formats: Sequence[Format]) -> np.ndarray:
+    """Bytes of every item in every format, float64 [items, formats]; infinite where it cannot hold its rows."""
+    return np.array([[item.bytes(fmt) if fmt.holds(item.columns) else np.inf for fmt in formats] for item in items])
+
+
+def columns_of(statistics: Statistics, name: str) -> int:
+    """Columns of a weight, its further dimensions flattened."""
+    return math.prod(statistics.weights[name].shape[1:])
 
 
 def read_weight(folder: Path, name: str, canonical: Mapping[str, str]) -> Tensor:
@@ -231,23 +277,25 @@ def rows_of_classes(uses: list[Use], matrix: Tensor, counts: Sequence[int]) -> l
 # ---- choosing -------------------------------------------------------------------------------------------------------
 def solve(items: Sequence[Item], formats: Sequence[Format], budget_bytes: int) -> list[int] | None:
     """The index of each item's format, or None when even the smallest formats are too large."""
-    sizes = np.array([[item.bytes(fmt) for fmt in formats] for item in items], dtype=np.float64)
+    sizes = sizes_of(items, formats)
     if sizes.min(1).sum() > budget_bytes:
         return None
     count, width = sizes.shape
     rows = np.repeat(np.arange(count), width)
     one_each = csr_matrix((np.ones(count * width), (rows, np.arange(count * width))))
-    costs = np.array([item.loss_increases for item in items]).ravel()
+    held = np.isfinite(sizes).ravel()
+    costs = np.where(held, np.array([item.loss_increases for item in items]).ravel(), 0.0)
+    weights = np.where(held, sizes.ravel(), 0.0)
     scale = costs.sum() / len(costs) or 1.0
     with open(os.devnull, "wb") as nowhere, stdout_into(nowhere.fileno()):  # HiGHS chatters past Python
         found = milp(
             costs / scale,
             constraints=[
-                LinearConstraint(csr_matrix(sizes.ravel()[None] / 1e6), -np.inf, budget_bytes / 1e6),
+                LinearConstraint(csr_matrix(weights[None] / 1e6), -np.inf, budget_bytes / 1e6),
                 LinearConstraint(one_each, 1, 1),
             ],
             integrality=np.ones(count * width),
-            bounds=Bounds(0, 1),
+            bounds=Bounds(np.zeros(count * width), held.astype(np.float64)),  # type: ignore[arg-type]
             options={"mip_rel_gap": GAP, "time_limit": 30.0},
         )
     assert found.x is not None, f"HiGHS found no plan within {budget_bytes} bytes: {found.message}"
@@ -307,8 +355,8 @@ def _point(items: Sequence[Item], formats: Sequence[Format], chosen: Sequence[in
 
 def frontier(items: Sequence[Item], formats: Sequence[Format], fixed: int) -> Iterator[PlannedPoint]:
     """The best plans at evenly spread budgets, from the smallest that is possible to the largest."""
-    least = sum(min(item.bytes(fmt) for fmt in formats) for item in items)
-    most = sum(max(item.bytes(fmt) for fmt in formats) for item in items)
+    sizes = sizes_of(items, formats)
+    least, most = int(sizes.min(1).sum()), int(np.where(np.isfinite(sizes), sizes, 0).max(1).sum())
     for share in np.linspace(0.0, 1.0, FRONTIER_POINTS):
         chosen = solve(items, formats, int(least + share * (most - least)) + 1)
         assert chosen is not None

@@ -139,7 +139,7 @@ class LatentTensor:
         self.shape, self.row_part, self.inputs = tensor.shape, tensor.row_part, tensor.inputs
         matrix = as_matrix(parent, self.inputs)
         self.parts = []
-        for index, part in enumerate(tensor.parts):
+        for index, part in enumerate(tensor.in_tiles):
             rows = slice(None) if tensor.row_part is None else tensor.row_part == index
             self.parts.append(LatentPart(part, matrix[rows]))
 

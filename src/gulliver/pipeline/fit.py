@@ -29,9 +29,11 @@ from gulliver.pipeline.resolve import check_data, data_for, resolve_model
 from gulliver.pipeline.smallest import FIRST_SHARE, ROUNDS, next_size
 from gulliver.report.gather import gather
 from gulliver.report.html import page
-from gulliver.tasks import family, get_task
+from gulliver.tasks import exporter, family, get_task
 
 MAX_ROUNDS = 3
+TARGETS: Mapping[str, str | None] = {"native": None, "gguf": "gguf"}
+"""What a model may be fitted for -> the format that `export` writes for it, whose bytes count too."""
 WRITING_COPIES, WRITING_BYTES = 3, 2_000_000_000
 """Memory that writing text takes: times the bytes of the weights, and beside them."""
 COMPRESSING = ("sample", "calibrate", "plan", "quantize", "distill", "quality")
@@ -55,6 +57,7 @@ class Fit:
     budget: Budget
     effort: str
     shared: dict[str, Any]
+    target: str = "native"
     rounds: list[Point] = field(default_factory=list)
     frontier: tuple[Point, ...] = ()
     calls: list[Call] = field(default_factory=list)
@@ -67,6 +70,8 @@ class Fit:
     def step(self, name: str, config: Mapping[str, Any] | None = None, **inputs: Artifact | None) -> Artifact:
         """One call of a step with this effort's options; `config` adds to them."""
         options = {**(EFFORTS[self.effort].get(name) or {}), **(config or {})}
+        if name == "plan":
+            options["target"] = self.target
         if name in COMPRESSING:
             options["max_ram_bytes"] = self.budget.max_ram_bytes
         given = {role: artifact for role, artifact in inputs.items() if artifact is not None}
@@ -82,6 +87,7 @@ def fit(
     ram: str | int | None = None,
     speed: float | None = None,
     max_drop: str | float | None = None,
+    for_: str = "native",
     effort: str = "normal",
     out: Path | str | None = None,
     seed: int = 0,
@@ -94,9 +100,12 @@ def fit(
 
     `size`: most bytes of weight files ("64MB", or "30%" of the parent's); `ram`: most resident memory of the
     compression ("1GB"); `speed`: least tokens per second here; `max_drop`: most quality given up ("5%"). Without `size`
-    it is the smallest model within `max_drop`. BudgetError (exit 4), with the nearest point that is feasible, when the
-    budget cannot be met: `out` is then not written.
+    it is the smallest model within `max_drop`. `for_` "gguf": packed in types of GGUF, so that the file that `export`
+    writes has the same weights and is within `size` too. BudgetError (exit 4), with the nearest point that is feasible,
+    when the budget cannot be met: `out` is then not written.
     """
+    if for_ not in TARGETS:
+        raise ConfigError(f"for is {for_!r}; choose one of {', '.join(TARGETS)}")
     if effort not in EFFORTS:
         raise ConfigError(f"effort is {effort!r}; choose one of {', '.join(EFFORTS)}")
     budget = Budget(
@@ -113,6 +122,8 @@ def fit(
         if spec is not None:
             check_data(spec, store)
     parent = resolve_model(model, store, progress=progress)
+    if TARGETS[for_] is not None:
+        exporter(str(TARGETS[for_]), parent.task)  # refuses a family whose models have no such file
     if size is not None:
         budget = replace(budget, size_bytes=parse_size(size, "size", whole_bytes=parent.weight_bytes))
     budget = replace(budget, speed_metric=family(parent.task).speed_metric)
@@ -122,7 +133,7 @@ def fit(
             f"no data that {parent.id[:12]} was made with are in this store; add --data (text files or catalog:NAME)"
         )
     shared = {"store": store, "seed": seed, "progress": progress, "command": command}
-    work = Fit(parent, dataset, budget, effort, shared)
+    work = Fit(parent, dataset, budget, effort, shared, for_)
     try:
         fitted = _loop(work)
     except BudgetError as failure:
@@ -168,11 +179,20 @@ def _within_size(work: Fit, calibration: Artifact, samples: Artifact | None) -> 
     assert limit is not None and size_bytes is not None
     for left in reversed(range(MAX_ROUNDS)):
         _, fitted = _round(work, calibration, samples, size_bytes)
-        over = fitted.weight_bytes - limit
-        if over <= 0 or not left:
+        written = _exported_bytes(work, fitted)
+        over = max(fitted.weight_bytes, written) - limit
+        if over <= 0 or (not left and written <= limit):
             return fitted
+        if not left:
+            raise BudgetError(f"the {work.target} file has {written:,} bytes; the limit is {limit:,}")
         size_bytes -= over
     raise AssertionError("a loop of at least one round returns")
+
+
+def _exported_bytes(work: Fit, fitted: Artifact) -> int:
+    """Bytes of the file of the engine that is fitted for; 0 where that is this one."""
+    written = TARGETS[work.target]
+    return 0 if written is None else work.step("export", {"format": written}, model=fitted).weight_bytes
 
 
 def _smallest(work: Fit, calibration: Artifact, samples: Artifact | None) -> Artifact:
@@ -211,7 +231,7 @@ def _round(work: Fit, calibration: Artifact, samples: Artifact | None, size_byte
     planned = Plan.of(plan)
     packed = work.step("quantize", model=work.parent, calibration=calibration, plan=plan)
     candidates = [packed]
-    if EFFORTS[work.effort]["distill"] is not None:
+    if EFFORTS[work.effort]["distill"] is not None and work.target == "native":
         inputs = {"parent": work.parent, "dataset": work.dataset, "samples": samples}
         try:
             candidates += [work.step("distill", model=packed, **inputs)]

@@ -12,6 +12,7 @@ work. The layouts are those of ggml's `block_q4_0`, …, `block_iq4_xs` (github.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import gguf
 import numpy as np
@@ -70,8 +71,8 @@ def opened(blocks: Tensor, fmt: Format, rows: int, columns: int) -> BlockRows:
 def encode(
     fmt: Format,
     codes: NDArray[np.uint8],
-    scales: NDArray[np.integer],
-    minima: NDArray[np.integer],
+    scales: NDArray[np.int16],
+    minima: NDArray[np.int16],
     d: NDArray[np.float16],
     e: NDArray[np.float16],
 ) -> NDArray[np.uint8]:
@@ -119,7 +120,7 @@ def encode(
     return np.concatenate([piece.astype(np.uint8) for piece in pieces], axis=1).reshape(rows, -1)
 
 
-def _fields(codes: NDArray[np.uint8], width: int, run: int) -> NDArray[np.uint8]:
+def _fields(codes: NDArray[Any], width: int, run: int) -> NDArray[np.uint8]:
     """Codes of `width` bits: byte j of `run` bytes holds those of columns j, j + run, … from its low bits on."""
     count = 8 // width
     parts = codes.reshape(len(codes), -1, count, run) << (width * np.arange(count, dtype=np.uint8))[:, None]

@@ -29,7 +29,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gulliver.core.errors import ArtifactError
+from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.runtime.blocks import BlockRows, opened
 from gulliver.runtime.formats import PLANES, TILE_ROWS, Format
 
@@ -107,6 +107,17 @@ class PackedTensor:
     parts: Sequence[RowGroup | BlockRows]
     row_part: Tensor | None = None
     inputs: int | None = None
+
+    @property
+    def in_tiles(self) -> list[RowGroup]:
+        """The parts of a weight that is stored in tiles. ConfigError for one in blocks of GGUF."""
+        for part in self.parts:
+            if isinstance(part, BlockRows):
+                raise ConfigError(
+                    f"this model was fitted for gguf: it is stored as {part.format.name}, which only GGUF and plain "
+                    "safetensors can hold; export it as one of them, or fit again without --for gguf"
+                )
+        return [part for part in self.parts if isinstance(part, RowGroup)]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values as `dtype`, [rows, …] or another `shape`; float32 copies of CHUNK_ROWS rows at most in memory."""

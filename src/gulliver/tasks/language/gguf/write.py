@@ -34,6 +34,7 @@ from gulliver.core.records import Origin
 from gulliver.core.store.artifact import Artifact
 from gulliver.nets.weights import canonical_names
 from gulliver.runtime import reference
+from gulliver.runtime.blocks import BlockRows
 from gulliver.runtime.formats import KEPT_BITS
 from gulliver.runtime.network import load_network
 from gulliver.runtime.packed import PackedTensor
@@ -179,7 +180,9 @@ def _type_of(tensor: PackedTensor | Tensor, kind: str) -> Type:
 
 
 def exact_type(tensor: PackedTensor | Tensor) -> Type:
-    """The smallest GGUF type that holds a weight [rows, columns] bit for bit."""
+    """The smallest GGUF type that holds a weight [rows, columns] bit for bit; the one that it is stored in, if any."""
+    if isinstance(tensor, PackedTensor) and isinstance(tensor.parts[0], BlockRows):
+        return Type[tensor.parts[0].format.kind]
     values = _values(tensor)
     if isinstance(tensor, PackedTensor) and tensor.shape[1] % BLOCK == 0:
         blocks = blocks_of(tensor)
@@ -206,8 +209,8 @@ def blocks_of(tensor: PackedTensor) -> tuple[np.ndarray, np.ndarray, np.ndarray 
     """
     rows, columns = tensor.shape
     levels, scales = torch.empty(rows, columns, dtype=torch.int16), torch.empty(rows, columns // BLOCK)
-    least = torch.zeros(rows, columns // BLOCK) if any(part.minimums is not None for part in tensor.parts) else None
-    for index, part in enumerate(tensor.parts):
+    least = torch.zeros(rows, columns // BLOCK) if any(part.minimums is not None for part in tensor.in_tiles) else None
+    for index, part in enumerate(tensor.in_tiles):
         where = slice(None) if tensor.row_part is None else tensor.row_part == index
         group = torch.arange(0, columns, BLOCK) // part.format.group_size
         scales[where] = (part.factors.float()[:, None] * part.scales.float())[:, group]
@@ -315,7 +318,10 @@ def _encoded(
     if entry.name.endswith("_norm.weight") and row.norm_offset:
         values = values + np.float32(row.norm_offset)
     stored = None
-    if entry.type in BLOCK_TYPES and entry.packed:
+    if isinstance(tensor, PackedTensor) and isinstance(tensor.parts[0], BlockRows):
+        if Type[tensor.parts[0].format.kind] == entry.type:
+            stored = tensor.parts[0].blocks.numpy()
+    elif entry.type in BLOCK_TYPES and entry.packed:
         stored = encode_blocks(*blocks_of(tensor), entry.type)  # type: ignore[arg-type]
     if stored is None:
         with np.errstate(over="ignore"):
