@@ -202,7 +202,7 @@ def _half(scale: Tensor) -> Tensor:
 
 
 def nested_order(importance: Tensor, fmt: Format) -> Tensor:
-    """Columns by rising importance: blocks by their largest entry, groups inside a block, then columns. int64 [columns]."""
+    """Columns by rising importance: blocks by their largest, groups in a block, columns in a group. int64 [columns]."""
     kind, values = BLOCK_TYPES[fmt.kind], importance.double().numpy()
     keys = [-values]
     for size in (kind.group_size, kind.columns):

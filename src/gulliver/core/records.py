@@ -24,9 +24,7 @@ SPLITS = ("train", "eval")  # what its column `split` holds
 
 Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 Id = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-FormatName = Annotated[
-    str, StringConstraints(pattern=r"^(?:[uchm][1-9]g[1-9][0-9]{0,4}|I?Q[1-9]_[0-9A-Z]{1,2})$")
-]
+FormatName = Annotated[str, StringConstraints(pattern=r"^(?:[uchm][1-9]g[1-9][0-9]{0,4}|I?Q[1-9]_[0-9A-Z]{1,2})$")]
 """Of a packed format: "u4g64" is uniform, 4 bits, groups of 64; "c" is a codebook, "h" and "m" are kept blocks.
 
 Other names are types of GGUF.

@@ -104,17 +104,7 @@ def fit(
     writes has the same weights and is within `size` too. BudgetError (exit 4), with the nearest point that is feasible,
     when the budget cannot be met: `out` is then not written.
     """
-    if for_ not in TARGETS:
-        raise ConfigError(f"for is {for_!r}; choose one of {', '.join(TARGETS)}")
-    if effort not in EFFORTS:
-        raise ConfigError(f"effort is {effort!r}; choose one of {', '.join(EFFORTS)}")
-    budget = Budget(
-        size_bytes=None if size is None else parse_size(size, "size", whole_bytes=MOST_BYTES),
-        max_ram_bytes=None if ram is None else parse_size(ram, "ram"),
-        min_tokens_per_s=speed,
-        max_drop=None if max_drop is None else parse_fraction(max_drop, "max_drop"),
-    )
-    checked_seed(seed)
+    budget = _asked(for_, effort, size, ram, speed, max_drop, seed)
     if out is not None:
         check_target(out)
     store, progress, began = store or Store(home), progress or Progress(), time.monotonic()
@@ -142,6 +132,29 @@ def fit(
     record = _record(work, fitted, began, answers=answers)
     write_annotation(fitted, REPORT, page(gather(fitted, work.store, fit=record)))
     return fitted if out is None else copy_artifact(fitted, out)
+
+
+def _asked(
+    for_: str,
+    effort: str,
+    size: str | float | None,
+    ram: str | int | None,
+    speed: float | None,
+    max_drop: str | float | None,
+    seed: int,
+) -> Budget:
+    """The budget that was asked for, a share of the parent taken of an unknown whole. ConfigError for what is wrong."""
+    if for_ not in TARGETS:
+        raise ConfigError(f"for is {for_!r}; choose one of {', '.join(TARGETS)}")
+    if effort not in EFFORTS:
+        raise ConfigError(f"effort is {effort!r}; choose one of {', '.join(EFFORTS)}")
+    checked_seed(seed)
+    return Budget(
+        size_bytes=None if size is None else parse_size(size, "size", whole_bytes=MOST_BYTES),
+        max_ram_bytes=None if ram is None else parse_size(ram, "ram"),
+        min_tokens_per_s=speed,
+        max_drop=None if max_drop is None else parse_fraction(max_drop, "max_drop"),
+    )
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
