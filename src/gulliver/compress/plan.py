@@ -134,15 +134,7 @@ def measurer(
     """
     canonical = canonical_names(get_task(model.task).load(model.path, empty=True))
     names = sorted(statistics.weights)
-    probes = set(names[:: max(1, len(names) // PROBES)])
-    if cfg.target != "native":  # a type has whole blocks only: every width needs probes
-        widths = groupby(
-            sorted(names, key=lambda name: (columns_of(statistics, name), name)),
-            key=lambda name: columns_of(statistics, name),
-        )
-        for _, same in widths:
-            alike = list(same)
-            probes |= set(alike[:: max(1, len(alike) // 3)])
+    probes = _probes(names, statistics, cfg)
 
     def job(name: str) -> list[tuple[Item, list[float]]]:
         row = statistics.weights[name]
@@ -152,15 +144,10 @@ def measurer(
         uses = statistics.uses(name)
         moment, measured = joint_moment(uses), []
         kept: dict[tuple[int, int], Solver] = {}
-        whole = [torch.arange(len(matrix))]
-        for rows in row_classes(uses, matrix) if cfg.target == "native" else whole:
+        for rows in row_classes(uses, matrix) if cfg.target == "native" else [torch.arange(len(matrix))]:
             some = rows[:: max(1, len(rows) // cfg.probe_rows)][: cfg.probe_rows]
             found: dict[Format, float] = {}
-            held = [fmt for fmt in formats if fmt.holds(matrix.shape[1])]
-            if not held:
-                raise ConfigError(
-                    f"GGUF has no type of few bits for {name}, whose rows of {matrix.shape[1]} fill no block"
-                )
+            held = _holding(formats, name, matrix.shape[1])
             tried = [REFERENCE, *(held if name in probes else [])]
             for fmt in sorted(tried, key=lambda one: one.nesting):  # what is kept is of one nesting
                 part = quantize_matrix(matrix[some], fmt, moment, gptq=cfg.gptq, kept=kept)
@@ -189,6 +176,26 @@ def measurer(
         return Item(name, count * rows, columns, (float(found[0]) * count * rows / taken,)), ratios
 
     return job
+
+
+def _probes(names: Sequence[str], statistics: Statistics, cfg: PlanOptions) -> set[str]:
+    """The weights on which every format is measured: some of all, and of every width where a type has whole blocks."""
+    found = set(names[:: max(1, len(names) // PROBES)])
+    if cfg.target != "native":
+        by_width: dict[int, list[str]] = {}
+        for name in names:
+            by_width.setdefault(columns_of(statistics, name), []).append(name)
+        for alike in by_width.values():
+            found |= set(alike[:: max(1, len(alike) // 3)])
+    return found
+
+
+def _holding(formats: Sequence[Format], name: str, columns: int) -> list[Format]:
+    """The formats that hold rows of so many columns. ConfigError when there is none."""
+    held = [fmt for fmt in formats if fmt.holds(columns)]
+    if not held:
+        raise ConfigError(f"GGUF has no type of few bits for {name}, whose rows of {columns} fill no block")
+    return held
 
 
 def overhead_bytes(model: Artifact, packed: Set[str]) -> int:
