@@ -53,21 +53,21 @@ class Reader:
             raise ArtifactError(f"the network cannot read text: {first_line(error)}") from error
         limit = CLOSE * float(right.abs().max())
         text = Remembered()
-
-        def right_to(last: int) -> bool:
+        for last, flags in ((4, ("keeps", "several")), (5, ("keeps", "several")), (7, ("several",)), (6, ("crops",))):
+            for flag in flags:
+                setattr(self, flag, self._name is not None)
+            self.shorten(text, min(len(text.tokens), last - 1))
+            known = text.cache is not None or last == 4
             try:
                 found = self.read(text, tokens[len(text.tokens) : last], 1)[0]
+                holds = known and text.cache is not None
+                holds = holds and float((found - right[last - 1]).abs().max()) <= limit
             except FOREIGN:
-                return False
-            return text.cache is not None and float((found - right[last - 1]).abs().max()) <= limit
-
-        self.keeps = self.several = self._name is not None
-        self.keeps = self.keeps and right_to(4) and right_to(5)
-        self.several = self.keeps and right_to(7)
-        if self.several:
-            self.crops = True
-            self.shorten(text, 5)
-            self.crops = text.cache is not None and right_to(6)
+                holds = False
+            if not holds:
+                for flag in flags:
+                    setattr(self, flag, False)
+                return
 
     def read(self, text: Remembered, tokens: list[int], keep: int) -> Tensor:
         """Logits of the last `keep` of the new `tokens`, [keep, vocabulary]."""
