@@ -243,12 +243,12 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     ran: list[str] = []
     real = calibrate._pass
 
-    def counted(block: Any, *rest: Any) -> Path:
+    def counted(block: Any, *rest: Any, **last: bool) -> Path:
         if block.name in stop:
             stop.remove(block.name)
             raise KeyboardInterrupt
         ran.append(block.name)
-        return real(block, *rest)
+        return real(block, *rest, **last)
 
     monkeypatch.setattr(calibrate, "_pass", counted)
     yield ran

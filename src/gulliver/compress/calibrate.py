@@ -212,7 +212,7 @@ def _stream(
                     weights = {name: network.get_parameter(name) for name in names}
                     try:
                         with Moments(weights, cfg.moments == "full") as moments, _half(half):
-                            passed = _pass(block, batches, before, moments, ctx.work)
+                            passed = _pass(block, batches, before, moments, ctx.work, last=number + 1 == len(blocks))
                         break
                     except FOREIGN:  # some networks mix types that do not go together
                         if not half:
@@ -237,15 +237,20 @@ def _costs(network: nn.Module, blocks: list[Block]) -> list[float]:
     return [products[0] * LOOKED_UP, *map(float, products[1:])]
 
 
-def _pass(block: Block, batches: list[Batch], before: Path | None, moments: Moments, work: Path) -> Path:
-    """Run all batches through a block; returns a folder, not yet under its name, with the activations after it."""
+def _pass(block: Block, batches: list[Batch], before: Path | None, moments: Moments, work: Path, last: bool) -> Path:
+    """Run all batches through a block; returns a folder, not yet under its name, with the activations after it.
+
+    What leaves the `last` one (logits, which are large) is not kept: nothing reads it.
+    """
     folder = temporary_name(work / "after")
     folder.mkdir()
     for index, batch in enumerate(batches):
         moments.begin(batch)
         x = batch if before is None else load_file(before / f"{index}.safetensors")["x"]
         output = block.forward(x, index)
-        save_file({"x": output.float().contiguous()}, str(folder / f"{index}.safetensors"))
+        if not last:
+            save_file({"x": output.float().contiguous()}, str(folder / f"{index}.safetensors"))
+        del output
     return folder
 
 
