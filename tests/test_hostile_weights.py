@@ -225,10 +225,15 @@ def test_numbers_at_the_end_of_their_range_run(folder: Path, value: int) -> None
     assert np.isfinite(run(folder)).all()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38], ids=str)
-def test_vectors_that_are_not_finite_run(folder: Path, value: float) -> None:
-    """Logits are garbage then, and no more than that: whoever samples must bear it."""
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_vectors_that_are_not_finite_are_named(folder: Path, value: float) -> None:
     rewrite(folder, NORM, lambda norm: torch.full_like(norm, value))
+    refused(folder, f"{NORM}.*not finite")
+
+
+def test_vectors_near_the_end_of_their_range_run(folder: Path) -> None:
+    """Logits are garbage then, and no more than that: whoever samples must bear it."""
+    rewrite(folder, NORM, lambda norm: torch.full_like(norm, 3e38))
     assert tried(folder)
 
 
