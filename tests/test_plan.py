@@ -20,6 +20,7 @@ from gulliver.core.errors import ArtifactError, BudgetError
 from gulliver.core.records import LossIncrease, Plan
 from gulliver.core.store.artifact import Artifact, create
 from gulliver.runtime.formats import CODEBOOK_BITS, GROUP_SIZES, PLANES, Format
+from gulliver.runtime.packing import is_packed
 from gulliver.runtime.reference import read_stored
 
 MENU = [Format(8, 64, "uniform"), Format(4, 64, "codebook"), Format(3, 128, "codebook"), Format(2, 32, "codebook")]
@@ -146,6 +147,21 @@ def test_the_packed_model_is_as_large_as_planned_and_within_the_budget(
     assert (
         len({part["format"] for row in contents(made, Plan.file)["tensors"] for part in row["parts"]}) > 1 or more > 2
     )
+
+
+def test_blocks_that_a_model_was_pulled_with_take_no_room_beside_the_plan(language: Lab, smallest: int) -> None:
+    exported = language.step("export", {"format": "gguf", "type": "q8_0"}, model=language.model)
+    pulled = language.step("pull", {"source": str(exported.file("model.gguf"))})
+    assert is_packed(pulled.path)
+    lab = Lab(language.store, pulled, language.dataset)
+    with pytest.raises(BudgetError, match="bytes are too few") as refusal:
+        lab.plan(1)
+    assert refusal.value.nearest is not None
+    least = int(refusal.value.nearest["size_bytes"])
+    assert abs(least - smallest) < 0.02 * smallest, "as small as the plain model"
+    assert 0.9 * least - 20_000 < lab.quantize(plan=lab.plan(least)).weight_bytes <= least
+    fixed = planning.overhead_bytes(pulled, set())
+    assert fixed >= pulled.weight_bytes - 4096, "what no plan has touched stays in its blocks"
 
 
 def test_more_bytes_never_cost_more(language: Lab, smallest: int) -> None:

@@ -42,6 +42,7 @@ from gulliver.nets.files import ITEM_BYTES, stored_tensors
 from gulliver.nets.weights import canonical_names
 from gulliver.runtime.formats import BLOCK_TYPES, CODEBOOK_BITS, GROUP_SIZES, PLANES, TILE_ROWS, Format
 from gulliver.runtime.packed import as_matrix
+from gulliver.runtime.packing import is_packed, read_packing, stored_names
 from gulliver.runtime.reference import read_stored
 from gulliver.tasks import get_task
 
@@ -199,11 +200,15 @@ def _holding(formats: Sequence[Format], name: str, columns: int) -> list[Format]
 
 
 def overhead_bytes(model: Artifact, packed: Set[str]) -> int:
-    """Bytes of what stays plain (16 bits where it had 32), and of the files' headers; never too few."""
+    """Bytes of what stays as it is (16 bits where it had 32), and of the files' headers; never too few."""
     canonical = canonical_names(get_task(model.task).load(model.path, empty=True))
-    plain = {canonical.get(stored, stored): tensor for stored, tensor in stored_tensors(model.path).items()}
+    blocks = read_packing(model.path) if is_packed(model.path) else {}
+    weight_of = {piece: name for name, entry in blocks.items() for piece in stored_names(name, entry.parts)}
+    stored = stored_tensors(model.path)
+    kept = {canonical.get(name, name): tensor for name, tensor in stored.items() if name not in weight_of}
+    kept |= {name: stored[name] for name, weight in weight_of.items() if canonical.get(weight, weight) not in packed}
     total = FILE_BYTES * SHARDS
-    for name, tensor in plain.items():
+    for name, tensor in kept.items():
         if name not in packed:
             item_bytes = 2 if tensor.dtype == "F32" else ITEM_BYTES[tensor.dtype]
             total += math.prod(tensor.shape) * item_bytes + len(name) + ENTRY_BYTES
