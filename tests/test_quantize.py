@@ -126,8 +126,8 @@ def test_a_table_finds_what_a_search_finds() -> None:
         borders, lookup = midpoints(codebook), Lookup(codebook)
         values = torch.cat([150 * torch.randn(4096, generator=generator), borders, torch.arange(-300.0, 300.0)])
         wanted = nearest(values, borders)
-        assert torch.equal(lookup.nearest_codes(values).int(), wanted)
-        assert torch.equal(lookup.nearest_entries(values), codebook.float()[wanted])
+        assert torch.equal(lookup.codes[lookup.places(values)].int(), wanted)
+        assert torch.equal(lookup.entries[lookup.places(values)], codebook.float()[wanted])
 
 
 def test_searched_uniform_ranges_beat_the_full_range() -> None:

@@ -262,8 +262,8 @@ BAD_WEIGHTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "wide rows": (instead("w.rows", lambda rows: rows.long()), "w.rows is torch.int64"),
     "row of a part that is not there": (instead("w.rows", lambda rows: rows * 2), r"deals out \[20, 0, 20\] rows"),
     "row of another part": (instead("w.rows", wrong_row), "w.rows deals out"),
-    "factor is NaN": (instead("w.tiles.0", with_factor(float("nan"))), "row factor that is not finite"),
-    "factor is infinite": (instead("w.tiles.0", with_factor(float("-inf"))), "row factor that is not finite"),
+    "factor is NaN": (instead("w.tiles.0", with_factor(float("nan"))), "row factor or scale that is not finite"),
+    "factor is infinite": (instead("w.tiles.0", with_factor(float("-inf"))), "row factor or scale that is not finite"),
     "both packed and plain": (lambda tensors: tensors.update(w=torch.ones(40, 64)), "w is stored both packed"),
 }
 

@@ -123,7 +123,7 @@ def _round(weight: Tensor, fmt: Format, grid: Grid, factors: Tensor, lookup: Loo
     scales = codes_of_scale.float() * factors.float()[:, None]
     scaled = as_groups(weight, fmt) / scales[:, :, None]
     if lookup is not None:
-        codes = lookup.nearest_codes(scaled)
+        codes = lookup.codes.index_select(0, lookup.places(scaled))
     else:
         assert grid.zeros is not None
         codes = torch.round(scaled + grid.zeros[:, :, None]).clamp_(0, fmt.levels - 1).to(torch.uint8)

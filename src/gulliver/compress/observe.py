@@ -120,20 +120,15 @@ class Moments:
             columns = rows.shape[1]
             self.sums[key] = torch.zeros((columns, columns) if self.full else (columns,))
         if self.full:
-            add_upper_products(self.sums[key], rows)
+            for start in range(0, rows.shape[1], STRIP):  # the upper triangle and some of the lower: half of the work
+                strip = slice(start, start + STRIP)
+                self.sums[key][strip, start:].addmm_(rows[:, strip].T, rows[:, start:])
         else:
             self.sums[key] += rows.square().sum(0)
         self.positions[key] = self.positions.get(key, 0) + len(rows)
 
     def _power(self, slot: str, output: Tensor) -> None:
         self.output_power[slot] = self.output_power.get(slot, 0.0) + float(output.float().square().mean())
-
-
-def add_upper_products(total: Tensor, rows: Tensor) -> None:
-    """Add rowsᵀ rows to `total` [columns, columns], its upper triangle and some of the lower: half of the work."""
-    for start in range(0, len(total), STRIP):
-        strip = slice(start, start + STRIP)
-        total[strip, start:].addmm_(rows[:, strip].T, rows[:, start:])
 
 
 def mirrored(total: Tensor) -> Tensor:

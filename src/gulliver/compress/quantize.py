@@ -126,7 +126,8 @@ def pack_matrix(
     moment, increase, parts = joint_moment(uses), 0.0, []
     for index, (rows, (_, fmt)) in enumerate(zip(classes, choice, strict=True)):
         chosen = matrix if row_part is None else matrix[rows]
-        part = quantize_matrix(chosen, fmt, moment, gptq=gptq)
+        codebook = codebook_of(chosen, fmt, moment) if fmt.kind == "codebook" else None
+        part = quantize_matrix(chosen, fmt, moment, gptq=gptq, codebook=codebook)
         increase += loss_increase(chosen, part, uses, None if row_part is None else rows)
         parts.append(part)
         if row_part is not None:

@@ -51,7 +51,10 @@ def dequantized(blocks: NDArray[np.uint8], fmt: Format) -> NDArray[np.float32]:
 
 
 def opened(blocks: Tensor, fmt: Format, rows: int, columns: int) -> BlockRows:
-    """Rows as they are stored. ArtifactError for another size, and for a scale that is not finite."""
+    """Rows as they are stored, uint8 [rows, bytes of a row]. ArtifactError for another size, and for a scale that is
+
+    not finite.
+    """
     row_bytes = fmt.packed_bytes(1, columns) if fmt.holds(columns) else 0
     if tuple(blocks.shape) != (rows, row_bytes) or blocks.dtype != torch.uint8 or not row_bytes:
         raise ArtifactError(

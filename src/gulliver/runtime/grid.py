@@ -58,17 +58,12 @@ class Lookup:
         self.codes, self.entries = codes.to(torch.uint8), entries[codes]
 
     def places(self, scaled: Tensor) -> Tensor:
-        """The place in the tables of each of `scaled`, values of any shape in units of the scale; int32, flat."""
+        """Where `codes` and `entries` [places] have what is nearest to each of `scaled`, values of any shape in units
+
+        of the scale; int32, flat.
+        """
         found = (scaled * self.fine).ceil_().clamp_(-self.reach, self.reach)
         return found.add_(self.reach).to(torch.int32).flatten()
-
-    def nearest_entries(self, scaled: Tensor) -> Tensor:
-        """The entry nearest to each of `scaled`, float32 of the same shape."""
-        return self.entries.index_select(0, self.places(scaled)).view(scaled.shape)
-
-    def nearest_codes(self, scaled: Tensor) -> Tensor:
-        """Its index, uint8 of the same shape."""
-        return self.codes.index_select(0, self.places(scaled)).view(scaled.shape)
 
 
 def fit_codebook_grid(groups: Tensor, importance: Tensor, codebook: Lookup, refine: int = 2) -> Grid:
@@ -78,12 +73,13 @@ def fit_codebook_grid(groups: Tensor, importance: Tensor, codebook: Lookup, refi
     best_scale, best_error = peak / codebook.top, torch.full_like(peak, torch.inf)
     for shrink in SHRINKS:
         scale = peak * (shrink / codebook.top)
-        values = codebook.nearest_entries(groups / scale[:, None]).mul_(scale[:, None])
+        entries = codebook.entries.index_select(0, codebook.places(groups / scale[:, None])).view_as(groups)
+        values = entries.mul_(scale[:, None])
         error = values.sub_(groups).square_().mul_(importance).sum(1)
         better = error < best_error
         best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
     for _ in range(refine):
-        entries = codebook.nearest_entries(groups / best_scale[:, None])
+        entries = codebook.entries.index_select(0, codebook.places(groups / best_scale[:, None])).view_as(groups)
         weighted = importance * entries
         solved = (weighted * groups).sum(1) / weighted.mul_(entries).sum(1).clamp_min(1e-20)
         best_scale = torch.where(solved > 0, solved, best_scale)
@@ -123,7 +119,7 @@ def learn_codebook(groups: Tensor, importance: Tensor, levels: int, rounds: int 
     for _ in range(rounds):
         lookup = Lookup(codebook)
         scales = fit_codebook_grid(groups, importance, lookup, refine=1).scales
-        codes = lookup.nearest_codes(groups / scales[:, None]).flatten().long()
+        codes = lookup.codes.index_select(0, lookup.places(groups / scales[:, None])).long()
         weight = (flat_importance * scales[:, None] ** 2).flatten()
         total = torch.zeros(levels).index_add_(0, codes, weight)
         moment = torch.zeros(levels).index_add_(0, codes, weight * (groups / scales[:, None]).flatten())

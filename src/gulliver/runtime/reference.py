@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from gulliver.core.errors import ArtifactError
 from gulliver.core.records import PackedPart, PackedWeight
 from gulliver.core.store.manifest import PACKING
-from gulliver.nets.files import Stored, stored_tensors
+from gulliver.nets.files import stored_tensors
 from gulliver.nets.weights import read_safetensors, read_tensor
 from gulliver.runtime.blocks import BlockRows
 from gulliver.runtime.packed import PackedTensor, RowGroup, pack, unpack
@@ -66,6 +66,30 @@ def read_stored(
     """
     packing = read_packing(folder) if is_packed(folder) else {}
     stored = stored_tensors(folder)
+    plain = _plain_names(folder, packing, stored)
+    for name in filter(only, sorted(packing, key=order_of_use)):
+        entry = packing[name]
+        parts: list[RowGroup | BlockRows] = []
+        for piece in stored_names(name, entry.parts):
+            if piece not in stored:
+                raise ArtifactError(f"the weight files lack {piece}, which {PACKING} promises; the model is damaged")
+        for index, (fmt, rows) in enumerate(entry.parts):
+            codebook = read_tensor(stored, f"{name}.codebook.{index}") if fmt.kind == "codebook" else None
+            try:
+                tiles = read_tensor(stored, f"{name}.tiles.{index}")
+                parts.append(unpack(tiles, fmt, rows, entry.columns, codebook))
+            except ArtifactError as error:
+                raise ArtifactError(f"{name}: {error}") from error
+        row_part = read_tensor(stored, f"{name}.rows") if len(parts) > 1 else None
+        if row_part is not None:
+            _check_rows(name, row_part, [rows for _, rows in entry.parts])
+        yield name, PackedTensor(entry.shape, parts, row_part, entry.inputs)
+    for name in filter(only, plain):
+        yield name, read_tensor(stored, name)
+
+
+def _plain_names(folder: Path, packing: Mapping[str, Entry], stored: Iterable[str]) -> list[str]:
+    """The stored tensors that are no piece of a packed weight, in the order of use. ArtifactError for a stray piece."""
     owned = {piece for name, entry in packing.items() for piece in stored_names(name, entry.parts)}
     plain = sorted(set(stored) - owned, key=order_of_use)
     for name in plain:
@@ -73,31 +97,13 @@ def read_stored(
             raise ArtifactError(f"{folder}: {name} is stored both packed and plain; the files do not belong together")
         if PIECE.sub("", name) in packing:
             raise ArtifactError(f"{folder}: {name} is stored, but no part in {PACKING} needs it; the model is damaged")
-    for name in filter(only, sorted(packing, key=order_of_use)):
-        yield name, _read_packed(name, packing[name], stored)
-    for name in filter(only, plain):
-        yield name, read_tensor(stored, name)
+    return plain
 
 
-def _read_packed(name: str, entry: Entry, stored: Mapping[str, Stored]) -> PackedTensor:
-    parts: list[RowGroup | BlockRows] = []
-    for piece in stored_names(name, entry.parts):
-        if piece not in stored:
-            raise ArtifactError(f"the weight files lack {piece}, which {PACKING} promises; the model is damaged")
-    for index, (fmt, rows) in enumerate(entry.parts):
-        codebook = read_tensor(stored, f"{name}.codebook.{index}") if fmt.kind == "codebook" else None
-        try:
-            tiles = read_tensor(stored, f"{name}.tiles.{index}")
-            parts.append(unpack(tiles, fmt, rows, entry.columns, codebook))
-        except ArtifactError as error:
-            raise ArtifactError(f"{name}: {error}") from error
-    if len(parts) == 1:
-        return PackedTensor(entry.shape, parts, None, entry.inputs)
-    row_part = read_tensor(stored, f"{name}.rows")
-    wanted = [rows for _, rows in entry.parts]
+def _check_rows(name: str, row_part: Tensor, wanted: list[int]) -> None:
+    """ArtifactError unless `row_part` [rows] deals out as many rows to each part as are `wanted`."""
     if row_part.dtype != torch.uint8 or tuple(row_part.shape) != (sum(wanted),):
         raise ArtifactError(f"{name}.rows is {row_part.dtype} {list(row_part.shape)}, not uint8 [{sum(wanted)}]")
-    counts = torch.bincount(row_part.long(), minlength=len(parts)).tolist()
+    counts = torch.bincount(row_part.long(), minlength=len(wanted)).tolist()
     if counts != wanted:
         raise ArtifactError(f"{name}.rows deals out {counts} rows, {PACKING} says {wanted}")
-    return PackedTensor(entry.shape, parts, row_part, entry.inputs)

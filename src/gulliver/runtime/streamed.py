@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,8 +43,17 @@ def filled(network: nn.Module, folder: Path, prefixes: tuple[str, ...], narrow: 
         yield
         return
     canonical = canonical_names(network)
-    wanted = read_stored(folder, lambda name: canonical.get(name, name).startswith(prefixes))
-    assign(network, _narrowed(wanted, lambda name: canonical.get(name, name) in narrow), None)
+    weights: list[tuple[str, Tensor]] = []
+    for name, tensor in read_stored(folder, lambda name: canonical.get(name, name).startswith(prefixes)):
+        half = canonical.get(name, name) in narrow
+        if isinstance(tensor, PackedTensor):
+            weights.append((name, tensor.dequantize(torch.bfloat16 if half else torch.float32)))
+        elif tensor.is_floating_point() and not (half and tensor.dtype in HALF):
+            weights.append((name, tensor.float()))
+        else:
+            weights.append((name, tensor))
+        del tensor  # so that what was stored is not in memory while the block runs
+    assign(network, weights, None)
     missing = [name for name in unfilled(network) if name.startswith(prefixes)]
     if missing:
         raise ArtifactError(f"{folder} holds no weights for {missing[0]}; bring the model in with `gulliver pull`")
@@ -52,15 +61,3 @@ def filled(network: nn.Module, folder: Path, prefixes: tuple[str, ...], narrow: 
         yield
     finally:
         release(network, prefixes)
-
-
-def _narrowed(
-    stored: Iterator[tuple[str, PackedTensor | Tensor]], is_narrow: Callable[[str], bool]
-) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in stored:
-        if isinstance(tensor, PackedTensor):
-            yield name, tensor.dequantize(torch.bfloat16 if is_narrow(name) else torch.float32)
-        elif tensor.is_floating_point() and not (is_narrow(name) and tensor.dtype in HALF):
-            yield name, tensor.float()
-        else:
-            yield name, tensor

@@ -25,36 +25,51 @@ from gulliver.runtime.network import load_network
 from gulliver.runtime.streamed import filled, narrow_weights
 from gulliver.tasks.base import Block
 from gulliver.tasks.language.network import logits_of
-from gulliver.tasks.text.streaming import stream_blocks
+from gulliver.tasks.text.streaming import Stream
 
 
 class Outputs:
     """A causal network's outputs on `batches` of tokens, [rows, tokens] each, under bfloat16 autocast.
 
     `kept`: a file in which what enters the head lies between measurements; written when it is not there.
-    `advance` is called with the share of the layers that are done.
     """
 
-    def __init__(
-        self, network: nn.Module, batches: Sequence[Tensor], kept: Path | None, advance: Callable[[float], None]
-    ) -> None:
+    def __init__(self, network: nn.Module, batches: Sequence[Tensor], kept: Path | None = None) -> None:
         self.network, self.batches, self.kept = network, batches, kept
         self.folder = Path(str(getattr(network, "source_folder", "")))
         self.blocks: list[Block] = []
         try:
-            self.blocks = stream_blocks(network, [{"tokens": tokens} for tokens in batches])
+            self.blocks = Stream(network, [{"tokens": tokens} for tokens in batches]).blocks()
         except ConfigError:
             if unfilled(network):
                 self.network = load_network(self.folder, empty=False)
         self.narrow = narrow_weights(network)
         self.entering: list[Tensor] = []
-        if self.blocks and not (kept is not None and kept.is_file()):
-            self._run_layers(advance)
-        advance(1.0)
+
+    def run_layers(self, advance: Callable[[float], None]) -> None:
+        """Run all but the head, unless what it left is kept; `advance` gets the share of the layers that are done."""
+        if not self.blocks or (self.kept is not None and self.kept.is_file()):
+            advance(1.0)
+            return
+        passing: list[Any] = [{"tokens": tokens} for tokens in self.batches]
+        for done, block in enumerate(self.blocks[:-1]):
+            with filled(self.network, self.folder, block.prefixes, self.narrow):
+                for number, x in enumerate(passing):
+                    passing[number] = block.forward(x, number).float()
+            advance((done + 1) / (len(self.blocks) - 1))
+        if self.kept is None:
+            self.entering = passing
+            return
+        temporary = temporary_name(self.kept)
+        save_file({str(number): x.contiguous() for number, x in enumerate(passing)}, str(temporary))
+        temporary.rename(self.kept)
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """While the block runs, the weights of the head are in memory and `log_probabilities` may be called."""
+        """While the block runs, the weights of the head are in memory and `log_probabilities` may be called.
+
+        After `run_layers`.
+        """
         if not self.blocks:
             yield
             return
@@ -70,20 +85,6 @@ class Outputs:
             part = whole[rows[start : start + step], positions[start : start + step]][None]
             logits = self.blocks[-1].forward(part, number) if self.blocks else part
             yield start, torch.log_softmax(logits[0], -1, dtype=torch.float32)
-
-    def _run_layers(self, advance: Callable[[float], None]) -> None:
-        passing: list[Any] = [{"tokens": tokens} for tokens in self.batches]
-        for done, block in enumerate(self.blocks[:-1]):
-            with filled(self.network, self.folder, block.prefixes, self.narrow):
-                for number, x in enumerate(passing):
-                    passing[number] = block.forward(x, number).float()
-            advance((done + 1) / len(self.blocks))
-        if self.kept is None:
-            self.entering = passing
-            return
-        temporary = temporary_name(self.kept)
-        save_file({str(number): x.contiguous() for number, x in enumerate(passing)}, str(temporary))
-        temporary.rename(self.kept)
 
     def _entering(self, number: int) -> Tensor:
         """What enters the head for batch `number`, float32 [rows, tokens, width]."""

@@ -69,14 +69,26 @@ def score_causal(
     rows = stream[: count * context].view(count, context)
     sheet = _sheet(dataset, folder, questions, int(getattr(model.config, "max_position_embeddings", None) or 2**31))
     name = f"{dataset.id[:32]}-{count}-{context}-{digest(sheet.questions)[:16]}"
+    layers, batches = LAYERS if parent is None else LAYERS / 2, [*rows[:, None], *sheet.batches]
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        found, ours, theirs = _answers(model, parent, rows, sheet, kept and kept / name, advance)
+        # the parent's layers run first, then the model's, then both heads side by side
+        theirs = None if parent is None else Outputs(parent, batches, kept and kept / name)
+        if theirs is not None:
+            theirs.run_layers(lambda share: advance(layers * share))
+        ours = Outputs(model, batches)
+        ours.run_layers(lambda share: advance(LAYERS - layers * (1 - share)))
+        found = []
+        with ours.ready(), nullcontext() if theirs is None else theirs.ready():
+            for number in range(count):
+                found.append(_window(ours, theirs, number))
+                advance(LAYERS + (1 - LAYERS) * (number + 1) / count)
+            marks = sheet.marks(ours, count), None if theirs is None else sheet.marks(theirs, count)
     detail = {"windows": count, "context": context, "precision": "bfloat16 autocast"}
     common: dict[str, Any] = {"n": count, "data_hash": dataset.files[EXAMPLES].sha256, "detail": detail}
     evidence = [measured("perplexity", *_exp(window.nll for window in found), **common)]
     evidence += _against_unigrams(found, rows, token_stream(dataset, "train", folder), model, common)
     evidence += _against_parent(found, common) if parent is not None else []
-    return evidence + sheet.evidence(ours, theirs, common)
+    return evidence + sheet.evidence(*marks, common)
 
 
 def _sheet(dataset: Artifact, folder: Path, count: int, positions: int) -> QuestionSheet:
@@ -116,32 +128,7 @@ def _exp(logarithms: Iterable[float]) -> tuple[float, float, float]:
     return mean, low, high
 
 
-# ---- windows and questions ----------------------------------------------------------------------------------------
-def _answers(
-    model: nn.Module,
-    parent: nn.Module | None,
-    rows: Tensor,
-    sheet: QuestionSheet,
-    kept: Path | None,
-    advance: Advance,
-) -> tuple[list[Window], list[bool], list[bool] | None]:
-    """The score of every window, and the model's and the parent's marks on the questions.
-
-    The parent's layers run first, then the model's, then both heads side by side.
-    """
-    layers = LAYERS if parent is None else LAYERS / 2
-    batches = [*rows[:, None], *sheet.batches]
-    theirs = None if parent is None else Outputs(parent, batches, kept, lambda share: advance(layers * share))
-    ours = Outputs(model, batches, None, lambda share: advance(LAYERS - layers * (1 - share)))
-    found = []
-    with ours.ready(), nullcontext() if theirs is None else theirs.ready():
-        for number in range(len(rows)):
-            found.append(_window(ours, theirs, number))
-            advance(LAYERS + (1 - LAYERS) * (number + 1) / len(rows))
-        marks = sheet.marks(ours, len(rows)), None if theirs is None else sheet.marks(theirs, len(rows))
-    return found, *marks
-
-
+# ---- windows ------------------------------------------------------------------------------------------------------
 def _window(ours: Outputs, theirs: Outputs | None, number: int) -> Window:
     """Score one window, a chunk of positions at a time."""
     targets = ours.batches[number][0, 1:]

@@ -31,7 +31,10 @@ class _Enough(Exception):
 
 
 class Stream:
-    """One network and its calibration batches, seen as embed, layers and head."""
+    """One network and its batches of tokens [batch, tokens], seen as embed, layers and head.
+
+    ConfigError when the layers do not form a chain.
+    """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         self.model, self.batches = model, batches
@@ -45,14 +48,7 @@ class Stream:
         self.caches = "use_cache" in inspect.signature(model.forward).parameters
         self.calls: dict[Any, list[LayerCall]] = {}
         self.by_shape = True  # whether layers of all batches of one shape get the same beside their input
-        self.before: set[str] = set()
-        self.after: set[str] = set()
-
-    def dry_run(self) -> None:
-        """Learn which modules outside the layers are called before the first and after the last, and what they return.
-
-        ConfigError when the layers do not form a chain.
-        """
+        # a dry run: which modules outside the layers are called before and after them, and what layers return
         batch = {"tokens": torch.zeros(1, 3, dtype=torch.int64)}
         if self.batches and "mask" in self.batches[0]:
             batch["mask"] = torch.ones(1, 3, dtype=torch.int64)
@@ -68,7 +64,34 @@ class Stream:
             self.by_shape = len(first) == len(other) and all(map(_equal, first, other))
             self.before, self.after = called[0], called[1] | (set(self.outside) - called[0])
             return
-        raise ConfigError(f"{type(self.model).__name__} cannot be streamed layer by layer: {broken}") from broken
+        raise ConfigError(f"{type(model).__name__} cannot be streamed layer by layer: {broken}") from broken
+
+    def blocks(self) -> list[Block]:
+        """Embed, each layer, head. See `Task.blocks`."""
+        tied = canonical_names(self.model)
+        parts: list[tuple[str, tuple[str, ...], Callable[[Any, int], Tensor]]] = []
+        parts.append(("embed", self._prefixes(self.before, tied), self.embed))
+        for number, layer in enumerate(self.layers):
+            name = f"{self.layers_name}.{number}"
+            own = {tied[f"{name}.{leaf}"] for leaf, _ in layer.named_parameters(remove_duplicate=False)}
+            shared = sorted(one for one in own if not one.startswith(f"{name}."))
+            parts.append((name, (f"{name}.", *shared), self.layer(number)))
+        parts.append(("head", self._prefixes(self.after, tied), self.head))
+        blocks, taken = [], set()
+        for name, prefixes, forward in parts:
+            weights = tuple(one for one in packable(self.model, prefixes) if one not in taken) if prefixes else ()
+            blocks.append(Block(name, prefixes, weights, forward))
+            taken |= set(weights)
+        return blocks
+
+    def _prefixes(self, names: set[str], tied: dict[str, str]) -> tuple[str, ...]:
+        """Canonical names of the parameters that the named modules own themselves."""
+        owned = [
+            tied[f"{name}.{leaf}" if name else leaf]
+            for name in sorted(names)
+            for leaf, _ in self.outside[name].named_parameters(recurse=False)
+        ]
+        return tuple(dict.fromkeys(owned))
 
     # ---- the three kinds of forward ---------------------------------------------------------------------------
     def embed(self, batch: Batch, index: int) -> Tensor:
@@ -80,14 +103,18 @@ class Stream:
             raise _Enough
 
         with _patched({self.layers[0]: first}):
-            self._run(batch)
+            self.model(**self._inputs(batch))
         return found[0]
 
     def layer(self, number: int) -> Callable[[Any, int], Tensor]:
         """A function from (what enters layer `number` [batch, tokens, width], batch index) to what leaves it."""
 
         def forward(x: Tensor, index: int) -> Tensor:
-            args, kwargs = self._calls_of(index)[number]
+            batch = self.batches[index]
+            key = tuple(batch["tokens"].shape) if self.by_shape and set(batch) == {"tokens"} else index
+            if key not in self.calls:
+                self.calls[key] = self._record(batch)
+            args, kwargs = self.calls[key][number]
             out = self.layers[number](x, *args, **kwargs)
             return out[0] if isinstance(out, (tuple, list)) else out
 
@@ -109,18 +136,11 @@ class Stream:
             batch = self.batches[index]
             if batch["tokens"].shape != x.shape[:2]:
                 batch = {"tokens": torch.zeros(x.shape[:2], dtype=torch.int64)}
-            output = self._run(batch)
+            output = self.model(**self._inputs(batch))
         logits = getattr(output, "logits", None)
         return output.last_hidden_state if logits is None else logits
 
     # ---- what layers are called with --------------------------------------------------------------------------
-    def _calls_of(self, index: int) -> list[LayerCall]:
-        batch = self.batches[index]
-        key = tuple(batch["tokens"].shape) if self.by_shape and set(batch) == {"tokens"} else index
-        if key not in self.calls:
-            self.calls[key] = self._record(batch)
-        return self.calls[key]
-
     def _record(self, batch: Batch, called: tuple[set[str], set[str]] | None = None) -> list[LayerCall]:
         """What each layer gets beside its input, from a run with stand-ins in the place of all modules.
 
@@ -149,7 +169,7 @@ class Stream:
         stubs: dict[nn.Module, Any] = {module: layer(number) for number, module in enumerate(self.layers)}
         stubs |= {module: _stand_in(name, module, outside) for name, module in self.outside.items()}
         with torch.no_grad(), _patched(stubs):
-            self._run(batch)
+            self.model(**self._inputs(batch))
         if len(calls) != len(self.layers):
             raise ConfigError(f"{len(calls)} of {len(self.layers)} layers were called")
         return calls
@@ -157,34 +177,10 @@ class Stream:
     def _like_layer(self, x: Tensor) -> Any:
         return (x,) if self.tuples else x
 
-    def _run(self, batch: Batch) -> Any:
-        extra: dict[str, Any] = {"use_cache": False} if self.caches else {}
-        if "mask" in batch:
-            extra["attention_mask"] = batch["mask"]
-        try:
-            return self.model(input_ids=batch["tokens"], **extra)
-        except _Enough:
-            return None
-
-
-def stream_blocks(model: nn.Module, batches: Sequence[Batch]) -> list[Block]:
-    """Embed, each layer, head, for batches of tokens [batch, tokens]. See `Task.blocks`."""
-    stream, tied = Stream(model, batches), canonical_names(model)
-    stream.dry_run()
-    parts: list[tuple[str, tuple[str, ...], Callable[[Any, int], Tensor]]] = []
-    parts.append(("embed", _prefixes(stream, stream.before, tied), stream.embed))
-    for number, layer in enumerate(stream.layers):
-        name = f"{stream.layers_name}.{number}"
-        own = {tied[f"{name}.{leaf}"] for leaf, _ in layer.named_parameters(remove_duplicate=False)}
-        shared = sorted(one for one in own if not one.startswith(f"{name}."))
-        parts.append((name, (f"{name}.", *shared), stream.layer(number)))
-    parts.append(("head", _prefixes(stream, stream.after, tied), stream.head))
-    blocks, taken = [], set()
-    for name, prefixes, forward in parts:
-        weights = tuple(one for one in packable(model, prefixes) if one not in taken) if prefixes else ()
-        blocks.append(Block(name, prefixes, weights, forward))
-        taken |= set(weights)
-    return blocks
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """What the network is called with."""
+        mask = {"attention_mask": batch["mask"]} if "mask" in batch else {}
+        return {"input_ids": batch["tokens"], **mask, **({"use_cache": False} if self.caches else {})}
 
 
 def largest_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -193,16 +189,6 @@ def largest_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not lists:
         raise ConfigError(f"{type(model).__name__} has no list of layers; it cannot be streamed")
     return max(lists.items(), key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
-
-
-def _prefixes(stream: Stream, names: set[str], tied: dict[str, str]) -> tuple[str, ...]:
-    """Canonical names of the parameters that the named modules own themselves."""
-    owned = [
-        tied[f"{name}.{leaf}" if name else leaf]
-        for name in sorted(names)
-        for leaf, _ in stream.outside[name].named_parameters(recurse=False)
-    ]
-    return tuple(dict.fromkeys(owned))
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, LayerCall]:
@@ -215,22 +201,18 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Layer
 def _checked(calls: list[LayerCall]) -> list[Any]:
     """All that layers get beside their input, flat. ConfigError for what stand-ins cannot tell, or layers change."""
     found: list[Any] = []
-
-    def add(value: Any) -> None:
+    left: list[Any] = [(args, *(kwargs[key] for key in sorted(kwargs))) for args, kwargs in reversed(calls)]
+    while left:
+        value = left.pop()
         if isinstance(value, tuple):
-            for one in value:
-                add(one)
-        elif isinstance(value, Tensor):
+            left += reversed(value)
+            continue
+        if isinstance(value, Tensor):
             if value.is_floating_point() and bool(value.isnan().any()):
                 raise ConfigError("layers get what was computed from weights, beside their input")
-            found.append(value)
-        elif value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
-            found.append(value)
-        else:
+        elif value is not None and not isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
             raise ConfigError(f"layers share a {type(value).__name__}")
-
-    for args, kwargs in calls:
-        add((args, *(kwargs[key] for key in sorted(kwargs))))
+        found.append(value)
     return found
 
 
@@ -265,12 +247,17 @@ def _stand_in(name: str, module: nn.Module, called: Callable[[str], None] = lamb
 
 @contextmanager
 def _patched(stubs: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Replace the forward of single modules while the block runs; their other attributes stay visible."""
+    """Replace the forward of single modules while the block runs; their other attributes stay visible.
+
+    `_Enough` ends the block and goes no further.
+    """
     own = {module: module.__dict__.get("forward") for module in stubs}
     for module, stub in stubs.items():
         module.__dict__["forward"] = stub
     try:
         yield
+    except _Enough:
+        pass
     finally:
         for module, forward in own.items():
             del module.__dict__["forward"]

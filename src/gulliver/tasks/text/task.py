@@ -14,7 +14,7 @@ from gulliver.tasks.options import TextOptions
 from gulliver.tasks.text.couplings import transformer_couplings
 from gulliver.tasks.text.files import paragraphs, phrases, text_batches
 from gulliver.tasks.text.network import save_network
-from gulliver.tasks.text.streaming import stream_blocks
+from gulliver.tasks.text.streaming import Stream
 
 
 class TextTask(Task):
@@ -35,7 +35,7 @@ class TextTask(Task):
         save_network(model, folder)
 
     def _blocks(self, model: nn.Module, batches: Sequence[Batch]) -> list[Block]:
-        return stream_blocks(model, batches)
+        return Stream(model, batches).blocks()
 
     def _couplings(self, model: nn.Module) -> list[Coupling]:
         return transformer_couplings(model)
