@@ -20,7 +20,7 @@ from gulliver.core.errors import ArtifactError, BudgetError
 from gulliver.core.records import LossIncrease, Plan
 from gulliver.core.store.artifact import Artifact, create
 from gulliver.runtime.formats import CODEBOOK_BITS, GROUP_SIZES, PLANES, Format
-from gulliver.runtime.packing import is_packed
+from gulliver.runtime.packing import is_packed, weight_shapes
 from gulliver.runtime.reference import read_stored
 
 MENU = [Format(8, 64, "uniform"), Format(4, 64, "codebook"), Format(3, 128, "codebook"), Format(2, 32, "codebook")]
@@ -152,7 +152,7 @@ def test_the_packed_model_is_as_large_as_planned_and_within_the_budget(
 def test_blocks_that_a_model_was_pulled_with_take_no_room_beside_the_plan(language: Lab, smallest: int) -> None:
     exported = language.step("export", {"format": "gguf", "type": "q8_0"}, model=language.model)
     pulled = language.step("pull", {"source": str(exported.file("model.gguf"))})
-    assert is_packed(pulled.path)
+    assert is_packed(pulled.path) and weight_shapes(pulled.path) == weight_shapes(language.model.path)
     lab = Lab(language.store, pulled, language.dataset)
     with pytest.raises(BudgetError, match="bytes are too few") as refusal:
         lab.plan(1)

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import Field
 
 from gulliver.core.options import MaxRam, Options
-from gulliver.nets.files import stored_tensors
+from gulliver.runtime.packing import weight_shapes
 from gulliver.tasks import family
 
 BACKWARD_BYTES = 1_200_000_000
@@ -36,7 +36,7 @@ class CalibrateOptions(Options):
         model = inputs["model"]
         gradient = family(model.task).own_loss
         if gradient and self.max_ram_bytes is not None:
-            largest = max(math.prod(tensor.shape) for tensor in stored_tensors(model.path).values())
+            largest = max(math.prod(shape) for shape in weight_shapes(model.path).values())
             gradient = 4 * largest + BACKWARD_BYTES <= self.max_ram_bytes
         return self.model_copy(update={"sensitivity": "gradient" if gradient else "power"})
 

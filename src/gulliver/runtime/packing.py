@@ -11,6 +11,7 @@ from typing import Any
 
 from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.store.manifest import PACKING, read_json, rows_of
+from gulliver.nets.files import stored_tensors
 from gulliver.runtime.formats import KEPT_BITS, Format
 
 FORMAT = 1
@@ -118,3 +119,11 @@ def stored_names(name: str, parts: list[tuple[Format, int]]) -> Iterator[str]:
             yield f"{name}.codebook.{index}"
     if len(parts) > 1:
         yield f"{name}.rows"
+
+
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight of a model folder by name: what a packed one is unpacked to, a plain one as stored."""
+    packing = read_packing(folder) if is_packed(folder) else {}
+    pieces = {piece for name, entry in packing.items() for piece in stored_names(name, entry.parts)}
+    plain = {name: tensor.shape for name, tensor in stored_tensors(folder).items() if name not in pieces}
+    return plain | {name: entry.shape for name, entry in packing.items()}
