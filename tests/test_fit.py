@@ -20,7 +20,7 @@ from gulliver.cli import main as cli
 from gulliver.core import memory
 from gulliver.core.errors import ArtifactError, BudgetError, ConfigError, DataError, GateRefused
 from gulliver.core.progress import Progress
-from gulliver.core.records import FitResult, Packing
+from gulliver.core.records import EXAMPLES, Calibration, FitResult, Packing
 from gulliver.core.store.artifact import Artifact, open_artifact, verify
 from gulliver.core.store.store import Store
 from gulliver.pipeline import api, resolve, smallest
@@ -203,16 +203,16 @@ def test_a_drop_that_no_model_of_this_size_keeps(
     language: Lab, at_home: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     words = ["fit", language.model.id, "--data", language.dataset.id, "--effort", "fast", "--out", tmp_path / "out"]
-    code, shown, err = at_home(*words, "--size", "48kB", "--max-drop", "2%", "--json")
+    code, shown, err = at_home(*words, "--size", "48kB", "--max-drop", "1%", "--json")
     assert code == 4 and not (tmp_path / "out").exists()
-    assert "quality_loss <= 0.02" in err + shown and "nearest feasible point" in err + shown
+    assert "quality_loss <= 0.01" in err + shown and "nearest feasible point" in err + shown
     would_do = re.search(r"would do with --max-drop ([\d.]+%)", err + shown)
     assert would_do and fit(language, 48_000, effort="fast", max_drop=would_do[1]).weight_bytes <= 48_000
     with pytest.raises(BudgetError) as refusal:
-        fit(language, 48_000, effort="fast", max_drop=0.02)
+        fit(language, 48_000, effort="fast", max_drop=0.01)
     nearest = refusal.value.nearest
     assert nearest is not None and nearest["size_bytes"] > 48_000
-    larger = fit(language, nearest["size_bytes"], effort="fast", max_drop=0.02)
+    larger = fit(language, nearest["size_bytes"], effort="fast", max_drop=0.01)
     assert 48_000 < larger.weight_bytes <= nearest["size_bytes"]
 
 
@@ -264,7 +264,31 @@ def test_data_come_from_the_lineage(language: Lab, digits: Lab) -> None:
     made = fit(digits, DIGITS, data=None, effort="fast")
     assert digits.dataset.id in {manifest["id"] for manifest in digits.store.lineage(made.id)}
     with pytest.raises(DataError, match="--data"):
-        fit(language, data=None, effort="fast")
+        fit(language, data=None, effort="fast", domain_only=True)
+
+
+def judged_on(lab: Lab, made: Artifact) -> set[str]:
+    return {item.data_hash for item in lab.store.evidence(made.id) if item.metric == "quality_loss"}
+
+
+def test_the_worse_of_the_users_data_and_of_the_broad_set_is_judged(language: Lab) -> None:
+    made = fit(language, 52_000, effort="fast")
+    own = [one for one in language.store.artifacts() if one.step["name"] == "sample"][-1]
+    assert judged_on(language, made) == {part.files[EXAMPLES].sha256 for part in (language.dataset, own)}
+    losses = [item for item in language.store.evidence(made.id) if item.metric == "quality_loss"]
+    with pytest.raises(BudgetError, match="quality_loss"):
+        worst = max(item.high for item in losses)
+        fit(language, 52_000, effort="fast", max_drop=worst * 0.999)
+    alone = fit(language, 52_000, effort="fast", domain_only=True)
+    assert judged_on(language, alone) == {language.dataset.files[EXAMPLES].sha256}
+    assert alone.id != made.id
+
+
+def test_without_data_the_broad_set_stands_alone(language: Lab) -> None:
+    made = fit(language, 52_000, effort="fast", data=None)
+    own = [one for one in language.store.artifacts() if one.step["name"] == "sample"][-1]
+    assert judged_on(language, made) == {own.files[EXAMPLES].sha256}
+    assert Calibration.of(made).dataset == own.id
 
 
 @pytest.mark.parametrize(

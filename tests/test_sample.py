@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from language_samples import CAUSAL, write_causal, write_encoder
-from toy_language import DOES, WHAT, WHO, write_model
+from toy_language import write_model
 
 from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.progress import Progress
@@ -21,23 +22,15 @@ from gulliver.core.store.artifact import Artifact, verify
 from gulliver.core.store.store import Store
 from gulliver.data.options import SampleOptions
 from gulliver.pipeline.call import call
+from gulliver.runtime.eight_bits import write_in_eight_bits
+from gulliver.runtime.reference import read_tensors
 from gulliver.tasks import get_task
-from gulliver.tasks.language import task, writing
-from gulliver.tasks.language.task import LanguageTask
+from gulliver.tasks.base import Written
+from gulliver.tasks.language import writing
 from gulliver.tasks.text.tokenizer import load_tokenizer
 
 TASK = get_task("language")
-SMALL = {"count": 5, "family": {"tokens": 40}, "batch_size": 2}
-
-
-def silent(share: float) -> None:
-    """Progress that is not shown."""
-
-
-def generate(model: Any, folder: Path, count: int, tokens: int, seed: int = 0, **more: Any) -> list[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(seed)
-    options = TASK.chosen({"tokens": tokens})
-    return TASK.generate(model, count, folder=folder, options=options, generator=generator, **more)
+SMALL = {"count": 5, "held_out": 2, "family": {"tokens": 40}, "batch_size": 4}
 
 
 @pytest.fixture(scope="module")
@@ -62,37 +55,106 @@ def test_a_model_writes_a_dataset(store: Store, quiet: Progress, folder: Path) -
     every = TASK.chosen(SMALL["family"]).model_dump()
     assert made.manifest["config"] == {**SMALL, "family": every} and every["tokens"] == 40
     found = rows(made)
-    assert len(found) == 5 and len({row["text"] for row in found}) == 5
-    assert {(row["split"], row["source"]) for row in found} == {("train", "own")}
-    sources = json.loads(made.file(Sources.file).read_text())
-    assert sources == {"train": {"examples": 5, "files": {}}, "eval": {"examples": 0, "files": {}}}
-    kept = [{name: value for name, value in row.items() if name != "split"} for row in found]
-    assert list(TASK.rows(made.path, "train")) == kept
+    assert len(found) == 7 and len({row["text"] for row in found}) == 7 and {row["source"] for row in found} == {"own"}
+    assert [row["split"] for row in found].count("eval") == 2
+    sources = Sources.of(made)
+    assert (sources.train.examples, sources.eval.examples) == (5, 2)
+    assert sources.writing is not None and sources.writing.drawn >= 7
+    assert sources.writing.drawn - sum(sources.writing.dropped.values()) >= 7
+    assert all(shown in [row["text"] for row in found] for shown in sources.writing.shown)
+    judged = [row["text"] for row in found if row["split"] == "eval"]
+    assert [row["text"] for row in TASK.rows(made.path, "eval")] == judged
 
 
-def test_the_texts_are_in_the_models_own_words(folder: Path) -> None:
-    """The toy model learned a grammar, but no start token and not every byte: begin with a token that it knows."""
-    tokenizer = load_tokenizer(folder)
-    first = torch.full((4, 1), tokenizer(" the")["input_ids"][0])
-    drawn = writing.continue_texts(TASK.load(folder), first[:, :0], first, 60, torch.Generator().manual_seed(0), silent)
-    assert drawn.shape == (4, 60) and len(set(map(tuple, drawn.tolist()))) == 4
-    known = set(" ".join((*WHO, *DOES, *WHAT)).split())
-    words = " ".join(tokenizer.decode(row) for row in drawn).replace(".", " ").replace(",", " ").split()
-    assert sum(word in known for word in words) > 0.8 * len(words)
+def test_texts_begin_as_texts_do(folder: Path, tmp_path: Path) -> None:
+    """Without a chat template every text goes on from one of the natural beginnings, whatever the batch."""
+    with writing.Author(folder, 64, 0, tmp_path) as author:
+        together = author.write(range(6))
+        alone = author.write([4])
+    assert alone == together[4:5]
+    for number, example in enumerate(together):
+        beginning = writing.beginnings()[number]
+        assert example.row["text"].startswith(beginning[:8]), (number, example)
 
 
-def test_first_tokens_are_spread_over_the_vocabulary(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[torch.Tensor] = []
+def test_the_beginnings_are_of_many_kinds_from_the_first() -> None:
+    """Any prefix is spread over scripts and over code."""
+    first = writing.beginnings()[:32]
+    scripts = {writing.script_of(letter) for text in first for letter in text if letter.isalpha()}
+    assert {"LATIN", "EAST ASIAN", "CYRILLIC", "ARABIC", "DEVANAGARI"} <= scripts
+    assert sum("import" in text or "def " in text or "class " in text for text in first) >= 2
+    assert len(set(writing.beginnings())) == len(writing.beginnings()) >= 200
 
-    def only_begin(model: Any, prefix: torch.Tensor, first: torch.Tensor, *rest: Any) -> torch.Tensor:
-        assert prefix.tolist() == [[0]] * len(first)
-        seen.append(first)
-        return first
 
-    monkeypatch.setattr(writing, "continue_texts", only_begin)
-    generate(TASK.load(folder), folder, 2000, 8)
-    counts = torch.bincount(seen[0][:, 0], minlength=320)
-    assert len(counts) == 320 and (counts > 0).float().mean() > 0.98 and counts.max() < 25
+def test_a_model_with_a_chat_template_writes_questions_and_answers(folder: Path, tmp_path: Path) -> None:
+    chat = tmp_path / "chat"
+    shutil.copytree(folder, chat)
+    (chat / "chat_template.jinja").write_text(
+        "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    text = writing.Text(chat)
+    assert writing.chat_head(text) == ("<|user|>", "<|end|><|assistant|>")
+    assert writing.chat_head(writing.Text(folder)) is None
+    with writing.Author(chat, 64, 0, tmp_path / "work") as author:
+        written = author.write(range(4))
+    assert [example.row["text"].startswith("<|user|>") for example in written] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("template", ["no message at all", "{{ raise_exception('no') }}", "{{ messages[0].content }}"])
+def test_a_chat_template_without_a_head_is_not_used(folder: Path, tmp_path: Path, template: str) -> None:
+    shutil.copytree(folder, tmp_path / "chat")
+    (tmp_path / "chat" / "chat_template.jinja").write_text(template)
+    assert writing.chat_head(writing.Text(tmp_path / "chat")) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("The committee met on Tuesday and decided to postpone the vote until the report is complete.", ""),
+        ("def area(width, height):\n    return width * height\n\nprint(area(3, 4))  # twelve", ""),
+        ("会议于周二举行，委员会决定推迟投票，直到 GPU 报告完成为止，届时再作讨论。", ""),
+        ("東京は今日も晴れです。カフェでコーヒーを飲みながら本を読みました。", ""),
+        ("too short", "short"),
+        ("again and again " * 20, "repetitive"),
+        (
+            "The \ufffd\ufffd\ufffd report \ufffd of the \ufffd committee \ufffd was read aloud on Tuesday.",
+            "unreadable",
+        ),
+        ("Хорошо работает 会议决定推迟投票 والآن نعود إلى البيت the end of all of it is near", "mixed scripts"),
+    ],
+)
+def test_what_is_dropped(text: str, fault: str) -> None:
+    tokens = [ord(letter) for letter in text] if len(text) > 12 else [1, 2]
+    assert writing.fault_of(text, tokens) == fault
+
+
+def test_a_text_never_exceeds_the_models_positions(folder: Path, tmp_path: Path) -> None:
+    """The toy model has 256 positions."""
+    with writing.Author(folder, 10_000, 0, tmp_path) as author:
+        (example,) = author.write([1])
+    assert len(load_tokenizer(folder)(example.row["text"])["input_ids"]) <= 257
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_every_network_writes(name: str, tmp_path: Path) -> None:
+    """Those that the native engine does not run are written with by the reference path."""
+    folder = write_causal(tmp_path / "model", name)
+    with writing.Author(folder, 48, 3, tmp_path / "work") as author:
+        assert len(author.write([0, 1])) == 2
+
+
+def test_eight_bits_are_close_and_hold_every_companion(folder: Path, tmp_path: Path) -> None:
+    """No weight is further away than half a step of its group's 256 values."""
+    write_in_eight_bits(folder, tmp_path)
+    packed = dict(read_tensors(tmp_path))
+    for name, weight in read_tensors(folder):
+        if weight.dim() == 2:
+            spread = weight.max() - weight.min()
+            assert (packed[name] - weight).abs().max() <= 0.6 * spread / 255, name
+        else:
+            assert torch.allclose(packed[name], weight)
+    assert (tmp_path / "tokenizer.json").is_file() and (tmp_path / "config.json").is_file()
 
 
 def test_the_same_seed_writes_the_same_and_another_does_not(tmp_path: Path, quiet: Progress, folder: Path) -> None:
@@ -114,20 +176,20 @@ def test_a_killed_run_goes_on_with_the_next_batch(
 ) -> None:
     whole = write(Store(tmp_path / "uninterrupted"), folder, quiet)
     asked: list[int] = []
-    real = LanguageTask._generate
+    real = writing.Author.write
 
-    def killed_at_the_third(self: Any, model: Any, count: int, *rest: Any) -> list[dict[str, Any]]:
-        asked.append(count)
-        if len(asked) == 3:
+    def killed_at_the_second(self: Any, numbers: Any) -> Any:
+        asked.append(numbers[0])
+        if len(asked) == 2:
             raise KeyboardInterrupt
-        return real(self, model, count, *rest)
+        return real(self, numbers)
 
-    monkeypatch.setattr(LanguageTask, "_generate", killed_at_the_third)
+    monkeypatch.setattr(writing.Author, "write", killed_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         write(store, folder, quiet)
-    assert len(list((store.home / "work").glob("*/batch-*.json"))) == 2
+    assert len(list((store.home / "work").glob("*/batch-*.json"))) == 1
     assert write(store, folder, quiet).id == whole.id
-    assert asked == [2, 2, 1, 1]  # finished batches were not written again
+    assert asked[:3] == [0, 4, 4]  # finished batches were not written again
     assert not list((store.home / "work").glob("*/batch-*.json"))
 
 
@@ -142,58 +204,35 @@ def test_progress_counts_every_example(store: Store, quiet: Progress, folder: Pa
 
     quiet.stage = watched  # type: ignore[method-assign]
     write(store, folder, quiet)
-    assert [(bar.name, bar.done, bar.total) for bar in bars if bar.name == "sample"] == [("sample", 5, 5)]
-
-
-def test_a_text_never_exceeds_the_models_positions(folder: Path) -> None:
-    """The toy model has 256 positions, one of them for the start token."""
-    shares: list[float] = []
-    model = TASK.load(folder)
-    generate(model, folder, 1, 10_000, advance=shares.append)
-    assert len(shares) == 255 and shares == sorted(set(shares)) and shares[-1] == 1
-    model.config.max_position_embeddings = 1
-    with pytest.raises(ConfigError, match="1 positions"):
-        generate(model, folder, 1, 8)
-
-
-@pytest.mark.parametrize("name", CAUSAL)
-def test_writing_with_a_cache_equals_writing_without(name: str, tmp_path: Path) -> None:
-    folder = write_causal(tmp_path, name)
-    model, tokenizer = TASK.load(folder), load_tokenizer(folder)
-    start = writing.start_token(model.config, tokenizer)
-    assert start == 256
-    prefix, first = torch.full((3, 1), start), torch.tensor([[7], [65], [200]])
-    found = writing.continue_texts(model, prefix, first, 14, torch.Generator().manual_seed(3), silent)
-    slow, generator = torch.cat([prefix, first], 1), torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for _ in range(13):
-            last = model(input_ids=slow, use_cache=False).logits[:, -1]
-            slow = torch.cat([slow, torch.multinomial(last.softmax(-1), 1, generator=generator)], 1)
-    assert torch.equal(found, slow[:, 1:])
-    assert len(generate(model, folder, 2, 8)) == 2
-    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
-    assert not any(buffer.dtype == torch.bfloat16 for buffer in model.buffers())
-
-
-def test_a_start_token_that_the_vocabulary_lacks_is_not_used() -> None:
-    class Holder:
-        def __init__(self, bos: Any, eos: Any) -> None:
-            self.bos_token_id, self.eos_token_id, self.vocab_size = bos, eos, 100
-
-    assert writing.start_token(Holder(5, 6), Holder(None, None)) == 5
-    assert writing.start_token(Holder(5, 6), Holder(None, 7)) == 5
-    assert writing.start_token(Holder(500, [8, 9]), Holder(None, None)) == 8
-    assert writing.start_token(Holder(None, []), Holder(None, 100)) is None
-
-
-def test_a_model_without_a_start_token_begins_with_the_drawn_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "start_token", lambda config, tokenizer: None)
-    shares: list[float] = []
-    generate(TASK.load(folder), folder, 2, 10_000, advance=shares.append)
-    assert len(shares) == 256
+    assert [(bar.name, bar.done, bar.total) for bar in bars if bar.name == "sample"] == [("sample", 7, 7)]
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------
+def test_faulty_texts_are_dropped_and_more_are_drawn(
+    store: Store, quiet: Progress, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(self: Any, numbers: Any) -> list[Written]:
+        return [Written({"text": f"text {number}"}, "repetitive" if number % 2 else "") for number in numbers]
+
+    monkeypatch.setattr(writing.Author, "write", half)
+    made = write(store, folder, quiet)
+    assert [row["text"] for row in rows(made)] == [f"text {number}" for number in range(0, 14, 2)]
+    written = Sources.of(made).writing
+    assert written is not None and (written.drawn, written.dropped) == (16, {"repetitive": 8})
+
+    monkeypatch.setattr(writing.Author, "write", lambda self, numbers: [Written({"text": ""}, "short")] * len(numbers))
+    with pytest.raises(DataError, match=r"0 are fit to calibrate on \(24 short\)"):
+        write(store, folder, quiet, seed=1)
+
+
+def test_too_few_positions_are_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    (tmp_path / "short" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8}))
+    with writing.Author(tmp_path / "short", 64, 0, tmp_path) as author, pytest.raises(ConfigError, match="8 positions"):
+        author.write([0])
+
+
 def test_other_families_and_encoders_are_refused(store: Store, quiet: Progress, tmp_path: Path) -> None:
     vision = get_task("vision")
     vision.save(vision.build(1), tmp_path / "vision")
@@ -201,17 +240,6 @@ def test_other_families_and_encoders_are_refused(store: Store, quiet: Progress, 
         write(store, tmp_path / "vision", quiet, family={})
     with pytest.raises(ConfigError, match="encoder models write no data of their own"):
         write(store, write_encoder(tmp_path / "encoder"), quiet)
-
-
-def test_empty_texts_are_dropped_and_nothing_but_them_is_refused(
-    store: Store, quiet: Progress, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The empty ones of what the network writes: the family drops them, the step needs one that is left."""
-    monkeypatch.setattr(task, "write_texts", lambda model, folder, count, *rest: ["", "a word", " \n"][:count])
-    assert [row["text"] for row in rows(write(store, folder, quiet))] == ["a word", "a word"]
-    monkeypatch.setattr(task, "write_texts", lambda model, folder, count, *rest: [""] * count)
-    with pytest.raises(DataError, match="all 5 examples"):
-        write(store, folder, quiet, seed=1)
 
 
 @pytest.mark.parametrize("options", [{"count": 0}, {"batch_size": 0}, {"temperature": 1}])
@@ -227,5 +255,11 @@ def test_wrong_options_of_the_family_are_refused(store: Store, quiet: Progress, 
 
 
 def test_the_default_is_what_calibration_was_tried_with() -> None:
-    assert SampleOptions().model_dump() == {"count": 96, "family": {}, "batch_size": 48, "max_ram_bytes": None}
+    assert SampleOptions().model_dump() == {
+        "count": 96,
+        "held_out": 16,
+        "family": {},
+        "batch_size": 32,
+        "max_ram_bytes": None,
+    }
     assert TASK.chosen().tokens == 512

@@ -67,6 +67,7 @@ class FitOptions(Options):
     for_: str = option("native", "native, or gguf: only formats that a GGUF file holds, and its bytes count")
     effort: str = option("normal", "fast, normal or high: how much work may go into it")
     seed: int = option(0, "seed of everything random")
+    domain_only: bool = option(False, "calibrate and judge on --data alone, not on the model's own text too")
     out: str = option(..., "where to put the fitted model and its report", metavar="DIR")
 
 

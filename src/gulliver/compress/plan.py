@@ -53,6 +53,11 @@ PROBED_MATRICES = 8
 CLASSES = (1 / 24, 1 / 8, 1 / 3, 1.0)
 """Cumulative shares of a lookup table's rows, most important first, that may get formats of their own."""
 MIN_CLASS_ROWS = 64
+TABLE_BITS = 3
+"""Fewest bits of a lookup table's rows, unless the budget allows nothing else: what calibration hardly ever reads says
+too little of what two bits would cost a text that reads it all the time (another language's)."""
+FORBIDDEN = 1e3
+"""Times the mean loss increase: what a choice costs that is taken only where nothing else fits."""
 FRONTIER_POINTS = 12
 GAP = 1e-4
 ENTRY_BYTES = 96
@@ -68,6 +73,7 @@ class Item:
     rows: int
     columns: int
     loss_increases: tuple[float, ...]
+    table: bool = False
 
     def bytes(self, fmt: Format) -> int:
         """Bytes in the weight files, at most, the header's entries (tiles, codebook, list of rows) included."""
@@ -144,6 +150,7 @@ def measurer(
             return [of_stack(name, matrix.view(row.matrices, -1, matrix.shape[1]))]
         uses = statistics.uses(name)
         moment, measured = joint_moment(uses), []
+        table = any(use.moment.dim() == 1 for use in uses)
         kept: dict[tuple[int, int], Solver] = {}
         for rows in row_classes(uses, matrix) if cfg.target == "native" else [torch.arange(len(matrix))]:
             some = rows[:: max(1, len(rows) // cfg.probe_rows)][: cfg.probe_rows]
@@ -156,7 +163,7 @@ def measurer(
             base = found[REFERENCE]
             ratios = [found.get(fmt, math.nan) / base for fmt in formats] if name in probes and base > 0 else []
             increase = len(rows) / len(some) * base
-            measured.append((Item(name, len(rows), matrix.shape[1], (increase,)), ratios))
+            measured.append((Item(name, len(rows), matrix.shape[1], (increase,), table), ratios))
         return measured
 
     def of_stack(name: str, stack: Tensor) -> tuple[Item, list[float]]:
@@ -299,6 +306,8 @@ def solve(items: Sequence[Item], formats: Sequence[Format], budget_bytes: int) -
     costs = np.where(held, np.array([item.loss_increases for item in items]).ravel(), 0.0)
     weights = np.where(held, sizes.ravel(), 0.0)
     scale = costs.sum() / len(costs) or 1.0
+    few = [item.table and fmt.bits < TABLE_BITS for item in items for fmt in formats]
+    costs = costs + np.array(few) * FORBIDDEN * scale
     with open(os.devnull, "wb") as nowhere, stdout_into(nowhere.fileno()):  # HiGHS chatters past Python
         found = milp(
             costs / scale,

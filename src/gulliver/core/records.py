@@ -52,14 +52,23 @@ class SplitSource(Row):
     files: dict[str, Id]
 
 
+class Writing(Row):
+    """How a model wrote a dataset: examples drawn, how many were dropped for which fault, and some that were kept."""
+
+    drawn: Count
+    dropped: dict[str, Count]
+    shown: tuple[str, ...]
+
+
 class Sources(Record):
-    """What a dataset was made from."""
+    """What a dataset was made from; `writing` where a model wrote it."""
 
     file = "sources.json"
     remedy = "read the data again"
 
     train: SplitSource
     eval: SplitSource
+    writing: Writing | None = None
 
 
 class Origin(Record):

@@ -41,7 +41,8 @@ class ReadOptions(Options):
 class SampleOptions(Options):
     """Options of `sample`."""
 
-    count: int = Field(96, ge=1, le=65536, description="examples to write; empty ones are dropped")
+    count: int = Field(96, ge=1, le=65536, description="examples to keep for calibration")
+    held_out: int = Field(16, ge=0, le=65536, description="examples to keep beside them for measuring")
     family: dict[str, Any] = Field(default_factory=dict, description="options of the model's family")
-    batch_size: int = Field(48, ge=1, description="examples written at once")
+    batch_size: int = Field(32, ge=1, description="examples written at once")
     max_ram_bytes: MaxRam = None

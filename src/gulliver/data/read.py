@@ -48,7 +48,7 @@ def run(cfg: ReadOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact
         with ctx.writer(kind="dataset", task=task.name, config=config) as writer:
             counts = _write(writer.path / EXAMPLES, task, parts, options, bar)
             sources = {split: SplitSource(examples=counts[split], files=_files(parts[split][0])) for split in parts}
-            Sources(**sources).write(writer.path)
+            Sources(train=sources["train"], eval=sources["eval"]).write(writer.path)
             return writer.commit()
 
 

@@ -1,67 +1,85 @@
-"""Step `sample`: a model writes data of its own, so that calibration does not favour the domain of a user's data.
+"""Step `sample`: a model writes data of its own, so that no domain is favoured by calibration, nor by measurement.
 
 The idea is that of LLM-QAT (2023, arXiv 2305.17888): what a model writes is spread over all that it learned. How it
-writes is the family's affair. Each finished batch of texts is kept in scratch, and its randomness is a pure function of
-the seed and its number, so a killed run resumes with the next batch and makes the same dataset.
+writes is the family's affair, and what is not fit to be read; faulty examples are dropped and counted, and more are
+drawn until there are enough. Each batch is kept in scratch, and an example is a pure function of the seed and its
+number, so a killed run resumes with the next batch and makes the same dataset.
 """
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from collections import Counter
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
-import torch
 
 from gulliver.core.context import Context
-from gulliver.core.errors import ConfigError, DataError
+from gulliver.core.errors import DataError
 from gulliver.core.progress import Bar
-from gulliver.core.records import EXAMPLES, Sources, SplitSource
+from gulliver.core.records import EXAMPLES, Sources, SplitSource, Writing
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import write_atomic
 from gulliver.data.options import SampleOptions
 from gulliver.tasks import get_task
-from gulliver.tasks.base import Task
+from gulliver.tasks.base import Written
+
+MOST_DRAWS = 3
+"""Times the examples that are wanted; a model that writes more junk than that gives fewer."""
+LEAST_SHARE = 0.25
+"""Of the examples that are wanted; with fewer the model writes too badly for its text to stand for what it reads."""
+SHOWN, SHOWN_CHARACTERS = 3, 400
 
 
 def run(cfg: SampleOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
-    """Write `examples.parquet`, all of it split "train". ConfigError for a family or a model that writes nothing."""
-    model = inputs["model"]
-    task = get_task(model.task)
-    if not task.generates:
-        raise ConfigError(f"{task.name} models write no data of their own; calibrate on a dataset")
-    files = [ctx.work / f"batch-{number:05d}.json" for number in range(-(-cfg.count // cfg.batch_size))]
-    with ctx.progress.stage("sample", total=cfg.count, unit="example") as bar:
-        network = None if all(file.is_file() for file in files) else task.load(model.path)
-        for number, file in enumerate(files):
-            if not file.is_file():
-                _write_batch(task, network, model.path, cfg, ctx.seed, number, file, bar)
-            bar.advance(min((number + 1) * cfg.batch_size, cfg.count) - bar.done)
-    written = (json.loads(file.read_text(encoding="utf-8")) for file in files)
-    rows = [{"source": "own", **row, "split": "train"} for batch in written for row in batch]
-    if not rows:
-        raise DataError(f"all {cfg.count} examples of model {model.id[:12]} are empty; calibrate on a dataset instead")
-    sources = Sources(train=SplitSource(examples=len(rows), files={}), eval=SplitSource(examples=0, files={}))
-    with ctx.writer(kind="dataset", task=task.name, config=cfg) as writer:
+    """Write `examples.parquet`: `count` examples of the split "train", `held_out` of the split "eval", or in the same
+
+    proportion as many as are fit. ConfigError for a family that writes nothing, DataError when too few are fit.
+    """
+    model, wanted = inputs["model"], cfg.count + cfg.held_out
+    with ctx.progress.stage("sample", total=wanted, unit="example") as bar:
+        drawn = _drawn(model, cfg, wanted, ctx, bar)
+    dropped = Counter(example.fault for example in drawn if example.fault)
+    kept = [example.row for example in drawn if not example.fault][:wanted]
+    if len(kept) < LEAST_SHARE * wanted:
+        told = ", ".join(f"{count} {fault}" for fault, count in dropped.items())
+        raise DataError(
+            f"of {len(drawn)} examples that model {model.id[:12]} wrote, {len(kept)} are fit to calibrate on ({told}); "
+            "calibrate on a dataset instead"
+        )
+    judging = {int(at * len(kept) / (held or 1)) for held in [cfg.held_out * len(kept) // wanted] for at in range(held)}
+    rows = [
+        {"source": "own", **row, "split": "eval" if number in judging else "train"} for number, row in enumerate(kept)
+    ]
+    shown = [str(next(iter(row.values())))[:SHOWN_CHARACTERS] for row in kept[:SHOWN]]
+    sources = Sources(
+        train=SplitSource(examples=len(rows) - len(judging), files={}),
+        eval=SplitSource(examples=len(judging), files={}),
+        writing=Writing(drawn=len(drawn), dropped=dict(dropped), shown=tuple(shown)),
+    )
+    with ctx.writer(kind="dataset", task=model.task, config=cfg) as writer:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), writer.path / EXAMPLES)
         sources.write(writer.path)
         return writer.commit()
 
 
-def _write_batch(
-    task: Task, network: Any, folder: Path, cfg: SampleOptions, seed: int, number: int, file: Path, bar: Bar
-) -> None:
-    """Examples of batch `number` into `file`, whole or not at all."""
-    generator = torch.Generator().manual_seed(int(np.random.default_rng([seed, number]).integers(2**63)))
-    count = min(cfg.batch_size, cfg.count - number * cfg.batch_size)
-
-    def advance(share: float) -> None:
-        bar.advance(number * cfg.batch_size + int(share * count) - bar.done)
-
-    rows = task.generate(
-        network, count, folder=folder, options=task.chosen(cfg.family), generator=generator, advance=advance
-    )
-    write_atomic(file, json.dumps(rows) + "\n")
+def _drawn(model: Artifact, cfg: SampleOptions, wanted: int, ctx: Context, bar: Bar) -> list[Written]:
+    """All that was written, batch after batch, until `wanted` are fit or MOST_DRAWS times as many were drawn."""
+    task = get_task(model.task)
+    drawn: list[Written] = []
+    fit = 0
+    options = task.chosen(cfg.family)
+    with task.author(
+        model.path, options=options, seed=ctx.seed, work=ctx.work, max_ram_bytes=cfg.max_ram_bytes
+    ) as author:
+        while fit < wanted and len(drawn) < MOST_DRAWS * wanted:
+            file = ctx.work / f"batch-{len(drawn):06d}.json"
+            if not file.is_file():
+                batch = author.write(range(len(drawn), len(drawn) + cfg.batch_size))
+                write_atomic(file, json.dumps([[example.row, example.fault] for example in batch]) + "\n")
+                ctx.check_ram("writing")
+            batch = [Written(*pair) for pair in json.loads(file.read_text(encoding="utf-8"))]
+            drawn += batch
+            fit += sum(not example.fault for example in batch)
+            bar.advance(min(fit, wanted) - bar.done)
+    return drawn

@@ -32,20 +32,24 @@ from gulliver.report.html import page
 from gulliver.tasks import exporter, family, get_task
 
 MAX_ROUNDS = 3
+<<<<<<< HEAD
 TARGETS: Mapping[str, str | None] = {"native": None, "gguf": "gguf"}
 """What a model may be fitted for -> the format that `export` writes for it, whose bytes count too."""
 WRITING_COPIES, WRITING_BYTES = 3, 2_000_000_000
 """Memory that writing text takes: times the bytes of the weights, and beside them."""
+=======
+>>>>>>> 1ef0586 (The broad set: fit mixes in text that the model writes from natural beginnings, and judges on a held-out part of it)
 COMPRESSING = ("sample", "calibrate", "plan", "quantize", "distill", "quality")
 EFFORTS: Mapping[str, Mapping[str, Mapping[str, Any] | None]] = {
-    "fast": {"sample": None, "calibrate": {"examples": 16, "gradient_examples": 4},
+    "fast": {"sample": {"count": 32, "held_out": 8}, "calibrate": {"examples": 32, "gradient_examples": 8},
              "plan": {"probe_rows": 8, "gptq": False}, "distill": None, "quality": {"share": 1 / 3}},
-    "normal": {"sample": {"count": 32}, "calibrate": {"examples": 64, "gradient_examples": 16},
+    "normal": {"sample": {"count": 64, "held_out": 16}, "calibrate": {"examples": 64, "gradient_examples": 16},
                "plan": {}, "distill": None, "quality": {}},
-    "high": {"sample": {"count": 96}, "calibrate": {"examples": 96, "gradient_examples": 16},
+    "high": {"sample": {"count": 96, "held_out": 16}, "calibrate": {"examples": 96, "gradient_examples": 16},
              "plan": {}, "distill": {"steps": 110}, "quality": {}},
 }  # fmt: skip
-"""What each step gets; None leaves a step out. `sample` is for families whose models write data of their own."""
+"""What each step gets; None leaves a step out. `sample`, for families whose models write data of their own, makes the
+broad set: calibration mixes it in, and the model is judged on a part of it as on the user's data."""
 
 
 @dataclass
@@ -53,7 +57,10 @@ class Fit:
     """One run of the loop: what was asked, what every call is given, and what was found on the way."""
 
     parent: Artifact
-    dataset: Artifact
+    dataset: Artifact | None
+    """The user's data; None where there are none, and the broad set stands in."""
+    samples: Artifact | None
+    """The broad set; None where the family writes none, or the user's domain alone counts."""
     budget: Budget
     effort: str
     shared: dict[str, Any]
@@ -67,7 +74,19 @@ class Fit:
     def store(self) -> Store:
         return self.shared["store"]
 
-    def step(self, name: str, config: Mapping[str, Any] | None = None, **inputs: Artifact | None) -> Artifact:
+    @property
+    def data(self) -> dict[str, Artifact]:
+        """What is calibrated and trained on, by the roles of the steps' inputs."""
+        parts = [part for part in (self.dataset, self.samples) if part is not None]
+        return dict(zip(("dataset", "samples"), parts, strict=False))
+
+    def qualities(self, model: Artifact, parent: Artifact | None = None) -> None:
+        """Measure the model's quality on held-out data: the user's, and the broad set's."""
+        for part in self.data.values():
+            config = {"family": dict(family(self.parent.task).judged)} if part is self.samples else {}
+            self.step("quality", config, model=model, dataset=part, parent=parent)
+
+    def step(self, name: str, config: Mapping[str, Any] | None = None, /, **inputs: Any) -> Artifact:
         """One call of a step with this effort's options; `config` adds to them."""
         options = {**(EFFORTS[self.effort].get(name) or {}), **(config or {})}
         if name == "plan":
@@ -89,6 +108,7 @@ def fit(
     max_drop: str | float | None = None,
     for_: str = "native",
     effort: str = "normal",
+    domain_only: bool = False,
     out: Path | str | None = None,
     seed: int = 0,
     home: Path | str | None = None,
@@ -100,9 +120,17 @@ def fit(
 
     `size`: most bytes of weight files ("64MB", or "30%" of the parent's); `ram`: most resident memory of the
     compression ("1GB"); `speed`: least tokens per second here; `max_drop`: most quality given up ("5%"). Without `size`
+<<<<<<< HEAD
     it is the smallest model within `max_drop`. `for_` "gguf": packed in types of GGUF, so that the file that `export`
     writes has the same weights and is within `size` too. BudgetError (exit 4), with the nearest point that is feasible,
     when the budget cannot be met: `out` is then not written.
+=======
+    it is the smallest model within `max_drop`. BudgetError (exit 4), with the nearest point that is feasible, when the
+    budget cannot be met: `out` is then not written.
+
+    Calibration mixes `data` with a broad set that the model writes itself, the loss is measured on held-out parts of
+    both, and limits hold for the worse, unless `domain_only`. Without `data` the broad set stands alone.
+>>>>>>> 1ef0586 (The broad set: fit mixes in text that the model writes from natural beginnings, and judges on a held-out part of it)
     """
     budget = _asked(for_, effort, size, ram, speed, max_drop, seed)
     if out is not None:
@@ -118,17 +146,24 @@ def fit(
         budget = replace(budget, size_bytes=parse_size(size, "size", whole_bytes=parent.weight_bytes))
     budget = replace(budget, speed_metric=family(parent.task).speed_metric)
     dataset = data_for(parent, data, store, eval_data=eval_data, progress=progress)
-    if dataset is None:
+    shared = {"store": store, "seed": seed, "progress": progress, "command": command}
+    work = Fit(parent, dataset, None, budget, effort, shared)
+    if not domain_only:
+        work.samples = _broad_set(work)
+    if not work.data:
         raise DataError(
             f"no data that {parent.id[:12]} was made with are in this store; add --data (text files or catalog:NAME)"
         )
+<<<<<<< HEAD
     shared = {"store": store, "seed": seed, "progress": progress, "command": command}
     work = Fit(parent, dataset, budget, effort, shared, for_)
+=======
+>>>>>>> 1ef0586 (The broad set: fit mixes in text that the model writes from natural beginnings, and judges on a held-out part of it)
     try:
         fitted = _loop(work)
     except BudgetError as failure:
         raise _infeasible(work, failure, began) from None
-    answers = answer_pairs(parent, fitted, dataset, budget.max_ram_bytes, progress)
+    answers = answer_pairs(parent, fitted, work.data["dataset"], budget.max_ram_bytes, progress)
     record = _record(work, fitted, began, answers=answers)
     write_annotation(fitted, REPORT, page(gather(fitted, work.store, fit=record)))
     return fitted if out is None else copy_artifact(fitted, out)
@@ -160,12 +195,10 @@ def _asked(
 # ---- the loop -------------------------------------------------------------------------------------------------------
 def _loop(work: Fit) -> Artifact:
     """Rounds of plan, pack, distill, measure and judge. BudgetError when the last one misses the budget."""
-    written = {"family": dict(family(work.parent.task).sampled.get(work.effort, {}))}
-    samples = work.step("sample", written, model=work.parent) if _may_write(work) else None
-    calibration = work.step("calibrate", model=work.parent, dataset=work.dataset, samples=samples)
-    _tell_cost_of_limit(work, calibration, samples)
+    calibration = work.step("calibrate", None, model=work.parent, **work.data)
+    _tell_cost_of_limit(work, calibration)
     rounds = _within_size if work.budget.size_bytes is not None else _smallest
-    fitted = rounds(work, calibration, samples)
+    fitted = rounds(work, calibration)
     missed = [verdict for verdict in work.verdicts if not verdict.passed]
     if missed:
         _refuse_parent(work, missed)
@@ -177,7 +210,7 @@ def _refuse_parent(work: Fit, missed: Sequence[Verdict]) -> None:
     """GateRefused when the model does not beat its simplest baseline, and its parent does not either."""
     if not any(one.evidence is not None and one.evidence.metric in MUST_BEAT for one in missed):
         return
-    work.step("quality", model=work.parent, dataset=work.dataset)
+    work.qualities(work.parent)
     below = below_baseline(work.store.evidence(work.parent.id), work.parent.id)
     if below is not None:
         raise GateRefused(
@@ -186,15 +219,21 @@ def _refuse_parent(work: Fit, missed: Sequence[Verdict]) -> None:
         )
 
 
-def _within_size(work: Fit, calibration: Artifact, samples: Artifact | None) -> Artifact:
+def _within_size(work: Fit, calibration: Artifact) -> Artifact:
     """The model of the budget's size; planned smaller, at most MAX_ROUNDS times, when its files come out larger."""
     limit = size_bytes = work.budget.size_bytes
     assert limit is not None and size_bytes is not None
     for left in reversed(range(MAX_ROUNDS)):
+<<<<<<< HEAD
         _, fitted = _round(work, calibration, samples, size_bytes)
         written = _exported_bytes(work, fitted)
         over = max(fitted.weight_bytes, written) - limit
         if over <= 0 or (not left and written <= limit):
+=======
+        _, fitted = _round(work, calibration, size_bytes)
+        over = fitted.weight_bytes - limit
+        if over <= 0 or not left:
+>>>>>>> 1ef0586 (The broad set: fit mixes in text that the model writes from natural beginnings, and judges on a held-out part of it)
             return fitted
         if not left:
             raise BudgetError(f"the {work.target} file has {written:,} bytes; the limit is {limit:,}")
@@ -202,6 +241,7 @@ def _within_size(work: Fit, calibration: Artifact, samples: Artifact | None) -> 
     raise AssertionError("a loop of at least one round returns")
 
 
+<<<<<<< HEAD
 def _exported_bytes(work: Fit, fitted: Artifact) -> int:
     """Bytes of the file of the engine that is fitted for; 0 where that is this one."""
     written = TARGETS[work.target]
@@ -209,6 +249,9 @@ def _exported_bytes(work: Fit, fitted: Artifact) -> int:
 
 
 def _smallest(work: Fit, calibration: Artifact, samples: Artifact | None) -> Artifact:
+=======
+def _smallest(work: Fit, calibration: Artifact) -> Artifact:
+>>>>>>> 1ef0586 (The broad set: fit mixes in text that the model writes from natural beginnings, and judges on a held-out part of it)
     """The smallest model that passes every gate, of at most ROUNDS that are made; the last one where none passes."""
     assert work.budget.max_drop is not None
     size_bytes: int | None = int(FIRST_SHARE * work.parent.weight_bytes)
@@ -221,7 +264,7 @@ def _smallest(work: Fit, calibration: Artifact, samples: Artifact | None) -> Art
     tried: list[tuple[Artifact, list[Verdict]]] = []
     measured = []
     for _ in range(ROUNDS):
-        plan, fitted = _round(work, calibration, samples, size_bytes)
+        plan, fitted = _round(work, calibration, size_bytes)
         tried.append((fitted, work.verdicts))
         lost = next(one for one in work.verdicts if one.metric == "quality_loss")
         if any(not one.passed for one in work.verdicts if one is not lost):
@@ -237,17 +280,21 @@ def _smallest(work: Fit, calibration: Artifact, samples: Artifact | None) -> Art
     return fitted
 
 
-def _round(work: Fit, calibration: Artifact, samples: Artifact | None, size_bytes: int) -> tuple[Plan, Artifact]:
+def _round(work: Fit, calibration: Artifact, size_bytes: int) -> tuple[Plan, Artifact]:
     """One round: the plan for a size, and the better of what was packed by it and what was distilled from that."""
     work.verdicts = []
     plan = work.step("plan", {"size_bytes": size_bytes}, model=work.parent, calibration=calibration)
     planned = Plan.of(plan)
     packed = work.step("quantize", model=work.parent, calibration=calibration, plan=plan)
     candidates = [packed]
+<<<<<<< HEAD
     if EFFORTS[work.effort]["distill"] is not None and work.target == "native":
         inputs = {"parent": work.parent, "dataset": work.dataset, "samples": samples}
+=======
+    if EFFORTS[work.effort]["distill"] is not None:
+>>>>>>> 1ef0586 (The broad set: fit mixes in text that the model writes from natural beginnings, and judges on a held-out part of it)
         try:
-            candidates += [work.step("distill", model=packed, **inputs)]
+            candidates += [work.step("distill", None, model=packed, parent=work.parent, **work.data)]
         except BudgetError as failure:  # the packed model is within the limit
             work.shared["progress"].print(f"left out, which costs quality: {failure}")
     drops = [_measured_drop(work, candidate) for candidate in candidates]
@@ -260,31 +307,31 @@ def _round(work: Fit, calibration: Artifact, samples: Artifact | None, size_byte
     return planned, fitted
 
 
-def _may_write(work: Fit) -> bool:
-    """Whether the parent is to write calibration data: the effort says so, its family can, and memory allows it."""
-    if EFFORTS[work.effort]["sample"] is None or not get_task(work.parent.task).generates:
-        return False
-    limit = work.budget.max_ram_bytes
-    return limit is None or WRITING_COPIES * work.parent.weight_bytes + WRITING_BYTES <= limit
+def _broad_set(work: Fit) -> Artifact | None:
+    """What the parent writes itself; None where its family writes nothing, or, with data, where it cannot be had."""
+    if not get_task(work.parent.task).generates:
+        return None
+    try:
+        return work.step("sample", {"family": dict(family(work.parent.task).sampled)}, model=work.parent)
+    except (BudgetError, DataError) as failure:
+        if work.dataset is None:
+            raise
+        work.shared["progress"].print(f"no broad set, so the data alone are calibrated and judged on: {failure}")
+        return None
 
 
-def _tell_cost_of_limit(work: Fit, calibration: Artifact, samples: Artifact | None) -> None:
+def _tell_cost_of_limit(work: Fit, calibration: Artifact) -> None:
     """Say what the memory limit left out that would have made the model better."""
     limit = work.budget.max_ram_bytes
-    if limit is None:
-        return
-    lost = []
-    if samples is None and EFFORTS[work.effort]["sample"] is not None and get_task(work.parent.task).generates:
-        lost.append("calibration without texts of the model's own")
-    if StatisticsTable.of(calibration).sensitivity == "power" and family(work.parent.task).own_loss:
-        lost.append("outputs weighed by their power instead of the loss's gradient")
-    if lost:
-        work.shared["progress"].print(f"{limit / 1e9:.1f} GB of memory cost quality: {'; '.join(lost)}")
+    powered = StatisticsTable.of(calibration).sensitivity == "power" and family(work.parent.task).own_loss
+    if limit is not None and powered:
+        lost = "outputs weighed by their power instead of the loss's gradient"
+        work.shared["progress"].print(f"{limit / 1e9:.1f} GB of memory cost quality: {lost}")
 
 
 def _measured_drop(work: Fit, fitted: Artifact) -> float:
-    """The quality that the fitted model gives up; everything that the budget limits is measured now."""
-    work.step("quality", model=fitted, dataset=work.dataset, parent=work.parent)
+    """The quality that the fitted model gives up, on the worst of the data; all that the budget limits is measured."""
+    work.qualities(fitted, work.parent)
     if work.budget.min_tokens_per_s is not None:
         work.step("speed", model=fitted)
     peak = max(entry.peak_rss_bytes for entry in work.calls if entry.step in COMPRESSING)
@@ -294,8 +341,8 @@ def _measured_drop(work: Fit, fitted: Artifact) -> float:
         here = describe(work.store.home, measure=False).name
         work.store.record([item.filled(artifact_id=fitted.id, machine=here, command=work.shared["command"])])
         renew_cards([fitted.id], work.store, work.shared["progress"])
-    evidence = work.store.evidence(fitted.id)
-    return next(item.value for item in reversed(evidence) if item.metric == "quality_loss")
+    losses = (item for item in work.store.evidence(fitted.id) if item.metric == "quality_loss")
+    return max({item.data_hash: item.value for item in losses}.values())
 
 
 # ---- predictions ----------------------------------------------------------------------------------------------------
@@ -339,7 +386,8 @@ def _record(
         answers=answers,
     )
     subject = fitted or work.parent
-    inputs = {"model": [subject.id], "parent": [work.parent.id], "dataset": [work.dataset.id]}
+    data = {role: [part.id] for role, part in work.data.items()}
+    inputs = {"model": [subject.id], "parent": [work.parent.id], **data}
     with create(
         work.store.artifacts_folder,
         kind="report",

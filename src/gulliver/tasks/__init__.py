@@ -36,7 +36,8 @@ TASKS: Mapping[str, Family] = {
         can=("generate", "predict"),
         alike=("vocab_size",),
         pipeline_tag="text-generation",
-        sampled={"normal": {"tokens": 256}, "high": {"tokens": 384}},
+        sampled={"tokens": 256},
+        judged={"context": 256},
     ),
     "encoder": Family(
         task="gulliver.tasks.encoder.task:EncoderTask",

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Protocol, final
 
 import pyarrow
 import torch
@@ -73,6 +74,22 @@ class Coupling:
     name: str
     units: int
     members: tuple[tuple[str, int, int], ...]  # (parameter name, dim, size)
+
+
+@dataclass(frozen=True)
+class Written:
+    """An example that a model wrote, as a row, and why nothing should be calibrated on it ("" where it is fit)."""
+
+    row: dict[str, Any]
+    fault: str = ""
+
+
+class Author(Protocol):
+    """Writes examples of a model's own."""
+
+    def write(self, numbers: Sequence[int]) -> list[Written]:
+        """Examples number `numbers`, in that order."""
+        ...
 
 
 class DataContract(ABC):
@@ -167,31 +184,27 @@ class DataContract(ABC):
     def _batches(self, dataset: Artifact, split: str, order: Order, folder: Path, options: Any) -> Iterator[Batch]: ...
 
     @final
-    def generate(
+    def author(
         self,
-        model: nn.Module,
-        count: int,
-        *,
         folder: Path,
+        *,
         options: FamilyOptions | None = None,
-        generator: torch.Generator,
-        advance: Advance = lambda share: None,
-    ) -> list[dict[str, Any]]:
-        """At most `count` examples that the model writes itself, as rows; empty ones are left out.
+        seed: int,
+        work: Path,
+        max_ram_bytes: int | None = None,
+    ) -> AbstractContextManager[Author]:
+        """What writes examples with the model in `folder`; example k is a pure function of (model, seed, k).
 
-        `advance` is called with the share of the work that is done. Parameters may be left in bfloat16. ConfigError
-        for a family whose models write nothing.
+        `work` is scratch. ConfigError for a family whose models write nothing.
         """
         if not self.generates:
             raise ConfigError(f"{self.name} models write no data of their own; calibrate on a dataset")
-        rows = self._generate(model, count, folder, options or self.chosen(), generator, advance)
-        assert len(rows) <= count, f"{self.name}: {len(rows)} examples were written, {count} were asked for"
-        return rows
+        return self._author(folder, options or self.chosen(), seed, work, max_ram_bytes)
 
-    def _generate(
-        self, model: nn.Module, count: int, folder: Path, options: Any, generator: torch.Generator, advance: Advance
-    ) -> list[dict[str, Any]]:
-        raise AssertionError(f"{self.name} says that it generates, and has no _generate")
+    def _author(
+        self, folder: Path, options: Any, seed: int, work: Path, max_ram_bytes: int | None
+    ) -> AbstractContextManager[Author]:
+        raise AssertionError(f"{self.name} says that it generates, and has no _author")
 
     def prompts(self, dataset: Artifact, folder: Path, count: int) -> Mapping[str, Mapping[str, Any]]:
         """At most `count` requests by what a person sees of them, answered alike each time; none where answers are

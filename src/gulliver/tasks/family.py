@@ -17,7 +17,8 @@ class Family:
     families that read the same kind are interchangeable. `speed_metric` is what `--speed` limits. `can` lists what its
     answerers do, and `pipeline_tag` is Hugging Face's word for that; `alike` names what must be equal in two networks'
     configs, so that one can be judged by the other's answers. `own_loss` says whether a model has a loss without a
-    parent to be close to. `sampled` are its options for data that a model writes itself, by the effort of `fit`.
+    parent to be close to. `sampled` are its options for data that a model writes itself in `fit`, and
+    `judged` those for measuring on them.
     """
 
     task: str
@@ -30,7 +31,8 @@ class Family:
     alike: tuple[str, ...] = ()
     pipeline_tag: str = ""
     own_loss: bool = True
-    sampled: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    sampled: Mapping[str, Any] = field(default_factory=dict)
+    judged: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,11 +17,10 @@ from gulliver.nets.linear_kl import chunk_rows, linear_kl
 from gulliver.runtime.network import load_network
 from gulliver.runtime.reference_decode import ReferenceDecoder
 from gulliver.runtime.workloads import workloads
-from gulliver.tasks.base import Advance, Batch, Block
-from gulliver.tasks.language import network, text
+from gulliver.tasks.base import Advance, Author, Batch, Block
+from gulliver.tasks.language import network, text, writing
 from gulliver.tasks.language.prompts import prompts
 from gulliver.tasks.language.score import score_causal
-from gulliver.tasks.language.writing import write_texts
 from gulliver.tasks.order import Order
 from gulliver.tasks.text.network import fresh_network
 from gulliver.tasks.text.task import TextTask
@@ -41,11 +41,10 @@ class LanguageTask(TextTask):
         """Questions for a model with a chat template, beginnings of held-out passages for others; answered greedily."""
         return prompts(dataset, folder, count)
 
-    def _generate(
-        self, model: nn.Module, count: int, folder: Path, options: Any, generator: torch.Generator, advance: Advance
-    ) -> list[dict[str, Any]]:
-        texts = write_texts(model, folder, count, options.tokens, generator, advance)
-        return [{"text": written} for written in texts if written.strip()]
+    def _author(
+        self, folder: Path, options: Any, seed: int, work: Path, max_ram_bytes: int | None
+    ) -> AbstractContextManager[Author]:
+        return writing.Author(folder, options.tokens, seed, work, max_ram_bytes)
 
     def _build(self, size: int) -> nn.Module:
         """A fresh Llama that reads bytes: `size` layers + 1, width 32 · (size + 1)."""

@@ -1,74 +1,202 @@
-"""Text that a causal language model writes of its own: calibration data that favours no domain.
+"""Text that a causal language model writes of its own: data that favours no domain.
 
-Each text begins with the model's start token (if it has one) and one token drawn uniformly from the vocabulary, which
-spreads the texts over what the model knows; every further token is drawn from the model's own distribution,
+What a model writes must look like what it reads, or calibration on it does harm: a text that begins with a token drawn
+from the whole vocabulary is mostly junk. So texts begin as texts do:
 
-    x_t ~ softmax(logits(x_<t)),    temperature 1, no cut-off
+    odd numbers    with one of the natural beginnings beside this file (thirty languages, code, many styles), which the
+                   model continues freely
+    even numbers   where the model has a chat template: at its head, where a user would begin to write, so that the
+                   model writes the question and then the answer (Magpie: Alignment Data Synthesis from Scratch by
+                   Prompting Aligned LLMs with Nothing, 2024, arXiv 2406.08464); every second of these with the first
+                   words of a beginning. Without a chat template these continue beginnings too
 
-as in LLM-QAT: Data-Free Quantization Aware Training for Large Language Models, 2023, arXiv 2305.17888. An end token
-ends nothing: what follows it is the next text that the model would write.
+Tokens are drawn at temperature 1 from the likeliest that have NUCLEUS of the probability. Texts that are short,
+repetitive, unreadable or a mixture of scripts are named so, and left to the caller to drop. Text number k is a pure
+function of (model, seed, k). Models that run natively are written with in 8 bits, many texts at a time.
 """
 
 from __future__ import annotations
 
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+import numpy as np
 
 from gulliver.core.errors import ConfigError
-from gulliver.tasks.base import Advance
-from gulliver.tasks.text.tokenizer import load_tokenizer
+from gulliver.core.store.files import temporary_name
+from gulliver.runtime.batching.engine import Engine, Request, Sampling
+from gulliver.runtime.batching.records import check_finish
+from gulliver.runtime.decode import native_reason, open_decoder
+from gulliver.runtime.eight_bits import write_in_eight_bits
+from gulliver.runtime.lower import NotLowered, read_config
+from gulliver.runtime.packing import is_packed
+from gulliver.runtime.text.tokenizer import Text
+from gulliver.tasks.base import Written
+
+BEGINNINGS = Path(__file__).with_name("beginnings.jsonl")
+NUCLEUS = 0.95
+SLOTS = 32
+"""Texts that are written at once."""
+MARK = "\N{OBJECT REPLACEMENT CHARACTER}gulliver\N{OBJECT REPLACEMENT CHARACTER}"
+"""What stands in a chat template's place for a message's text while its head is looked for."""
+FEWEST_TOKENS = 24
+RUN, MOST_REPEATED = 6, 0.25
+"""Runs of so many tokens; a text is repetitive when this share of its runs occurred before in it."""
+MOST_UNREADABLE, MIXED = 0.02, 0.05
+"""Share of characters that no person reads; share of letters from which on a script counts."""
+EAST_ASIAN = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO", "FULLWIDTH", "IDEOGRAPHIC")
 
 
-def write_texts(
-    model: nn.Module, folder: Path, count: int, tokens: int, generator: torch.Generator, advance: Advance
-) -> list[str]:
-    """`count` texts of `tokens` tokens each, or of as many as the model has positions for.
+class Author:
+    """Writes texts with the model in a folder; a context manager. The model is opened when the first text is asked for.
 
-    `advance` is called with the share of the tokens that are written. Leaves the parameters in bfloat16. ConfigError
-    for a model with fewer than two positions.
+    `work` is scratch for a copy in 8 bits, which a killed run finds again. ConfigError for a model with too few
+    positions, or one whose texts cannot be written within `max_ram_bytes`.
     """
-    tokenizer = load_tokenizer(folder)
-    config: Any = model.config
-    start = start_token(config, tokenizer)
-    prefix = torch.full((count, 0 if start is None else 1), start or 0)
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int):
-        tokens = min(tokens, limit - prefix.shape[1])
-    if tokens < 1:
-        raise ConfigError(f"the model has {limit} positions; writing text needs at least 2")
-    known = min(int(config.vocab_size), len(tokenizer))
-    first = torch.randint(known, (count, 1), generator=generator)
-    for parameter in model.parameters():  # buffers keep their precision: rotary frequencies need it
-        parameter.data = parameter.data.to(torch.bfloat16)
-    written = continue_texts(model, prefix, first, tokens, generator, advance)
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in written.tolist()]
+
+    def __init__(self, folder: Path, tokens: int, seed: int, work: Path, max_ram_bytes: int | None = None) -> None:
+        self._folder, self._tokens, self._seed, self._work = folder, tokens, seed, work
+        self._max_ram_bytes = max_ram_bytes
+        self._engine: Engine | None = None
+
+    def __enter__(self) -> Author:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._engine is not None:
+            self._engine.close()
+
+    def write(self, numbers: Sequence[int]) -> list[Written]:
+        """Texts number `numbers`, in that order."""
+        engine = self._opened()
+        prompts = [self._prompt(number, engine.text) for number in numbers]
+        first = engine.complete(
+            [self._request(prompt, number) for prompt, number in zip(prompts, numbers, strict=True)]
+        )
+        texts = [prompt + _tokens(pieces) for prompt, pieces in zip(prompts, first, strict=True)]
+        chats = {at for at, number in enumerate(numbers) if self._is_chat(number, engine.text)}
+        turns = {at: self._turn(texts[at], first[at], engine.text) for at in chats}
+        open_turns = [at for at, turn in turns.items() if turn is not None]
+        second = engine.complete([self._request(turns[at] or [], numbers[at], 1) for at in open_turns])
+        for at, pieces in zip(open_turns, second, strict=True):
+            texts[at] = (turns[at] or []) + _tokens(pieces)
+        return [self._written(tokens, number, engine.text) for tokens, number in zip(texts, numbers, strict=True)]
+
+    # ---- the model ----
+    def _opened(self) -> Engine:
+        if self._engine is None:
+            folder = self._folder if is_packed(self._folder) or not runs_natively(self._folder) else self._copy()
+            decoder = open_decoder(folder, slots=SLOTS, max_ram_bytes=self._max_ram_bytes)
+            if decoder.positions < FEWEST_TOKENS:
+                told = f"the model has {decoder.positions} positions; writing text needs at least {FEWEST_TOKENS}"
+                raise ConfigError(told)
+            self._tokens = min(self._tokens, decoder.positions)
+            self._engine = Engine(decoder, Text(self._folder), slots=SLOTS, lookup=False)
+        return self._engine
+
+    def _copy(self) -> Path:
+        """The model in 8 bits, in scratch."""
+        copy = self._work / "eight-bits"
+        if not copy.is_dir():
+            unfinished = temporary_name(copy)
+            unfinished.mkdir(parents=True)
+            write_in_eight_bits(self._folder, unfinished)
+            unfinished.rename(copy)
+        return copy
+
+    # ---- how texts begin ----
+    def _is_chat(self, number: int, text: Text) -> bool:
+        return number % 2 == 0 and chat_head(text) is not None
+
+    def _prompt(self, number: int, text: Text) -> list[int]:
+        rows = beginnings()
+        beginning = rows[(number + self._seed) % len(rows)]
+        if not self._is_chat(number, text):
+            return text.encode(beginning)[: self._tokens // 2] or text.encode("The")
+        head = chat_head(text)
+        assert head is not None
+        words = " ".join(beginning.split()[:3]) if number % 4 == 2 else ""
+        return text.encode(head[0] + words, special=False)[: self._tokens // 2]
+
+    def _request(self, prompt: list[int], number: int, turn: int = 0) -> Request:
+        seed = int(np.random.default_rng([self._seed, number, turn]).integers(2**63))
+        left = max(1, self._tokens - len(prompt))
+        return Request(tuple(prompt), max_tokens=left, sampling=Sampling(top_p=NUCLEUS, seed=seed))
+
+    def _turn(self, tokens: list[int], pieces: Sequence[Any], text: Text) -> list[int] | None:
+        """A question as written, and what the template puts between it and the answer; None where no answer fits."""
+        head = chat_head(text)
+        assert head is not None
+        glue = text.encode(head[1], special=False)
+        ended = pieces[-1].finish == "stop" and pieces[-1].completion_tokens > 1
+        return [*tokens, *glue] if ended and len(tokens) + len(glue) + FEWEST_TOKENS < self._tokens else None
+
+    def _written(self, tokens: list[int], number: int, text: Text) -> Written:
+        told = text.tokenizer.decode(tokens, skip_special_tokens=not self._is_chat(number, text))
+        return Written({"text": told}, fault_of(told, tokens))
 
 
-def start_token(config: Any, tokenizer: Any) -> int | None:
-    """The token that begins a text: the beginning-of-text token, else the end-of-text token, else None."""
-    for name in ("bos_token_id", "eos_token_id"):
-        for holder in (tokenizer, config):
-            value = getattr(holder, name, None)
-            value = value[0] if isinstance(value, list) and value else value
-            if isinstance(value, int) and 0 <= value < config.vocab_size:
-                return value
-    return None
+def runs_natively(folder: Path) -> bool:
+    """Whether the native engine runs the plain model in a folder."""
+    try:
+        read_config(folder)
+    except NotLowered:
+        return False
+    return native_reason() is None
 
 
-def continue_texts(
-    model: nn.Module, prefix: Tensor, first: Tensor, tokens: int, generator: torch.Generator, advance: Advance
-) -> Tensor:
-    """int64 [batch, tokens]: `first` [batch, 1] and what the model draws after `prefix` [batch, 0 or 1] and it."""
-    written, past, fed = [first], None, torch.cat([prefix, first], 1)
-    with torch.no_grad():
-        for number in range(1, tokens):
-            output = model(input_ids=fed, past_key_values=past, use_cache=True, logits_to_keep=1)
-            past = output.past_key_values
-            fed = torch.multinomial(torch.softmax(output.logits[:, -1].float(), -1), 1, generator=generator)
-            written.append(fed)
-            advance(number / tokens)
-    advance(1.0)
-    return torch.cat(written, 1)
+def _tokens(pieces: Sequence[Any]) -> list[int]:
+    check_finish(pieces[-1].finish)
+    return [token.id for piece in pieces for token in piece.tokens]
+
+
+@cache
+def beginnings() -> tuple[str, ...]:
+    """The natural beginnings, any prefix of which is balanced over languages, styles and code."""
+    with BEGINNINGS.open(encoding="utf-8") as lines:
+        return tuple(json.loads(line)["text"] for line in lines)
+
+
+def chat_head(text: Text) -> tuple[str, str] | None:
+    """What a chat template writes before a user's first message, and between it and the answer; None without one."""
+    if not text.has_chat_template:
+        return None
+    try:
+        whole = text.template.render([{"role": "user", "content": MARK}], add_generation_prompt=True)
+    except ConfigError:
+        return None
+    head, found, glue = whole.partition(MARK)
+    return (head, glue) if found and head and glue else None
+
+
+# ---- which texts are fit -------------------------------------------------------------------------------------------
+def fault_of(text: str, tokens: Sequence[int]) -> str:
+    """Why nothing should be calibrated on a text: "short", "repetitive", "unreadable", "mixed scripts"; "" if fit."""
+    if len(tokens) < FEWEST_TOKENS or not text.strip():
+        return "short"
+    runs = [tuple(tokens[at : at + RUN]) for at in range(len(tokens) - RUN + 1)]
+    if len(set(runs)) < (1 - MOST_REPEATED) * len(runs):
+        return "repetitive"
+    odd = sum(unicodedata.category(one) in ("Cn", "Co", "Cs", "Cc") or one == "\N{REPLACEMENT CHARACTER}"
+              for one in text if one not in "\n\t\r")  # fmt: skip
+    if odd > MOST_UNREADABLE * len(text):
+        return "unreadable"
+    scripts = Counter(script_of(one) for one in text if one.isalpha())
+    total = scripts.total()
+    others = [name for name, count in scripts.items() if name != "LATIN" and count > MIXED * total]
+    return "mixed scripts" if len(others) > 1 else ""
+
+
+@cache
+def script_of(letter: str) -> str:
+    """The script of a letter, as the first word of its Unicode name; one for those that East Asian texts mix."""
+    first = unicodedata.name(letter, "UNKNOWN").split()[0].split("-")[0]
+    return "EAST ASIAN" if first in EAST_ASIAN else first
