@@ -26,19 +26,14 @@ from gulliver.pipeline.answers import answer_pairs
 from gulliver.pipeline.call import Call, call, renew_cards
 from gulliver.pipeline.feasible import figures_that_would_do, nearest_larger
 from gulliver.pipeline.resolve import check_data, data_for, resolve_model
-from gulliver.pipeline.smallest import FIRST_SHARE, ROUNDS, next_size
+from gulliver.pipeline.smallest import FIRST_SHARE, ROUNDS, drop_at, in_drops, next_size
 from gulliver.report.gather import gather
 from gulliver.report.html import page
 from gulliver.tasks import exporter, family, get_task
 
 MAX_ROUNDS = 3
-<<<<<<< HEAD
 TARGETS: Mapping[str, str | None] = {"native": None, "gguf": "gguf"}
 """What a model may be fitted for -> the format that `export` writes for it, whose bytes count too."""
-WRITING_COPIES, WRITING_BYTES = 3, 2_000_000_000
-"""Memory that writing text takes: times the bytes of the weights, and beside them."""
-=======
->>>>>>> 1ef0586 (The broad set: fit mixes in text that the model writes from natural beginnings, and judges on a held-out part of it)
 COMPRESSING = ("sample", "calibrate", "plan", "quantize", "distill", "quality")
 EFFORTS: Mapping[str, Mapping[str, Mapping[str, Any] | None]] = {
     "fast": {"sample": {"count": 32, "held_out": 8}, "calibrate": {"examples": 32, "gradient_examples": 8},
@@ -120,17 +115,12 @@ def fit(
 
     `size`: most bytes of weight files ("64MB", or "30%" of the parent's); `ram`: most resident memory of the
     compression ("1GB"); `speed`: least tokens per second here; `max_drop`: most quality given up ("5%"). Without `size`
-<<<<<<< HEAD
     it is the smallest model within `max_drop`. `for_` "gguf": packed in types of GGUF, so that the file that `export`
     writes has the same weights and is within `size` too. BudgetError (exit 4), with the nearest point that is feasible,
     when the budget cannot be met: `out` is then not written.
-=======
-    it is the smallest model within `max_drop`. BudgetError (exit 4), with the nearest point that is feasible, when the
-    budget cannot be met: `out` is then not written.
 
     Calibration mixes `data` with a broad set that the model writes itself, the loss is measured on held-out parts of
     both, and limits hold for the worse, unless `domain_only`. Without `data` the broad set stands alone.
->>>>>>> 1ef0586 (The broad set: fit mixes in text that the model writes from natural beginnings, and judges on a held-out part of it)
     """
     budget = _asked(for_, effort, size, ram, speed, max_drop, seed)
     if out is not None:
@@ -147,18 +137,13 @@ def fit(
     budget = replace(budget, speed_metric=family(parent.task).speed_metric)
     dataset = data_for(parent, data, store, eval_data=eval_data, progress=progress)
     shared = {"store": store, "seed": seed, "progress": progress, "command": command}
-    work = Fit(parent, dataset, None, budget, effort, shared)
+    work = Fit(parent, dataset, None, budget, effort, shared, for_)
     if not domain_only:
         work.samples = _broad_set(work)
     if not work.data:
         raise DataError(
             f"no data that {parent.id[:12]} was made with are in this store; add --data (text files or catalog:NAME)"
         )
-<<<<<<< HEAD
-    shared = {"store": store, "seed": seed, "progress": progress, "command": command}
-    work = Fit(parent, dataset, budget, effort, shared, for_)
-=======
->>>>>>> 1ef0586 (The broad set: fit mixes in text that the model writes from natural beginnings, and judges on a held-out part of it)
     try:
         fitted = _loop(work)
     except BudgetError as failure:
@@ -224,16 +209,10 @@ def _within_size(work: Fit, calibration: Artifact) -> Artifact:
     limit = size_bytes = work.budget.size_bytes
     assert limit is not None and size_bytes is not None
     for left in reversed(range(MAX_ROUNDS)):
-<<<<<<< HEAD
-        _, fitted = _round(work, calibration, samples, size_bytes)
+        _, fitted = _round(work, calibration, size_bytes)
         written = _exported_bytes(work, fitted)
         over = max(fitted.weight_bytes, written) - limit
         if over <= 0 or (not left and written <= limit):
-=======
-        _, fitted = _round(work, calibration, size_bytes)
-        over = fitted.weight_bytes - limit
-        if over <= 0 or not left:
->>>>>>> 1ef0586 (The broad set: fit mixes in text that the model writes from natural beginnings, and judges on a held-out part of it)
             return fitted
         if not left:
             raise BudgetError(f"the {work.target} file has {written:,} bytes; the limit is {limit:,}")
@@ -241,17 +220,13 @@ def _within_size(work: Fit, calibration: Artifact) -> Artifact:
     raise AssertionError("a loop of at least one round returns")
 
 
-<<<<<<< HEAD
 def _exported_bytes(work: Fit, fitted: Artifact) -> int:
     """Bytes of the file of the engine that is fitted for; 0 where that is this one."""
     written = TARGETS[work.target]
     return 0 if written is None else work.step("export", {"format": written}, model=fitted).weight_bytes
 
 
-def _smallest(work: Fit, calibration: Artifact, samples: Artifact | None) -> Artifact:
-=======
 def _smallest(work: Fit, calibration: Artifact) -> Artifact:
->>>>>>> 1ef0586 (The broad set: fit mixes in text that the model writes from natural beginnings, and judges on a held-out part of it)
     """The smallest model that passes every gate, of at most ROUNDS that are made; the last one where none passes."""
     assert work.budget.max_drop is not None
     size_bytes: int | None = int(FIRST_SHARE * work.parent.weight_bytes)
@@ -287,12 +262,7 @@ def _round(work: Fit, calibration: Artifact, size_bytes: int) -> tuple[Plan, Art
     planned = Plan.of(plan)
     packed = work.step("quantize", model=work.parent, calibration=calibration, plan=plan)
     candidates = [packed]
-<<<<<<< HEAD
     if EFFORTS[work.effort]["distill"] is not None and work.target == "native":
-        inputs = {"parent": work.parent, "dataset": work.dataset, "samples": samples}
-=======
-    if EFFORTS[work.effort]["distill"] is not None:
->>>>>>> 1ef0586 (The broad set: fit mixes in text that the model writes from natural beginnings, and judges on a held-out part of it)
         try:
             candidates += [work.step("distill", None, model=packed, parent=work.parent, **work.data)]
         except BudgetError as failure:  # the packed model is within the limit
@@ -301,8 +271,8 @@ def _round(work: Fit, calibration: Artifact, size_bytes: int) -> tuple[Plan, Art
     drop = min(drops)  # distilling must show on held-out data, or it is not kept
     fitted = candidates[drops.index(drop)]
     work.verdicts = [gate.judge(work.store.evidence(fitted.id), fitted.id) for gate in work.budget.gates()]
-    work.frontier = _in_drops(planned, drop)
-    predicted = _at(work.frontier, planned.size_bytes)
+    work.frontier = in_drops(planned, drop)
+    predicted = drop_at(work.frontier, planned.size_bytes)
     work.rounds.append(Point(size_bytes=fitted.weight_bytes, predicted_drop=predicted, measured_drop=drop))
     return planned, fitted
 
@@ -343,23 +313,6 @@ def _measured_drop(work: Fit, fitted: Artifact) -> float:
         renew_cards([fitted.id], work.store, work.shared["progress"])
     losses = (item for item in work.store.evidence(fitted.id) if item.metric == "quality_loss")
     return max({item.data_hash: item.value for item in losses}.values())
-
-
-# ---- predictions ----------------------------------------------------------------------------------------------------
-def _in_drops(plan: Plan, drop: float) -> tuple[Point, ...]:
-    """The plan's frontier in quality given up: its loss increases times what one measurement says a unit costs."""
-    factor = max(drop, 0.0) / plan.loss_increase if plan.loss_increase > 0 else 0.0
-    points = [(point.size_bytes, factor * point.loss_increase) for point in plan.frontier]
-    return tuple(Point(size_bytes=size_bytes, predicted_drop=predicted) for size_bytes, predicted in points)
-
-
-def _at(frontier: Sequence[Point], size_bytes: int) -> float:
-    """The frontier's drop at a size, between its points on a line in the logarithm of the drop."""
-    import numpy as np
-
-    sizes = [point.size_bytes for point in frontier]
-    drops = [max(point.predicted_drop or 0.0, 1e-9) for point in frontier]
-    return float(np.exp(np.interp(size_bytes, sizes, np.log(drops))))
 
 
 # ---- the end --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gulliver.core.records import PlannedPoint
+from gulliver.core.records import Plan, PlannedPoint, Point
 
 FIRST_SHARE = 0.3
 """Where the search begins, as a share of the parent's bytes: about 4.8 of 16 bits a weight."""
@@ -62,3 +62,17 @@ def _log_losses(
     places = [size for size, _ in known]
     factors = [loss - np.interp(size, at, curve) for size, loss in known]
     return np.interp(sizes, at, curve) + np.interp(sizes, places, factors)
+
+
+def in_drops(plan: Plan, drop: float) -> tuple[Point, ...]:
+    """The plan's frontier in quality given up: its loss increases times what one measurement says a unit costs."""
+    factor = max(drop, 0.0) / plan.loss_increase if plan.loss_increase > 0 else 0.0
+    points = [(point.size_bytes, factor * point.loss_increase) for point in plan.frontier]
+    return tuple(Point(size_bytes=size_bytes, predicted_drop=predicted) for size_bytes, predicted in points)
+
+
+def drop_at(frontier: Sequence[Point], size_bytes: int) -> float:
+    """The frontier's drop at a size, between its points on a line in the logarithm of the drop."""
+    sizes = [point.size_bytes for point in frontier]
+    drops = [max(point.predicted_drop or 0.0, 1e-9) for point in frontier]
+    return float(np.exp(np.interp(size_bytes, sizes, np.log(drops))))
