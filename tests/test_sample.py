@@ -229,8 +229,8 @@ def test_too_few_positions_are_refused(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "short")
     config = json.loads((tmp_path / "short" / "config.json").read_text())
     (tmp_path / "short" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8}))
-    with writing.Author(tmp_path / "short", 64, 0, tmp_path) as author, pytest.raises(ConfigError, match="8 positions"):
-        author.write([0])
+    with pytest.raises(ConfigError, match="8 positions"), writing.Author(tmp_path / "short", 64, 0, tmp_path / "work"):
+        raise AssertionError("it must not open")
 
 
 def test_other_families_and_encoders_are_refused(store: Store, quiet: Progress, tmp_path: Path) -> None:

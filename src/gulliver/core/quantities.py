@@ -12,7 +12,7 @@ _UNITS = {
     **{f"{letter}{b}": 1000 ** (power + 1) for power, letter in enumerate("kmgt") for b in ("", "b")},
     **{f"{letter}i{b}": 1024 ** (power + 1) for power, letter in enumerate("kmgt") for b in ("", "b")},
 }
-_NUMBER = r"([0-9]{1,15}(?:\.[0-9]{0,15})?|\.[0-9]{1,15})"
+_NUMBER = r"([0-9]{1,15}(?:\.[0-9]{0,40})?|\.[0-9]{1,40})"
 _SIZE = re.compile(_NUMBER + r"(e\+?[0-9]{1,2})?\s*([a-z]{0,3}|%)", re.IGNORECASE)
 _FRACTION = re.compile(_NUMBER + r"\s*(%?)")
 _LEAST_BARE = 10_000

@@ -54,7 +54,7 @@ EAST_ASIAN = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO", "FULLWIDTH", 
 
 
 class Author:
-    """Writes texts with the model in a folder; a context manager. The model is opened when the first text is asked for.
+    """Writes texts with the model in a folder; a context manager.
 
     `work` is scratch for a copy in 8 bits, which a killed run finds again. ConfigError for a model with too few
     positions, or one whose texts cannot be written within `max_ram_bytes`.
@@ -63,20 +63,34 @@ class Author:
     def __init__(self, folder: Path, tokens: int, seed: int, work: Path, max_ram_bytes: int | None = None) -> None:
         self._folder, self._tokens, self._seed, self._work = folder, tokens, seed, work
         self._max_ram_bytes = max_ram_bytes
-        self._engine: Engine | None = None
 
     def __enter__(self) -> Author:
+        folder = self._folder
+        if runs_natively(folder) and not is_packed(folder):
+            folder = self._work / "eight-bits"
+            if not folder.is_dir():
+                unfinished = temporary_name(folder)
+                unfinished.mkdir(parents=True)
+                write_in_eight_bits(self._folder, unfinished)
+                unfinished.rename(folder)
+        decoder = open_decoder(folder, slots=SLOTS, max_ram_bytes=self._max_ram_bytes)
+        if decoder.positions < FEWEST_TOKENS:
+            decoder.close()
+            raise ConfigError(
+                f"the model has {decoder.positions} positions; writing text needs at least {FEWEST_TOKENS}"
+            )
+        self._tokens = min(self._tokens, decoder.positions)
+        self._engine = Engine(decoder, Text(self._folder), slots=SLOTS, lookup=False)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._engine is not None:
-            self._engine.close()
+        self._engine.close()
 
     def write(self, numbers: Sequence[int]) -> list[Written]:
         """Texts number `numbers`, in that order."""
-        engine = self._opened()
+        engine = self._engine
         prompts = [self._prompt(number, engine.text) for number in numbers]
         first = engine.complete(
             [self._request(prompt, number) for prompt, number in zip(prompts, numbers, strict=True)]
@@ -89,28 +103,6 @@ class Author:
         for at, pieces in zip(open_turns, second, strict=True):
             texts[at] = (turns[at] or []) + _tokens(pieces)
         return [self._written(tokens, number, engine.text) for tokens, number in zip(texts, numbers, strict=True)]
-
-    # ---- the model ----
-    def _opened(self) -> Engine:
-        if self._engine is None:
-            folder = self._folder if is_packed(self._folder) or not runs_natively(self._folder) else self._copy()
-            decoder = open_decoder(folder, slots=SLOTS, max_ram_bytes=self._max_ram_bytes)
-            if decoder.positions < FEWEST_TOKENS:
-                told = f"the model has {decoder.positions} positions; writing text needs at least {FEWEST_TOKENS}"
-                raise ConfigError(told)
-            self._tokens = min(self._tokens, decoder.positions)
-            self._engine = Engine(decoder, Text(self._folder), slots=SLOTS, lookup=False)
-        return self._engine
-
-    def _copy(self) -> Path:
-        """The model in 8 bits, in scratch."""
-        copy = self._work / "eight-bits"
-        if not copy.is_dir():
-            unfinished = temporary_name(copy)
-            unfinished.mkdir(parents=True)
-            write_in_eight_bits(self._folder, unfinished)
-            unfinished.rename(copy)
-        return copy
 
     # ---- how texts begin ----
     def _is_chat(self, number: int, text: Text) -> bool:
