@@ -53,11 +53,9 @@ PROBED_MATRICES = 8
 CLASSES = (1 / 24, 1 / 8, 1 / 3, 1.0)
 """Cumulative shares of a lookup table's rows, most important first, that may get formats of their own."""
 MIN_CLASS_ROWS = 64
-TABLE_BITS = 3
-"""Fewest bits of a lookup table's rows, unless the budget allows nothing else: what calibration hardly ever reads says
-too little of what two bits would cost a text that reads it all the time (another language's)."""
-FORBIDDEN = 1e3
-"""Times the mean loss increase: what a choice costs that is taken only where nothing else fits."""
+TABLE_BITS, FORBIDDEN = 3, 1e3
+"""Fewest bits of a lookup table's rows unless nothing else fits: rows that calibration hardly reads cost a text of
+another language far more than is predicted. Fewer bits cost FORBIDDEN times the mean loss increase."""
 FRONTIER_POINTS = 12
 GAP = 1e-4
 ENTRY_BYTES = 96
