@@ -304,8 +304,9 @@ def solve(items: Sequence[Item], formats: Sequence[Format], budget_bytes: int) -
     costs = np.where(held, np.array([item.loss_increases for item in items]).ravel(), 0.0)
     weights = np.where(held, sizes.ravel(), 0.0)
     scale = costs.sum() / len(costs) or 1.0
-    few = [item.table and fmt.bits < TABLE_BITS for item in items for fmt in formats]
-    costs = costs + np.array(few) * FORBIDDEN * scale
+    costs = costs + FORBIDDEN * scale * np.array(
+        [one.table and fmt.bits < TABLE_BITS for one in items for fmt in formats]
+    )
     with open(os.devnull, "wb") as nowhere, stdout_into(nowhere.fileno()):  # HiGHS chatters past Python
         found = milp(
             costs / scale,
