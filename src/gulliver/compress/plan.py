@@ -304,9 +304,7 @@ def solve(items: Sequence[Item], formats: Sequence[Format], budget_bytes: int) -
     costs = np.where(held, np.array([item.loss_increases for item in items]).ravel(), 0.0)
     weights = np.where(held, sizes.ravel(), 0.0)
     scale = costs.sum() / len(costs) or 1.0
-    costs = costs + FORBIDDEN * scale * np.array(
-        [one.table and fmt.bits < TABLE_BITS for one in items for fmt in formats]
-    )
+    costs += FORBIDDEN * scale * np.array([one.table and fmt.bits < TABLE_BITS for one in items for fmt in formats])
     with open(os.devnull, "wb") as nowhere, stdout_into(nowhere.fileno()):  # HiGHS chatters past Python
         found = milp(
             costs / scale,
