@@ -58,7 +58,12 @@ def run(cfg: CalibrateOptions, inputs: dict[str, Artifact], ctx: Context) -> Art
     batches = [next(streams[index % len(streams)]) for index in range(-(-cfg.examples // cfg.batch_size))]
     network, notes = task.load(model.path, empty=True), []
     some = batches[: -(-cfg.gradient_examples // cfg.batch_size)] if cfg.sensitivity == "gradient" else []
-    blocks, chosen = _observe(network, task, model, batches, some, cfg, ctx, notes)
+    blocks, chosen = _observe(network, task, model, batches, len(some), cfg, ctx, notes), None
+    if some:
+        try:
+            chosen = _sensitivity(network, task, model, blocks, some, ctx)
+        except FOREIGN as error:
+            notes.append(f"outputs count by their power, because no gradient passes back: {first_line(error)}")
     known = fingerprints(unit for part in datasets for unit in task.units_of(part.path, "train"))
     with ctx.writer(kind="report", task=task.name, config=cfg) as writer:
         kept = Collector(network, chosen, ctx.work, writer.path).collect(blocks)
@@ -85,32 +90,28 @@ def _observe(
     task: Task,
     model: Artifact,
     batches: list[Batch],
-    some: list[Batch],
+    kept: int,
     cfg: CalibrateOptions,
     ctx: Context,
     notes: list[str],
-) -> tuple[list[Block], dict[str, Tensor] | None]:
-    """Stream, block by block or, where that does not work, whole. Returns the blocks, and what outputs matter.
+) -> list[Block]:
+    """Stream, block by block or, where that does not work, whole, which `notes` gets a line about. Returns the blocks.
 
-    `notes` gets a line for what went another way than usual.
+    What leaves each block stays in the scratch folder for the first `kept` batches.
     """
     for whole in (False, True):
         try:
             blocks = task.blocks(network, batches, whole=whole)
             with torch.no_grad():
-                _stream(network, model, blocks, batches, cfg, ctx, len(some))
-            break
+                _stream(network, model, blocks, batches, cfg, ctx, kept)
+            return blocks
         except (ConfigError, *FOREIGN) as error:
             if whole:
                 raise ConfigError(f"this network cannot be calibrated: {first_line(error)}") from error
             notes.append(f"the network is run whole, because it cannot be run block by block: {first_line(error)}")
             for stale in ctx.work.iterdir():
                 shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink()
-    try:
-        return blocks, _sensitivity(network, task, model, blocks, some, ctx) if some else None
-    except FOREIGN as error:
-        notes.append(f"outputs count by their power, because no gradient passes back: {first_line(error)}")
-        return blocks, None
+    raise AssertionError("a network that cannot be run whole was refused")
 
 
 # ---- how much outputs matter ----------------------------------------------------------------------------------------
