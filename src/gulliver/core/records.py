@@ -378,6 +378,7 @@ class FitResult(Record):
     nearest: Point | None = None
     reason: str | None = None
     answers: tuple[AnswerPair, ...] = ()
+    broad: Writing | None = None
 
     @property
     def infeasible(self) -> bool:

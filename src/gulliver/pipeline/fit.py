@@ -18,7 +18,7 @@ from gulliver.core.evidence.gate import Budget, Verdict, below_baseline
 from gulliver.core.machine import describe
 from gulliver.core.progress import Progress
 from gulliver.core.quantities import MOST_BYTES, checked_seed, parse_fraction, parse_size
-from gulliver.core.records import AnswerPair, Asked, FitResult, Plan, Point, StatisticsTable
+from gulliver.core.records import AnswerPair, Asked, FitResult, Plan, Point, Sources, StatisticsTable
 from gulliver.core.store.artifact import Artifact, check_target, copy_artifact, create, write_annotation
 from gulliver.core.store.manifest import REPORT
 from gulliver.core.store.store import Store
@@ -337,6 +337,7 @@ def _record(
         nearest=nearest,
         reason=reason,
         answers=answers,
+        broad=None if work.samples is None else Sources.of(work.samples).writing,
     )
     subject = fitted or work.parent
     data = {role: [part.id] for role, part in work.data.items()}
