@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
 from gulliver.core.context import Context
 from gulliver.core.errors import DataError
-from gulliver.core.progress import Bar
 from gulliver.core.records import EXAMPLES, Sources, SplitSource, Writing
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import write_atomic
@@ -36,9 +36,22 @@ def run(cfg: SampleOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifa
 
     proportion as many as are fit. ConfigError for a family that writes nothing, DataError when too few are fit.
     """
-    model, wanted = inputs["model"], cfg.count + cfg.held_out
-    with ctx.progress.stage("sample", total=wanted, unit="example") as bar:
-        drawn = _drawn(model, cfg, wanted, ctx, bar)
+    model, wanted, fit = inputs["model"], cfg.count + cfg.held_out, 0
+    task, drawn = get_task(model.task), list[Written]()
+    asked: dict[str, Any] = {"options": task.chosen(cfg.family), "max_ram_bytes": cfg.max_ram_bytes}
+    with (
+        ctx.progress.stage("sample", total=wanted, unit="example") as bar,
+        task.author(model.path, seed=ctx.seed, work=ctx.work, **asked) as author,
+    ):
+        while fit < wanted and len(drawn) < MOST_DRAWS * wanted:
+            file = ctx.work / f"batch-{len(drawn):06d}.json"
+            if not file.is_file():
+                batch = author.write(range(len(drawn), len(drawn) + cfg.batch_size))
+                write_atomic(file, json.dumps([[example.row, example.fault] for example in batch]) + "\n")
+                ctx.check_ram("writing")
+            drawn += [Written(*pair) for pair in json.loads(file.read_text(encoding="utf-8"))]
+            fit = sum(not example.fault for example in drawn)
+            bar.advance(min(fit, wanted) - bar.done)
     dropped = Counter(example.fault for example in drawn if example.fault)
     kept = [example.row for example in drawn if not example.fault][:wanted]
     if len(kept) < LEAST_SHARE * wanted:
@@ -61,25 +74,3 @@ def run(cfg: SampleOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifa
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), writer.path / EXAMPLES)
         sources.write(writer.path)
         return writer.commit()
-
-
-def _drawn(model: Artifact, cfg: SampleOptions, wanted: int, ctx: Context, bar: Bar) -> list[Written]:
-    """All that was written, batch after batch, until `wanted` are fit or MOST_DRAWS times as many were drawn."""
-    task = get_task(model.task)
-    drawn: list[Written] = []
-    fit = 0
-    options = task.chosen(cfg.family)
-    with task.author(
-        model.path, options=options, seed=ctx.seed, work=ctx.work, max_ram_bytes=cfg.max_ram_bytes
-    ) as author:
-        while fit < wanted and len(drawn) < MOST_DRAWS * wanted:
-            file = ctx.work / f"batch-{len(drawn):06d}.json"
-            if not file.is_file():
-                batch = author.write(range(len(drawn), len(drawn) + cfg.batch_size))
-                write_atomic(file, json.dumps([[example.row, example.fault] for example in batch]) + "\n")
-                ctx.check_ram("writing")
-            batch = [Written(*pair) for pair in json.loads(file.read_text(encoding="utf-8"))]
-            drawn += batch
-            fit += sum(not example.fault for example in batch)
-            bar.advance(min(fit, wanted) - bar.done)
-    return drawn
