@@ -304,24 +304,16 @@ def test_transformers_have_couplings() -> None:
         assert len(task.couplings(task.build(1))) == count
 
 
-def test_what_a_model_writes_is_an_example(family: str, toy: Toy, folder: Path) -> None:
+def test_what_a_model_writes_is_an_example(family: str, toy: Toy, folder: Path, tmp_path: Path) -> None:
     task = get_task(family)
-    generator = torch.Generator().manual_seed(0)
     if not task.generates:
         with pytest.raises(ConfigError, match="write no data"):
-            task.generate(task.load(folder), 2, folder=folder, generator=generator)
+            task.author(folder, seed=0, work=tmp_path)
         return
-    shares: list[float] = []
-    rows = task.generate(
-        task.load(folder),
-        2,
-        folder=folder,
-        options=task.chosen(toy.options),
-        generator=generator,
-        advance=shares.append,
-    )
-    assert len(rows) <= 2 and shares == sorted(shares) and shares[-1] == 1
-    assert all(isinstance(unit, str) for row in rows for unit in task.units(row))
+    with task.author(folder, options=task.chosen(toy.options), seed=0, work=tmp_path) as author:
+        written = author.write(range(2))
+    assert len(written) == 2
+    assert all(isinstance(unit, str) for example in written for unit in task.units(example.row))
 
 
 def test_a_folder_is_claimed_by_one_family(family: str, folder: Path) -> None:

@@ -56,7 +56,7 @@ struct Case {
   bool exact = false, extreme = false;  // all codes and activations at an end of their range
   std::string text() const {
     char line[200];
-    std::snprintf(line, sizeof line, "%c%dg%d, %d rows, %d columns, batch %d, tiles %d to %d%s%s", part.uniform ? 'u' : 'c',
+    std::snprintf(line, sizeof line, "%c%dg%d, %d rows, %d columns, batch %d, tiles %d to %d%s%s", part.kind == gulliver::kZeros ? 'u' : 'c',
                   part.bits, part.group_size, part.rows, part.columns, batch, first, last, part.out_index ? ", scattered" : "",
                   exact ? ", exact" : "");
     return line;
@@ -67,7 +67,7 @@ Case random_case(Random& random) {
   Case made;
   Part& part = made.part;
   part.bits = random.of(2, 3, 4, 5, 6, 8);
-  part.uniform = part.bits == 8 || random.one_in(2);
+  part.kind = part.bits == 8 || random.one_in(2) ? gulliver::kZeros : gulliver::kTable;
   part.group_size = random.of(32, 64, 128);
   part.rows = random.one_in(4) ? random.from(1, 50) : random.from(1, 17);
   part.columns = random.one_in(60) ? random.from(1900, 2300) : random.one_in(16) ? random.from(1, 512) : random.one_in(3) ? random.from(1, 160) : random.from(1, 40);
@@ -94,7 +94,7 @@ void fill_tiles(Random& random, const Case& of, uint8_t* tiles) {
   }
   if (of.extreme) std::memset(tiles, random.of(0, 255), bytes);
   if (!of.exact) return;
-  const size_t scales = reference::scales_at(part), factors = scales + size_t(16) * part.groups * (part.uniform ? 2 : 1);
+  const size_t scales = reference::scales_at(part), factors = scales + size_t(16) * part.groups * (part.kind == gulliver::kZeros ? 2 : 1);
   for (int t = 0; t < of.tiles; t++) {
     uint8_t* tile = tiles + part.tile_bytes * t;
     for (int i = 0; i < 16 * part.groups; i++) tile[scales + i] = of.extreme ? 1 : tile[scales + i] & 1;
@@ -239,7 +239,7 @@ void try_tensor(Random& random, const Sets& sets, Guarded* all_guards) {
     reference::quantize(row, part.columns, inputs.blocks, inputs.places(b));
   }
   check_quantize(sets, x, of.batch, part.columns, inputs, guards ? guards + 10 : nullptr);
-  if (of.exact) inputs.scale_plainly(!of.extreme && !part.uniform && part.columns <= 64 ? random.below(3) : 0);   // within 24 bits
+  if (of.exact) inputs.scale_plainly(!of.extreme && part.kind != gulliver::kZeros && part.columns <= 64 ? random.below(3) : 0);   // within 24 bits
 
   std::vector<reference::Sum> wanted(size_t(of.batch) * part.rows);
   for (int row = of.first * kTileRows; row < std::min(part.rows, of.last * kTileRows); row++)

@@ -41,18 +41,18 @@ inline int code(const Part& part, const uint8_t* tile, int lane, int column) {
 inline size_t scales_at(const Part& part) { return size_t(part.groups) * part.group_size * 16 * part.bits / 8; }
 
 inline size_t tile_bytes(const Part& part) {
-  return (scales_at(part) + size_t(16) * part.groups * (part.uniform ? 2 : 1) + 32 + 63) / 64 * 64;
+  return (scales_at(part) + size_t(16) * part.groups * (part.kind == gulliver::kZeros ? 2 : 1) + 32 + 63) / 64 * 64;
 }
 
 // Codebook value, or code less zero point.
 inline int level(const Part& part, const uint8_t* tile, int lane, int column) {
   const int q = code(part, tile, lane, column);
-  if (!part.uniform) return int(part.table[q]) - 128;
+  if (part.kind != gulliver::kZeros) return int(part.table[q]) - 128;
   return q - tile[scales_at(part) + size_t(16) * (part.groups + column / part.group_size) + lane];
 }
 
 inline float factor(const Part& part, const uint8_t* tile, int lane) {
-  const uint8_t* bytes = tile + scales_at(part) + size_t(16) * part.groups * (part.uniform ? 2 : 1) + 2 * lane;
+  const uint8_t* bytes = tile + scales_at(part) + size_t(16) * part.groups * (part.kind == gulliver::kZeros ? 2 : 1) + 2 * lane;
   const uint32_t bits = uint32_t(bytes[0]) << 16 | uint32_t(bytes[1]) << 24;
   float value;
   std::memcpy(&value, &bits, 4);

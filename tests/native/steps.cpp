@@ -133,21 +133,21 @@ class Model {
     made.bits = kBits[random_() % 6];
     made.group_size = kGroups[random_() % 3];
     made.groups = (columns + made.group_size - 1) / made.group_size;
-    made.uniform = made.bits == 8 || random_() % 2;
+    made.kind = made.bits == 8 || random_() % 2 ? gulliver::kZeros : gulliver::kTable;
     made.tile_bytes = reference::tile_bytes(made);
     const int levels = 1 << made.bits;
-    for (int i = 0; i < 64; i++) made.table[i] = uint8_t(made.uniform ? 0 : 64 + 128 * (i % levels) / levels);
+    for (int i = 0; i < 64; i++) made.table[i] = uint8_t((made.kind == gulliver::kZeros) ? 0 : 64 + 128 * (i % levels) / levels);
     bytes_.emplace_back(made.tile_bytes * size_t((rows + kTileRows - 1) / kTileRows));
     for (uint8_t& byte : bytes_.back()) byte = uint8_t(random_());
     const size_t zeros = reference::scales_at(made) + size_t(16) * made.groups;
-    const float spread = made.uniform ? float(levels) / 3.5f : 37.0f;
+    const float spread = (made.kind == gulliver::kZeros) ? float(levels) / 3.5f : 37.0f;
     const float factor = 1.0f / (128.0f * spread * std::sqrt(float(columns)));
     uint32_t bits;
     std::memcpy(&bits, &factor, 4);
     for (size_t tile = 0; tile < bytes_.back().size(); tile += made.tile_bytes) {
       uint8_t* at = bytes_.back().data() + tile + zeros;
-      if (made.uniform) std::memset(at, levels / 2, size_t(16) * made.groups);
-      if (made.uniform) at += size_t(16) * made.groups;
+      if ((made.kind == gulliver::kZeros)) std::memset(at, levels / 2, size_t(16) * made.groups);
+      if ((made.kind == gulliver::kZeros)) at += size_t(16) * made.groups;
       for (int lane = 0; lane < 16; lane++) at[2 * lane] = uint8_t(bits >> 16), at[2 * lane + 1] = uint8_t(bits >> 24);
     }
     made.tiles = bytes_.back().data();

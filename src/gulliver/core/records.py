@@ -16,7 +16,7 @@ from pydantic import AliasChoices, BeforeValidator, Field, PlainSerializer, Stri
 from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.evidence.gate import Verdict
 from gulliver.core.record import Record, Row
-from gulliver.core.store.manifest import MAX_INTEGER, PACKING, rows_of
+from gulliver.core.store.manifest import MAX_INTEGER, ORIGIN, PACKING, rows_of
 
 EXAMPLES = "examples.parquet"
 """A dataset: one row each, with the columns `split` and `source` (text) and those of the family."""
@@ -80,7 +80,7 @@ class Origin(Record):
     what of the source was left out or read as something else.
     """
 
-    file = "origin.json"
+    file = ORIGIN
     remedy = "pull the model again"
 
     source: str

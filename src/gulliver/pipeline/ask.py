@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
 from gulliver.core.progress import Progress
-from gulliver.core.records import Origin
 from gulliver.core.store.artifact import MANIFEST, Artifact, open_artifact
 from gulliver.core.store.files import named_path
-from gulliver.core.store.manifest import read_json
+from gulliver.core.store.manifest import ORIGIN, read_json
 from gulliver.nets.selection import select
 from gulliver.runtime.packing import is_packed
 from gulliver.tasks import detect_task, family, foreign_files, open_model, rewriter
@@ -70,9 +69,9 @@ def open_answerer(
 
 def own_name(folder: Path) -> str | None:
     """What the file that the model in `folder` was pulled from calls it, without spaces; None when it does not say."""
-    if not (folder / Origin.file).is_file():
+    if not (folder / ORIGIN).is_file():
         return None
-    found = read_json((folder / Origin.file).read_bytes(), Origin.file)
+    found = read_json((folder / ORIGIN).read_bytes(), ORIGIN)
     name = found.get("name") if isinstance(found, dict) else None
     return "-".join(name.split()) if isinstance(name, str) else None
 

@@ -26,6 +26,7 @@ MANIFEST = "gulliver.json"
 KINDS = ("model", "dataset", "report")
 EVIDENCE, REPORT = "evidence.json", "report.html"
 ANNOTATIONS = ("README.md", EVIDENCE, REPORT)
+ORIGIN = "origin.json"
 PACKING = "packing.json"
 """Named here and not in core/records.py, because a packed model opens without pydantic."""
 MAX_MANIFEST_BYTES = 16 * 2**20
