@@ -101,7 +101,15 @@ def test_a_model_with_a_chat_template_writes_questions_and_answers(folder: Path,
     assert [example.row["text"].startswith("<|user|>") for example in written] == [True, False, True, False]
 
 
-@pytest.mark.parametrize("template", ["no message at all", "{{ raise_exception('no') }}", "{{ messages[0].content }}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "a long system prompt " * 10 + "{{ messages[0].content }}<|end|>",
+        "no message at all",
+        "{{ raise_exception('no') }}",
+        "{{ messages[0].content }}",
+    ],
+)
 def test_a_chat_template_without_a_head_is_not_used(folder: Path, tmp_path: Path, template: str) -> None:
     shutil.copytree(folder, tmp_path / "chat")
     (tmp_path / "chat" / "chat_template.jinja").write_text(template)

@@ -74,7 +74,7 @@ def opened(name: str, spec: str, options: ServeOptions, session: Session) -> Any
     from gulliver.serve.state import ServedModel
 
     how = opening(options, slots=options.slots, cache_tokens=options.cache_tokens, queue=options.queue)
-    given = None if name == spec and ID.fullmatch(name) else name  # an id is no name where the model has one
+    given = None if name == spec and ID.fullmatch(name) else name  # an id gives way to the name in the file
     answerer = open_answerer(spec, how, store=lambda: session.store, name=given, progress=session.progress)
     folder = answerer.folder
     name = answerer.name if given is None and answerer.name != folder.name else name

@@ -73,7 +73,7 @@ def _cloze(text: str, place: int) -> Question | None:
 
 
 def _passage(text: str, place: int) -> tuple[str, str] | None:
-    """(passage, how it goes on, with the space between)."""
+    """(passage, its continuation with the space before it)."""
     part, words = _words(text, place)
     later = [word for word in words if word[0] >= words[0][0] + CONTEXT]
     ends = [word[1] for word in later if word[1] <= later[0][0] + CONTINUATION]

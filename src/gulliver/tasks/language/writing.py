@@ -44,7 +44,9 @@ NUCLEUS = 0.95
 SLOTS = 32
 """Texts that are written at once."""
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}gulliver\N{OBJECT REPLACEMENT CHARACTER}"
-"""What stands in a chat template's place for a message's text while its head is looked for."""
+"""A message by which the head of a chat template is found: what is rendered before it."""
+MOST_HEAD = 199
+"""Most characters of a template's head; a longer one would be a passage that training and judging share."""
 FEWEST_TOKENS = 24
 RUN, MOST_REPEATED = 6, 0.25
 """Runs of so many tokens; a text is repetitive when this share of its runs occurred before in it."""
@@ -158,7 +160,10 @@ def beginnings() -> tuple[str, ...]:
 
 
 def chat_head(text: Text) -> tuple[str, str] | None:
-    """What a chat template writes before a user's first message, and between it and the answer; None without one."""
+    """What a chat template writes before a user's first message, and between it and the answer; None without one, or
+
+    where the head is a long system prompt.
+    """
     if not text.has_chat_template:
         return None
     try:
@@ -166,7 +171,7 @@ def chat_head(text: Text) -> tuple[str, str] | None:
     except ConfigError:
         return None
     head, found, glue = whole.partition(MARK)
-    return (head, glue) if found and head and glue else None
+    return (head, glue) if found and 0 < len(head) <= MOST_HEAD and glue else None
 
 
 # ---- which texts are fit -------------------------------------------------------------------------------------------
