@@ -5,7 +5,7 @@
 Each is built with random weights from its own config class, shrunk by a general recipe, and goes through pull,
 generate, calibrate, quantize, quality and export (safetensors). The result is benchmarks/results/architectures.json:
 for each architecture the step that failed and its error, the share of the packed bytes that stays at 16 bits, and
-whether the network was streamed block by block or run whole.
+whether the network was streamed block by block or run whole. The table in docs/models.md is drawn from it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
+import shutil
 import tempfile
 import time
 import warnings
@@ -21,9 +23,9 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+from transformers.models.auto import modeling_auto as auto
 
-from gulliver.core.errors import FOREIGN, ConfigError, GulliverError, first_line
+from gulliver.core.errors import ConfigError, first_line
 from gulliver.core.progress import Progress
 from gulliver.core.records import PlainTensors, StatisticsTable
 from gulliver.core.store.store import Store
@@ -33,9 +35,27 @@ from gulliver.tasks import get_task
 from gulliver.tasks.text.tokenizer import write_byte_tokenizer
 
 RESULTS = Path(__file__).parent / "results" / "architectures.json"
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+BEGIN, END = "<!-- table: architectures -->", "<!-- end table -->"
 VOCABULARY = 320
+LIMIT_S = 40
+"""Seconds for one architecture."""
+TEXT = "".join(f"The {number}th fox jumps over {number * 7} lazy dogs and goes home.\n" for number in range(600))
 SIZES: dict[str, int] = {
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embed_dim", "dim", "model_dim", "width"), 64),
+    **dict.fromkeys(
+        (
+            "hidden_size",
+            "hidden_size_global",
+            "adapter_in_dim",
+            "n_embd",
+            "d_model",
+            "embed_dim",
+            "dim",
+            "model_dim",
+            "width",
+        ),
+        64,
+    ),
     **dict.fromkeys(
         ("intermediate_size", "ffn_dim", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size"), 128
     ),
@@ -52,41 +72,61 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"), 2),
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "mamba_n_groups", "n_groups"), 1),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "context_length"), 512),
-    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers"), 1),
+    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "depth"), 1),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "encoder_hash_byte_group_vocab"), VOCABULARY),
+    **dict.fromkeys(("rotary_dim", "mamba_d_state", "state_size", "ssm_state_size"), 16),
 }
 """Config fields and what they are shrunk to, where a config class has them."""
-PLAIN_SIZES = ("vocab_size", "vocab_size_per_layer_input")
 
 
 def settable(config: Any, name: str) -> bool:
     """Whether the config has a field of this name, a whole number that is not computed from others."""
-    if isinstance(getattr(type(config), name, None), property):
+    if isinstance(getattr(type(config), config.attribute_map.get(name, name), None), property):
         return False
     try:
         return isinstance(getattr(config, name, None), int)
-    except (AttributeError, ValueError):  # one that varies from layer to layer
+    except (AttributeError, ValueError, RuntimeError):  # one that varies from layer to layer
         return False
 
 
 def small(kind: str) -> Any:
-    """A config of the model type at toy size: every known size that its class has, lists of layers cut."""
+    """A config of the model type at toy size."""
     known = transformers.AutoConfig.for_model(kind)
-    text = known.get_text_config(decoder=True)
-    sizes = SIZES | dict.fromkeys(PLAIN_SIZES, VOCABULARY)
-    chosen: dict[str, Any] = {name: size for name, size in sizes.items() if settable(text, name)}
+    return transformers.AutoConfig.for_model(kind, **shrunk(known))
+
+
+def shrunk(config: Any) -> dict[str, Any]:
+    """Every known size that a config's class has, lists of layers cut; so for each config inside it."""
+    chosen: dict[str, Any] = {name: size for name, size in SIZES.items() if settable(config, name)}
     for name in ("layer_types", "layers_block_type", "block_types", "mlp_layer_types"):
-        types = None if isinstance(getattr(type(text), name, None), property) else getattr(text, name, None)
+        own = getattr(type(config), config.attribute_map.get(name, name), None)
+        types = None if isinstance(own, property) else getattr(config, name, None)
         if isinstance(types, (list, tuple)) and types:
             kinds = list(dict.fromkeys(types))
             chosen[name] = [kinds[0], kinds[-1]]
+    if vars(config).get("num_key_value_heads", 0) is None:
+        chosen["num_key_value_heads"] = SIZES["num_key_value_heads"]
     if "qk_rope_head_dim" in chosen:
-        chosen.pop("head_dim", None)  # another name of the same
-    chosen |= {name: 0 for name in ("bos_token_id", "pad_token_id") if hasattr(text, name)}
-    chosen |= {"eos_token_id": 1, "is_decoder": True} if hasattr(text, "is_decoder") else {"eos_token_id": 1}
-    key = next((name for name in type(known).sub_configs if getattr(known, name, None) is text), None)
-    if text is known or key is None:
-        return transformers.AutoConfig.for_model(kind, **chosen)
-    return transformers.AutoConfig.for_model(kind, **{key: {"model_type": text.model_type, **chosen}})
+        if "head_dim" in chosen:
+            chosen["head_dim"] = SIZES["qk_rope_head_dim"]  # another name of the same
+        if "num_key_value_heads" in chosen:
+            chosen["num_key_value_heads"] = SIZES["num_attention_heads"]
+    if hasattr(config, "eos_token_id"):
+        chosen |= {name: 0 for name in ("bos_token_id", "pad_token_id") if hasattr(config, name)}
+        chosen |= {"eos_token_id": 1} | ({"is_decoder": True} if hasattr(config, "is_decoder") else {})
+    if "expand" in vars(config) and "head_dim" in chosen:  # heads of a state space
+        chosen["head_dim"] = SIZES["hidden_size"] * config.expand // SIZES["num_heads"]
+    if getattr(config, "layer_types", ()) is None:
+        chosen["layer_types"] = ["full_attention"] * SIZES["num_hidden_layers"]
+    if getattr(config, "attention_types", None):
+        chosen["attention_types"] = [[["global", "local"], 1]]
+    if vars(config).get("head_dim", 0) is None and "head_dim" not in chosen and "qk_rope_head_dim" not in chosen:
+        chosen["head_dim"] = SIZES["head_dim"]
+    for name in type(config).sub_configs:
+        inner = getattr(config, name, None)
+        if isinstance(inner, transformers.PreTrainedConfig):
+            chosen[name] = {"model_type": inner.model_type, **shrunk(inner)}
+    return chosen
 
 
 def build(kind: str, folder: Path) -> None:
@@ -147,9 +187,64 @@ def chain(kind: str, home: Path, data: Any, store: Store) -> dict[str, Any]:
         row["kl_divergence"] = round(losses[-1], 4)
         step = "export"
         call(step, {"format": "safetensors"}, {"model": packed}, **given)
-    except (GulliverError, ImportError, StopIteration, *FOREIGN) as error:
-        return row | {"failed": step, "reason": f"{type(error).__name__}: {first_line(error)}"}
+    except Exception as error:
+        return row | {"failed": step, "reason": f"{type(error).__name__}: {first_line(error).replace(str(home), '…')}"}
     return row | {"failed": None}
+
+
+def apart(kind: str, home: Path, data: Any, store: Store) -> dict[str, Any]:
+    """The chain in a child process, so that one that crashes or hangs is a row, not the end."""
+    context = multiprocessing.get_context("fork")
+    there, here = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: here.send(chain(kind, home, data, store)), daemon=True)
+    child.start()
+    here.close()
+    try:
+        return there.recv() if there.poll(LIMIT_S) else {"failed": "time", "reason": f"not done after {LIMIT_S} s"}
+    except EOFError:
+        child.join()
+        return {"failed": "process", "reason": f"the process ended with {child.exitcode}"}
+    finally:
+        child.kill()
+        child.join()
+        shutil.rmtree(home / kind, ignore_errors=True)
+
+
+def encoders() -> set[str]:
+    """Model types that transformers also has as a network of another kind: an encoder, or one with a decoder."""
+    return {*auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """The lines of Markdown that say what became of each model type."""
+    lines = []
+    for title, kinds in (("decoders", sorted(set(found) - encoders())), ("others", sorted(set(found) & encoders()))):
+        rows = {kind: found[kind] for kind in kinds}
+        passed = {kind: row for kind, row in rows.items() if row["failed"] is None}
+        lines += [f"{len(passed)} of the {len(rows)} {title} that were tried pass.", ""] if rows else []
+        plain = sorted((row["share_at_16_bits"], kind) for kind, row in passed.items())
+        if plain:
+            lines += [
+                f"Share of the bytes at 16 bits: median {plain[len(plain) // 2][0]:.1%}; above a tenth: "
+                + (", ".join(f"{kind} {share:.0%}" for share, kind in plain if share > 0.1) or "none") + ".", ""
+            ]  # fmt: skip
+        if len(passed) < len(rows):
+            lines += ["| type | step | reason |", "| --- | --- | --- |"]
+            lines += [
+                f"| {kind} | {row['failed']} | {row['reason'].replace('|', '/')} |"
+                for kind, row in rows.items()
+                if row["failed"] is not None
+            ]
+            lines.append("")
+    return lines[:-1]
+
+
+def draw(found: dict[str, Any], page: Path = PAGE) -> None:
+    """Put the table between its marks in the page."""
+    text = page.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    page.write_text(f"{before}{BEGIN}\n{chr(10).join(table(found))}\n{END}{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -165,19 +260,18 @@ def main() -> None:
     found = json.loads(asked.out.read_text())["architectures"] if asked.only and asked.out.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        text = "".join(
-            f"The {number}th fox jumps over {number * 7} lazy dogs and goes home.\n" for number in range(600)
-        )
-        (home / "text.txt").write_text(text)
+        (home / "text.txt").write_text(TEXT)
         store = Store(home / "store")
         data = resolve_data(home / "text.txt", store)
-        for kind in asked.only or NAMES:
+        for kind in asked.only or auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             began = time.monotonic()
-            found[kind] = chain(kind, home, data, store)
+            found[kind] = apart(kind, home, data, store)
             print(kind, json.dumps(found[kind]), f"{time.monotonic() - began:.1f} s", flush=True)
             done = sum(row["failed"] is None for row in found.values())
             body = {"transformers": transformers.__version__, "passed": done, "of": len(found), "architectures": found}
             asked.out.write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
+    if asked.out == RESULTS:
+        draw(found)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import transformers
 from language_samples import SMALL, write_causal, write_dataset
 from toy_language import sentences
 
+from gulliver.cli.session import Session, described
 from gulliver.compress.observe import Moments, output_gradients
 from gulliver.compress.products import Product, Watch
 from gulliver.compress.statistics import open_statistics
+from gulliver.core.progress import Progress
 from gulliver.core.records import Packing, PlainTensors, StatisticsTable
 from gulliver.core.store.store import Store
 from gulliver.pipeline.call import call
@@ -116,6 +119,8 @@ def test_networks_of_any_shape_are_packed_and_the_rest_is_named(kind: str, tmp_p
         error = (stored[name] - values[name]).norm() / values[name].norm()
         assert tuple(stored[name].shape) == row.shape and error < 0.3, name
     assert all(row.reason for row in plain.tensors.values()) and plain.share < 0.35
+    shown, _ = described(packed, Session(str(store.home), None, Progress(quiet=True), "gulliver quantize"), None)
+    assert shown["plain"] == json.loads((packed.path / PlainTensors.file).read_text())
     if kind in ("mixtral", "gpt_oss"):
         stacks = [row for row in table.weights.values() if row.matrices == 4]
         assert len(stacks) == 4

@@ -44,6 +44,7 @@ def opening(options: Any, **more: Any) -> OpenOptions:
 
 def described(artifact: Artifact, session: Session, out: str | None, *, reused: bool = False) -> tuple[Any, list[str]]:
     """What a command that made an artifact prints; copies it to `out` first."""
+    from gulliver.core.records import PlainTensors
     from gulliver.core.store.artifact import copy_artifact
 
     if out is not None:
@@ -54,6 +55,8 @@ def described(artifact: Artifact, session: Session, out: str | None, *, reused: 
         "reused": reused,
         "evidence": [item.to_json() for item in session.store.evidence(artifact.id)],
     }
+    if PlainTensors.file in artifact.files:
+        document["plain"] = PlainTensors.of(artifact).model_dump()
     size = f", {megabytes(artifact.weight_bytes)} of weights" if artifact.kind == "model" else ""
     again = ", made before" if reused else ""
     return document, [artifact.id, f"{artifact.kind} of task {artifact.task}{size}{again}: {artifact.path}"]

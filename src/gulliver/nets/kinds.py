@@ -16,7 +16,7 @@ from typing import Any
 from gulliver.core.errors import ArtifactError
 from gulliver.nets.selection import ADAPTER, without_weights
 
-CAUSAL = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead")
+CAUSAL = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "GenerationDecoder")
 """How the names of networks with a language model's head end."""
 MODULES = "modules.json"
 """The file by which sentence-transformers says that a folder is a text encoder."""

@@ -52,11 +52,21 @@ def network_of(config: Any, folder: Path, auto: Any = transformers.AutoModelForC
     try:
         with empty_parameters(), no_init_weights():
             # one expert after another: no faster way of a CPU is as exact, and calibration sees each one's products
-            model = auto.from_config(config, dtype=torch.float32, experts_implementation="eager")
+            options = {"dtype": torch.float32, "experts_implementation": "eager"}
+            named = _named(config, auto)
+            model = named._from_config(config, **options) if named else auto.from_config(config, **options)
             model.tie_weights()
     except (ValueError, TypeError, RuntimeError, ArithmeticError, KeyError, AttributeError) as error:
         raise ArtifactError(f"{folder / 'config.json'} describes no network: {str(error).splitlines()[0]}") from error
     return model.eval()
+
+
+def _named(config: Any, auto: Any) -> Any:
+    """The class that `architectures` names, for a config that `auto` has no network for: a part of a larger model."""
+    if type(config) in auto._model_mapping:
+        return None
+    found = [getattr(transformers, str(name), None) for name in config.architectures or ()]
+    return next((one for one in found if getattr(one, "config_class", None) is type(config)), None)
 
 
 def empty_network(folder: Path, auto: Any) -> nn.Module:

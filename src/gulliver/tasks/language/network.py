@@ -21,6 +21,11 @@ def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
     return model(input_ids=tokens, use_cache=False).logits
 
 
+def vocabulary_of(model: nn.Module) -> int:
+    """How many tokens a causal model knows, as the config of its text part says where it has several."""
+    return int(model.config.get_text_config(decoder=True).vocab_size)  # type: ignore[union-attr, operator]
+
+
 def head_weight(model: nn.Module) -> Tensor:
     """The output head's matrix, [vocab, width]; a leaf or whatever the module's `weight` gives."""
     return model.get_output_embeddings().weight  # type: ignore[operator]
@@ -36,7 +41,7 @@ def has_plain_head(model: nn.Module) -> bool:
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is None or model.base_model is model:
         return False
-    tokens = torch.arange(4).remainder(model.config.vocab_size)[None]  # type: ignore[union-attr]
+    tokens = torch.arange(4).remainder(vocabulary_of(model))[None]
     training = model.training
     model.eval()
     with torch.no_grad(), torch.autocast("cpu", enabled=False):

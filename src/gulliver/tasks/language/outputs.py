@@ -24,7 +24,7 @@ from gulliver.nets.weights import unfilled
 from gulliver.runtime.network import load_network
 from gulliver.runtime.streamed import filled, narrow_weights
 from gulliver.tasks.base import Block
-from gulliver.tasks.language.network import logits_of
+from gulliver.tasks.language.network import logits_of, vocabulary_of
 from gulliver.tasks.text.streaming import Stream
 
 
@@ -78,7 +78,7 @@ class Outputs:
 
     def log_probabilities(self, number: int, rows: Tensor, positions: Tensor) -> Iterator[tuple[int, Tensor]]:
         """What follows `positions` [k] of `rows` [k] of batch `number`: (first of k, float32 [some of k, vocab])."""
-        vocabulary = int(self.network.config.vocab_size)  # type: ignore[union-attr, arg-type]
+        vocabulary = vocabulary_of(self.network)
         step = chunk_rows(vocabulary)
         whole = self._entering(number) if self.blocks else logits_of(self.network, self.batches[number])
         for start in range(0, len(rows), step):

@@ -22,6 +22,7 @@ from gulliver.core.evidence.evidence import Evidence, measured, paired_interval
 from gulliver.core.records import EXAMPLES
 from gulliver.core.store.artifact import Artifact
 from gulliver.tasks.base import Advance
+from gulliver.tasks.language.network import vocabulary_of
 from gulliver.tasks.language.outputs import Outputs
 from gulliver.tasks.language.question_scores import QuestionSheet
 from gulliver.tasks.language.questions import digest, make_questions
@@ -58,7 +59,7 @@ def score_causal(
 
     A model that reads fewer tokens at once gets windows of that length; the evidence says which.
     """
-    if parent is not None and parent.config.vocab_size != model.config.vocab_size:  # type: ignore[union-attr]
+    if parent is not None and vocabulary_of(parent) != vocabulary_of(model):
         raise DataError("model and parent have different vocabularies; they cannot be compared token by token")
     stream = token_stream(dataset, "eval", folder)
     context = min(context, int(getattr(model.config, "max_position_embeddings", context)))  # type: ignore[arg-type]
@@ -111,7 +112,7 @@ def _against_unigrams(
     found: list[Window], rows: Tensor, train: Tensor, model: nn.Module, common: dict[str, Any]
 ) -> list[Evidence]:
     """Unigram distribution of the train split, one added to every count: the simplest model of the same tokens."""
-    vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    vocabulary = vocabulary_of(model)
     counts = torch.bincount(train, minlength=vocabulary).double() + 1
     nll = -(counts / counts.sum()).log()
     baseline = nll[rows[:, 1:]].mean(1).tolist()

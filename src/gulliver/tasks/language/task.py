@@ -66,7 +66,7 @@ class LanguageTask(TextTask):
         """A chunk of positions at a time, so that logits [batch, tokens, vocab] are never whole."""
         targets = batch["tokens"][:, 1:]
         examples, positions = targets.shape
-        step = max(1, chunk_rows(int(model.config.vocab_size)) // examples)  # type: ignore[union-attr, arg-type]
+        step = max(1, chunk_rows(network.vocabulary_of(model)) // examples)
         for start in range(0, positions, step):
             stop = min(start + step, positions)
             logits = last.forward(x[:, start:stop], index)
