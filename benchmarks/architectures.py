@@ -62,10 +62,12 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "moe_ffn_hidden_size"), 64),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
-    **dict.fromkeys(("encoder_attention_heads", "linear_num_value_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "linear_num_value_heads", "linear_num_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "linear_num_key_heads", "num_kv_heads"), 2),
-    **dict.fromkeys(("head_dim", "attention_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 16),
-    **dict.fromkeys(("global_head_dim", "v_head_dim", "qk_nope_head_dim"), 16),
+    **dict.fromkeys(
+        ("head_dim", "attention_head_dim", "linear_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 16
+    ),
+    **dict.fromkeys(("global_head_dim", "linear_head_dim", "v_head_dim", "qk_nope_head_dim"), 16),
     **dict.fromkeys(("qk_rope_head_dim", "index_head_dim"), 8),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 32),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
@@ -104,8 +106,20 @@ def shrunk(config: Any) -> dict[str, Any]:
         if isinstance(types, (list, tuple)) and types:
             kinds = list(dict.fromkeys(types))
             chosen[name] = [kinds[0], kinds[-1]]
-    if vars(config).get("num_key_value_heads", 0) is None:
-        chosen["num_key_value_heads"] = SIZES["num_key_value_heads"]
+    for name in (
+        "num_key_value_heads",
+        "n_shared_experts",
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "n_group",
+        "topk_group",
+    ):
+        if vars(config).get(name, 0) is None:
+            chosen[name] = SIZES[name]
+    if "num_kv_shared_layers" in vars(config):
+        chosen["num_kv_shared_layers"] = 0
+    if "rope_parameters" in vars(config) and not config.rope_parameters:
+        chosen["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
     if "qk_rope_head_dim" in chosen:
         if "head_dim" in chosen:
             chosen["head_dim"] = SIZES["qk_rope_head_dim"]  # another name of the same

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from gulliver.core.errors import ArtifactError
+from gulliver.core.errors import FOREIGN, ArtifactError
 from gulliver.nets.files import Stored, same_bytes, stored_tensors
 from gulliver.nets.weights import aliases, assign, canonical_names, empty_parameters, read_tensor, unfilled, untie
 from gulliver.runtime.packing import is_packed, read_packing
@@ -32,7 +33,7 @@ def read_config(folder: Path) -> transformers.PretrainedConfig:
         if "auto_map" in raw and not _known(raw):
             raise ValueError("it asks to run code from the folder (auto_map), which Gulliver never does")
         return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, ArithmeticError) as error:
+    except (StrictDataclassError, OSError, *FOREIGN) as error:
         raise ArtifactError(f"{path} is not a usable model config: {str(error).splitlines()[0]}") from error
 
 
@@ -56,7 +57,7 @@ def network_of(config: Any, folder: Path, auto: Any = transformers.AutoModelForC
             named = _named(config, auto)
             model = named._from_config(config, **options) if named else auto.from_config(config, **options)
             model.tie_weights()
-    except (ValueError, TypeError, RuntimeError, ArithmeticError, KeyError, AttributeError) as error:
+    except (StrictDataclassError, *FOREIGN) as error:
         raise ArtifactError(f"{folder / 'config.json'} describes no network: {str(error).splitlines()[0]}") from error
     return model.eval()
 
@@ -120,7 +121,8 @@ def settled(raw: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
         if not raw.get("architectures"):
             changed["architectures"] = [type(model).__name__]
         tied = getattr(config, "tie_word_embeddings", None)
-        if tied != getattr(type(config).from_dict(changed), "tie_word_embeddings", None):
+        written = type(config).from_dict(type(config)._decode_special_floats(changed))  # infinities are words in JSON
+        if tied != getattr(written, "tie_word_embeddings", None):
             changed["tie_word_embeddings"] = tied
     return changed
 

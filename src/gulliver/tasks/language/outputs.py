@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gulliver.core.errors import ConfigError
+from gulliver.core.errors import FOREIGN, ConfigError
 from gulliver.core.store.files import temporary_name
 from gulliver.nets.linear_kl import chunk_rows
 from gulliver.nets.weights import unfilled
@@ -41,28 +41,43 @@ class Outputs:
         try:
             self.blocks = Stream(network, [{"tokens": tokens} for tokens in batches]).blocks()
         except ConfigError:
-            if unfilled(network):
-                self.network = load_network(self.folder, empty=False)
+            self._run_whole()
         self.narrow = narrow_weights(network)
         self.entering: list[Tensor] = []
+
+    def _run_whole(self) -> None:
+        """The network cannot be run block by block: all its weights are needed at once."""
+        self.blocks = []
+        if unfilled(self.network):
+            self.network = load_network(self.folder, empty=False)
 
     def run_layers(self, advance: Callable[[float], None]) -> None:
         """Run all but the head, unless what it left is kept; `advance` gets the share of the layers that are done."""
         if not self.blocks or (self.kept is not None and self.kept.is_file()):
             advance(1.0)
             return
-        passing: list[Any] = [{"tokens": tokens} for tokens in self.batches]
-        for done, block in enumerate(self.blocks[:-1]):
-            with filled(self.network, self.folder, block.prefixes, self.narrow):
-                for number, x in enumerate(passing):
-                    passing[number] = block.forward(x, number).float()
-            advance((done + 1) / (len(self.blocks) - 1))
+        try:
+            passing = self._pass(advance)
+        except FOREIGN:  # a layer reads what is none of its own
+            self._run_whole()
+            advance(1.0)
+            return
         if self.kept is None:
             self.entering = passing
             return
         temporary = temporary_name(self.kept)
         save_file({str(number): x.contiguous() for number, x in enumerate(passing)}, str(temporary))
         temporary.rename(self.kept)
+
+    def _pass(self, advance: Callable[[float], None]) -> list[Any]:
+        """What enters the head for each batch, each block run on all of them."""
+        passing: list[Any] = [{"tokens": tokens} for tokens in self.batches]
+        for done, block in enumerate(self.blocks[:-1]):
+            with filled(self.network, self.folder, block.prefixes, self.narrow):
+                for number, x in enumerate(passing):
+                    passing[number] = block.forward(x, number).float()
+            advance((done + 1) / (len(self.blocks) - 1))
+        return passing
 
     @contextmanager
     def ready(self) -> Iterator[None]:
