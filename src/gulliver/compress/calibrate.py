@@ -28,6 +28,7 @@ from gulliver.core.overlap import fingerprints
 from gulliver.core.records import Calibration, StatisticsTable
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import temporary_name
+from gulliver.nets.linear_kl import chunk_rows
 from gulliver.runtime.packing import is_compressed
 from gulliver.runtime.shards import save
 from gulliver.runtime.streamed import filled, narrow_weights
@@ -241,13 +242,19 @@ def _costs(network: nn.Module, blocks: list[Block]) -> list[float]:
 def _pass(block: Block, batches: list[Batch], before: Path | None, moments: Moments, work: Path, last: bool) -> Path:
     """Run all batches through a block; returns a folder, not yet under its name, with the activations after it.
 
-    What leaves the `last` one (logits, which are large) is not kept: nothing reads it.
+    What leaves the `last` one (logits, which are large) is not kept, nor ever whole: nothing reads it.
     """
     folder = temporary_name(work / "after")
     folder.mkdir()
     for index, batch in enumerate(batches):
-        moments.begin(batch)
-        x = batch if before is None else load_file(before / f"{index}.safetensors")["x"]
+        x: Any = batch if before is None else load_file(before / f"{index}.safetensors")["x"]
+        if last and before is not None and block.pointwise:
+            mask, step = batch.get("mask"), max(1, chunk_rows(moments.widest) // len(x))
+            for start in range(0, x.shape[1], step):
+                moments.begin(None if mask is None else mask[:, start : start + step])
+                block.forward(x[:, start : start + step], index)
+            continue
+        moments.begin(batch.get("mask"))
         output = block.forward(x, index)
         if not last:
             save_file({"x": output.float().contiguous()}, str(folder / f"{index}.safetensors"))

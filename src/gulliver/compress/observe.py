@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from gulliver.compress.products import Product, Watch
-from gulliver.tasks.base import Batch
 
-STRIP = 256
+STRIP = 512
 STACK_BYTES = 2**30
 """Most bytes of one stack's moments; beyond, all its matrices share one."""
 
@@ -44,10 +43,11 @@ class Moments:
         self.positions: dict[str, int] = {}
         self.shared: dict[str, str] = {}
         self.tables: dict[str, Tensor] = {}
-        self.output_power: dict[str, float] = {}
+        self.power: dict[str, tuple[float, int]] = {}
         self.inputs: dict[str, set[int | None]] = {}
         self.mask: Tensor | None = None
         self._weights = weights
+        self._half = False
         self._seen: list[tuple[Tensor, int, str]] = []
         self._watch = Watch(weights, self._product)
 
@@ -58,10 +58,15 @@ class Moments:
     def __exit__(self, *failure: object) -> None:
         self._watch.__exit__(*failure)
 
-    def begin(self, batch: Batch) -> None:
-        """Say which batch comes next; what its mask [batch, tokens] calls padding does not count."""
+    @property
+    def widest(self) -> int:
+        """Most rows of a weight that has its numbers."""
+        return max((len(weight) for weight in self._weights.values() if not weight.is_meta), default=1)
+
+    def begin(self, mask: Tensor | None) -> None:
+        """Say that a batch, or the next positions of one, comes next; what `mask` [batch, tokens] hides counts not."""
         self._seen = []
-        self.mask = batch["mask"].bool() if "mask" in batch else None
+        self.mask = None if mask is None else mask.bool()
 
     def stored(self) -> dict[str, Tensor]:
         """What one block's file holds, given away: means "moment:KEY" [columns, columns] or [columns], empty marks
@@ -78,11 +83,12 @@ class Moments:
         dims = {name: sorted(-1 if dim is None else dim for dim in found) for name, found in self.inputs.items()}
         tensors |= {f"inputs:{name}": torch.tensor(found) for name, found in dims.items()}
         tensors |= {f"odd:{name}": torch.zeros(1) for name in self._watch.odd}
-        return tensors | {f"power:{slot}": torch.tensor([power]) for slot, power in self.output_power.items()}
+        return tensors | {f"power:{slot}": torch.tensor([total / count]) for slot, (total, count) in self.power.items()}
 
     def _product(self, product: Product, output: Tensor) -> None:
         call, name = product.call, product.name
         self.inputs.setdefault(name, set()).add(product.inputs)
+        self._half = torch.is_autocast_enabled("cpu")  # then the network's own products round their factors too
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             if call.table:
                 ids = call.x[self.mask] if self.mask is not None and call.x.shape == self.mask.shape else call.x
@@ -114,21 +120,36 @@ class Moments:
         self._seen.append((*origin, key))
         self.shared[slot] = key
         rows = x.detach().float().reshape(-1, x.shape[-1])
+        if self._half:
+            rows = rows.bfloat16().float()
         if self.mask is not None and x.shape[: self.mask.dim()] == self.mask.shape:
             rows = rows[self.mask.flatten()]
         if key not in self.sums:
             columns = rows.shape[1]
             self.sums[key] = torch.zeros((columns, columns) if self.full else (columns,))
         if self.full:
-            for start in range(0, rows.shape[1], STRIP):  # the upper triangle and some of the lower: half of the work
-                strip = slice(start, start + STRIP)
-                self.sums[key][strip, start:].addmm_(rows[:, strip].T, rows[:, start:])
+            with _factors_in("bf16" if self._half else "none"):
+                for start in range(0, rows.shape[1], STRIP):  # the upper triangle and some of the lower: half the work
+                    strip = slice(start, start + STRIP)
+                    self.sums[key][strip, start:].addmm_(rows[:, strip].T, rows[:, start:])
         else:
             self.sums[key] += rows.square().sum(0)
         self.positions[key] = self.positions.get(key, 0) + len(rows)
 
     def _power(self, slot: str, output: Tensor) -> None:
-        self.output_power[slot] = self.output_power.get(slot, 0.0) + float(output.float().square().mean())
+        before, count = self.power.get(slot, (0.0, 0))
+        self.power[slot] = (before + float(output.float().square().sum()), count + output.numel())
+
+
+@contextmanager
+def _factors_in(precision: str) -> Iterator[None]:
+    """How products of float32 tensors round their factors, where that is fast; "none": not. Sums stay in float32."""
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, setting.fp32_precision = setting.fp32_precision, precision
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
 
 
 def mirrored(total: Tensor) -> Tensor:

@@ -40,13 +40,14 @@ class Block:
     `weights` names the parameters that may be packed ("model.layers.0.mlp.up_proj.weight"): matrices and stacks of
     them; how one is used shows when data pass. `forward(x, index)` maps the activations [examples, …] of calibration
     batch `index` before the block to those after it; for the first block `x` is the batch itself. Only parameters under
-    `prefixes` must hold data while it runs.
+    `prefixes` must hold data while it runs. A `pointwise` block may be given any of the positions [examples, some, …].
     """
 
     name: str
     prefixes: tuple[str, ...]
     weights: tuple[str, ...]
     forward: Callable[[Any, int], Tensor]
+    pointwise: bool = False
 
 
 def packable(model: nn.Module, prefixes: tuple[str, ...] = ("",)) -> tuple[str, ...]:

@@ -80,7 +80,7 @@ class Stream:
         blocks, taken = [], set()
         for name, prefixes, forward in parts:
             weights = tuple(one for one in packable(self.model, prefixes) if one not in taken) if prefixes else ()
-            blocks.append(Block(name, prefixes, weights, forward))
+            blocks.append(Block(name, prefixes, weights, forward, pointwise=name == "head"))
             taken |= set(weights)
         return blocks
 
