@@ -14,6 +14,7 @@ from language_samples import write_dataset, write_encoder
 from torch import Tensor, nn
 
 from gulliver.compress import calibrate
+from gulliver.compress.collect import frequencies
 from gulliver.compress.options import CalibrateOptions
 from gulliver.compress.statistics import ROWS, Statistics, open_statistics
 from gulliver.core.errors import BudgetError, ConfigError, DataError
@@ -102,8 +103,15 @@ def test_a_tied_embedding_has_a_view_for_each_use(language: Lab, seen: dict[str,
     x = torch.cat(seen["lm_head.weight"]).flatten(0, -2)
     assert far(head.moment, x.T @ x / len(x)) < BFLOAT16
     counts = torch.bincount(torch.cat(seen[table]).flatten(), minlength=len(looked_up.rows)).float()
-    assert torch.equal(looked_up.rows, (counts + 0.5) / (counts + 0.5).sum())
-    assert looked_up.rows.max() > 10 * looked_up.rows.min()
+    assert torch.equal(looked_up.rows, frequencies(counts))
+
+
+def test_rows_of_a_table_that_were_not_seen_share_what_those_seen_once_made_up() -> None:
+    found = frequencies(torch.tensor([6.0, 2.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]))
+    assert torch.allclose(found, torch.tensor([0.48, 0.16, 0.08, 0.08, 0.05, 0.05, 0.05, 0.05]))
+    assert torch.equal(frequencies(torch.tensor([3.0, 1.0])), torch.tensor([0.75, 0.25]))
+    assert torch.allclose(frequencies(torch.tensor([3.0, 0.0])), torch.tensor([2 / 3, 1 / 3]))
+    assert torch.allclose(frequencies(torch.tensor([1.0, 0.0])), torch.tensor([0.5, 0.5]))  # at most half
 
 
 def test_diagonal_moments_are_the_diagonal_of_the_full_ones(language: Lab) -> None:
@@ -207,8 +215,8 @@ def test_padding_does_not_count(store: Store, quiet: Progress, tmp_path: Path) -
     assert far(moment, everything.T @ everything / len(everything)) > 2 * BFLOAT16
     table = next(name for name in statistics.weights if "word_embeddings" in name)
     ids = torch.cat([batch["tokens"][mask] for batch, mask in zip(batches, kept, strict=True)])
-    counts = torch.bincount(ids, minlength=statistics.weights[table].shape[0]) + 0.5
-    assert torch.allclose(statistics.uses(table)[0].rows, counts / counts.sum())
+    counts = torch.bincount(ids, minlength=statistics.weights[table].shape[0])
+    assert torch.allclose(statistics.uses(table)[0].rows, frequencies(counts))
     assert statistics.table.sensitivity == "power"  # an encoder has no loss of its own
 
 

@@ -105,9 +105,8 @@ class Collector:
         slots = [slot_of(name, number) for number in range(matrices)] if matrices > 1 else [name]
         uses = []
         if name in self._counts:
-            counts = self._counts[name] + 0.5
             self._rows[f"moment:{name}"] = self._outputs(table_slot(name), [], columns)
-            self._rows[f"rows:{table_slot(name)}"] = counts / counts.sum()
+            self._rows[f"rows:{table_slot(name)}"] = frequencies(self._counts[name])
             uses.append((ROWS, f"moment:{name}", f"rows:{table_slot(name)}"))
         if matrices == 1 and len(shape) == 3 and inputs:
             slots = [slot_of(name, 0)]
@@ -157,6 +156,19 @@ class Collector:
                 known = [torch.full((width,), float(one.mean())) for one in self._chosen.values()]
             found = torch.stack(known).mean(0) if known else torch.ones(width)
         return found
+
+
+def frequencies(counts: Tensor) -> Tensor:
+    """How often each row of a table is looked up in text like that in which it was counted, float32 [rows], sum 1.
+
+    Rows not seen share what those seen once made up (Good, The population frequencies of species and the estimation of
+    population parameters, 1953), at most half.
+    """
+    total, unseen = counts.sum().clamp_min(1), counts == 0
+    if not unseen.any():
+        return counts / total
+    missing = ((counts == 1).sum().clamp_min(1) / total).clamp_max(0.5)
+    return torch.where(unseen, missing / unseen.sum(), counts / total * (1 - missing))
 
 
 def _told(missing: Sequence[str], slots: Sequence[str]) -> str:

@@ -31,7 +31,7 @@ from torch import Tensor
 from gulliver.compress.gptq import quantize_matrix
 from gulliver.compress.kquant import Solver
 from gulliver.compress.options import PlanOptions
-from gulliver.compress.statistics import Statistics, Use, joint_moment, loss_increase, open_statistics
+from gulliver.compress.statistics import Statistics, Use, energies, joint_moment, likely_increase, open_statistics
 from gulliver.compress.threads import each
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, BudgetError, ConfigError
@@ -152,16 +152,15 @@ def measurer(
         kept: dict[tuple[int, int], Solver] = {}
         for rows in row_classes(uses, matrix) if cfg.target == "native" else [torch.arange(len(matrix))]:
             some = rows[:: max(1, len(rows) // cfg.probe_rows)][: cfg.probe_rows]
-            found: dict[Format, float] = {}
+            found, sent = dict[Format, float](), energies(matrix, uses, rows)
             held = _holding(formats, name, matrix.shape[1])
             tried = [REFERENCE, *(held if name in probes else [])]
             for fmt in sorted(tried, key=lambda one: one.nesting):  # what is kept is of one nesting
                 part = quantize_matrix(matrix[some], fmt, moment, gptq=cfg.gptq, kept=kept)
-                found[fmt] = loss_increase(matrix[some], part, uses, some)
+                found[fmt] = likely_increase(matrix[some], part, uses, sent)
             base = found[REFERENCE]
             ratios = [found.get(fmt, math.nan) / base for fmt in formats] if name in probes and base > 0 else []
-            increase = len(rows) / len(some) * base
-            measured.append((Item(name, len(rows), matrix.shape[1], (increase,), table), ratios))
+            measured.append((Item(name, len(rows), matrix.shape[1], (base,), table), ratios))
         return measured
 
     def of_stack(name: str, stack: Tensor) -> tuple[Item, list[float]]:
@@ -169,17 +168,15 @@ def measurer(
         count, rows, columns = stack.shape
         numbers = range(0, count, max(1, count // PROBED_MATRICES))
         found = np.zeros(1 + (len(formats) if name in probes else 0))
-        taken = 0
         for number in numbers:
             uses = statistics.uses(name, number)
-            some = torch.arange(rows)[:: max(1, rows * len(numbers) // cfg.probe_rows)]
-            taken += len(some)
+            some, sent = stack[number][:: max(1, rows * len(numbers) // cfg.probe_rows)], energies(stack[number], uses)
             tried: list[Format] = [REFERENCE, *(formats if name in probes else [])]
             for place, fmt in enumerate(tried):
-                part = quantize_matrix(stack[number][some], fmt, joint_moment(uses), gptq=cfg.gptq)
-                found[place] += loss_increase(stack[number][some], part, uses, some)
+                part = quantize_matrix(some, fmt, joint_moment(uses), gptq=cfg.gptq)
+                found[place] += likely_increase(some, part, uses, sent)
         ratios = [float(one / found[0]) for one in found[1:]] if found[0] > 0 else []
-        return Item(name, count * rows, columns, (float(found[0]) * count * rows / taken,)), ratios
+        return Item(name, count * rows, columns, (float(found[0]) * count / len(numbers),)), ratios
 
     return job
 

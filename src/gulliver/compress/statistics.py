@@ -108,6 +108,37 @@ def loss_increase(weight: Tensor, part: RowGroup | BlockRows, uses: list[Use], r
     return total
 
 
+def energies(weight: Tensor, uses: list[Use], rows: Tensor | None = None) -> list[float]:
+    """What rows of `weight` [rows, columns] send out in each use, in the unit of the loss: Σ_i r_i Σ_j W_ij² H_jj.
+
+    `rows`, int64 [n], says which; None when they are all.
+    """
+    found = [0.0] * len(uses)
+    for which in (torch.arange(len(weight)) if rows is None else rows).split(CHUNK_ROWS):
+        squares = weight[which].float().square()
+        for place, use in enumerate(uses):
+            found[place] += float((use.rows[which] * (squares @ _diagonal(use))).sum())
+    return found
+
+
+def likely_increase(some: Tensor, part: RowGroup | BlockRows, uses: list[Use], energies: list[float]) -> float:
+    """The loss increase of rows of which `some` [n, columns] are stored as `part`, in the unit of the statistics.
+
+    Of what all rows send out (`energies`) the same share is lost as of these. How much rows matter differs by orders of
+    magnitude, the share hardly at all: a few rows tell it.
+    """
+    some, total = some.float(), 0.0
+    delta = part.rows(0, len(some)).dequantize() - some
+    for use, sent in zip(uses, energies, strict=True):
+        lost = (delta @ use.moment).mul_(delta).sum() if use.moment.dim() == 2 else (delta.square() @ use.moment).sum()
+        total += 0.5 * sent * float(lost / (some.square() @ _diagonal(use)).sum().clamp_min(1e-30))
+    return total
+
+
+def _diagonal(use: Use) -> Tensor:
+    return use.moment.diagonal() if use.moment.dim() == 2 else use.moment
+
+
 def open_statistics(calibration: Artifact, model: Artifact) -> Statistics:
     """The statistics in a report of `calibrate`. ArtifactError when it is another report or of another model."""
     table = StatisticsTable.of(calibration)

@@ -80,7 +80,7 @@ STEPS = (
          needs=("model", "dataset"), optional=("samples",), makes=("report",), version=2,
          help="stream calibration data through a model, block by block, and keep each layer's statistics"),
     Step("plan", "gulliver.compress.plan:run", "gulliver.compress.options:PlanOptions",
-         needs=("model", "calibration"), makes=("report",), version=2,
+         needs=("model", "calibration"), makes=("report",), version=3,
          help="choose one format per tensor: least predicted loss increase within the budget"),
     Step("quantize", "gulliver.compress.quantize:run", "gulliver.compress.options:QuantizeOptions",
          needs=("model", "calibration"), optional=("plan",), makes=("model",), compresses=True, version=3,
