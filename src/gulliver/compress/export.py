@@ -30,6 +30,8 @@ from gulliver.runtime.shards import ShardWriter
 from gulliver.tasks import EXPORTS, exporter, get_task
 
 MAX_CONFIG_BYTES = 10_000_000
+CHUNK = 2**22
+"""Numbers of which float64 copies are in memory."""
 
 
 def run(cfg: ExportOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
@@ -92,10 +94,11 @@ def as_bfloat16(tensor: Tensor) -> tuple[Tensor, float]:
     """A floating tensor of any shape in bfloat16 and its largest relative rounding error; others as they are and 0."""
     if not tensor.is_floating_point():
         return tensor, 0.0
-    rounded = tensor.to(torch.bfloat16)
-    exact, kept = tensor.double(), rounded.double()
-    used = exact != 0
-    return rounded, ((kept - exact)[used] / exact[used]).abs().max().item() if used.any() else 0.0
+    rounded, worst = tensor.to(torch.bfloat16), 0.0
+    for exact, kept in zip(tensor.flatten().split(CHUNK), rounded.flatten().split(CHUNK), strict=True):
+        errors = ((kept.double() - exact.double()) / exact.double()).abs().nan_to_num_(0.0, 0.0, 0.0)
+        worst = max(worst, errors.max().item() if errors.numel() else 0.0)
+    return rounded, worst
 
 
 # ---- files --------------------------------------------------------------------------------------------------------
