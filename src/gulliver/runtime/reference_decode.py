@@ -63,7 +63,8 @@ class ReferenceDecoder:
         config = model.config.get_text_config(decoder=True)
         self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
         self._reader: Reader | None = Reader(model, self.vocabulary)
-        self.positions: int = getattr(config, "max_position_embeddings", None) or NO_LIMIT
+        positions = getattr(config, "max_position_embeddings", None) or NO_LIMIT
+        self.positions: int = positions if positions > 0 else NO_LIMIT  # -1 says that there is none
         wanted = slots * self.positions if cache_tokens is None else cache_tokens
         self.cache_blocks = max(1, -(-wanted // BLOCK_TOKENS))
         self.why = f"transformers computes it in float32 {why}"

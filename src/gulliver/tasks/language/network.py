@@ -26,6 +26,12 @@ def vocabulary_of(model: nn.Module) -> int:
     return int(model.config.get_text_config(decoder=True).vocab_size)  # type: ignore[union-attr, operator]
 
 
+def positions_of(model: nn.Module) -> int:
+    """How many tokens a causal model reads at once; a large number where its config names no limit (none, 0 or -1)."""
+    found = getattr(model.config, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else 2**31
+
+
 def head_weight(model: nn.Module) -> Tensor:
     """The output head's matrix, [vocab, width]; a leaf or whatever the module's `weight` gives."""
     return model.get_output_embeddings().weight  # type: ignore[operator]

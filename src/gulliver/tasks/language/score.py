@@ -22,7 +22,7 @@ from gulliver.core.evidence.evidence import Evidence, measured, paired_interval
 from gulliver.core.records import EXAMPLES
 from gulliver.core.store.artifact import Artifact
 from gulliver.tasks.base import Advance
-from gulliver.tasks.language.network import vocabulary_of
+from gulliver.tasks.language.network import positions_of, vocabulary_of
 from gulliver.tasks.language.outputs import Outputs
 from gulliver.tasks.language.question_scores import QuestionSheet
 from gulliver.tasks.language.questions import digest, make_questions
@@ -62,13 +62,13 @@ def score_causal(
     if parent is not None and vocabulary_of(parent) != vocabulary_of(model):
         raise DataError("model and parent have different vocabularies; they cannot be compared token by token")
     stream = token_stream(dataset, "eval", folder)
-    context = min(context, int(getattr(model.config, "max_position_embeddings", context)))  # type: ignore[arg-type]
+    context = min(context, positions_of(model))
     count = min(windows, len(stream) // context)
     if count < 2:
         told = f"the eval split has {len(stream)} tokens, too few for two windows of {context}"
         raise DataError(f"{told}; give more text or a smaller context")
     rows = stream[: count * context].view(count, context)
-    sheet = _sheet(dataset, folder, questions, int(getattr(model.config, "max_position_embeddings", None) or 2**31))
+    sheet = _sheet(dataset, folder, questions, positions_of(model))
     name = f"{dataset.id[:32]}-{count}-{context}-{digest(sheet.questions)[:16]}"
     layers, batches = LAYERS if parent is None else LAYERS / 2, [*rows[:, None], *sheet.batches]
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):

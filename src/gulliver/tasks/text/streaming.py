@@ -129,16 +129,17 @@ class Stream:
         def passing(*args: Any, **kwargs: Any) -> Any:
             return self._like_layer(_split(args, kwargs)[0])
 
+        batch, shape = self.batches[index], x.shape[:2]
+        if batch["tokens"].shape != shape:  # more in a row than the network has positions, perhaps: one in each row
+            x = x.flatten(0, 1)[:, None]
+            batch = {"tokens": torch.zeros(x.shape[:2], dtype=torch.int64)}
         stubs: dict[nn.Module, Callable[..., Any]] = {module: passing for module in self.layers}
         stubs[self.layers[-1]] = lambda *args, **kwargs: self._like_layer(x)
         stubs |= {self.outside[name]: _stand_in(name, self.outside[name]) for name in self.before - self.after}
         with _patched(stubs):
-            batch = self.batches[index]
-            if batch["tokens"].shape != x.shape[:2]:
-                batch = {"tokens": torch.zeros(x.shape[:2], dtype=torch.int64)}
             output = self.model(**self._inputs(batch))
         logits = getattr(output, "logits", None)
-        return output.last_hidden_state if logits is None else logits
+        return (output.last_hidden_state if logits is None else logits).reshape(*shape, -1)
 
     # ---- what layers are called with --------------------------------------------------------------------------
     def _record(self, batch: Batch, called: tuple[set[str], set[str]] | None = None) -> list[LayerCall]:
