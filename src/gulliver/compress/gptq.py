@@ -20,14 +20,16 @@ from torch import Tensor
 
 from gulliver.compress.kquant import Solver, nested_order, round_blocks
 from gulliver.runtime.blocks import BlockRows
-from gulliver.runtime.formats import Format
+from gulliver.runtime.formats import INTEGERS, Format
 from gulliver.runtime.grid import (
     Grid,
     Lookup,
     as_groups,
     fit_codebook_grid,
+    fit_integer_grid,
     fit_uniform_grid,
     learn_codebook,
+    power_factors,
     row_factors,
     split_scales,
 )
@@ -90,28 +92,34 @@ def quantize_matrix(
     for start in range(0, rows, CHUNK_ROWS):
         some = weight[start : start + CHUNK_ROWS].float()
         groups = as_groups(some, fmt)
-        if solver is None:
-            grid = _fit_all(groups, weights_of_group, fmt, lookup)
-            parts.append(_round(some, fmt, grid, row_factors(grid.scales), lookup))
+        if lookup is not None:  # scales that just reach every weight: fitted ones hardly ever exceed them
+            widest = groups.abs().amax(2) / lookup.top
         else:
-            if lookup is not None:  # scales that just reach every weight: fitted ones hardly ever exceed them
-                widest = groups.abs().amax(2) / lookup.top
-            else:
-                widest = (groups.amax(2).clamp_min(0) - groups.amin(2).clamp_max(0)) / (fmt.levels - 1)
-            factors = row_factors(widest)
-            parts.append(_solve(some, fmt, *solver, importance, factors, lookup))
+            widest = (groups.amax(2).clamp_min(0) - groups.amin(2).clamp_max(0)) / (fmt.levels - 1)
+        factors = power_factors(widest, fmt) if fmt.kind in INTEGERS else row_factors(widest)
+        fit = _fitter(fmt, lookup, factors)
+        if solver is None:
+            grid = _fit_all(groups, weights_of_group, fit)
+            factors = factors if fmt.kind in INTEGERS else row_factors(grid.scales)
+            parts.append(_round(some, fmt, grid, factors, lookup))
+        else:
+            parts.append(_solve(some, fmt, *solver, importance, factors, lookup, fit))
     return joined(parts)
 
 
-def _fitter(fmt: Format, lookup: Lookup | None) -> Callable[[Tensor, Tensor], Grid]:
-    """(group [rows, group_size], importance [1, group_size]) -> its grid."""
-    if lookup is None:
-        return partial(fit_uniform_grid, levels=fmt.levels)
-    return partial(fit_codebook_grid, codebook=lookup)
+Fitter = Callable[[Tensor, Tensor], Grid]
+"""(group [rows, group_size], importance [1, group_size]) -> its grid."""
 
 
-def _fit_all(groups: Tensor, importance: Tensor, fmt: Format, lookup: Lookup | None) -> Grid:
-    fit = _fitter(fmt, lookup)
+def _fitter(fmt: Format, lookup: Lookup | None, factors: Tensor) -> Fitter:
+    if lookup is not None:
+        return partial(fit_codebook_grid, codebook=lookup)
+    if fmt.kind in INTEGERS:
+        return partial(fit_integer_grid, fmt=fmt, factors=factors)
+    return partial(fit_uniform_grid, levels=fmt.levels)
+
+
+def _fit_all(groups: Tensor, importance: Tensor, fit: Fitter) -> Grid:
     grids = [fit(groups[:, index], importance[index][None]) for index in range(groups.shape[1])]
     zeros = [grid.zeros for grid in grids if grid.zeros is not None]
     return Grid(torch.stack([grid.scales for grid in grids], 1), torch.stack(zeros, 1) if zeros else None)
@@ -129,7 +137,7 @@ def _round(weight: Tensor, fmt: Format, grid: Grid, factors: Tensor, lookup: Loo
         codes = torch.round(scaled + grid.zeros[:, :, None]).clamp_(0, fmt.levels - 1).to(torch.uint8)
     codes = codes.view(rows, -1)[:, :columns].contiguous()
     stored = None if grid.zeros is None else grid.zeros.to(torch.uint8)
-    return RowGroup(fmt, codes, codes_of_scale, factors, stored, None if lookup is None else lookup.codebook)
+    return RowGroup(fmt.tiles, codes, codes_of_scale, factors, stored, None if lookup is None else lookup.codebook)
 
 
 def feedback(moment: Tensor, order: Tensor, damping: float = DAMPING) -> Tensor:
@@ -171,6 +179,7 @@ def _solve(
     importance: Tensor,
     factors: Tensor,
     lookup: Lookup | None,
+    fit: Fitter,
 ) -> RowGroup:
     rows, columns = weight.shape
     # one column of the work matrix is contiguous, because columns are visited one at a time; those that are done hold
@@ -179,7 +188,7 @@ def _solve(
     codes = torch.empty(columns, rows, dtype=torch.uint8)
     scale_codes = torch.ones(rows, fmt.groups(columns), dtype=torch.uint8)
     zero_codes = None if lookup is not None else torch.zeros(rows, fmt.groups(columns), dtype=torch.uint8)
-    fit, stop = _fitter(fmt, lookup), columns
+    stop = columns
     while stop > 0:
         group = int(order[stop - 1]) // fmt.group_size
         start = max(stop - fmt.group_size, 0)
@@ -211,6 +220,5 @@ def _solve(
         stop = start
     back = torch.empty_like(order)
     back[order] = torch.arange(columns)
-    return RowGroup(
-        fmt, codes[back].t().contiguous(), scale_codes, factors, zero_codes, None if lookup is None else lookup.codebook
-    )
+    codes = codes[back].t().contiguous()
+    return RowGroup(fmt.tiles, codes, scale_codes, factors, zero_codes, None if lookup is None else lookup.codebook)

@@ -24,10 +24,10 @@ SPLITS = ("train", "eval")  # what its column `split` holds
 
 Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 Id = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-FormatName = Annotated[str, StringConstraints(pattern=r"^(?:[uchm][1-9]g[1-9][0-9]{0,4}|I?Q[1-9]_[0-9A-Z]{1,2})$")]
-"""Of a packed format: "u4g64" is uniform, 4 bits, groups of 64; "c" is a codebook, "h" and "m" are kept blocks.
+FormatName = Annotated[str, StringConstraints(pattern=r"^(?:[uchmis][1-9]g[1-9][0-9]{0,4}|I?Q[1-9]_[0-9A-Z]{1,2})$")]
+"""Of a packed format: "u4g64" is uniform, 4 bits, groups of 64; "c" is a codebook, "h" and "m" are kept blocks, "i" and
 
-Other names are types of GGUF.
+"s" (in plans alone) integers that compressed-tensors holds too. Other names are types of GGUF.
 """
 _LossIncrease = Field(validation_alias=AliasChoices("loss_increase", "damage"))
 """How much the loss is predicted to rise, in the unit of the statistics (compress/statistics.py)."""
@@ -219,7 +219,7 @@ class PlannedPoint(Row):
 
 
 class Plan(Record):
-    """One format for each weight (or class of its rows), and what other sizes would cost."""
+    """One format for each weight (or class of its rows), and what other sizes cost; why others stay `plain`."""
 
     file = "plan.json"
     remedy = "plan again"
@@ -230,6 +230,7 @@ class Plan(Record):
     tensors: tuple[TensorBits, ...]
     blocks: tuple[BlockLoss, ...]
     frontier: tuple[PlannedPoint, ...] = Field(validation_alias=AliasChoices("frontier", "menu"))
+    plain: dict[str, str] = Field(default_factory=dict)
 
 
 class LossIncrease(Record):

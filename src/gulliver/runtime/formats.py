@@ -14,8 +14,10 @@ GROUP_SIZES = (32, 64, 128)
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 """Bits of a code -> widths of its planes, low bits first."""
 CODEBOOK_BITS = (2, 3, 4, 5, 6)
-KINDS = ("codebook", "uniform", "half", "minimum")
+KINDS = ("codebook", "uniform", "half", "minimum", "integer", "symmetric")
 """Kinds of values; a short name begins with the first letter."""
+INTEGERS = ("integer", "symmetric")
+"""Kinds that compressed-tensors holds too: uniform values, with or without zero points, that are float16 numbers."""
 SIDE_BYTES = {"codebook": 1, "uniform": 2, "half": 2, "minimum": 4}
 """Bytes beside the codes, for each row and group: scale, that and zero point, float16 scale, that and minimum."""
 KEPT_BITS = {"half": (2, 4, 5, 8), "minimum": (4, 5)}
@@ -68,9 +70,11 @@ class Format:
 
     bits: int
     group_size: int
-    kind: str  # one of KINDS, or a name of BLOCK_TYPES
+    kind: str  # one of KINDS, a name of BLOCK_TYPES, or "plain"
 
     def __post_init__(self) -> None:
+        if self.kind == "plain":
+            return
         if self.block is not None:
             assert (self.bits, self.group_size) == (self.block.bits, self.block.group_size), self
             return
@@ -98,8 +102,20 @@ class Format:
 
     @property
     def name(self) -> str:
-        """Short name: "u4g64" (uniform), "c4g64" (codebook), "h4g32" (half), "m4g32" (minimum) or a type of GGUF."""
+        """Short name: a kind's first letter, bits and group size as in "u4g64" (uniform), or a type of GGUF."""
         return self.kind if self.block else f"{self.kind[0]}{self.bits}g{self.group_size}"
+
+    @property
+    def tiles(self) -> Format:
+        """The format that a model folder stores it in."""
+        return Format(self.bits, self.group_size, "uniform") if self.kind in INTEGERS else self
+
+    @property
+    def top_scale(self) -> int:
+        """The largest code of a group's scale. With one of INTEGERS, a scale times a level has 11 bits at most."""
+        if self.kind not in INTEGERS:
+            return 255
+        return min(255, (1 << (11 - self.bits + (self.kind == "symmetric"))) - 1)
 
     @property
     def nesting(self) -> tuple[int, int]:
@@ -107,7 +123,9 @@ class Format:
         return self.block.columns if self.block else self.group_size, self.group_size
 
     def holds(self, columns: int) -> bool:
-        """Whether a row of so many columns can be stored: whole blocks; tiles are padded."""
+        """Whether a row of so many columns can be stored: whole blocks or groups; tiles are padded."""
+        if self.kind in INTEGERS:
+            return columns % self.group_size == 0
         return self.block is None or columns % self.block.columns == 0
 
     @staticmethod
@@ -115,7 +133,7 @@ class Format:
         """The format of a short name. ConfigError for any other text."""
         if name in BLOCK_TYPES:
             return Format.of_block(name)
-        found = re.fullmatch(r"([uchm])([1-9])g([1-9][0-9]{0,4})", name)
+        found = re.fullmatch(r"([uchmis])([1-9])g([1-9][0-9]{0,4})", name)
         if not found:
             raise ConfigError(f"{name[:40]!r} is not a format; write it like u4g64, c4g64 or Q4_K")
         return Format(int(found[2]), int(found[3]), next(kind for kind in KINDS if kind[0] == found[1]))
@@ -139,8 +157,22 @@ class Format:
         return -(-raw // ALIGNMENT) * ALIGNMENT
 
     def packed_bytes(self, rows: int, columns: int) -> int:
-        """Bytes on disk of a part of `rows` rows, without the file header."""
+        """Bytes on disk of a part of `rows` rows, without the file header; of INTEGERS in the larger of both files."""
+        if self.kind == "plain":
+            return 2 * rows * columns
         if self.block is not None:
             return rows * columns // self.block.columns * self.block.size_bytes
+        if self.kind in INTEGERS:
+            return max(self.tiles.packed_bytes(rows, columns), self._word_bytes(rows, columns))
         table = self.levels if self.kind == "codebook" else 0
         return -(-rows // TILE_ROWS) * self.tile_bytes(columns) + table
+
+    def _word_bytes(self, rows: int, columns: int) -> int:
+        """Bytes in compressed-tensors: codes and zero points in words of 32 bits, float16 scales, and the shape."""
+        groups = self.groups(columns)
+        zeros = groups * -(-rows * self.bits // 32) if self.kind == "integer" else 0
+        return 4 * (rows * -(-columns * self.bits // 32) + zeros) + 2 * rows * groups + 16
+
+
+PLAIN = Format(16, 1, "plain")
+"""A weight that is not packed."""

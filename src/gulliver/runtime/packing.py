@@ -104,9 +104,12 @@ def _part(part: Any, what: str) -> tuple[Format, int]:
     match part:
         case {"format": str(name), "rows": int(rows)} if len(part) == 2 and not isinstance(rows, bool):
             try:
-                return Format.parse(name), rows
+                found = Format.parse(name)
             except ConfigError as error:
                 raise ArtifactError(f"{what}: {error}") from error
+            if found.tiles != found:
+                raise ArtifactError(f"{what}: {name} is stored as {found.tiles.name}; the file is damaged")
+            return found, rows
     told = "a part must hold format and rows; its format must be text, its rows a number"
     raise ArtifactError(f"{what}: {told}; the file is damaged")
 
