@@ -470,8 +470,42 @@ def test_a_model_for_gguf_is_as_large_in_its_file(language: Lab, tmp_path: Path)
         gulliver.export(made, format="compressed-tensors", home=language.store.home)
 
 
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_a_model_for_another_engine_is_as_large_in_its_file(language: Lab, engine: str) -> None:
+    pytest.importorskip("compressed_tensors")
+    limit = 150_000
+    made = fit(language, limit, effort="fast", for_=engine)
+    assert made.weight_bytes <= limit
+    exported = gulliver.export(made, format="compressed-tensors", home=language.store.home)
+    assert 0.5 * limit < exported.weight_bytes <= limit
+    told = json.loads(exported.file("config.json").read_text())["quantization_config"]
+    schemes = [row["weights"] for row in told["config_groups"].values()]
+    assert all(row["symmetric"] and row["strategy"] == "group" for row in schemes)
+    assert "model.embed_tokens" in told["ignore"]
+    own = {module: name for name, row in told["config_groups"].items() for module in row["targets"]}
+    if engine == "vllm":
+        assert {row["num_bits"] for row in schemes} <= {4, 8}
+        for layer in ("model.layers.0", "model.layers.1"):
+            assert len({own[f"{layer}.self_attn.{part}_proj"] for part in "qkv"}) == 1
+            assert own[f"{layer}.mlp.gate_proj"] == own[f"{layer}.mlp.up_proj"]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(str(exported.path)).eval()
+    ours = get_task("language").load(made.path)
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(theirs(tokens).logits, ours(tokens).logits)
+    weights = dict(theirs.named_parameters(remove_duplicate=False))
+    for name, weight in ours.named_parameters():
+        assert torch.equal(weights[name].float(), weight), name
+        assert torch.equal(weight.half().float(), weight) or "proj" not in name, name
+
+
 def test_for_whom(language: Lab, digits: Lab) -> None:
-    with pytest.raises(ConfigError, match="for is 'mlx'; choose one of native, gguf"):
+    with pytest.raises(ConfigError, match="for is 'mlx'; choose one of native, gguf, vllm, transformers"):
         fit(language, for_="mlx")
     with pytest.raises(ConfigError, match="format gguf is for language models"):
         fit(digits, DIGITS, data=None, for_="gguf")
+    with pytest.raises(ConfigError, match="vllm does not open vision models"):
+        fit(digits, DIGITS, data=None, for_="vllm")
+    with pytest.raises(BudgetError, match="needs at least") as refusal:
+        fit(language, 30_000, effort="fast", for_="vllm")
+    assert refusal.value.nearest is not None and refusal.value.nearest["size_bytes"] > 30_000

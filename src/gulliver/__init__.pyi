@@ -131,7 +131,7 @@ def plan(
     *,
     size_bytes: int | str,
     kind: Literal['any', 'codebook', 'uniform'] = 'any',
-    target: Literal['native', 'gguf'] = 'native',
+    target: Literal['native', 'gguf', 'vllm', 'transformers'] = 'native',
     min_bits: int = 2,
     probe_rows: int = 32,
     gptq: bool = True,

@@ -64,7 +64,9 @@ class FitOptions(Options):
     max_drop: str | None = option(None, "most quality to give up, e.g. 5%; without --size: the smallest within it")
     data: str | None = option(None, "text files, a dataset artifact or catalog:NAME")
     eval_data: str | None = option(None, "held-out text; without it a part of --data is held out")
-    for_: str = option("native", "native, or gguf: only formats that a GGUF file holds, and its bytes count")
+    for_: str = option(
+        "native", "native, gguf, vllm or transformers: only what its file holds exactly, and its bytes count"
+    )
     effort: str = option("normal", "fast, normal or high: how much work may go into it")
     seed: int = option(0, "seed of everything random")
     domain_only: bool = option(False, "calibrate and judge on --data alone, not on the model's own text too")

@@ -10,6 +10,8 @@ What the format lacks, and what is done about it:
 - Groups must divide the columns: the group size becomes gcd(columns, group_size), with scales repeated.
 - Codebooks, zero points beyond the codes' range and rows of different widths have no place. Each is refused, or, when
   asked to `widen`, stored in wider codes: a codebook entry is itself an 8-bit code around a zero point of 128.
+- A model whose zero points are all in the middle, and whose values are float16 numbers (as `fit --for vllm` and `--for
+  transformers` make them), is written symmetric: float16 scales, no zero points, each tensor with a width of its own.
 - transformers 5 opens a packed Embedding, or packed zero points, only where all tensors share one scheme and are
   dequantized while loading. A model of one scheme is written that way (strategy "group", the common W4A16 form, which
   `dequantize` in the config asks for). A model with several widths gets the strategy "block" with blocks of one row,
@@ -48,7 +50,7 @@ class Scheme:
 class Layout:
     """How a model is written: a scheme per packed tensor, one strategy for all, and which tensors got wider codes."""
 
-    strategy: str  # "group": all schemes are one; "block": several
+    strategy: str  # "group": all schemes are one; "block": several; "symmetric": groups without zero points
     schemes: Mapping[str, Scheme]
     widened: tuple[str, ...]
 
@@ -61,6 +63,7 @@ class _Need:
     reason: str
     formats: str
     embedding: bool
+    symmetric: bool
 
 
 # ---- planning -----------------------------------------------------------------------------------------------------
@@ -77,6 +80,8 @@ def plan_layout(tensors: Iterable[tuple[str, PackedTensor | Tensor]], network: n
             raise _refusal(name, need.formats, need.reason)
     widened = {name for name, need in needs.items() if need.reason}
     schemes = {name: need.scheme for name, need in needs.items()}
+    if all(need.symmetric and not need.embedding for need in needs.values()):
+        return Layout("symmetric", schemes, ())
     if len({scheme.bits for scheme in schemes.values()}) > 1:
         embedding = next((name for name, need in needs.items() if need.embedding), None)
         if embedding is None:
@@ -110,7 +115,21 @@ def _need(name: str, tensor: PackedTensor, network: nn.Module) -> _Need:
         MAX_BITS if part.zeros is None else max(part.format.bits, int(part.zeros.max()).bit_length())
         for part in tensor.in_tiles
     )
-    return _Need(Scheme(bits, group_size), _too_narrow(tensor, bits), formats, isinstance(module, nn.Embedding))
+    reason, embedding = _too_narrow(tensor, bits), isinstance(module, nn.Embedding)
+    symmetric = not reason and all(_is_symmetric(part) for part in tensor.in_tiles)
+    return _Need(Scheme(bits, group_size), reason, formats, embedding, symmetric)
+
+
+def _is_symmetric(part: RowGroup) -> bool:
+    """Whether zero points are in the middle of the codes, and scales, and their products with levels, float16 numbers.
+
+    They are where a row's factor is a power of two from 2^-24 to 16, and a scale's code times a level has 11 bits.
+    """
+    middle = part.format.levels // 2
+    if part.zeros is None or not bool((part.zeros == middle).all()) or middle * int(part.scales.max()) > 2048:
+        return False
+    mantissas, exponents = torch.frexp(part.factors.float())
+    return bool(((mantissas == 0.5) & (exponents > -24) & (exponents <= 5)).all())
 
 
 def _too_narrow(tensor: PackedTensor, bits: int) -> str:
@@ -136,7 +155,8 @@ def compressed_tensors(name: str, tensor: PackedTensor, layout: Layout) -> dict[
     """What holds `name` ("….weight", [rows, columns]) on disk.
 
     `…_packed` int32 [rows, words], `…_scale` float32 [rows, groups], `…_shape` int64 [2], and `…_zero_point`: packed
-    int32 [words of rows, groups] with the strategy "group", int8 [rows, groups] with "block".
+    int32 [words of rows, groups] with the strategy "group", int8 [rows, groups] with "block". With "symmetric" there
+    are none, and scales are float16.
     """
     scheme = layout.schemes[name]
     rows, columns = tensor.shape
@@ -147,16 +167,14 @@ def compressed_tensors(name: str, tensor: PackedTensor, layout: Layout) -> dict[
     for index, part in enumerate(tensor.in_tiles):
         where = slice(None) if tensor.row_part is None else tensor.row_part == index
         codes[where], scales[where], zeros[where] = _integers(part, scheme)
+    held = {f"{name}_packed": pack_bits(codes, scheme.bits), f"{name}_shape": torch.tensor([rows, columns])}
+    if layout.strategy == "symmetric":
+        return held | {f"{name}_scale": scales.half()}
     if layout.strategy == "group":
         stored = pack_bits(zeros.T.contiguous(), scheme.bits).T.contiguous()
     else:
         stored = (zeros.to(torch.int16) - (1 << (scheme.bits - 1))).to(torch.int8)
-    return {
-        f"{name}_packed": pack_bits(codes, scheme.bits),
-        f"{name}_scale": scales,
-        f"{name}_zero_point": stored,
-        f"{name}_shape": torch.tensor([rows, columns]),
-    }
+    return held | {f"{name}_scale": scales, f"{name}_zero_point": stored}
 
 
 def _integers(part: RowGroup, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,8 +213,10 @@ def compressed_config(layout: Layout, network: nn.Module) -> dict[str, Any]:
     dense = [path for path, module in network.named_modules() if path not in packed and isinstance(module, matrices)]
     groups_of_scheme = {}
     for index, (scheme, modules) in enumerate(sorted(groups.items())):
-        size = {"group_size": scheme.group_size} if one else {"block_structure": [1, scheme.group_size]}
-        weights = {"num_bits": scheme.bits, "type": "int", "symmetric": False, "strategy": layout.strategy, **size}
+        blocks = layout.strategy == "block"
+        size = {"block_structure": [1, scheme.group_size]} if blocks else {"group_size": scheme.group_size}
+        symmetric, strategy = layout.strategy == "symmetric", "block" if blocks else "group"
+        weights = {"num_bits": scheme.bits, "type": "int", "symmetric": symmetric, "strategy": strategy, **size}
         groups_of_scheme[f"group_{index}"] = {
             "targets": sorted(kinds) if one else modules,
             "weights": weights,

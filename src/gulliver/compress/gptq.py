@@ -20,13 +20,13 @@ from torch import Tensor
 
 from gulliver.compress.kquant import Solver, nested_order, round_blocks
 from gulliver.runtime.blocks import BlockRows
-from gulliver.runtime.formats import INTEGERS, Format
+from gulliver.runtime.formats import Format
 from gulliver.runtime.grid import (
     Grid,
     Lookup,
     as_groups,
     fit_codebook_grid,
-    fit_integer_grid,
+    fit_symmetric_grid,
     fit_uniform_grid,
     learn_codebook,
     power_factors,
@@ -96,11 +96,11 @@ def quantize_matrix(
             widest = groups.abs().amax(2) / lookup.top
         else:
             widest = (groups.amax(2).clamp_min(0) - groups.amin(2).clamp_max(0)) / (fmt.levels - 1)
-        factors = power_factors(widest, fmt) if fmt.kind in INTEGERS else row_factors(widest)
+        factors = power_factors(widest, fmt) if fmt.kind == "symmetric" else row_factors(widest)
         fit = _fitter(fmt, lookup, factors)
         if solver is None:
             grid = _fit_all(groups, weights_of_group, fit)
-            factors = factors if fmt.kind in INTEGERS else row_factors(grid.scales)
+            factors = factors if fmt.kind == "symmetric" else row_factors(grid.scales)
             parts.append(_round(some, fmt, grid, factors, lookup))
         else:
             parts.append(_solve(some, fmt, *solver, importance, factors, lookup, fit))
@@ -114,8 +114,8 @@ Fitter = Callable[[Tensor, Tensor], Grid]
 def _fitter(fmt: Format, lookup: Lookup | None, factors: Tensor) -> Fitter:
     if lookup is not None:
         return partial(fit_codebook_grid, codebook=lookup)
-    if fmt.kind in INTEGERS:
-        return partial(fit_integer_grid, fmt=fmt, factors=factors)
+    if fmt.kind == "symmetric":
+        return partial(fit_symmetric_grid, fmt=fmt, factors=factors)
     return partial(fit_uniform_grid, levels=fmt.levels)
 
 

@@ -46,8 +46,8 @@ class PlanOptions(Options):
 
     size_bytes: int = Field(ge=1, description="most bytes of all weight files together")
     kind: Literal["any", "codebook", "uniform"] = Field("any", description="which formats may be chosen")
-    target: Literal["native", "gguf"] = Field(
-        "native", description="what must hold the weights exactly: this engine, or a GGUF file of the planned size"
+    target: Literal["native", "gguf", "vllm", "transformers"] = Field(
+        "native", description="what must hold the weights exactly: this engine, or another's file of the planned size"
     )
     min_bits: int = Field(2, ge=2, le=8, description="fewest bits of a code")
     probe_rows: int = Field(32, ge=1, description="rows of each weight on which the loss increase is predicted")

@@ -32,6 +32,7 @@ from gulliver.compress.gptq import quantize_matrix
 from gulliver.compress.kquant import Solver
 from gulliver.compress.options import PlanOptions
 from gulliver.compress.statistics import Statistics, Use, energies, joint_moment, likely_increase, open_statistics
+from gulliver.compress.targets import formats_of, holding, joined_with, menu, stays_plain
 from gulliver.compress.threads import each
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, BudgetError, ConfigError
@@ -40,7 +41,7 @@ from gulliver.core.stdout import stdout_into
 from gulliver.core.store.artifact import Artifact
 from gulliver.nets.files import ITEM_BYTES, stored_tensors
 from gulliver.nets.weights import canonical_names
-from gulliver.runtime.formats import BLOCK_TYPES, CODEBOOK_BITS, GROUP_SIZES, PLANES, TILE_ROWS, Format
+from gulliver.runtime.formats import TILE_ROWS, Format
 from gulliver.runtime.packed import as_matrix
 from gulliver.runtime.packing import is_packed, read_packing, stored_names
 from gulliver.runtime.reference import read_stored
@@ -72,10 +73,11 @@ class Item:
     columns: int
     loss_increases: tuple[float, ...]
     table: bool = False
+    alike: str = ""  # what those have in common that must get one format; "" where it is free
 
     def bytes(self, fmt: Format) -> int:
         """Bytes in the weight files, at most, the header's entries (tiles, codebook, list of rows) included."""
-        entries = (len(self.name) + 16 + ENTRY_BYTES) * (3 if fmt.kind == "codebook" else 2)
+        entries = (len(self.name) + 16 + ENTRY_BYTES) * (3 if fmt.kind in ("codebook", "symmetric") else 2)
         return fmt.packed_bytes(self.rows, self.columns) + entries
 
 
@@ -87,22 +89,25 @@ def run(cfg: PlanOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact
     """A report with the plan. BudgetError, with the smallest size that is feasible, when the budget is too small."""
     model, calibration = inputs["model"], inputs["calibration"]
     statistics = open_statistics(calibration, model)
-    formats = menu(cfg.kind, cfg.min_bits) if cfg.target == "native" else block_menu(cfg.min_bits)
-    stacked = [name for name, row in statistics.weights.items() if row.matrices > 1 or row.inputs not in (None, 1)]
-    if cfg.target != "native" and stacked:
-        raise ConfigError(f"{stacked[0]} holds several matrices or a transposed one, which are not packed for GGUF yet")
+    formats = menu(cfg.kind, cfg.min_bits) if cfg.target == "native" else formats_of(cfg.target, cfg.min_bits)
+    network = get_task(model.task).load(model.path, empty=True)
+    plain = {} if cfg.target == "native" else stays_plain(cfg.target, statistics, network)
+    names = sorted(set(statistics.weights) - set(plain))
+    if not names:
+        raise ConfigError(f"{cfg.target} holds no weight of this model in few bits: {next(iter(plain.values()))}")
     job, measured = measurer(model, statistics, formats, cfg), []
-    with ctx.progress.stage("plan", total=len(statistics.weights), unit="weight") as bar:
-        for rows in each(job, sorted(statistics.weights), ctx):
+    with ctx.progress.stage("plan", total=len(names), unit="weight") as bar:
+        for rows in each(job, names, ctx):
             name = rows[0][0].name
             ctx.check_ram(name)
             measured.extend(rows)
             bar.advance(note=name)
-    items = items_of(measured, formats)
+    together = joined_with(cfg.target, statistics)
+    items = [replace(item, alike=together.get(item.name, "")) for item in items_of(measured, formats)]
     classes = Counter(item.name for item in items)
-    fixed = overhead_bytes(model, set(statistics.weights))
+    fixed = overhead_bytes(model, set(names))
     fixed += sum(item.rows for item in items if classes[item.name] > 1)  # lists that say which part a row is in
-    smallest = fixed + int(sizes_of(items, formats).min(1).sum())
+    smallest = fixed + int(np.ceil(alike(items, sizes_of(items, formats)).min(1).sum()))
     chosen = solve(items, formats, cfg.size_bytes - fixed)
     if chosen is None:
         raise BudgetError(
@@ -110,23 +115,9 @@ def run(cfg: PlanOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact
             {"size_bytes": smallest},
         )
     with ctx.writer(kind="report", task=model.task, config=cfg) as writer:
-        plan_of(items, formats, chosen, statistics, cfg, fixed).write(writer.path)
+        found = plan_of(items, formats, chosen, statistics, cfg, fixed)
+        found.model_copy(update={"plain": plain}).write(writer.path)
         return writer.commit()
-
-
-def menu(kind: str, min_bits: int) -> list[Format]:
-    """All formats of a kind with at least `min_bits`, by falling bits; codebooks end at 6 bits, 8 is uniform."""
-    kinds = ("codebook", "uniform") if kind == "any" else (kind,)
-    found = [Format(bits, size, one) for one in kinds for bits in PLANES for size in GROUP_SIZES if bits >= min_bits
-             and not (one == "codebook" and bits not in CODEBOOK_BITS)
-             and not (kind == "any" and one == "uniform" and bits in CODEBOOK_BITS)]  # fmt: skip
-    return sorted(found, key=lambda fmt: -fmt.packed_bytes(TILE_ROWS, 128 * 64))
-
-
-def block_menu(min_bits: int) -> list[Format]:
-    """The types of GGUF with at least `min_bits` bits a code, by falling bytes."""
-    found = [Format.of_block(name) for name in BLOCK_TYPES]
-    return [fmt for fmt in reversed(found) if fmt.bits >= min_bits]
 
 
 # ---- what each choice costs -----------------------------------------------------------------------------------------
@@ -153,7 +144,7 @@ def measurer(
         for rows in row_classes(uses, matrix) if cfg.target == "native" else [torch.arange(len(matrix))]:
             some = rows[:: max(1, len(rows) // cfg.probe_rows)][: cfg.probe_rows]
             found, sent = dict[Format, float](), energies(matrix, uses, rows)
-            held = _holding(formats, name, matrix.shape[1])
+            held = holding(formats, name, matrix.shape[1])
             tried = [REFERENCE, *(held if name in probes else [])]
             for fmt in sorted(tried, key=lambda one: one.nesting):  # what is kept is of one nesting
                 part = quantize_matrix(matrix[some], fmt, moment, gptq=cfg.gptq, kept=kept)
@@ -191,14 +182,6 @@ def _probes(names: Sequence[str], statistics: Statistics, cfg: PlanOptions) -> s
         for alike in by_width.values():
             found |= set(alike[:: max(1, len(alike) // 3)])
     return found
-
-
-def _holding(formats: Sequence[Format], name: str, columns: int) -> list[Format]:
-    """The formats that hold rows of so many columns. ConfigError when there is none."""
-    held = [fmt for fmt in formats if fmt.holds(columns)]
-    if not held:
-        raise ConfigError(f"GGUF has no type of few bits for {name}, whose rows of {columns} fill no block")
-    return held
 
 
 def overhead_bytes(model: Artifact, packed: Set[str]) -> int:
@@ -291,17 +274,18 @@ def rows_of_classes(uses: list[Use], matrix: Tensor, counts: Sequence[int]) -> l
 # ---- choosing -------------------------------------------------------------------------------------------------------
 def solve(items: Sequence[Item], formats: Sequence[Format], budget_bytes: int) -> list[int] | None:
     """The index of each item's format, or None when even the smallest formats are too large."""
-    sizes = sizes_of(items, formats)
+    sizes = alike(items, sizes_of(items, formats))
     if sizes.min(1).sum() > budget_bytes:
         return None
     count, width = sizes.shape
     rows = np.repeat(np.arange(count), width)
     one_each = csr_matrix((np.ones(count * width), (rows, np.arange(count * width))))
     held = np.isfinite(sizes).ravel()
-    costs = np.where(held, np.array([item.loss_increases for item in items]).ravel(), 0.0)
+    costs = np.where(held, alike(items, np.array([item.loss_increases for item in items])).ravel(), 0.0)
     weights = np.where(held, sizes.ravel(), 0.0)
     scale = costs.sum() / len(costs) or 1.0
-    costs += FORBIDDEN * scale * np.array([one.table and fmt.bits < TABLE_BITS for one in items for fmt in formats])
+    barred = np.array([[one.table and fmt.bits < TABLE_BITS for fmt in formats] for one in items], np.float64)
+    costs += FORBIDDEN * scale * alike(items, barred).ravel()
     with open(os.devnull, "wb") as nowhere, stdout_into(nowhere.fileno()):  # HiGHS chatters past Python
         found = milp(
             costs / scale,
@@ -316,7 +300,22 @@ def solve(items: Sequence[Item], formats: Sequence[Format], budget_bytes: int) -
     assert found.x is not None, f"HiGHS found no plan within {budget_bytes} bytes: {found.message}"
     chosen = found.x.reshape(count, width).argmax(1)
     assert sizes[np.arange(count), chosen].sum() <= budget_bytes + 1, "the solver's plan is larger than the budget"
-    return [int(index) for index in chosen]
+    return [int(chosen[number]) for number in numbers(items)]
+
+
+def numbers(items: Sequence[Item]) -> list[int]:
+    """The number of each item's decision; those that must be alike share one."""
+    keys = [item.alike or f"\0{place}" for place, item in enumerate(items)]
+    places = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return [places[key] for key in keys]
+
+
+def alike(items: Sequence[Item], table: np.ndarray) -> np.ndarray:
+    """A row for each decision, the sum of its items' rows of `table` [items, formats]."""
+    which = numbers(items)
+    found = np.zeros((max(which) + 1, table.shape[1]))
+    np.add.at(found, which, table)
+    return found
 
 
 def plan_of(
@@ -371,7 +370,10 @@ def _point(items: Sequence[Item], formats: Sequence[Format], chosen: Sequence[in
 def frontier(items: Sequence[Item], formats: Sequence[Format], fixed: int) -> Iterator[PlannedPoint]:
     """The best plans at evenly spread budgets, from the smallest that is possible to the largest."""
     sizes = sizes_of(items, formats)
-    least, most = int(sizes.min(1).sum()), int(np.where(np.isfinite(sizes), sizes, 0).max(1).sum())
+    least, most = (
+        int(np.ceil(alike(items, sizes).min(1).sum())),
+        int(np.where(np.isfinite(sizes), sizes, 0).max(1).sum()),
+    )
     for share in np.linspace(0.0, 1.0, FRONTIER_POINTS):
         chosen = solve(items, formats, int(least + share * (most - least)) + 1)
         assert chosen is not None
@@ -387,7 +389,7 @@ def planned(plan: Artifact, statistics: Statistics) -> dict[str, Parts]:
         }
     except ConfigError as error:
         raise ArtifactError(f"{Plan.file} of {plan.id[:12]}: {error}; plan again") from error
-    odd = set(found) ^ set(statistics.weights)
+    odd = set(found) ^ (set(statistics.weights) - set(Plan.of(plan).plain))
     if odd:
         raise ArtifactError(f"plan {plan.id[:12]} and the calibration disagree about {min(odd)}; plan again")
     for name, parts in found.items():

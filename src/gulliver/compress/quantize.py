@@ -32,6 +32,7 @@ from gulliver.core.records import (
     Packing,
     PlainTensor,
     PlainTensors,
+    Plan,
 )
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import temporary_name
@@ -55,12 +56,13 @@ def run(cfg: QuantizeOptions, inputs: dict[str, Artifact], ctx: Context) -> Arti
         raise ConfigError(f"model {model.id[:12]} is packed already; quantize the model that it came from")
     ctx.check_ram("the start")
     statistics = open_statistics(calibration, model)
-    names = sorted(statistics.weights)
+    reasons = statistics.table.plain
     if plan is not None:
-        choices = planned(plan, statistics)
+        choices, reasons = planned(plan, statistics), reasons | Plan.of(plan).plain
     else:
         fixed = Format(cfg.bits, cfg.group_size, cfg.kind)
-        choices = {name: ((statistics.weights[name].rows, fixed),) for name in names}
+        choices = {name: ((row.rows, fixed),) for name, row in statistics.weights.items()}
+    names = sorted(choices)
     canonical = canonical_names(get_task(model.task).load(model.path, empty=True))
     files = {name: ctx.work / f"weight-{index:05}.safetensors" for index, name in enumerate(names)}
     job = packer(model, canonical, statistics, choices, cfg.method == "gptq", files)
@@ -70,7 +72,7 @@ def run(cfg: QuantizeOptions, inputs: dict[str, Artifact], ctx: Context) -> Arti
             ctx.check_ram(name)
             bar.advance(note=name)
     with ctx.writer(kind="model", task=model.task, config=cfg) as writer:
-        kept = assemble(writer.path, model, canonical, files, statistics.table.plain)
+        kept = assemble(writer.path, model, canonical, files, reasons)
         ctx.progress.print(f"quantize: {told(kept)}")
         Calibration.of(calibration).write(writer.path)
         copy_companions(model.paths(), writer.path, NOT_COPIED)

@@ -24,11 +24,8 @@ SPLITS = ("train", "eval")  # what its column `split` holds
 
 Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 Id = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-FormatName = Annotated[str, StringConstraints(pattern=r"^(?:[uchmis][1-9]g[1-9][0-9]{0,4}|I?Q[1-9]_[0-9A-Z]{1,2})$")]
-"""Of a packed format: "u4g64" is uniform, 4 bits, groups of 64; "c" is a codebook, "h" and "m" are kept blocks, "i" and
-
-"s" (in plans alone) integers that compressed-tensors holds too. Other names are types of GGUF.
-"""
+FormatName = Annotated[str, StringConstraints(pattern=r"^(?:[uchms][1-9]g[1-9][0-9]{0,4}|I?Q[1-9]_[0-9A-Z]{1,2})$")]
+"""Of a packed format: "u4g64" is uniform, 4 bits, groups of 64; artifact.md lists the others."""
 _LossIncrease = Field(validation_alias=AliasChoices("loss_increase", "damage"))
 """How much the loss is predicted to rise, in the unit of the statistics (compress/statistics.py)."""
 

@@ -29,10 +29,15 @@ from gulliver.pipeline.resolve import check_data, data_for, resolve_model
 from gulliver.pipeline.smallest import FIRST_SHARE, ROUNDS, drop_at, in_drops, next_size
 from gulliver.report.gather import gather
 from gulliver.report.html import page
-from gulliver.tasks import exporter, family, get_task
+from gulliver.tasks import EXPORTS, exporter, family, get_task
 
 MAX_ROUNDS = 3
-TARGETS: Mapping[str, str | None] = {"native": None, "gguf": "gguf"}
+TARGETS: Mapping[str, str | None] = {
+    "native": None,
+    "gguf": "gguf",
+    "vllm": "compressed-tensors",
+    "transformers": "compressed-tensors",
+}
 """What a model may be fitted for -> the format that `export` writes for it, whose bytes count too."""
 COMPRESSING = ("sample", "calibrate", "plan", "quantize", "distill", "quality")
 EFFORTS: Mapping[str, Mapping[str, Mapping[str, Any] | None]] = {
@@ -115,9 +120,9 @@ def fit(
 
     `size`: most bytes of weight files ("64MB", or "30%" of the parent's); `ram`: most resident memory of the
     compression ("1GB"); `speed`: least tokens per second here; `max_drop`: most quality given up ("5%"). Without `size`
-    it is the smallest model within `max_drop`. `for_` "gguf": packed in types of GGUF, so that the file that `export`
-    writes has the same weights and is within `size` too. BudgetError (exit 4), with the nearest point that is feasible,
-    when the budget cannot be met: `out` is then not written.
+    it is the smallest model within `max_drop`. `for_` another engine: packed in what its file holds exactly, so
+    that what `export` writes has the same weights and is within `size` too. BudgetError (exit 4), with the nearest
+    point that is feasible, when the budget cannot be met: `out` is then not written.
 
     Calibration mixes `data` with a broad set that the model writes itself, the loss is measured on held-out parts of
     both, and limits hold for the worse, unless `domain_only`. Without `data` the broad set stands alone.
@@ -130,8 +135,7 @@ def fit(
         if spec is not None:
             check_data(spec, store)
     parent = resolve_model(model, store, progress=progress)
-    if TARGETS[for_] is not None:
-        exporter(str(TARGETS[for_]), parent.task)  # refuses a family whose models have no such file
+    _check_target(for_, parent)
     if size is not None:
         budget = replace(budget, size_bytes=parse_size(size, "size", whole_bytes=parent.weight_bytes))
     budget = replace(budget, speed_metric=family(parent.task).speed_metric)
@@ -177,6 +181,14 @@ def _asked(
     )
 
 
+def _check_target(for_: str, parent: Artifact) -> None:
+    """ConfigError for an engine that has no file for models of this family."""
+    if TARGETS[for_] in EXPORTS:
+        exporter(str(TARGETS[for_]), parent.task)
+    elif for_ != "native" and not hasattr(get_task(parent.task).load(parent.path, empty=True), "get_output_embeddings"):
+        raise ConfigError(f"{for_} does not open {parent.task} models of this kind; leave --for out")
+
+
 # ---- the loop -------------------------------------------------------------------------------------------------------
 def _loop(work: Fit) -> Artifact:
     """Rounds of plan, pack, distill, measure and judge. BudgetError when the last one misses the budget."""
@@ -188,6 +200,10 @@ def _loop(work: Fit) -> Artifact:
     if missed:
         _refuse_parent(work, missed)
         raise BudgetError("; ".join(f"{verdict.rule}: {verdict.reason}" for verdict in missed))
+    if written := TARGETS[work.target]:
+        work.shared["progress"].print(
+            f"its file for {work.target}: gulliver export {fitted.id[:12]} --format {written}"
+        )
     return fitted
 
 

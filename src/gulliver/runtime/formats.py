@@ -14,10 +14,8 @@ GROUP_SIZES = (32, 64, 128)
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 """Bits of a code -> widths of its planes, low bits first."""
 CODEBOOK_BITS = (2, 3, 4, 5, 6)
-KINDS = ("codebook", "uniform", "half", "minimum", "integer", "symmetric")
+KINDS = ("codebook", "uniform", "half", "minimum", "symmetric")
 """Kinds of values; a short name begins with the first letter."""
-INTEGERS = ("integer", "symmetric")
-"""Kinds that compressed-tensors holds too: uniform values, with or without zero points, that are float16 numbers."""
 SIDE_BYTES = {"codebook": 1, "uniform": 2, "half": 2, "minimum": 4}
 """Bytes beside the codes, for each row and group: scale, that and zero point, float16 scale, that and minimum."""
 KEPT_BITS = {"half": (2, 4, 5, 8), "minimum": (4, 5)}
@@ -70,11 +68,9 @@ class Format:
 
     bits: int
     group_size: int
-    kind: str  # one of KINDS, a name of BLOCK_TYPES, or "plain"
+    kind: str  # one of KINDS, or a name of BLOCK_TYPES
 
     def __post_init__(self) -> None:
-        if self.kind == "plain":
-            return
         if self.block is not None:
             assert (self.bits, self.group_size) == (self.block.bits, self.block.group_size), self
             return
@@ -108,14 +104,12 @@ class Format:
     @property
     def tiles(self) -> Format:
         """The format that a model folder stores it in."""
-        return Format(self.bits, self.group_size, "uniform") if self.kind in INTEGERS else self
+        return Format(self.bits, self.group_size, "uniform") if self.kind == "symmetric" else self
 
     @property
     def top_scale(self) -> int:
-        """The largest code of a group's scale. With one of INTEGERS, a scale times a level has 11 bits at most."""
-        if self.kind not in INTEGERS:
-            return 255
-        return min(255, (1 << (11 - self.bits + (self.kind == "symmetric"))) - 1)
+        """The largest code of a group's scale. With symmetric values, times a level it has 11 bits at most."""
+        return min(255, (1 << (12 - self.bits)) - 1) if self.kind == "symmetric" else 255
 
     @property
     def nesting(self) -> tuple[int, int]:
@@ -124,7 +118,7 @@ class Format:
 
     def holds(self, columns: int) -> bool:
         """Whether a row of so many columns can be stored: whole blocks or groups; tiles are padded."""
-        if self.kind in INTEGERS:
+        if self.kind == "symmetric":
             return columns % self.group_size == 0
         return self.block is None or columns % self.block.columns == 0
 
@@ -133,7 +127,7 @@ class Format:
         """The format of a short name. ConfigError for any other text."""
         if name in BLOCK_TYPES:
             return Format.of_block(name)
-        found = re.fullmatch(r"([uchmis])([1-9])g([1-9][0-9]{0,4})", name)
+        found = re.fullmatch(r"([uchms])([1-9])g([1-9][0-9]{0,4})", name)
         if not found:
             raise ConfigError(f"{name[:40]!r} is not a format; write it like u4g64, c4g64 or Q4_K")
         return Format(int(found[2]), int(found[3]), next(kind for kind in KINDS if kind[0] == found[1]))
@@ -157,22 +151,14 @@ class Format:
         return -(-raw // ALIGNMENT) * ALIGNMENT
 
     def packed_bytes(self, rows: int, columns: int) -> int:
-        """Bytes on disk of a part of `rows` rows, without the file header; of INTEGERS in the larger of both files."""
-        if self.kind == "plain":
-            return 2 * rows * columns
+        """Bytes on disk of a part of `rows` rows, without the file header; of symmetric values in the larger file."""
         if self.block is not None:
             return rows * columns // self.block.columns * self.block.size_bytes
-        if self.kind in INTEGERS:
+        if self.kind == "symmetric":
             return max(self.tiles.packed_bytes(rows, columns), self._word_bytes(rows, columns))
         table = self.levels if self.kind == "codebook" else 0
         return -(-rows // TILE_ROWS) * self.tile_bytes(columns) + table
 
     def _word_bytes(self, rows: int, columns: int) -> int:
-        """Bytes in compressed-tensors: codes and zero points in words of 32 bits, float16 scales, and the shape."""
-        groups = self.groups(columns)
-        zeros = groups * -(-rows * self.bits // 32) if self.kind == "integer" else 0
-        return 4 * (rows * -(-columns * self.bits // 32) + zeros) + 2 * rows * groups + 16
-
-
-PLAIN = Format(16, 1, "plain")
-"""A weight that is not packed."""
+        """Bytes in compressed-tensors: codes in words of 32 bits, float16 scales, and the shape."""
+        return 4 * rows * -(-columns * self.bits // 32) + 2 * rows * self.groups(columns) + 16

@@ -5,7 +5,7 @@ sum d (w - s c[q])² is found by trying shrunken versions of the largest magnitu
 the least-squares scale s = sum d w c[q] / sum d c[q]². The codebook itself is learned by the same alternation over all
 groups of the tensor: Lloyd's algorithm (Lloyd, Least squares quantization in PCM, 1982) with weights d s².
 A uniform grid is w ≈ s (q - z) with an integer zero point z, found by trying shrunken ranges. Where another tool must
-hold the values too (formats.INTEGERS), s is a whole multiple of the row's factor, a power of two, before it is tried.
+hold the values too (symmetric values), s is a whole multiple of the row's factor, a power of two, before it is tried.
 """
 
 from __future__ import annotations
@@ -104,40 +104,24 @@ def fit_uniform_grid(groups: Tensor, importance: Tensor, levels: int) -> Grid:
     return Grid(best_scale, best_zero)
 
 
-def fit_integer_grid(groups: Tensor, importance: Tensor, fmt: Format, factors: Tensor) -> Grid:
-    """Scale and zero point [n] of a kind of INTEGERS that fit groups [n, g] with importance [n or 1, g].
+def fit_symmetric_grid(groups: Tensor, importance: Tensor, fmt: Format, factors: Tensor) -> Grid:
+    """Scales [n], whole multiples of the power-of-two `factors` [n], and zero points in the middle of the codes, that
 
-    Scales are multiples of the power-of-two `factors` [n]; symmetric kinds have their zero point in the middle.
+    fit groups [n, g] with importance [n or 1, g].
     """
     middle, factors = fmt.levels / 2, factors.float()
-    if fmt.kind == "symmetric":
-        width = torch.maximum(groups.amax(1) / (middle - 1), -groups.amin(1) / middle).clamp_min(1e-12)
-    else:
-        width = (groups.amax(1).clamp_min(0.0) - groups.amin(1).clamp_max(0.0)).clamp_min(1e-12) / (fmt.levels - 1)
-    best = torch.full_like(width, torch.inf)
-    best_scale, best_zero = factors.clone(), torch.full_like(width, middle)
-
-    def attempt(scale: Tensor) -> Tensor:
-        """Keep what is better; returns the least-squares scale of its codes."""
-        nonlocal best, best_scale, best_zero
-        scale = (scale / factors).round().clamp_(1, fmt.top_scale) * factors
-        zero = torch.full_like(scale, middle)
-        if fmt.kind == "integer":
-            low = groups.amin(1).clamp_max(0.0)
-            zero = torch.round(-low / torch.maximum(scale, width)).clamp_(0, fmt.levels - 1)
-        levels = torch.round(groups / scale[:, None] + zero[:, None]).clamp_(0, fmt.levels - 1) - zero[:, None]
+    width = torch.maximum(groups.amax(1) / (middle - 1), -groups.amin(1) / middle).clamp_min(1e-12)
+    best, best_scale = torch.full_like(width, torch.inf), factors
+    tried = torch.ceil(width / factors) * factors
+    for shrink in (*SHRINKS, None, None):  # the last two are the least-squares scales of what was tried before
+        scale = (tried / factors).round().clamp_(1, fmt.top_scale) * factors
+        levels = torch.round(groups / scale[:, None]).clamp_(-middle, middle - 1)
         error = ((levels * scale[:, None] - groups) ** 2 * importance).sum(1)
-        better = error < best
-        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
-        best = torch.where(better, error, best)
+        best_scale, best = torch.where(error < best, scale, best_scale), torch.minimum(error, best)
         weighted = importance * levels
-        return (weighted * groups).sum(1) / (weighted * levels).sum(1).clamp_min(1e-20)
-
-    attempt(torch.ceil(width / factors) * factors)
-    for shrink in SHRINKS:
-        attempt(width * shrink)
-    attempt(attempt(best_scale))
-    return Grid(best_scale, best_zero)
+        solved = (weighted * groups).sum(1) / (weighted * levels).sum(1).clamp_min(1e-20)
+        tried = solved if shrink is None else width * shrink
+    return Grid(best_scale, torch.full_like(width, middle))
 
 
 def learn_codebook(groups: Tensor, importance: Tensor, levels: int, rounds: int = 6, seed: int = 0) -> Tensor:
@@ -177,7 +161,7 @@ def row_factors(scales: Tensor) -> Tensor:
 
 
 def power_factors(scales: Tensor, fmt: Format) -> Tensor:
-    """bfloat16 row factors [rows], powers of two, so that the largest group scale of each row has a code of INTEGERS.
+    """bfloat16 row factors [rows], powers of two, so that the largest group scale of each row has a code.
 
     They are 2^-24 to 16, so that every scale, and every value, is a float16 number.
     """
