@@ -257,7 +257,7 @@ def draw(found: dict[str, Any], page: Path = PAGE) -> None:
     """Put the table between its marks in the page."""
     text = page.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
+    _, after = rest.split(END, 1)
     page.write_text(f"{before}{BEGIN}\n{chr(10).join(table(found))}\n{END}{after}", encoding="utf-8")
 
 

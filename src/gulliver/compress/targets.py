@@ -52,7 +52,7 @@ def stays_plain(target: str, statistics: Statistics, network: nn.Module) -> dict
                     f"{name} holds several matrices or a transposed one, which are not packed for GGUF yet"
                 )
             continue
-        modules = [network.get_submodule(alias.rpartition(".")[0]) for alias in groups.get(name, (name,))]
+        modules = [network.get_submodule(alias.rpartition(".")[0]) for alias in groups.get(name) or (name,)]
         columns = row.shape[-1]
         if odd or not all(isinstance(module, nn.Linear | nn.Embedding) for module in modules):
             found[name] = "compressed-tensors packs the weight of a Linear alone"

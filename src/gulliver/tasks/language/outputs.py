@@ -56,8 +56,13 @@ class Outputs:
         if not self.blocks or (self.kept is not None and self.kept.is_file()):
             advance(1.0)
             return
+        passing: list[Any] = [{"tokens": tokens} for tokens in self.batches]
         try:
-            passing = self._pass(advance)
+            for done, block in enumerate(self.blocks[:-1]):
+                with filled(self.network, self.folder, block.prefixes, self.narrow):
+                    for number, x in enumerate(passing):
+                        passing[number] = block.forward(x, number).float()
+                advance((done + 1) / (len(self.blocks) - 1))
         except FOREIGN:  # a layer reads what is none of its own
             self._run_whole()
             advance(1.0)
@@ -68,16 +73,6 @@ class Outputs:
         temporary = temporary_name(self.kept)
         save_file({str(number): x.contiguous() for number, x in enumerate(passing)}, str(temporary))
         temporary.rename(self.kept)
-
-    def _pass(self, advance: Callable[[float], None]) -> list[Any]:
-        """What enters the head for each batch, each block run on all of them."""
-        passing: list[Any] = [{"tokens": tokens} for tokens in self.batches]
-        for done, block in enumerate(self.blocks[:-1]):
-            with filled(self.network, self.folder, block.prefixes, self.narrow):
-                for number, x in enumerate(passing):
-                    passing[number] = block.forward(x, number).float()
-            advance((done + 1) / (len(self.blocks) - 1))
-        return passing
 
     @contextmanager
     def ready(self) -> Iterator[None]:
