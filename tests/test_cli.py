@@ -172,12 +172,12 @@ def test_evidence_and_runs_may_live_in_postgresql(command: Run, postgres_url: st
 
 def test_options_come_from_the_config(command: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     made = _ok(command("make", "--json"))
-    words = ["--group-sizes", "32,64", "--max-ram-bytes", "1GB", "--bits", "8", "--exact", "--block-seconds", "0"]
+    words = ["--group-sizes", "32,64", "--max-ram-bytes", "100GB", "--bits", "8", "--exact", "--block-seconds", "0"]
     small = _ok(command("shrink", made["id"], *words, "--json"))
     config = _ok(command("show", small["id"], "--json"))["config"]
     assert config["group_sizes"] == [32, 64]
     assert "max_ram_bytes" not in config  # what the run was allowed; the model does not depend on it
-    assert Store(tmp_path / "home").runs()[-1].config["max_ram_bytes"] == 1_000_000_000
+    assert Store(tmp_path / "home").runs()[-1].config["max_ram_bytes"] == 100_000_000_000
     assert (config["bits"], config["exact"]) == (8, True)
     assert cli.main(["make", "--help"]) == 0
     shown = capsys.readouterr().out

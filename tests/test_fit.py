@@ -203,17 +203,17 @@ def test_a_drop_that_no_model_of_this_size_keeps(
     language: Lab, at_home: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     words = ["fit", language.model.id, "--data", language.dataset.id, "--effort", "fast", "--out", tmp_path / "out"]
-    code, shown, err = at_home(*words, "--size", "48kB", "--max-drop", "1%", "--json")
+    code, shown, err = at_home(*words, "--size", "44kB", "--max-drop", "1%", "--json")
     assert code == 4 and not (tmp_path / "out").exists()
     assert "quality_loss <= 0.01" in err + shown and "nearest feasible point" in err + shown
     would_do = re.search(r"would do with --max-drop ([\d.]+%)", err + shown)
-    assert would_do and fit(language, 48_000, effort="fast", max_drop=would_do[1]).weight_bytes <= 48_000
+    assert would_do and fit(language, 44_000, effort="fast", max_drop=would_do[1]).weight_bytes <= 44_000
     with pytest.raises(BudgetError) as refusal:
-        fit(language, 48_000, effort="fast", max_drop=0.01)
+        fit(language, 44_000, effort="fast", max_drop=0.01)
     nearest = refusal.value.nearest
-    assert nearest is not None and nearest["size_bytes"] > 48_000
+    assert nearest is not None and nearest["size_bytes"] > 44_000
     larger = fit(language, nearest["size_bytes"], effort="fast", max_drop=0.01)
-    assert 48_000 < larger.weight_bytes <= nearest["size_bytes"]
+    assert 44_000 < larger.weight_bytes <= nearest["size_bytes"]
 
 
 def test_a_drop_that_no_size_keeps_has_no_nearest_point(language: Lab) -> None:
