@@ -80,7 +80,8 @@ class Stream:
         blocks, taken = [], set()
         for name, prefixes, forward in parts:
             weights = tuple(one for one in packable(self.model, prefixes) if one not in taken) if prefixes else ()
-            blocks.append(Block(name, prefixes, weights, forward, pointwise=name == "head"))
+            logits = name == "head" and self.model.get_output_embeddings() is not None  # type: ignore[operator]
+            blocks.append(Block(name, prefixes, weights, forward, pointwise=logits))  # a pooler reads the first alone
             taken |= set(weights)
         return blocks
 
