@@ -12,11 +12,11 @@ import pytest
 import torch
 import transformers
 from compress_samples import Lab
+from fit_samples import SIZE, at_home, fit, small_efforts
 from language_samples import write_encoder
 from toy_language import write_model
 
 import gulliver
-from gulliver.cli import main as cli
 from gulliver.core import memory
 from gulliver.core.errors import ArtifactError, BudgetError, ConfigError, DataError, GateRefused
 from gulliver.core.progress import Progress
@@ -28,49 +28,12 @@ from gulliver.pipeline import call as run
 from gulliver.runtime.formats import BLOCK_TYPES
 from gulliver.tasks import get_task
 
-SIZE = 60_000
+__all__ = ["at_home", "small_efforts"]
 DIGITS = 60_000
-SMALL: dict[str, dict[str, Any]] = {
-    "sample": {"count": 8, "tokens": 160},
-    "calibrate": {"examples": 8, "gradient_examples": 4},
-    "plan": {"probe_rows": 4, "gptq": False},
-    "quality": {},
-    "distill": {"steps": 2, "batch_size": 2},
-}
-
-
-@pytest.fixture(autouse=True)
-def small_efforts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same steps in every effort, with smaller numbers; what an effort leaves out stays out."""
-    from gulliver.pipeline import fit
-
-    given = {
-        effort: {step: None if options is None else {**options, **SMALL[step]} for step, options in steps.items()}
-        for effort, steps in fit.EFFORTS.items()
-    }
-    monkeypatch.setattr(fit, "EFFORTS", given)
-
-
-def fit(lab: Lab, size: int | str = SIZE, **options: Any) -> Artifact:
-    quiet = Progress(quiet=True)
-    return gulliver.fit(lab.model, size=size, store=lab.store, progress=quiet, **({"data": lab.dataset} | options))
 
 
 def steps_run(lab: Lab) -> list[str]:
     return [entry.step for entry in lab.store.runs()]
-
-
-@pytest.fixture
-def at_home(language: Lab, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """A command line over the store of the toy language model."""
-
-    def command(*words: str | Path) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = cli.main([*map(str, words), "--home", str(language.store.home), "--quiet"])
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    return command
 
 
 # ---- what comes out --------------------------------------------------------------------------------------------------
@@ -101,7 +64,7 @@ def test_every_effort_fits_a_language_model(language: Lab, effort: str, tmp_path
 def test_distilling_is_kept_only_where_it_helps(
     language: Lab, rate: float, kept: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gulliver.pipeline import fit as efforts
+    from gulliver.pipeline import fitting as efforts
 
     settings = {"steps": 60, "batch_size": 8, "learning_rate": rate, "scale_rate": 1e-4, "vector_rate": 1e-4}
     monkeypatch.setattr(efforts, "EFFORTS", efforts.EFFORTS | {"high": efforts.EFFORTS["high"] | {"distill": settings}})

@@ -27,7 +27,7 @@ import gulliver
 from gulliver.audit.measure import measure
 from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import Artifact
-from gulliver.pipeline import fit as fits
+from gulliver.pipeline import fitting as fits
 from gulliver.pipeline.call import call
 from gulliver.pipeline.steps import STEPS
 

@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gulliver.compress import plan as planning
-from gulliver.compress.plan import GAP, Item, menu, planned, row_classes, solve
+from gulliver.compress.knapsack import GAP, Item, solve
+from gulliver.compress.plan import planned, row_classes
 from gulliver.compress.statistics import Use, open_statistics
+from gulliver.compress.targets import menu
 from gulliver.core.errors import ArtifactError, BudgetError
 from gulliver.core.records import LossIncrease, Plan
 from gulliver.core.store.artifact import Artifact, create

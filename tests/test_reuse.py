@@ -22,7 +22,7 @@ from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.store import Store
 from gulliver.data.options import SampleOptions
-from gulliver.pipeline import fit as fits
+from gulliver.pipeline import fitting as fits
 from gulliver.pipeline.call import Call, call, resolved
 
 FEW = {"examples": 8, "batch_size": 4, "family": {"tokens": 32}, "gradient_examples": 4}

@@ -57,7 +57,7 @@ def sample(
     *,
     count: int = 96,
     held_out: int = 16,
-    batch_size: int = 32,
+    batch_size: int = 64,
     max_ram_bytes: int | str | None = None,
     tokens: int = 512,
     holdout: float = 0.1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gulliver.cli.options import FitOptions, RunOptions
 from gulliver.cli.session import Session, described, evidence_table, megabytes, table
@@ -13,6 +13,9 @@ from gulliver.core.names import named
 from gulliver.core.store.files import named_path
 from gulliver.pipeline.steps import Step, fields_of
 from gulliver.tasks import foreign_files
+
+if TYPE_CHECKING:
+    from gulliver.core.store.artifact import Artifact
 
 
 def run_step(row: Step, given: Mapping[str, Any], session: Session) -> tuple[Any, list[str]]:
@@ -62,9 +65,12 @@ def _json_or_text(text: str) -> Any:
 
 def fit(options: FitOptions, session: Session) -> tuple[Any, list[str]]:
     """The best model within the budget. BudgetError (exit 4) when there is none."""
+    from gulliver.core.errors import ConfigError
     from gulliver.core.store.manifest import REPORT
     from gulliver.pipeline.fit import fit
 
+    if options.out is None and not options.dry_run:
+        raise ConfigError("no --out; add --out DIR for the fitted model and its report, or --dry-run for a forecast")
     shared = {"store": session.store, "progress": session.progress, "command": session.command}
     fitted = fit(**options.model_dump(), **shared)
     document, lines = described(fitted, session, None)
@@ -72,7 +78,27 @@ def fit(options: FitOptions, session: Session) -> tuple[Any, list[str]]:
     if report.is_file():
         document["report"] = str(report)
         lines.append(f"report: {report}")
+    if options.dry_run:
+        return _forecast(fitted, document, lines)
     return document, lines + evidence_table(document["evidence"])
+
+
+def _forecast(report: Artifact, document: dict[str, Any], lines: list[str]) -> tuple[Any, list[str]]:
+    """What a dry run prints: what sizes are predicted to cost, and how long each stage would take."""
+    from gulliver.core.records import FitResult
+    from gulliver.report.units import format_seconds
+
+    found = FitResult.of(report)
+    document["frontier"] = [point.model_dump(exclude_none=True) for point in found.frontier]
+    document["expected_seconds"] = found.expected_seconds
+    sizes = [("size", "predicted quality loss")]
+    for point in found.frontier:
+        drop = point.predicted_drop
+        sizes.append((megabytes(point.size_bytes), "shows when measured" if drop is None else f"{drop:.1%}"))
+    times = [("stage", "expected time")]
+    whole = {**found.expected_seconds, "together": sum(found.expected_seconds.values())}
+    times += [(stage, format_seconds(seconds)) for stage, seconds in whole.items()]
+    return document, [*lines, *table(sizes), *table(times)]
 
 
 def run(options: RunOptions, session: Session) -> tuple[Any, list[str]]:

@@ -70,7 +70,10 @@ class FitOptions(Options):
     effort: str = option("normal", "fast, normal or high: how much work may go into it")
     seed: int = option(0, "seed of everything random")
     domain_only: bool = option(False, "calibrate and judge on --data alone, not on the model's own text too")
-    out: str = option(..., "where to put the fitted model and its report", metavar="DIR")
+    dry_run: bool = option(False, "make no model: the quality that sizes would cost, and the time it would take")
+    out: str | None = option(
+        None, "where to put the fitted model and its report; needed without --dry-run", metavar="DIR"
+    )
 
 
 class RunOptions(Options):

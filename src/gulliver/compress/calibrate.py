@@ -121,6 +121,7 @@ def _sensitivity(
 ) -> dict[str, Tensor]:
     """Squared output gradients by the name of each module's weight, summed over positions, mean over examples.
 
+    Times the number of positions, so that the loss increase that they predict is in nats for one position.
     Leaves `gradient-NNNN.safetensors` in the scratch folder for every block, from the last to the first, and resumes.
     """
     names, narrow = packed_names(blocks), narrow_weights(network)
@@ -145,7 +146,8 @@ def _sensitivity(
             bar.advance(note=block.name)
     examples = sum(next(iter(batch.values())).shape[0] for batch in batches)
     stored = (load_file(ctx.work / f"gradient-{number:04}.safetensors") for number in range(len(blocks)))
-    return {name: total / examples for sums in stored for name, total in sums.items()}
+    scale = task.positions(batches[0]) / examples
+    return {name: scale * total for sums in stored for name, total in sums.items()}
 
 
 def _backward(

@@ -1,34 +1,27 @@
 """Step `plan`: one format per weight, chosen so that the predicted loss increase is least within a budget of bytes.
 
-A multiple-choice knapsack. Items are weights, and, where rows of a lookup table matter very differently (frequent and
-rare tokens), classes of its rows in order of importance; choices are formats. With b bytes, D the predicted increase of
-the loss and x in {0, 1}:
-
-    minimise  Σ D[i, f] x[i, f]    subject to  Σ b[i, f] x[i, f] <= budget,   Σ_f x[i, f] = 1 for every item i
-
-solved exactly by HiGHS (Huangfu and Hall, Parallelizing the dual revised simplex method, 2018). D is measured on a
-sample of each weight's rows in one reference format, with GPTQ as `quantize` does it, and carried over to
-the other formats by ratios measured on a few weights: how errors fall with bits hardly depends on the weight, how much
-they cost does.
+A multiple-choice knapsack (knapsack.py). Items are weights, and, where rows of a lookup table matter very differently
+(frequent and rare tokens), classes of its rows in order of importance; choices are formats. What each costs is measured
+on a sample of each weight's rows in one reference format, with GPTQ as `quantize` does it, and carried over to the
+other formats by ratios measured on a few weights: how errors fall with bits hardly depends on the weight, how much they
+cost does.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from gulliver.compress.gptq import quantize_matrix
+from gulliver.compress.knapsack import ENTRY_BYTES, Item, alike, frontier, point, sizes_of, solve
 from gulliver.compress.kquant import Solver
 from gulliver.compress.options import PlanOptions
 from gulliver.compress.statistics import Statistics, Use, energies, joint_moment, likely_increase, open_statistics
@@ -36,8 +29,7 @@ from gulliver.compress.targets import formats_of, holding, joined_with, menu, st
 from gulliver.compress.threads import each
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, BudgetError, ConfigError
-from gulliver.core.records import BlockLoss, PartBits, Plan, PlannedPoint, TensorBits
-from gulliver.core.stdout import stdout_into
+from gulliver.core.records import BlockLoss, PartBits, Plan, TensorBits, WeightRow
 from gulliver.core.store.artifact import Artifact
 from gulliver.nets.files import ITEM_BYTES, stored_tensors
 from gulliver.nets.weights import canonical_names
@@ -54,31 +46,7 @@ PROBED_MATRICES = 8
 CLASSES = (1 / 24, 1 / 8, 1 / 3, 1.0)
 """Cumulative shares of a lookup table's rows, most important first, that may get formats of their own."""
 MIN_CLASS_ROWS = 64
-TABLE_BITS, FORBIDDEN = 3, 1e3
-"""Fewest bits of a lookup table's rows unless nothing else fits: rows that calibration hardly reads cost a text of
-another language far more than is predicted. Fewer bits cost FORBIDDEN times the mean loss increase."""
-FRONTIER_POINTS = 12
-GAP = 1e-4
-ENTRY_BYTES = 96
-"""Room for one tensor's entry in a safetensors header beside its name: dtype, shape and offsets, written out."""
 FILE_BYTES, SHARDS = 128, 16
-
-
-@dataclass(frozen=True)
-class Item:
-    """Something that gets one format: `rows` of a weight, with a predicted loss increase for each format."""
-
-    name: str
-    rows: int
-    columns: int
-    loss_increases: tuple[float, ...]
-    table: bool = False
-    alike: str = ""  # what those have in common that must get one format; "" where it is free
-
-    def bytes(self, fmt: Format) -> int:
-        """Bytes in the weight files, at most, the header's entries (tiles, codebook, list of rows) included."""
-        entries = (len(self.name) + 16 + ENTRY_BYTES) * (3 if fmt.kind in ("codebook", "symmetric") else 2)
-        return fmt.packed_bytes(self.rows, self.columns) + entries
 
 
 Parts = tuple[tuple[int, Format], ...]
@@ -96,7 +64,8 @@ def run(cfg: PlanOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact
     if not names:
         raise ConfigError(f"{cfg.target} holds no weight of this model in few bits: {next(iter(plain.values()))}")
     job, measured = measurer(model, statistics, formats, cfg), []
-    with ctx.progress.stage("plan", total=len(names), unit="weight") as bar:
+    costs = [cost(statistics.weights[name], cfg.gptq) for name in names]
+    with ctx.progress.stage("plan", total=len(names), unit="weight", costs=costs) as bar:
         for rows in each(job, names, ctx):
             name = rows[0][0].name
             ctx.check_ram(name)
@@ -118,6 +87,12 @@ def run(cfg: PlanOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact
         found = plan_of(items, formats, chosen, statistics, cfg, fixed)
         found.model_copy(update={"plain": plain}).write(writer.path)
         return writer.commit()
+
+
+def cost(row: WeightRow, gptq: bool) -> float:
+    """About how many nanoseconds one core needs to predict a weight: what its rows send out, and a factor of H."""
+    columns = math.prod(row.shape[1:])
+    return 40.0 * len(row.uses) * row.shape[0] * columns + (columns**3 / 300 if gptq else 0.0)
 
 
 # ---- what each choice costs -----------------------------------------------------------------------------------------
@@ -223,11 +198,6 @@ def items_of(measured: Sequence[tuple[Item, list[float]]], formats: Sequence[For
     ]
 
 
-def sizes_of(items: Sequence[Item], formats: Sequence[Format]) -> np.ndarray:
-    """Bytes of every item in every format, float64 [items, formats]; infinite where it cannot hold its rows."""
-    return np.array([[item.bytes(fmt) if fmt.holds(item.columns) else np.inf for fmt in formats] for item in items])
-
-
 def columns_of(statistics: Statistics, name: str) -> int:
     """Columns of a weight, its further dimensions flattened."""
     return math.prod(statistics.weights[name].shape[1:])
@@ -271,53 +241,7 @@ def rows_of_classes(uses: list[Use], matrix: Tensor, counts: Sequence[int]) -> l
     return [part.sort().values for part in order.split(list(counts))]
 
 
-# ---- choosing -------------------------------------------------------------------------------------------------------
-def solve(items: Sequence[Item], formats: Sequence[Format], budget_bytes: int) -> list[int] | None:
-    """The index of each item's format, or None when even the smallest formats are too large."""
-    sizes = alike(items, sizes_of(items, formats))
-    if sizes.min(1).sum() > budget_bytes:
-        return None
-    count, width = sizes.shape
-    rows = np.repeat(np.arange(count), width)
-    one_each = csr_matrix((np.ones(count * width), (rows, np.arange(count * width))))
-    held = np.isfinite(sizes).ravel()
-    costs = np.where(held, alike(items, np.array([item.loss_increases for item in items])).ravel(), 0.0)
-    weights = np.where(held, sizes.ravel(), 0.0)
-    scale = costs.sum() / len(costs) or 1.0
-    barred = np.array([[one.table and fmt.bits < TABLE_BITS for fmt in formats] for one in items], np.float64)
-    costs += FORBIDDEN * scale * alike(items, barred).ravel()
-    with open(os.devnull, "wb") as nowhere, stdout_into(nowhere.fileno()):  # HiGHS chatters past Python
-        found = milp(
-            costs / scale,
-            constraints=[
-                LinearConstraint(csr_matrix(weights[None] / 1e6), -np.inf, budget_bytes / 1e6),
-                LinearConstraint(one_each, 1, 1),
-            ],
-            integrality=np.ones(count * width),
-            bounds=Bounds(np.zeros(count * width), held.astype(np.float64)),  # type: ignore[arg-type]
-            options={"mip_rel_gap": GAP, "time_limit": 30.0},
-        )
-    assert found.x is not None, f"HiGHS found no plan within {budget_bytes} bytes: {found.message}"
-    chosen = found.x.reshape(count, width).argmax(1)
-    assert sizes[np.arange(count), chosen].sum() <= budget_bytes + 1, "the solver's plan is larger than the budget"
-    return [int(chosen[number]) for number in numbers(items)]
-
-
-def numbers(items: Sequence[Item]) -> list[int]:
-    """The number of each item's decision; those that must be alike share one."""
-    keys = [item.alike or f"\0{place}" for place, item in enumerate(items)]
-    places = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    return [places[key] for key in keys]
-
-
-def alike(items: Sequence[Item], table: np.ndarray) -> np.ndarray:
-    """A row for each decision, the sum of its items' rows of `table` [items, formats]."""
-    which = numbers(items)
-    found = np.zeros((max(which) + 1, table.shape[1]))
-    np.add.at(found, which, table)
-    return found
-
-
+# ---- the record -----------------------------------------------------------------------------------------------------
 def plan_of(
     items: Sequence[Item],
     formats: Sequence[Format],
@@ -343,7 +267,7 @@ def plan_of(
     used = {row.block for row in statistics.weights.values()}
     return Plan(
         budget_bytes=cfg.size_bytes,
-        **_point(items, formats, chosen, fixed).model_dump(),
+        **point(items, formats, chosen, fixed).model_dump(),
         tensors=tuple(
             TensorBits(
                 name=name,
@@ -356,28 +280,6 @@ def plan_of(
         blocks=tuple(BlockLoss(name=name, loss_increase=cost) for name, cost in blocks.items() if name in used),
         frontier=tuple(frontier(items, formats, fixed)),
     )
-
-
-def _point(items: Sequence[Item], formats: Sequence[Format], chosen: Sequence[int], fixed: int) -> PlannedPoint:
-    """Bytes of all weight files and predicted loss increase of a choice."""
-    pairs = list(zip(items, chosen, strict=True))
-    return PlannedPoint(
-        size_bytes=fixed + sum(item.bytes(formats[index]) for item, index in pairs),
-        loss_increase=sum(item.loss_increases[index] for item, index in pairs),
-    )
-
-
-def frontier(items: Sequence[Item], formats: Sequence[Format], fixed: int) -> Iterator[PlannedPoint]:
-    """The best plans at evenly spread budgets, from the smallest that is possible to the largest."""
-    sizes = sizes_of(items, formats)
-    least, most = (
-        int(np.ceil(alike(items, sizes).min(1).sum())),
-        int(np.where(np.isfinite(sizes), sizes, 0).max(1).sum()),
-    )
-    for share in np.linspace(0.0, 1.0, FRONTIER_POINTS):
-        chosen = solve(items, formats, int(least + share * (most - least)) + 1)
-        assert chosen is not None
-        yield _point(items, formats, chosen, fixed)
 
 
 def planned(plan: Artifact, statistics: Statistics) -> dict[str, Parts]:

@@ -359,7 +359,8 @@ class FitResult(Record):
     """What a run of `fit` asked, tried and found.
 
     `memory` is (seconds, stage, resident bytes); `nearest` is the nearest feasible point of an infeasible budget, None
-    where none is known; `artifact_id` is the model that was made, absent where none was, and `reason` says why.
+    where none is known; `artifact_id` is the model that was made, absent where none was, and `reason` says why. A dry
+    run has `expected_seconds` by stage instead.
     """
 
     file = "fit.json"
@@ -372,6 +373,7 @@ class FitResult(Record):
     memory: tuple[tuple[float, str, Count], ...] = ()
     verdicts: tuple[VerdictRow, ...] = ()
     seconds: float | None = None
+    expected_seconds: dict[str, float] = Field(default_factory=dict)
     artifact_id: Id | None = None
     nearest: Point | None = None
     reason: str | None = None

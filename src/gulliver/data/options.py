@@ -44,5 +44,5 @@ class SampleOptions(Options):
     count: int = Field(96, ge=1, le=65536, description="examples to keep for calibration")
     held_out: int = Field(16, ge=0, le=65536, description="examples to keep beside them for measuring")
     family: dict[str, Any] = Field(default_factory=dict, description="options of the model's family")
-    batch_size: int = Field(32, ge=1, description="examples written at once")
+    batch_size: int = Field(64, ge=1, description="examples written at once, at most")
     max_ram_bytes: MaxRam = None

@@ -9,6 +9,7 @@ number, so a killed run resumes with the next batch and makes the same dataset.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from typing import Any
 
@@ -28,6 +29,8 @@ MOST_DRAWS = 3
 """Times the examples that are wanted; a model that writes more junk than that gives fewer."""
 LEAST_SHARE = 0.25
 """Of the examples that are wanted; with fewer the model writes too badly for its text to stand for what it reads."""
+USUAL_SHARE, USUAL_WEIGHT = 0.8, 8
+"""Share of what a model writes that is fit, before any is known, and how many examples that guess counts for."""
 SHOWN, SHOWN_CHARACTERS = 3, 400
 
 
@@ -46,7 +49,8 @@ def run(cfg: SampleOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifa
         while fit < wanted and len(drawn) < MOST_DRAWS * wanted:
             file = ctx.work / f"batch-{len(drawn):06d}.json"
             if not file.is_file():
-                batch = author.write(range(len(drawn), len(drawn) + cfg.batch_size))
+                count = min(cfg.batch_size, _missing(wanted - fit, fit, len(drawn)))
+                batch = author.write(range(len(drawn), len(drawn) + count))
                 write_atomic(file, json.dumps([[example.row, example.fault] for example in batch]) + "\n")
                 ctx.check_ram("writing")
             drawn += [Written(*pair) for pair in json.loads(file.read_text(encoding="utf-8"))]
@@ -74,3 +78,9 @@ def run(cfg: SampleOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifa
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), writer.path / EXAMPLES)
         sources.write(writer.path)
         return writer.commit()
+
+
+def _missing(wanted: int, fit: int, drawn: int) -> int:
+    """How many examples to draw for `wanted` that are fit, as `fit` of those drawn so far were."""
+    share = (fit + USUAL_SHARE * USUAL_WEIGHT) / (drawn + USUAL_WEIGHT)
+    return math.ceil(wanted / share)

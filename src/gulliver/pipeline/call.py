@@ -33,7 +33,7 @@ Inputs = Mapping[str, Artifact | tuple[Artifact, ...]]
 
 @dataclass(frozen=True)
 class Call:
-    """What one call did: the artifact it made or found; the peak is that of the run which made it.
+    """What one call did: the artifact it made or found; the peak and `made_in` are those of the run which made it.
 
     `seconds` are those of this call, near zero where it was found.
     """
@@ -44,6 +44,7 @@ class Call:
     reused: bool
     seconds: float
     peak_rss_bytes: int
+    made_in: float = 0.0
 
 
 def call(
@@ -97,7 +98,7 @@ def call(
     artifact = store.get(run.artifact_id)
     if log is not None:
         seconds = time.monotonic() - started
-        log.append(Call(call_id or name, name, artifact, reused, seconds, run.peak_rss_bytes))
+        log.append(Call(call_id or name, name, artifact, reused, seconds, run.peak_rss_bytes, run.seconds))
     return artifact
 
 

@@ -1,16 +1,15 @@
 """The budget loop: calibrate, plan, pack, distill, measure, judge; and back to the plan when the measurement misses.
 
 A built-in recipe over the steps: every call below goes through `call.call`, so it is reused by hash, resumes after a
-kill, and can be repeated alone. What an effort buys is in EFFORTS, and nowhere else.
+kill, and can be repeated alone. What an effort buys is in fitting.EFFORTS, and nowhere else.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from gulliver.core.errors import BudgetError, ConfigError, DataError, GateRefused
 from gulliver.core.evidence.evidence import MUST_BEAT, measured
@@ -18,13 +17,15 @@ from gulliver.core.evidence.gate import Budget, Verdict, below_baseline
 from gulliver.core.machine import describe
 from gulliver.core.progress import Progress
 from gulliver.core.quantities import MOST_BYTES, checked_seed, parse_fraction, parse_size
-from gulliver.core.records import AnswerPair, Asked, FitResult, Plan, Point, Sources, StatisticsTable
-from gulliver.core.store.artifact import Artifact, check_target, copy_artifact, create, write_annotation
+from gulliver.core.records import Plan, Point, StatisticsTable
+from gulliver.core.store.artifact import Artifact, check_target, copy_artifact, write_annotation
 from gulliver.core.store.manifest import REPORT
 from gulliver.core.store.store import Store
 from gulliver.pipeline.answers import answer_pairs
-from gulliver.pipeline.call import Call, call, renew_cards
-from gulliver.pipeline.feasible import figures_that_would_do, nearest_larger
+from gulliver.pipeline.call import renew_cards
+from gulliver.pipeline.fitting import COMPRESSING, EFFORTS, TARGETS, Fit
+from gulliver.pipeline.forecast import forecast
+from gulliver.pipeline.outcome import infeasible, record
 from gulliver.pipeline.resolve import check_data, data_for, resolve_model
 from gulliver.pipeline.smallest import FIRST_SHARE, ROUNDS, drop_at, in_drops, next_size
 from gulliver.report.gather import gather
@@ -32,69 +33,6 @@ from gulliver.report.html import page
 from gulliver.tasks import EXPORTS, exporter, family, get_task
 
 MAX_ROUNDS = 3
-TARGETS: Mapping[str, str | None] = {
-    "native": None,
-    "gguf": "gguf",
-    "vllm": "compressed-tensors",
-    "transformers": "compressed-tensors",
-}
-"""What a model may be fitted for -> the format that `export` writes for it, whose bytes count too."""
-COMPRESSING = ("sample", "calibrate", "plan", "quantize", "distill", "quality")
-EFFORTS: Mapping[str, Mapping[str, Mapping[str, Any] | None]] = {
-    "fast": {"sample": {"count": 32, "held_out": 8}, "calibrate": {"examples": 32, "gradient_examples": 8},
-             "plan": {"probe_rows": 8, "gptq": False}, "distill": None, "quality": {"share": 1 / 3}},
-    "normal": {"sample": {"count": 64, "held_out": 16}, "calibrate": {"examples": 64, "gradient_examples": 16},
-               "plan": {}, "distill": None, "quality": {}},
-    "high": {"sample": {"count": 96, "held_out": 16}, "calibrate": {"examples": 96, "gradient_examples": 16},
-             "plan": {}, "distill": {"steps": 110}, "quality": {}},
-}  # fmt: skip
-"""What each step gets; None leaves a step out. `sample`, for families whose models write data of their own, makes the
-broad set: calibration mixes it in, and the model is judged on a part of it as on the user's data."""
-
-
-@dataclass
-class Fit:
-    """One run of the loop: what was asked, what every call is given, and what was found on the way."""
-
-    parent: Artifact
-    dataset: Artifact | None
-    """The user's data; None where there are none, and the broad set stands in."""
-    samples: Artifact | None
-    """The broad set; None where the family writes none, or the user's domain alone counts."""
-    budget: Budget
-    effort: str
-    shared: dict[str, Any]
-    target: str = "native"
-    rounds: list[Point] = field(default_factory=list)
-    frontier: tuple[Point, ...] = ()
-    calls: list[Call] = field(default_factory=list)
-    verdicts: list[Verdict] = field(default_factory=list)
-
-    @property
-    def store(self) -> Store:
-        return self.shared["store"]
-
-    @property
-    def data(self) -> dict[str, Artifact]:
-        """What is calibrated and trained on, by the roles of the steps' inputs."""
-        parts = [part for part in (self.dataset, self.samples) if part is not None]
-        return dict(zip(("dataset", "samples"), parts, strict=False))
-
-    def qualities(self, model: Artifact, parent: Artifact | None = None) -> None:
-        """Measure the model's quality on held-out data: the user's, and the broad set's."""
-        for part in self.data.values():
-            config = {"family": dict(family(self.parent.task).judged)} if part is self.samples else {}
-            self.step("quality", config, model=model, dataset=part, parent=parent)
-
-    def step(self, name: str, config: Mapping[str, Any] | None = None, /, **inputs: Any) -> Artifact:
-        """One call of a step with this effort's options; `config` adds to them."""
-        options = {**(EFFORTS[self.effort].get(name) or {}), **(config or {})}
-        if name == "plan":
-            options["target"] = self.target
-        if name in COMPRESSING:
-            options["max_ram_bytes"] = self.budget.max_ram_bytes
-        given = {role: artifact for role, artifact in inputs.items() if artifact is not None}
-        return call(name, options, given, **self.shared, log=self.calls)
 
 
 def fit(
@@ -109,6 +47,7 @@ def fit(
     for_: str = "native",
     effort: str = "normal",
     domain_only: bool = False,
+    dry_run: bool = False,
     out: Path | str | None = None,
     seed: int = 0,
     home: Path | str | None = None,
@@ -126,6 +65,8 @@ def fit(
 
     Calibration mixes `data` with a broad set that the model writes itself, the loss is measured on held-out parts of
     both, and limits hold for the worse, unless `domain_only`. Without `data` the broad set stands alone.
+
+    `dry_run` makes no model: a report with the quality that sizes are predicted to cost and the time it would take.
     """
     budget = _asked(for_, effort, size, ram, speed, max_drop, seed)
     if out is not None:
@@ -142,6 +83,8 @@ def fit(
     dataset = data_for(parent, data, store, eval_data=eval_data, progress=progress)
     shared = {"store": store, "seed": seed, "progress": progress, "command": command}
     work = Fit(parent, dataset, None, budget, effort, shared, for_)
+    if dry_run:
+        return forecast(work, domain_only, began)
     if not domain_only:
         work.samples = _broad_set(work)
     if not work.data:
@@ -151,10 +94,10 @@ def fit(
     try:
         fitted = _loop(work)
     except BudgetError as failure:
-        raise _infeasible(work, failure, began) from None
+        raise infeasible(work, failure, began) from None
     answers = answer_pairs(parent, fitted, work.data["dataset"], budget.max_ram_bytes, progress)
-    record = _record(work, fitted, began, answers=answers)
-    write_annotation(fitted, REPORT, page(gather(fitted, work.store, fit=record)))
+    found = record(work, fitted, began, answers=answers)
+    write_annotation(fitted, REPORT, page(gather(fitted, work.store, fit=found)))
     return fitted if out is None else copy_artifact(fitted, out)
 
 
@@ -278,7 +221,7 @@ def _round(work: Fit, calibration: Artifact, size_bytes: int) -> tuple[Plan, Art
     planned = Plan.of(plan)
     packed = work.step("quantize", model=work.parent, calibration=calibration, plan=plan)
     candidates = [packed]
-    if EFFORTS[work.effort]["distill"] is not None and work.target == "native":
+    if work.options("distill") is not None and work.target == "native":
         try:
             candidates += [work.step("distill", None, model=packed, parent=work.parent, **work.data)]
         except BudgetError as failure:  # the packed model is within the limit
@@ -329,68 +272,3 @@ def _measured_drop(work: Fit, fitted: Artifact) -> float:
         renew_cards([fitted.id], work.store, work.shared["progress"])
     losses = (item for item in work.store.evidence(fitted.id) if item.metric == "quality_loss")
     return max({item.data_hash: item.value for item in losses}.values())
-
-
-# ---- the end --------------------------------------------------------------------------------------------------------
-def _record(
-    work: Fit,
-    fitted: Artifact | None,
-    began: float,
-    nearest: Point | None = None,
-    reason: str = "",
-    answers: tuple[AnswerPair, ...] = (),
-) -> Artifact:
-    """The report artifact with what was asked, tried and found."""
-    result = FitResult(
-        budget=Asked(**work.budget.to_json()),
-        effort=work.effort,
-        frontier=work.frontier,
-        rounds=tuple(work.rounds),
-        memory=tuple(work.shared["progress"].memory),
-        verdicts=tuple(work.verdicts),
-        seconds=round(time.monotonic() - began, 1),
-        artifact_id=None if fitted is None else fitted.id,
-        nearest=nearest,
-        reason=reason,
-        answers=answers,
-        broad=None if work.samples is None else Sources.of(work.samples).writing,
-    )
-    subject = fitted or work.parent
-    data = {role: [part.id] for role, part in work.data.items()}
-    inputs = {"model": [subject.id], "parent": [work.parent.id], **data}
-    with create(
-        work.store.artifacts_folder,
-        kind="report",
-        task=work.parent.task,
-        inputs=inputs,
-        step={"name": "fit", "version": 1},
-        config={"effort": work.effort, **work.budget.to_json()},
-        seed=work.shared["seed"],
-    ) as writer:
-        result.write(writer.path)
-        return writer.commit()
-
-
-def _infeasible(work: Fit, failure: BudgetError, began: float) -> BudgetError:
-    """The error for a budget that cannot be met: why, what would have been feasible, and where the report is."""
-    told = f"the budget is infeasible with --effort {work.effort}: {failure}"
-    nearest, would_do = None, ""
-    if failure.nearest and work.budget.only_size:
-        nearest = Point(**failure.nearest)
-    elif failure.nearest:
-        told += "; whether that size meets the other limits shows only when it is measured"
-    elif work.verdicts:
-        nearest = nearest_larger(work.budget, work.verdicts, work.rounds, work.frontier)
-        would_do = figures_that_would_do(work.verdicts)
-    else:
-        return BudgetError(told)
-    record = _record(work, None, began, nearest=nearest, reason=str(failure))
-    path = write_annotation(record, REPORT, page(gather(work.parent, work.store, fit=record)))
-    if nearest is not None:
-        size = f"{nearest.size_bytes:,} bytes ({nearest.size_bytes / 1e6:.1f} MB)"
-        drop, kind = nearest.drop, "predicted" if nearest.measured_drop is None else "measured"
-        cost = "" if drop is None else f" with a quality loss of {drop:.1%} ({kind})"
-        told += f". The nearest feasible point is {size}{cost}"
-    if would_do:
-        told += f". What was made here, {work.rounds[-1].size_bytes:,} bytes, would do with {would_do}"
-    return BudgetError(f"{told}; report: {path}", nearest and nearest.model_dump(exclude_none=True))

@@ -77,7 +77,7 @@ STEPS = (
          needs=("dataset",), makes=("model",),
          help="train a new network on a dataset"),
     Step("calibrate", "gulliver.compress.calibrate:run", "gulliver.compress.options:CalibrateOptions",
-         needs=("model", "dataset"), optional=("samples",), makes=("report",), version=2,
+         needs=("model", "dataset"), optional=("samples",), makes=("report",), version=3,
          help="stream calibration data through a model, block by block, and keep each layer's statistics"),
     Step("plan", "gulliver.compress.plan:run", "gulliver.compress.options:PlanOptions",
          needs=("model", "calibration"), makes=("report",), version=3,

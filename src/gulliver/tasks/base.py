@@ -270,6 +270,14 @@ class Task(DataContract):
     @abstractmethod
     def _loss(self, model: nn.Module, batch: Batch, parent: nn.Module | None) -> Tensor: ...
 
+    def positions(self, batch: Batch) -> int:
+        """How many positions of a batch the loss of an example is the mean over."""
+        return 1
+
+    def likely_drop(self, increase: float) -> float | None:
+        """The `quality_loss` of a model whose outputs diverge by `increase` nats; None where only measuring tells."""
+        return None
+
     @final
     def backward(self, model: nn.Module, last: Block, x: Tensor, index: int, batch: Batch) -> Tensor:
         """The gradient at `x` [batch, …], what enters the last block, of the sum of the batch's losses (no parent).

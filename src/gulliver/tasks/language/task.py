@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -61,6 +62,14 @@ class LanguageTask(TextTask):
         if parent is not None:
             return _divergence(model, parent, tokens)
         return _next_token_losses(network.logits_of(model, tokens)[:, :-1], tokens[:, 1:]).mean(1)
+
+    def positions(self, batch: Batch) -> int:
+        """The tokens that are predicted: all but the first."""
+        return max(1, batch["tokens"].shape[1] - 1)
+
+    def likely_drop(self, increase: float) -> float:
+        """The ratio of perplexities, less one."""
+        return math.expm1(increase)
 
     def _backward(self, model: nn.Module, last: Block, x: Tensor, index: int, batch: Batch) -> None:
         """A chunk of positions at a time, so that logits [batch, tokens, vocab] are never whole."""

@@ -1,0 +1,82 @@
+"""One run of `fit`: what it asks of each step, by effort, and what it found on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gulliver.core.evidence.gate import Budget, Verdict
+from gulliver.core.records import Point
+from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.store import Store
+from gulliver.pipeline.call import Call, call
+from gulliver.tasks import family
+
+TARGETS: Mapping[str, str | None] = {
+    "native": None,
+    "gguf": "gguf",
+    "vllm": "compressed-tensors",
+    "transformers": "compressed-tensors",
+}
+"""What a model may be fitted for -> the format that `export` writes for it, whose bytes count too."""
+COMPRESSING = ("sample", "calibrate", "plan", "quantize", "distill", "quality")
+EFFORTS: Mapping[str, Mapping[str, Mapping[str, Any] | None]] = {
+    "fast": {"sample": {"count": 32, "held_out": 8}, "calibrate": {"examples": 32, "gradient_examples": 8},
+             "plan": {"probe_rows": 8, "gptq": False}, "distill": None, "quality": {"share": 1 / 3}},
+    "normal": {"sample": {"count": 64, "held_out": 16}, "calibrate": {"examples": 64, "gradient_examples": 16},
+               "plan": {}, "distill": None, "quality": {}},
+    "high": {"sample": {"count": 96, "held_out": 16}, "calibrate": {"examples": 96, "gradient_examples": 16},
+             "plan": {}, "distill": {"steps": 110}, "quality": {}},
+}  # fmt: skip
+"""What each step gets; None leaves a step out. `sample`, for families whose models write data of their own, makes the
+broad set: calibration mixes it in, and the model is judged on a part of it as on the user's data."""
+
+
+@dataclass
+class Fit:
+    """One run of the loop: what was asked, what every call is given, and what was found on the way."""
+
+    parent: Artifact
+    dataset: Artifact | None
+    """The user's data; None where there are none, and the broad set stands in."""
+    samples: Artifact | None
+    """The broad set; None where the family writes none, or the user's domain alone counts."""
+    budget: Budget
+    effort: str
+    shared: dict[str, Any]
+    target: str = "native"
+    rounds: list[Point] = field(default_factory=list)
+    frontier: tuple[Point, ...] = ()
+    calls: list[Call] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    @property
+    def store(self) -> Store:
+        return self.shared["store"]
+
+    @property
+    def data(self) -> dict[str, Artifact]:
+        """What is calibrated and trained on, by the roles of the steps' inputs."""
+        parts = [part for part in (self.dataset, self.samples) if part is not None]
+        return dict(zip(("dataset", "samples"), parts, strict=False))
+
+    def options(self, name: str) -> Mapping[str, Any] | None:
+        """What this effort gives a step; None where it leaves the step out."""
+        return EFFORTS[self.effort].get(name, {})
+
+    def qualities(self, model: Artifact, parent: Artifact | None = None) -> None:
+        """Measure the model's quality on held-out data: the user's, and the broad set's."""
+        for part in self.data.values():
+            config = {"family": dict(family(self.parent.task).judged)} if part is self.samples else {}
+            self.step("quality", config, model=model, dataset=part, parent=parent)
+
+    def step(self, name: str, config: Mapping[str, Any] | None = None, /, **inputs: Any) -> Artifact:
+        """One call of a step with this effort's options; `config` adds to them."""
+        options = {**(self.options(name) or {}), **(config or {})}
+        if name == "plan":
+            options["target"] = self.target
+        if name in COMPRESSING:
+            options["max_ram_bytes"] = self.budget.max_ram_bytes
+        given = {role: artifact for role, artifact in inputs.items() if artifact is not None}
+        return call(name, options, given, **self.shared, log=self.calls)
