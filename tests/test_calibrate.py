@@ -103,7 +103,26 @@ def test_a_tied_embedding_has_a_view_for_each_use(language: Lab, seen: dict[str,
     x = torch.cat(seen["lm_head.weight"]).flatten(0, -2)
     assert far(head.moment, x.T @ x / len(x)) < BFLOAT16
     counts = torch.bincount(torch.cat(seen[table]).flatten(), minlength=len(looked_up.rows)).float()
-    assert torch.equal(looked_up.rows, frequencies(counts))
+    likely = likelihoods(language, batches_of(language, tokens=32))
+    assert far(looked_up.rows, (counts + likely.sum(0)) / (2 * counts.sum())) < BFLOAT16
+    assert float(looked_up.rows.sum()) == pytest.approx(1)
+
+
+def test_outputs_of_the_head_count_by_the_squared_gradients_that_are_expected(language: Lab) -> None:
+    statistics = opened(language, sensitivity="gradient")
+    (table,) = (name for name in statistics.weights if "embed" in name)
+    head = statistics.uses(table)[1].rows
+    likely = likelihoods(language, batches_of(language, tokens=32))
+    expected = (likely * (1 - likely)).mean(0)
+    assert far(head / head.sum(), expected / expected.sum()) < BFLOAT16
+    assert head.sum() == pytest.approx(expected.sum(), rel=0.3)  # those of the tokens that did come
+
+
+def likelihoods(lab: Lab, batches: list[dict[str, Tensor]]) -> Tensor:
+    """Of every token, how likely it comes next, at each position of the batches: [positions, vocabulary]."""
+    network = get_task("language").load(lab.model.path)
+    with torch.no_grad():
+        return torch.cat([network(input_ids=batch["tokens"]).logits.softmax(-1).flatten(0, 1) for batch in batches])
 
 
 def test_rows_of_a_table_that_were_not_seen_share_what_those_seen_once_made_up() -> None:
@@ -137,7 +156,7 @@ def test_the_output_gradient_is_that_of_the_loss(language: Lab) -> None:
         for row in batch["tokens"]:
             network(input_ids=row[None], labels=row[None]).loss.backward()
     assert len(found) == 8
-    expected = torch.stack([grad.square().sum((0, 1)) for grad in found]).mean(0)
+    expected = 31 * torch.stack([grad.square().sum((0, 1)) for grad in found]).mean(0)  # for each of 31 positions
     assert far(statistics.uses(f"{name}.weight")[0].rows, expected) < 0.1
     assert far(opened(language, sensitivity="power").uses(f"{name}.weight")[0].rows, expected) > 0.5
 
@@ -185,7 +204,7 @@ def test_gradients_block_by_block_are_those_of_the_whole_network(language: Lab) 
     checked = 0
     for name, total in sums.items():
         if name in statistics.weights:
-            assert far(statistics.uses(name)[0].rows, total / 8) < BFLOAT16, name
+            assert far(statistics.uses(name)[0].rows, 31 * total / 8) < BFLOAT16, name
             checked += 1
     assert checked == 2 * 7
 
@@ -349,7 +368,8 @@ def test_samples_and_dataset_are_dealt_out_in_turn(language: Lab, monkeypatch: p
     )
     table = next(name for name in open_statistics(both, language.model).weights if "embed" in name)
     counts = torch.bincount(torch.cat([first, second]).flatten(), minlength=len(_rows(both, language, table)))
-    assert torch.allclose(_rows(both, language, table), frequencies(counts))
+    likely = likelihoods(language, [{"tokens": first}, {"tokens": second}]).sum(0)
+    assert far(_rows(both, language, table), (counts + likely) / (2 * counts.sum())) < BFLOAT16
     assert not torch.allclose(_rows(both, language, table), _rows(alone, language, table))
     assert len(contents(both, Calibration.file)["fingerprints"]) > len(
         contents(alone, Calibration.file)["fingerprints"]

@@ -35,6 +35,9 @@ from gulliver.runtime.streamed import filled, narrow_weights
 from gulliver.tasks import get_task, same_examples
 from gulliver.tasks.base import Batch, Block, Task, packed_names
 
+BROAD_TURNS = 2
+"""Batches of the broad set for each of the user's data."""
+
 LOOKED_UP = 0.02
 """What it costs to look a parameter up, as a share of multiplying by it, about."""
 
@@ -56,7 +59,7 @@ def run(cfg: CalibrateOptions, inputs: dict[str, Artifact], ctx: Context) -> Art
         task.batches(part, "train", cfg.batch_size, ctx.seed, 0, folder=model.path, options=options)
         for part in datasets
     ]
-    batches = [next(streams[index % len(streams)]) for index in range(-(-cfg.examples // cfg.batch_size))]
+    batches = [next(streams[_turn(index) % len(streams)]) for index in range(-(-cfg.examples // cfg.batch_size))]
     network, notes = task.load(model.path, empty=True), []
     some = batches[: -(-cfg.gradient_examples // cfg.batch_size)] if cfg.sensitivity == "gradient" else []
     blocks, chosen = _observe(network, task, model, batches, len(some), cfg, ctx, notes), None
@@ -86,6 +89,11 @@ def run(cfg: CalibrateOptions, inputs: dict[str, Artifact], ctx: Context) -> Art
         return writer.commit()
 
 
+def _turn(index: int) -> int:
+    """Which data batch number `index` is of: 0, the user's, after every two of the broad set, 1."""
+    return int(index % (BROAD_TURNS + 1) > 0)
+
+
 def _observe(
     network: nn.Module,
     task: Task,
@@ -104,7 +112,7 @@ def _observe(
         try:
             blocks = task.blocks(network, batches, whole=whole)
             with torch.no_grad():
-                _stream(network, model, blocks, batches, cfg, ctx, kept)
+                _stream(network, task, model, blocks, batches, cfg, ctx, kept)
             return blocks
         except (ConfigError, *FOREIGN) as error:
             if whole:
@@ -190,6 +198,7 @@ def _gradient(work: Path, number: int, index: int) -> Tensor:
 # ---- streaming ------------------------------------------------------------------------------------------------------
 def _stream(
     network: nn.Module,
+    task: Task,
     model: Artifact,
     blocks: list[Block],
     batches: list[Batch],
@@ -216,7 +225,8 @@ def _stream(
                     weights = {name: network.get_parameter(name) for name in names}
                     try:
                         with Moments(weights, cfg.moments == "full") as moments, _half(half):
-                            passed = _pass(block, batches, before, moments, ctx.work, last=number + 1 == len(blocks))
+                            last = number + 1 == len(blocks)
+                            passed = _pass(task, block, batches, before, moments, ctx.work, last=last)
                         break
                     except FOREIGN:  # some networks mix types that do not go together
                         if not half:
@@ -241,7 +251,9 @@ def _costs(network: nn.Module, blocks: list[Block]) -> list[float]:
     return [products[0] * LOOKED_UP, *map(float, products[1:])]
 
 
-def _pass(block: Block, batches: list[Batch], before: Path | None, moments: Moments, work: Path, last: bool) -> Path:
+def _pass(
+    task: Task, block: Block, batches: list[Batch], before: Path | None, moments: Moments, work: Path, last: bool
+) -> Path:
     """Run all batches through a block; returns a folder, not yet under its name, with the activations after it.
 
     What leaves the `last` one (logits, which are large) is not kept, nor ever whole: nothing reads it.
@@ -254,7 +266,7 @@ def _pass(block: Block, batches: list[Batch], before: Path | None, moments: Mome
             mask, step = batch.get("mask"), max(1, chunk_rows(moments.widest) // len(x))
             for start in range(0, x.shape[1], step):
                 moments.begin(None if mask is None else mask[:, start : start + step])
-                block.forward(x[:, start : start + step], index)
+                moments.expect(task.expected(block.forward(x[:, start : start + step], index)))
             continue
         moments.begin(batch.get("mask"))
         output = block.forward(x, index)

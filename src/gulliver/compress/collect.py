@@ -52,6 +52,8 @@ class Collector:
         self._power: dict[str, float] = {}
         self._inputs: dict[str, set[int]] = {}
         self._odd: set[str] = set()
+        self._likely: dict[str, Tensor] = {}  # probabilities of the network's own outputs, summed over positions
+        self._expected: dict[str, Tensor] = {}
         self._rows: dict[str, Tensor] = {}
         for path in sorted(work.glob("block-*.safetensors")):
             self._read(path)
@@ -71,6 +73,8 @@ class Collector:
                 self._inputs.setdefault(name, set()).update(tensor.tolist())
             elif kind == "odd":
                 self._odd.add(name)
+            elif kind in ("likely", "expected"):
+                (self._likely if kind == "likely" else self._expected)[name] = tensor
         kept = {key: tensor for key, tensor in stored.items() if key.startswith("moment:")}
         if kept:
             save(kept, self._folder / path.name)
@@ -106,7 +110,7 @@ class Collector:
         uses = []
         if name in self._counts:
             self._rows[f"moment:{name}"] = self._outputs(table_slot(name), [], columns)
-            self._rows[f"rows:{table_slot(name)}"] = frequencies(self._counts[name])
+            self._rows[f"rows:{table_slot(name)}"] = self._frequencies(self._counts[name])
             uses.append((ROWS, f"moment:{name}", f"rows:{table_slot(name)}"))
         if matrices == 1 and len(shape) == 3 and inputs:
             slots = [slot_of(name, 0)]
@@ -143,8 +147,28 @@ class Collector:
                 total = total + opened.get_tensor(key) / len(homes)
         return total
 
+    def _frequencies(self, counts: Tensor) -> Tensor:
+        """How often each row of a table is looked up, float32 [rows], sum 1.
+
+        Where the network says how likely each row comes next, every position of calibration counts as one more, cut
+        into these shares: that tells rows apart that were not seen.
+        """
+        likely = next((one for one in self._likely.values() if len(one) == len(counts)), None)
+        return frequencies(counts) if likely is None else (counts + likely) / (counts.sum() + likely.sum())
+
     def _outputs(self, slot: str, siblings: Sequence[str], width: int) -> Tensor:
-        """How much each of the slot's outputs matters, float32 [width]."""
+        """How much each of the slot's outputs matters, float32 [width].
+
+        Of the network's own outputs the squared gradients that are expected: those of the tokens that did come are a
+        sample of them, which says next to nothing of rare ones. Their sum is kept, since logits may be scaled.
+        """
+        found, expected = self._observed(slot, siblings, width), self._expected.get(slot)
+        if expected is None or len(expected) != width or not float(expected.sum()) > 0:
+            return found
+        return expected * (found.sum() / expected.sum())
+
+    def _observed(self, slot: str, siblings: Sequence[str], width: int) -> Tensor:
+        """The squared output gradients that were seen, or the power of the outputs; float32 [width]."""
         if self._chosen is None:
             known = [self._power[one] for one in siblings if one in self._power]
             mean = sum(known) / len(known) if known else 0.0

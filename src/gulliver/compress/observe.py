@@ -45,6 +45,7 @@ class Moments:
         self.tables: dict[str, Tensor] = {}
         self.power: dict[str, tuple[float, int]] = {}
         self.inputs: dict[str, set[int | None]] = {}
+        self.likely: dict[str, tuple[Tensor, Tensor]] = {}
         self.mask: Tensor | None = None
         self._weights = weights
         self._half = False
@@ -68,11 +69,21 @@ class Moments:
         self._seen = []
         self.mask = None if mask is None else mask.bool()
 
+    def expect(self, outputs: tuple[Tensor, Tensor] | None) -> None:
+        """Add what a chunk of the network's outputs says of its last weight (see `Task.expected`), where it has one."""
+        if outputs is None or self.mask is not None:
+            return
+        for name in self.inputs:
+            if len(self._weights[name]) == len(outputs[0]) and self._weights[name].dim() == 2:
+                before = self.likely.get(name, (0, 0))
+                self.likely[name] = (before[0] + outputs[0], before[1] + outputs[1])
+
     def stored(self) -> dict[str, Tensor]:
         """What one block's file holds, given away: means "moment:KEY" [columns, columns] or [columns], empty marks
 
         "leader:KEY:SLOT" of who shares which, "count:NAME" [rows of the table], scalars "power:SLOT" [1],
-        "inputs:NAME" (dimensions, -1 for all but the first) and "odd:NAME" (see `Watch`).
+        "inputs:NAME" (dimensions, -1 for all but the first), "odd:NAME" (see `Watch`), and of the weight whose outputs
+        are the network's own "likely:NAME" and "expected:NAME" [rows] (see `expect`).
         """
         tensors = {}
         for key in list(self.sums):
@@ -82,6 +93,8 @@ class Moments:
         tensors |= {f"count:{name}": counts for name, counts in self.tables.items()}
         dims = {name: sorted(-1 if dim is None else dim for dim in found) for name, found in self.inputs.items()}
         tensors |= {f"inputs:{name}": torch.tensor(found) for name, found in dims.items()}
+        for name, (likely, expected) in self.likely.items():
+            tensors |= {f"likely:{name}": likely, f"expected:{name}": expected}
         tensors |= {f"odd:{name}": torch.zeros(1) for name in self._watch.odd}
         return tensors | {f"power:{slot}": torch.tensor([total / count]) for slot, (total, count) in self.power.items()}
 

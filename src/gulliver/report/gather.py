@@ -25,6 +25,9 @@ from gulliver.runtime.formats import Format
 
 INFEASIBLE, REFUSED, PASS, NOT_JUDGED = "INFEASIBLE", "REFUSED", "PASS", "NOT JUDGED"
 
+BROAD_SET = "the broad set"
+"""What data are called that a model wrote itself."""
+
 
 @dataclass(frozen=True)
 class OtherGates:
@@ -223,6 +226,8 @@ def _data_names(store: Store, evidence: Sequence[Evidence]) -> dict[str, str]:
         source = found.config.get("eval_data") or found.config.get("data") or found.config.get("source")
         if own and isinstance(source, str):
             names |= dict.fromkeys(own, _called(source))
+        elif own and (found.manifest.get("step") or {}).get("name") == "sample":
+            names |= dict.fromkeys(own, BROAD_SET)
     return names
 
 

@@ -278,6 +278,14 @@ class Task(DataContract):
         """The `quality_loss` of a model whose outputs diverge by `increase` nats; None where only measuring tells."""
         return None
 
+    def expected(self, output: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Of what leaves the last block [..., outputs], where it tells how likely each output is: the probabilities p,
+
+        and the squared gradients p (1 - p) that the loss is expected to have there, summed over positions: float32
+        [outputs] each. None elsewhere.
+        """
+        return None
+
     @final
     def backward(self, model: nn.Module, last: Block, x: Tensor, index: int, batch: Batch) -> Tensor:
         """The gradient at `x` [batch, …], what enters the last block, of the sum of the batch's losses (no parent).

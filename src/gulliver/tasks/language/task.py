@@ -67,6 +67,12 @@ class LanguageTask(TextTask):
         """The tokens that are predicted: all but the first."""
         return max(1, batch["tokens"].shape[1] - 1)
 
+    def expected(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Of logits [..., vocabulary]: those of the next token."""
+        likely = output.float().softmax(-1).flatten(0, -2)
+        total = likely.sum(0)
+        return total, total - likely.square().sum(0)
+
     def likely_drop(self, increase: float) -> float:
         """The ratio of perplexities, less one."""
         return math.expm1(increase)
