@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 import pytest
 from compress_samples import Lab
-from fit_samples import SIZE, at_home, fit, small_efforts
+from fit_samples import at_home, fit, small_efforts
 
 from gulliver.core.errors import BudgetError
 from gulliver.core.records import FitResult
 from gulliver.pipeline import smallest
 
 __all__ = ["at_home", "small_efforts"]
-DIGITS = 60_000
+DIGITS, SMALL = 60_000, 36_000
 
 
 def test_a_dry_run_forecasts_and_makes_no_model(language: Lab) -> None:
@@ -33,8 +33,8 @@ def test_a_dry_run_forecasts_and_makes_no_model(language: Lab) -> None:
 
 
 def test_what_a_dry_run_predicts_is_near_what_is_measured(language: Lab) -> None:
-    predicted = smallest.drop_at(FitResult.of(fit(language, dry_run=True)).frontier, SIZE)
-    made = fit(language)
+    predicted = smallest.drop_at(FitResult.of(fit(language, SMALL, dry_run=True)).frontier, SMALL)
+    made = fit(language, SMALL)
     metrics = {item.metric: item.value for item in language.store.evidence(made.id)}
     assert predicted / 3 < metrics["quality_loss"] < 3 * predicted
 
@@ -57,4 +57,4 @@ def test_a_dry_run_needs_no_size_and_no_folder(language: Lab, at_home: Callable[
 
 def test_a_dry_run_refuses_an_infeasible_size(language: Lab) -> None:
     with pytest.raises(BudgetError, match="nearest feasible"):
-        fit(language, 1000, dry_run=True)
+        fit(language, "1kB", dry_run=True)

@@ -226,7 +226,7 @@ def test_faulty_texts_are_dropped_and_more_are_drawn(
     made = write(store, folder, quiet)
     assert [row["text"] for row in rows(made)] == [f"text {number}" for number in range(0, 14, 2)]
     written = Sources.of(made).writing
-    assert written is not None and (written.drawn, written.dropped) == (16, {"repetitive": 8})
+    assert written is not None and (written.drawn, written.dropped) == (14, {"repetitive": 7})
 
     monkeypatch.setattr(writing.Author, "write", lambda self, numbers: [Written({"text": ""}, "short")] * len(numbers))
     with pytest.raises(DataError, match=r"0 are fit to calibrate on \(24 short\)"):
@@ -267,7 +267,7 @@ def test_the_default_is_what_calibration_was_tried_with() -> None:
         "count": 96,
         "held_out": 16,
         "family": {},
-        "batch_size": 32,
+        "batch_size": 64,
         "max_ram_bytes": None,
     }
     assert TASK.chosen().tokens == 512

@@ -70,7 +70,7 @@ class Moments:
         self.mask = None if mask is None else mask.bool()
 
     def expect(self, outputs: tuple[Tensor, Tensor] | None) -> None:
-        """Add what a chunk of the network's outputs says of its last weight (see `Task.expected`), where it has one."""
+        """Add what a chunk of the network's outputs says of its last weight, [rows] each (see `Task.expected`)."""
         if outputs is None or self.mask is not None:
             return
         for name in self.inputs:

@@ -85,6 +85,13 @@ def fit(
     work = Fit(parent, dataset, None, budget, effort, shared, for_)
     if dry_run:
         return forecast(work, domain_only, began)
+    fitted = _fitted(work, domain_only, began)
+    return fitted if out is None else copy_artifact(fitted, out)
+
+
+def _fitted(work: Fit, domain_only: bool, began: float) -> Artifact:
+    """The fitted model, with its report. BudgetError with the nearest point that is feasible."""
+    parent = work.parent
     if not domain_only:
         work.samples = _broad_set(work)
     if not work.data:
@@ -95,10 +102,10 @@ def fit(
         fitted = _loop(work)
     except BudgetError as failure:
         raise infeasible(work, failure, began) from None
-    answers = answer_pairs(parent, fitted, work.data["dataset"], budget.max_ram_bytes, progress)
+    answers = answer_pairs(parent, fitted, work.data["dataset"], work.budget.max_ram_bytes, work.shared["progress"])
     found = record(work, fitted, began, answers=answers)
     write_annotation(fitted, REPORT, page(gather(fitted, work.store, fit=found)))
-    return fitted if out is None else copy_artifact(fitted, out)
+    return fitted
 
 
 def _asked(

@@ -15,7 +15,7 @@ from gulliver.core.records import Plan, Point, StatisticsTable
 from gulliver.core.store.artifact import Artifact, write_annotation
 from gulliver.core.store.manifest import REPORT
 from gulliver.pipeline.fitting import Fit
-from gulliver.pipeline.outcome import record
+from gulliver.pipeline.outcome import infeasible, record
 from gulliver.pipeline.smallest import FIRST_SHARE
 from gulliver.report.gather import gather
 from gulliver.report.html import page
@@ -51,7 +51,10 @@ def forecast(work: Fit, domain_only: bool, began: float) -> Artifact:
     if work.dataset is None:
         work.samples = work.step("sample", FEW["sample"], model=work.parent)
     calibration = work.step("calibrate", FEW["calibrate"], model=work.parent, **work.data)
-    plan = _plan(work, calibration)
+    try:
+        plan = _plan(work, calibration)
+    except BudgetError as failure:
+        raise infeasible(work, failure, began) from None
     task = get_task(work.parent.task)
     drops = [(point.size_bytes, task.likely_drop(point.loss_increase)) for point in plan.frontier]
     work.frontier = tuple(Point(size_bytes=size, predicted_drop=drop) for size, drop in drops)

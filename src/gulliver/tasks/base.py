@@ -271,7 +271,7 @@ class Task(DataContract):
     def _loss(self, model: nn.Module, batch: Batch, parent: nn.Module | None) -> Tensor: ...
 
     def positions(self, batch: Batch) -> int:
-        """How many positions of a batch the loss of an example is the mean over."""
+        """How many positions of a batch [examples, …] the loss of an example is the mean over."""
         return 1
 
     def likely_drop(self, increase: float) -> float | None:

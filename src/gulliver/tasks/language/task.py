@@ -64,11 +64,11 @@ class LanguageTask(TextTask):
         return _next_token_losses(network.logits_of(model, tokens)[:, :-1], tokens[:, 1:]).mean(1)
 
     def positions(self, batch: Batch) -> int:
-        """The tokens that are predicted: all but the first."""
+        """The tokens [batch, tokens] that are predicted: all but the first of each text."""
         return max(1, batch["tokens"].shape[1] - 1)
 
     def expected(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Of logits [..., vocabulary]: those of the next token."""
+        """Of logits [..., vocabulary]: those of the next token, float32 [vocabulary] each."""
         likely = output.float().softmax(-1).flatten(0, -2)
         total = likely.sum(0)
         return total, total - likely.square().sum(0)
