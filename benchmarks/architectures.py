@@ -104,17 +104,32 @@ QWEN4_EXP = {
     "indexer_compress_ratio": 4,
     "eos_token_id": 1,
 }
+DOTS3_NOTE = {
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "index_n_heads"), 4),
+    **dict.fromkeys(("swa_num_attention_heads", "swa_num_key_value_heads"), 2),
+    **dict.fromkeys(("kv_lora_rank", "swa_kv_lora_rank", "swa_q_lora_rank"), 32),
+    **{"head_dim": 24, "qk_nope_head_dim": 16, "swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16},
+    **{"index_topk": 16, "index_head_dim": 16, "shared_experts_intermediate_size": 64},
+}
+GEMMA3N = {
+    **{"intermediate_size": [128, 128], "activation_sparsity_pattern": [0.95, 0.0]},
+    **{"hidden_size_per_layer_input": 16, "laurel_rank": 16},
+}
 OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"moe_top_k": 2}},
-    "gemma4_assistant": {
-        "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 2},
-        "backbone_hidden_size": 64,
-    },
-    "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 2}, "backbone_hidden_size": 64},
+    "dots3_note": {"text_config": DOTS3_NOTE},
+    "dots3_note_text": DOTS3_NOTE,
+    "gemma3n": {"text_config": GEMMA3N},
+    "gemma3n_text": GEMMA3N,
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "qwen4_exp": {"text_config": QWEN4_EXP},
     "qwen4_exp_text": QWEN4_EXP,
-    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
+    "zamba": {
+        "num_hidden_layers": 3,
+        **dict.fromkeys(("layer_types", "layers_block_type"), ["linear_attention", "hybrid", "hybrid"]),
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 """Model types whose config needs more: fields that are empty by default, or that hang together."""
