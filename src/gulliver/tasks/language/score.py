@@ -84,7 +84,8 @@ def score_causal(
                 found.append(_window(ours, theirs, number))
                 advance(LAYERS + (1 - LAYERS) * (number + 1) / count)
             marks = sheet.marks(ours, count), None if theirs is None else sheet.marks(theirs, count)
-    detail = {"windows": count, "context": context, "precision": "bfloat16 autocast"}
+    precision = "bfloat16 autocast" + (", float32 where the network mixes types" if ours.mixes_types else "")
+    detail = {"windows": count, "context": context, "precision": precision}
     common: dict[str, Any] = {"n": count, "data_hash": dataset.files[EXAMPLES].sha256, "detail": detail}
     evidence = [measured("perplexity", *_exp(window.nll for window in found), **common)]
     evidence += _against_unigrams(found, rows, token_stream(dataset, "train", folder), model, common)
