@@ -94,9 +94,19 @@ OWN: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"moe_top_k": 2}},
     "dots3_note": {"text_config": DOTS3_NOTE},
     "dots3_note_text": DOTS3_NOTE,
+    "fuyu": {"patch_size": 4},
+    "git": {"vision_config": {"num_hidden_layers": 1, "image_size": 32, "intermediate_size": 64}},
     "gemma3n": {"text_config": GEMMA3N},
     "gemma3n_text": GEMMA3N,
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "minimax": {"block_size": 32},
+    "phi4_multimodal": {
+        "audio_config": {
+            **dict.fromkeys(("ext_pw_out_channel", "depthwise_separable_out_channel", "nemo_conv_channels"), 16),
+            **{"num_blocks": 1, "hidden_size": 32, "intermediate_size": 32},
+        },
+        "vision_config": {"num_hidden_layers": 1, "intermediate_size": 64, "image_size": 56, "crop_size": 56},
+    },
     "qwen4_exp": {"text_config": QWEN4_EXP},
     "qwen4_exp_text": QWEN4_EXP,
     "zamba": {
