@@ -61,6 +61,18 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 64),
 }
 """Config fields and what they are shrunk to, where a config class has them."""
+WIDER = {
+    **{name: 96 for name, size in SIZES.items() if name in ("hidden_size", "n_embd", "d_model", "dim")},
+    **{name: 3 for name in SIZES if name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers")},
+}
+"""Another size: columns that are no power of two, an odd number of layers."""
+BIASES = ("attention_bias", "qkv_bias", "use_qkv_bias", "mlp_bias", "use_bias", "bias", "conv_bias", "lm_head_bias")
+"""Config fields that say whether linears have biases, all of which the wider recipe has; its head is not tied."""
+WIDER_TYPES = (
+    *("llama", "qwen2", "qwen3", "gemma3_text", "mistral", "phi3", "gpt2", "mixtral", "mamba2", "lfm2", "olmo2"),
+    *("granite",),
+)
+"""Model types that are tried with the wider recipe too."""
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 QWEN4_EXP = {
     "layer_types": ["linear_attention", "indexed_attention"],
@@ -135,14 +147,14 @@ def settable(config: Any, name: str) -> bool:
         return False
 
 
-def small(kind: str) -> Any:
+def small(kind: str, wider: bool = False) -> Any:
     """A config of the model type at toy size."""
     if kind in DRAFTS:
         text = small(DRAFTS[kind]).to_dict() | {"num_kv_shared_layers": SIZES["num_hidden_layers"]}
         text |= {name: 0 for name in ("hidden_size_per_layer_input", "vocab_size_per_layer_input") if name in text}
         return transformers.AutoConfig.for_model(kind, text_config=text, backbone_hidden_size=SIZES["hidden_size"])
     known = transformers.AutoConfig.for_model(kind)
-    return transformers.AutoConfig.for_model(kind, **joined(shrunk(known), OWN.get(kind, {})))
+    return transformers.AutoConfig.for_model(kind, **joined(shrunk(known, wider), OWN.get(kind, {})))
 
 
 def joined(chosen: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -151,15 +163,19 @@ def joined(chosen: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return {**chosen, **own, **inner}
 
 
-def shrunk(config: Any) -> dict[str, Any]:
+def shrunk(config: Any, wider: bool = False) -> dict[str, Any]:
     """Every known size that a config's class has, lists of layers cut; so for each config inside it."""
-    chosen: dict[str, Any] = {name: size for name, size in SIZES.items() if settable(config, name)}
+    sizes = SIZES | (WIDER if wider else {})
+    chosen: dict[str, Any] = {name: size for name, size in sizes.items() if settable(config, name)}
+    if wider:
+        chosen |= {name: True for name in BIASES if isinstance(vars(config).get(name), bool)}
+        chosen |= {"tie_word_embeddings": False}
     for name in ("layer_types", "layers_block_type", "block_types", "mlp_layer_types"):
         own = getattr(type(config), config.attribute_map.get(name, name), None)
         types = None if isinstance(own, property) else getattr(config, name, None)
         if isinstance(types, (list, tuple)) and types:
             kinds = list(dict.fromkeys(types))
-            chosen[name] = [kinds[0], kinds[-1]]
+            chosen[name] = [kinds[0], *[kinds[len(kinds) // 2]] * wider, kinds[-1]]
     for name in (
         "num_key_value_heads",
         "n_shared_experts",
@@ -183,9 +199,9 @@ def shrunk(config: Any) -> dict[str, Any]:
         chosen |= {name: 0 for name in ("bos_token_id", "pad_token_id") if hasattr(config, name)}
         chosen |= {"eos_token_id": 1} | ({"is_decoder": True} if hasattr(config, "is_decoder") else {})
     if "expand" in vars(config) and "head_dim" in chosen:  # heads of a state space
-        chosen["head_dim"] = SIZES["hidden_size"] * config.expand // SIZES["num_heads"]
+        chosen["head_dim"] = sizes["hidden_size"] * config.expand // sizes["num_heads"]
     if getattr(config, "layer_types", ()) is None:
-        chosen["layer_types"] = ["full_attention"] * SIZES["num_hidden_layers"]
+        chosen["layer_types"] = ["full_attention"] * sizes["num_hidden_layers"]
     if getattr(config, "attention_types", None):
         chosen["attention_types"] = [[["global", "local"], 1]]
     if vars(config).get("head_dim", 0) is None and "head_dim" not in chosen and "qk_rope_head_dim" not in chosen:
@@ -193,14 +209,14 @@ def shrunk(config: Any) -> dict[str, Any]:
     for name in type(config).sub_configs:
         inner = getattr(config, name, None)
         if isinstance(inner, transformers.PreTrainedConfig):
-            chosen[name] = {"model_type": inner.model_type, **shrunk(inner)}
+            chosen[name] = {"model_type": inner.model_type, **shrunk(inner, wider)}
     return chosen
 
 
-def build(kind: str, folder: Path) -> None:
+def build(kind: str, folder: Path, wider: bool = False) -> None:
     """A random model of the type, with a byte tokenizer."""
     torch.manual_seed(0)
-    config, architecture = small(kind), auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+    config, architecture = small(kind, wider), auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
     within, prefixes = STORED_WITHIN.get(kind, ("text_config" if kind in DRAFTS else "", {}))
     if kind in PARTS:
         model = getattr(transformers, architecture)(getattr(config, PARTS[kind])).eval()

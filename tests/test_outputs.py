@@ -41,7 +41,7 @@ def test_a_network_that_mixes_types_runs_in_float32_where_it_must(whole: bool, t
     network: Any = load_network(folder, empty=not whole)
     network.model.layers[1].mlp.forward = sums_of_experts(network.model.layers[1].mlp)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs = Outputs(network, BATCHES)
+        outputs = Outputs(network, list(BATCHES))
         assert len(outputs.blocks) > 2
         if whole:
             outputs.blocks = []
@@ -56,6 +56,6 @@ def test_a_network_that_mixes_types_runs_in_float32_where_it_must(whole: bool, t
 def test_a_network_that_mixes_nothing_runs_in_bfloat16(tmp_path: Path) -> None:
     network = load_network(write_causal(tmp_path / "model"), empty=True)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs = Outputs(network, BATCHES)
+        outputs = Outputs(network, list(BATCHES))
         log_probabilities(outputs)
     assert not outputs.mixes_types

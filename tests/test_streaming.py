@@ -9,6 +9,7 @@ import torch
 import transformers
 from language_samples import SMALL, VOCABULARY
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from gulliver.core.errors import ConfigError
 from gulliver.tasks.text.streaming import Stream
@@ -74,10 +75,10 @@ class Network(nn.Module):
         x, second = self.embedding(input_ids), None
         for layer in self.layers:
             x, second = layer(x, second) if self.handed else layer(x)
-        return transformers.modeling_outputs.BaseModelOutput(last_hidden_state=x)
+        return BaseModelOutput(last_hidden_state=x)
 
 
 def test_a_pair_of_which_the_next_layer_gets_both_is_no_chain() -> None:
     assert len(Stream(Network(handed=False), BATCHES).blocks()) == 4
-    with pytest.raises(ConfigError, match="cannot be streamed.*computed from weights, beside their input"):
+    with pytest.raises(ConfigError, match=r"cannot be streamed.*computed from weights, beside their input"):
         Stream(Network(handed=True), BATCHES)
