@@ -146,7 +146,8 @@ def _window(ours: Outputs, theirs: Outputs | None, number: int) -> Window:
         assert parent_start == start and reference.shape == mine.shape, "model and parent have different vocabularies"
         parent_nll -= reference.gather(1, target).sum().item()
         same += (mine.argmax(1) == reference.argmax(1)).sum().item()
-        kl += torch.linalg.vecdot(reference.exp(), reference - mine).sum().item()
+        with torch.autocast("cpu", enabled=False):  # which would round the factors and the sum to bfloat16
+            kl += torch.linalg.vecdot(reference.exp(), reference - mine).sum().item()
     scored = len(targets)
     if theirs is None:
         return Window(nll / scored)
