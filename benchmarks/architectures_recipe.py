@@ -35,7 +35,17 @@ SIZES: dict[str, int] = {
         64,
     ),
     **dict.fromkeys(
-        ("intermediate_size", "ffn_dim", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size"), 128
+        (
+            "intermediate_size",
+            "ffn_dim",
+            "n_inner",
+            "decoder_ffn_dim",
+            "encoder_ffn_dim",
+            "ffn_hidden_size",
+            "dim_ff",
+            "dff",
+        ),
+        128,
     ),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "moe_ffn_hidden_size"), 64),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2),
@@ -43,7 +53,15 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("encoder_attention_heads", "linear_num_value_heads", "linear_num_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "linear_num_key_heads", "num_kv_heads"), 2),
     **dict.fromkeys(
-        ("head_dim", "attention_head_dim", "linear_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 16
+        (
+            "head_dim",
+            "attention_head_dim",
+            "dim_head",
+            "linear_head_dim",
+            "linear_key_head_dim",
+            "linear_value_head_dim",
+        ),
+        16,
     ),
     **dict.fromkeys(("global_head_dim", "linear_head_dim", "v_head_dim", "qk_nope_head_dim"), 16),
     **dict.fromkeys(("qk_rope_head_dim", "index_head_dim"), 8),

@@ -64,6 +64,8 @@ def test_a_product_is_seen_however_it_is_written(shape: tuple[int, int], run: An
         ((3, 48, 32), lambda w: [torch.nn.functional.linear(STACKED[k], w[k]) for k in range(3)], 2),
         ((3, 32, 48), lambda w: torch.bmm(STACKED, w), 1),
         ((3, 32, 48), lambda w: torch.einsum("eti,eio->eto", STACKED, w), 1),
+        ((3, 32, 48), lambda w: STACKED[:, None] @ w[:, None], 1),
+        ((3, 48, 32), lambda w: w[:, None] @ STACKED[:, None].transpose(-1, -2), 2),
     ],
 )
 def test_each_matrix_of_a_stack_has_a_moment(shape: tuple[int, ...], run: Any, inputs: int) -> None:

@@ -124,12 +124,21 @@ def _linear(find: Find, input: Tensor, weight: Tensor, bias: Any = None) -> Call
 
 
 def _matmul(find: Find, left: Tensor, right: Tensor, **options: Any) -> Call | None:
+    if find(right) and _for_each_example(right, left):
+        return Call(right[:, 0], left, 1)
+    if find(left) and _for_each_example(left, right):
+        return Call(left[:, 0], right.transpose(-1, -2), 2, channel=-2)
     if find(right) and right.dim() in (2, 3):
         return Call(right, left, right.dim() - 2)
     if find(left) and left.dim() in (2, 3):
         columns = right.transpose(-1, -2) if right.dim() > 1 else right[None]
         return Call(left, columns, left.dim() - 1, channel=-2 if right.dim() > 1 else -1)
     return None
+
+
+def _for_each_example(stack: Tensor, x: Tensor) -> bool:
+    """Whether a stack of matrices [matrices, 1, …, …] is repeated for `x` [matrices, examples, …, …]."""
+    return stack.dim() == x.dim() == 4 and stack.shape[1] == 1 and stack.shape[0] == x.shape[0]
 
 
 def _reversed(find: Find, right: Tensor, left: Tensor) -> Call | None:
