@@ -121,6 +121,7 @@ GEMMA3N = {
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "cpmant": {"init_std": 0.02},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"moe_top_k": 2}},
     "dots3_note": {"text_config": DOTS3_NOTE},
     "dots3_note_text": DOTS3_NOTE,
