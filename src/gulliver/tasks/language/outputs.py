@@ -11,7 +11,7 @@ choose) has those of its blocks in float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from gulliver.core.store.files import temporary_name
 from gulliver.nets.linear_kl import chunk_rows
 from gulliver.nets.weights import unfilled
 from gulliver.runtime.network import load_network
-from gulliver.runtime.streamed import filled, narrow_weights
+from gulliver.runtime.streamed import filled, narrow_weights, products_in
 from gulliver.tasks.base import Block
 from gulliver.tasks.language.network import logits_of, vocabulary_of
 from gulliver.tasks.text.streaming import Stream
@@ -132,8 +132,3 @@ class Outputs:
             return self.entering[number]
         with safe_open(self.kept, framework="pt") as opened:
             return opened.get_tensor(str(number))
-
-
-def products_in(half: bool) -> AbstractContextManager[Any]:
-    """Products in bfloat16 where `half`, else in their factors' type. A new one each time: it keeps cast weights."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=half)
