@@ -62,11 +62,12 @@ class Layer(nn.Module):
 
 
 class Network(nn.Module):
-    """`handed`: layers also get what the layer before them returned as its second."""
+    """`handed`: layers also get what the layer before them returned as its second. `added`: the end gets the last."""
 
-    def __init__(self, handed: bool) -> None:
+    def __init__(self, handed: bool = False, added: bool = False) -> None:
         super().__init__()
-        self.embedding, self.layers, self.handed = nn.Embedding(32, 8), nn.ModuleList([Layer(), Layer()]), handed
+        self.embedding, self.layers = nn.Embedding(32, 8), nn.ModuleList([Layer(), Layer()])
+        self.handed, self.added = handed, added
 
     def get_output_embeddings(self) -> None:
         return None
@@ -75,10 +76,12 @@ class Network(nn.Module):
         x, second = self.embedding(input_ids), None
         for layer in self.layers:
             x, second = layer(x, second) if self.handed else layer(x)
-        return BaseModelOutput(last_hidden_state=x)
+        return BaseModelOutput(last_hidden_state=x + second if self.added and second is not None else x)
 
 
-def test_a_pair_of_which_the_next_layer_gets_both_is_no_chain() -> None:
-    assert len(Stream(Network(handed=False), BATCHES).blocks()) == 4
+def test_a_pair_of_which_more_than_the_first_is_read_is_no_chain() -> None:
+    assert len(Stream(Network(), BATCHES).blocks()) == 4
     with pytest.raises(ConfigError, match=r"cannot be streamed.*computed from weights, beside their input"):
         Stream(Network(handed=True), BATCHES)
+    with pytest.raises(ConfigError, match="cannot be streamed"):
+        Stream(Network(added=True), BATCHES)

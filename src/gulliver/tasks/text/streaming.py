@@ -29,6 +29,10 @@ RETURNED = (None, 0, 1)
 """What layers may return: what the next one gets, alone, or as a tuple with so many others that no layer gets."""
 
 
+class _Unused:
+    """What a recorder returns beside what the next layer gets: whatever computes with it fails."""
+
+
 class _Enough(Exception):
     """Raised by a recorder when nothing more of the run is needed."""
 
@@ -185,7 +189,7 @@ class Stream:
     def _like_layer(self, x: Tensor) -> Any:
         if self.returned is None:
             return x
-        return (x, *(torch.full((), torch.nan) for _ in range(self.returned)))
+        return (x, *(_Unused() for _ in range(self.returned)))
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """What the network is called with."""
@@ -224,6 +228,8 @@ def _checked(calls: list[LayerCall]) -> list[Any]:
         if isinstance(value, tuple):
             left += reversed(value)
             continue
+        if isinstance(value, _Unused):
+            raise ConfigError("layers get what was computed from weights, beside their input")
         if isinstance(value, Tensor):
             if value.is_floating_point() and bool(value.isnan().any()):
                 raise ConfigError("layers get what was computed from weights, beside their input")
