@@ -47,5 +47,6 @@ def test_the_page_shows_the_results(sweep: Any, tmp_path: Path) -> None:
 
     page = tmp_path / "models.md"
     page.write_text(sweep.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-    sweep.draw(json.loads(sweep.RESULTS.read_text(encoding="utf-8"))["architectures"], page)
+    results = json.loads(sweep.RESULTS.read_text(encoding="utf-8"))
+    sweep.draw(results["architectures"], results["wider"], page)
     assert page.read_text(encoding="utf-8") == sweep.PAGE.read_text(encoding="utf-8")

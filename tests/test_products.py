@@ -14,6 +14,7 @@ from language_samples import SMALL, write_causal, write_dataset
 from toy_language import sentences
 
 from gulliver.cli.session import Session, described
+from gulliver.compress.collect import shares
 from gulliver.compress.observe import Moments, output_gradients
 from gulliver.compress.products import Product, Watch
 from gulliver.compress.statistics import open_statistics
@@ -64,6 +65,8 @@ def test_a_product_is_seen_however_it_is_written(shape: tuple[int, int], run: An
         ((3, 48, 32), lambda w: [torch.nn.functional.linear(STACKED[k], w[k]) for k in range(3)], 2),
         ((3, 32, 48), lambda w: torch.bmm(STACKED, w), 1),
         ((3, 32, 48), lambda w: torch.einsum("eti,eio->eto", STACKED, w), 1),
+        ((3, 32, 48), lambda w: STACKED[:, None] @ w[:, None], 1),
+        ((3, 48, 32), lambda w: w[:, None] @ STACKED[:, None].transpose(-1, -2), 2),
     ],
 )
 def test_each_matrix_of_a_stack_has_a_moment(shape: tuple[int, ...], run: Any, inputs: int) -> None:
@@ -90,11 +93,35 @@ def test_what_is_cut_across_its_inputs_is_named() -> None:
     assert set(watch.odd) == {"w"} and not seen
 
 
+def test_rows_that_are_weighed_and_summed_count_as_much_as_what_they_are_weighed_with() -> None:
+    """Matrices below each other in one parameter, each multiplied along its rows: a stack of experts stored flat."""
+    weight, part = torch.nn.Parameter(torch.randn(3 * 32, 48)), torch.randn(5, 48)
+
+    def run(whole: torch.Tensor) -> torch.Tensor:
+        stack = whole.view(3, 32, 48)
+        return X @ stack[0] + (stack[2].T @ X.T).T + X[:1] @ stack[2]
+
+    found, stored = moments(weight, run)
+    assert found.inputs == {"w": {1}} and not found._watch.odd and not found.sums
+    squares = [X.square().sum(0), torch.zeros(32), X.square().sum(0) + X[0].square()]
+    torch.testing.assert_close(stored["energy:w"], torch.cat(squares) / 11)
+    counted = shares(stored["energy:w"])
+    torch.testing.assert_close(counted[32:64], counted[[*range(32), *range(64, 96)]].mean().expand(32))
+    with output_gradients(torch.nn.ParameterDict({"w": weight}), {"w": weight}) as sums:
+        (run(weight) * part).sum().backward()
+    torch.testing.assert_close(sums["w@table"], 2 * part.square().sum(0) + part.sum(0).square())
+
+
 # ---- whole models ---------------------------------------------------------------------------------------------------
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": 257},
     "mixtral": SMALL | {"num_local_experts": 4, "hidden_size": 64, "num_experts_per_tok": 1},
     "gpt_oss": SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "hidden_size": 64},
+    "dbrx": {
+        **{"vocab_size": 257, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
+        **{"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+        **{"ffn_config": {"hidden_size": 64, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}},
+    },
     "mamba": {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
 }
 

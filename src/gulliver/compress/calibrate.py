@@ -11,7 +11,6 @@ whole.
 from __future__ import annotations
 
 import shutil
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from gulliver.core.store.files import temporary_name
 from gulliver.nets.linear_kl import chunk_rows
 from gulliver.runtime.packing import is_compressed
 from gulliver.runtime.shards import save
-from gulliver.runtime.streamed import filled, narrow_weights
+from gulliver.runtime.streamed import filled, narrow_weights, products_in
 from gulliver.tasks import get_task, same_examples
 from gulliver.tasks.base import Batch, Block, Task, packed_names
 
@@ -142,7 +141,7 @@ def _sensitivity(
                     with filled(network, model.path, block.prefixes, narrow if half else ()):
                         weights = {name: network.get_parameter(name) for name in names}
                         try:
-                            with output_gradients(network, weights) as sums, _half(half):
+                            with output_gradients(network, weights) as sums, products_in(half):
                                 _backward(network, task, blocks, number, batches, ctx.work)
                             break
                         except FOREIGN:  # some networks mix types that do not go together
@@ -224,7 +223,7 @@ def _stream(
                 with filled(network, model.path, block.prefixes, narrow if half else ()):
                     weights = {name: network.get_parameter(name) for name in names}
                     try:
-                        with Moments(weights, cfg.moments == "full") as moments, _half(half):
+                        with Moments(weights, cfg.moments == "full") as moments, products_in(half):
                             last = number + 1 == len(blocks)
                             passed = _pass(task, block, batches, before, moments, ctx.work, last=last)
                         break
@@ -237,11 +236,6 @@ def _stream(
             for index in range(kept, len(batches) if number else 0):
                 (_after(ctx.work, number - 1) / f"{index}.safetensors").unlink(missing_ok=True)
             bar.advance(note=block.name)
-
-
-def _half(wanted: bool) -> AbstractContextManager[Any]:
-    """Products in bfloat16 where it is wanted. A new one for each block: it keeps cast weights."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=wanted)
 
 
 def _costs(network: nn.Module, blocks: list[Block]) -> list[float]:

@@ -49,6 +49,7 @@ class Collector:
         self._network, self._chosen, self._folder = network, chosen, folder
         self._home: dict[str, tuple[str, str]] = {}  # slot -> (file, key) of its moment
         self._counts: dict[str, Tensor] = {}
+        self._energies: dict[str, Tensor] = {}
         self._power: dict[str, float] = {}
         self._inputs: dict[str, set[int]] = {}
         self._odd: set[str] = set()
@@ -67,6 +68,8 @@ class Collector:
                 self._home[name] = (path.name, f"moment:{leader}")
             elif kind == "count":
                 self._counts[name] = self._counts.get(name, torch.zeros(())) + tensor
+            elif kind == "energy":
+                self._energies[name] = tensor
             elif kind == "power":
                 self._power[name] = self._power.get(name, 0.0) + float(tensor)
             elif kind == "inputs":
@@ -108,9 +111,11 @@ class Collector:
         matrices = shape[0] if len(shape) == 3 and inputs else 1
         slots = [slot_of(name, number) for number in range(matrices)] if matrices > 1 else [name]
         uses = []
-        if name in self._counts:
+        if name in self._counts or name in self._energies:
             self._rows[f"moment:{name}"] = self._outputs(table_slot(name), [], columns)
-            self._rows[f"rows:{table_slot(name)}"] = self._frequencies(self._counts[name])
+            known = self._counts.get(name)
+            read = shares(self._energies[name]) if known is None else self._frequencies(known)
+            self._rows[f"rows:{table_slot(name)}"] = read
             uses.append((ROWS, f"moment:{name}", f"rows:{table_slot(name)}"))
         if matrices == 1 and len(shape) == 3 and inputs:
             slots = [slot_of(name, 0)]
@@ -193,6 +198,12 @@ def frequencies(counts: Tensor) -> Tensor:
         return counts / total
     missing = ((counts == 1).sum().clamp_min(1) / total).clamp_max(0.5)
     return torch.where(unseen, missing / unseen.sum(), counts / total * (1 - missing))
+
+
+def shares(energies: Tensor) -> Tensor:
+    """How much rows count that are weighed with numbers of these mean squares; those not reached, as the others do."""
+    seen = energies > 0
+    return torch.where(seen, energies, energies[seen].mean()) if bool(seen.any()) else torch.ones_like(energies)
 
 
 def _told(missing: Sequence[str], slots: Sequence[str]) -> str:

@@ -34,7 +34,8 @@ class Moments:
     """Accumulates H over the batches of one block; a context manager. Slots that read the same tensor share one H.
 
     `full` keeps H [columns, columns], else its diagonal. `shared` maps a slot to the key of its H; `tables` counts how
-    often each row of a lookup table was read; `inputs` says along which dimensions a weight was multiplied.
+    often each row of a lookup table was read, `energies` sums the squares of what rows were weighed with (and counts
+    how often any were); `inputs` says along which dimensions a weight was multiplied.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], full: bool) -> None:
@@ -43,6 +44,7 @@ class Moments:
         self.positions: dict[str, int] = {}
         self.shared: dict[str, str] = {}
         self.tables: dict[str, Tensor] = {}
+        self.energies: dict[str, tuple[Tensor, int]] = {}
         self.power: dict[str, tuple[float, int]] = {}
         self.inputs: dict[str, set[int | None]] = {}
         self.likely: dict[str, tuple[Tensor, Tensor]] = {}
@@ -81,9 +83,9 @@ class Moments:
     def stored(self) -> dict[str, Tensor]:
         """What one block's file holds, given away: means "moment:KEY" [columns, columns] or [columns], empty marks
 
-        "leader:KEY:SLOT" of who shares which, "count:NAME" [rows of the table], scalars "power:SLOT" [1],
-        "inputs:NAME" (dimensions, -1 for all but the first), "odd:NAME" (see `Watch`), and of the weight whose outputs
-        are the network's own "likely:NAME" and "expected:NAME" [rows] (see `expect`).
+        "leader:KEY:SLOT" of who shares which, "count:NAME" and "energy:NAME" [rows of the table], scalars
+        "power:SLOT" [1], "inputs:NAME" (dimensions, -1 for all but the first), "odd:NAME" (see `Watch`), and of the
+        weight whose outputs are the network's own "likely:NAME" and "expected:NAME" [rows] (see `expect`).
         """
         tensors = {}
         for key in list(self.sums):
@@ -91,6 +93,7 @@ class Moments:
             tensors[f"moment:{key}"] = mirrored(mean) if self.full else mean
         tensors |= {f"leader:{key}:{slot}": torch.zeros(1) for slot, key in self.shared.items()}
         tensors |= {f"count:{name}": counts for name, counts in self.tables.items()}
+        tensors |= {f"energy:{name}": total / max(1, count) for name, (total, count) in self.energies.items()}
         dims = {name: sorted(-1 if dim is None else dim for dim in found) for name, found in self.inputs.items()}
         tensors |= {f"inputs:{name}": torch.tensor(found) for name, found in dims.items()}
         for name, (likely, expected) in self.likely.items():
@@ -107,6 +110,10 @@ class Moments:
                 ids = call.x[self.mask] if self.mask is not None and call.x.shape == self.mask.shape else call.x
                 counts = torch.bincount(ids.flatten().long(), minlength=len(call.weight)).float()
                 self.tables[name] = self.tables.get(name, 0) + counts
+                self._power(table_slot(name), output)
+                return
+            if product.weighed:
+                self._energy(product)
                 self._power(table_slot(name), output)
                 return
             for place, matrix in enumerate(product.matrices or (None,)):
@@ -148,6 +155,16 @@ class Moments:
         else:
             self.sums[key] += rows.square().sum(0)
         self.positions[key] = self.positions.get(key, 0) + len(rows)
+
+    def _energy(self, product: Product) -> None:
+        """Add the squares of what some rows of a weight were weighed with."""
+        x, whole, start = product.call.x, self._weights[product.name], product.first_row or 0
+        if self.mask is not None and x.shape[: self.mask.dim()] == self.mask.shape:
+            x = x[self.mask]
+        squares = x.detach().float().reshape(-1, x.shape[-1]).square()
+        total, count = self.energies.get(product.name, (torch.zeros(len(whole)), 0))
+        total[start : start + x.shape[-1]] += squares.sum(0)
+        self.energies[product.name] = total, count + len(squares)
 
     def _power(self, slot: str, output: Tensor) -> None:
         before, count = self.power.get(slot, (0.0, 0))
@@ -192,8 +209,9 @@ def output_gradients(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterato
 
     def add(product: Product, grad: Tensor) -> None:
         squares = grad.float().square()
-        if product.call.table:
-            one = squares.reshape(-1, squares.shape[-1]).sum(0)
+        if product.call.table or product.weighed:
+            columns = squares.movedim(product.call.channel, -1)
+            one = columns.reshape(-1, columns.shape[-1]).sum(0)
             found[table_slot(product.name)] = found.get(table_slot(product.name), 0) + one
         elif product.first_row is not None:
             channel = product.call.channel % squares.dim()

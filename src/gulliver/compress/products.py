@@ -38,6 +38,8 @@ class Call:
 class Product:
     """A call with a watched weight: its name, the dimension of the weight that is summed over, and which rows.
 
+    `weighed`: only some rows of the weight, from `first_row`, are summed, each times a number of `x`. They are like
+    rows that are looked up: one counts as much as those numbers are large.
     `matrices`: the numbers of the matrices of a stack, of which x and the output have one each (`batched`) or which is
     one; empty for a weight that is one matrix. `first_row` is None where the rows are not known.
     """
@@ -48,6 +50,7 @@ class Product:
     matrices: tuple[int, ...] = ()
     batched: bool = False
     first_row: int | None = 0
+    weighed: bool = False
 
 
 class Watch(TorchFunctionMode):
@@ -97,6 +100,8 @@ class Watch(TorchFunctionMode):
         size, stride = view.shape[call.inputs], view.stride(call.inputs)
         dims = [dim for dim in range(whole.dim()) if (whole.shape[dim], whole.stride(dim)) == (size, stride)]
         if not dims:
+            if whole.dim() == 2 and _some_rows(view, call.inputs, whole):
+                return Product(name, call, 1, first_row=at // whole.stride(0), weighed=True)
             self.odd[name] = CUT
             return None
         inputs, first = dims[-1], whole.stride(0)
@@ -115,6 +120,13 @@ class Watch(TorchFunctionMode):
         return Product(name, call, inputs, tuple(range(number, number + view.shape[0])), True, 0 if not rest else None)
 
 
+def _some_rows(view: Tensor, inputs: int, whole: Tensor) -> bool:
+    """Whether the sum over a dimension of `view` is one over some of the rows of the matrix `whole`, in a row."""
+    other = 1 - inputs % 2
+    columns = view.dim() == 2 and (view.shape[other], view.stride(other)) == (whole.shape[1], whole.stride(1))
+    return columns and view.stride(inputs) == whole.stride(0)
+
+
 # ---- how the arguments of a call are read ---------------------------------------------------------------------------
 Find = Callable[[Any], Any]
 
@@ -124,12 +136,21 @@ def _linear(find: Find, input: Tensor, weight: Tensor, bias: Any = None) -> Call
 
 
 def _matmul(find: Find, left: Tensor, right: Tensor, **options: Any) -> Call | None:
+    if find(right) and _for_each_example(right, left):
+        return Call(right[:, 0], left, 1)
+    if find(left) and _for_each_example(left, right):
+        return Call(left[:, 0], right.transpose(-1, -2), 2, channel=-2)
     if find(right) and right.dim() in (2, 3):
         return Call(right, left, right.dim() - 2)
     if find(left) and left.dim() in (2, 3):
         columns = right.transpose(-1, -2) if right.dim() > 1 else right[None]
         return Call(left, columns, left.dim() - 1, channel=-2 if right.dim() > 1 else -1)
     return None
+
+
+def _for_each_example(stack: Tensor, x: Tensor) -> bool:
+    """Whether a stack of matrices [matrices, 1, …, …] is repeated for `x` [matrices, examples, …, …]."""
+    return stack.dim() == x.dim() == 4 and stack.shape[1] == 1 and stack.shape[0] == x.shape[0]
 
 
 def _reversed(find: Find, right: Tensor, left: Tensor) -> Call | None:

@@ -34,10 +34,15 @@ WORDS = {
     **{"ObjectDetection": "a detector of objects", "ForDepthEstimation": "an estimator of depth"},
     **{"ForImageTextRetrieval": "a ranker of images and texts", "ForMaskedImageModeling": "an encoder of images"},
     **{"LMHeadModelEagle3": "a draft head for speculative decoding"},
+    **{
+        "AssistantForCausalLM": "a draft network that cannot run without the keys and values of the model it drafts for"
+    },
+    **{"MusicgenForCausalLM": "a writer of audio codes", "MusicgenMelodyForCausalLM": "a writer of audio codes"},
 }
 """How the name of an architecture ends -> what it is."""
 ENCODER_DECODERS = {
     **dict.fromkeys(("whisper", "speech_to_text", "speecht5", "moonshine"), "a speech recognizer or synthesizer"),
+    **dict.fromkeys(("musicgen", "musicgen_melody"), "a writer of music"),
     **dict.fromkeys(("vision-encoder-decoder", "trocr", "florence2", "pix2struct", "donut"), "a reader of images"),
 }
 """Model type of a network of an encoder and a decoder -> what it is, where that is not text to text."""
@@ -106,7 +111,8 @@ def _of_model_type(model_type: object) -> tuple[str, ...]:
 
 def is_causal(folder: Path, config: Mapping[str, Any]) -> bool:
     """Whether `folder` holds a causal language model as its architecture is named."""
-    return not (folder / MODULES).is_file() and any(name.endswith(CAUSAL) for name in architectures(config))
+    names = architectures(config) if not (folder / MODULES).is_file() else ()
+    return any(name.endswith(CAUSAL) and not name.endswith(tuple(WORDS)) for name in names)
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

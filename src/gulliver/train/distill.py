@@ -15,10 +15,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gulliver.core.context import Context
-from gulliver.core.errors import BudgetError, ConfigError
+from gulliver.core.errors import FOREIGN, BudgetError, ConfigError
 from gulliver.core.overlap import fingerprints
 from gulliver.core.records import NOT_COPIED, Calibration, Distillation, LossIncrease, Packing
 from gulliver.core.store.artifact import Artifact
@@ -32,6 +32,7 @@ from gulliver.runtime.packed import PackedTensor
 from gulliver.runtime.packing import is_compressed
 from gulliver.runtime.reference import packing_entry, read_stored, stored_form
 from gulliver.runtime.shards import PACKED_SHARD_BYTES, SHARD_BYTES, ShardWriter
+from gulliver.runtime.streamed import products_in
 from gulliver.tasks import family, get_task, same_examples
 from gulliver.tasks.base import Batch, Task
 from gulliver.train.options import DistillOptions
@@ -67,11 +68,10 @@ def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
     quantized_from = any(parent.id in ids for ids in model.inputs.values())
     latents, dense = _trainable(student, teacher if quantized_from else None, model)
 
-    bfloat16 = torch.autocast("cpu", dtype=torch.bfloat16)
     assert cfg.learning_rate is not None, "a call resolves it"
     result = run_loop(
         parameters=_groups(cfg, cfg.learning_rate, latents, list(dense.values())),
-        loss=bfloat16(lambda index: task.loss(_use(student, latents), batch_at(index), teacher)),
+        loss=in_bfloat16(lambda index: task.loss(_use(student, latents), batch_at(index), teacher)),
         steps=cfg.steps,
         optimizer=OptimizerConfig("adamw", cfg.learning_rate),
         schedule=Schedule(cfg.warmup_steps),
@@ -103,6 +103,26 @@ def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
         if LossIncrease.name_in(model.files):
             LossIncrease.of(model).write(writer.path)
         return writer.commit()
+
+
+def in_bfloat16(loss: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+    """The loss with products in bfloat16; in float32 from the first step where a network mixes types under autocast."""
+    half: bool | None = None
+
+    def computed(index: int) -> Tensor:
+        nonlocal half
+        for wanted in (True, False) if half is None else (half,):
+            try:
+                with products_in(wanted):
+                    found = loss(index)
+                half = wanted
+                return found
+            except FOREIGN:
+                if half is not None or not wanted:
+                    raise
+        raise AssertionError("the last try returns or raises")
+
+    return computed
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

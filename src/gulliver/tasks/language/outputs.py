@@ -3,6 +3,9 @@
 A network that came without weights is run a block at a time, its weights read from its folder, packed or plain, just
 before: memory holds one block, what enters it for all batches, and the output head. One that cannot be run so (its
 layers form no chain) is loaded whole. What enters the head can be kept in a file for the next measurement.
+
+Products are in bfloat16 under autocast. A network that itself mixes types then (sums of a type that autocast does not
+choose) has those of its blocks in float32.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from gulliver.core.store.files import temporary_name
 from gulliver.nets.linear_kl import chunk_rows
 from gulliver.nets.weights import unfilled
 from gulliver.runtime.network import load_network
-from gulliver.runtime.streamed import filled, narrow_weights
+from gulliver.runtime.streamed import filled, narrow_weights, products_in
 from gulliver.tasks.base import Block
 from gulliver.tasks.language.network import logits_of, vocabulary_of
 from gulliver.tasks.text.streaming import Stream
@@ -38,6 +41,8 @@ class Outputs:
         self.network, self.batches, self.kept = network, batches, kept
         self.folder = Path(str(getattr(network, "source_folder", "")))
         self.blocks: list[Block] = []
+        self.mixes_types = False
+        """Whether a part had to run in float32."""
         try:
             self.blocks = Stream(network, [{"tokens": tokens} for tokens in batches]).blocks()
         except ConfigError:
@@ -47,7 +52,7 @@ class Outputs:
 
     def _run_whole(self) -> None:
         """The network cannot be run block by block: all its weights are needed at once."""
-        self.blocks = []
+        self.blocks, self.mixes_types = [], False
         if unfilled(self.network):
             self.network = load_network(self.folder, empty=False)
 
@@ -59,9 +64,7 @@ class Outputs:
         passing: list[Any] = [{"tokens": tokens} for tokens in self.batches]
         try:
             for done, block in enumerate(self.blocks[:-1]):
-                with filled(self.network, self.folder, block.prefixes, self.narrow):
-                    for number, x in enumerate(passing):
-                        passing[number] = block.forward(x, number).float()
+                self._run(block, passing)
                 advance((done + 1) / (len(self.blocks) - 1))
         except FOREIGN:  # a layer reads what is none of its own
             self._run_whole()
@@ -73,6 +76,21 @@ class Outputs:
         temporary = temporary_name(self.kept)
         save_file({str(number): x.contiguous() for number, x in enumerate(passing)}, str(temporary))
         temporary.rename(self.kept)
+
+    def _run(self, block: Block, passing: list[Any]) -> None:
+        """Put what leaves the block in the place of what enters it."""
+        done = 0
+        for half in (True, False):
+            try:
+                with filled(self.network, self.folder, block.prefixes, self.narrow if half else ()), products_in(half):
+                    for number in range(done, len(passing)):
+                        passing[number] = block.forward(passing[number], number).float()
+                        done = number + 1
+                return
+            except FOREIGN:  # some networks mix types that do not go together
+                self.mixes_types = True
+                if not half:
+                    raise
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -90,11 +108,23 @@ class Outputs:
         """What follows `positions` [k] of `rows` [k] of batch `number`: (first of k, float32 [some of k, vocab])."""
         vocabulary = vocabulary_of(self.network)
         step = chunk_rows(vocabulary)
-        whole = self._entering(number) if self.blocks else logits_of(self.network, self.batches[number])
+        whole = self._entering(number) if self.blocks else self._logits(number)
         for start in range(0, len(rows), step):
             part = whole[rows[start : start + step], positions[start : start + step]][None]
             logits = self.blocks[-1].forward(part, number) if self.blocks else part
             yield start, torch.log_softmax(logits[0], -1, dtype=torch.float32)
+
+    def _logits(self, number: int) -> Tensor:
+        """Logits of a network that is run whole for batch `number`, [rows, tokens, vocab]."""
+        for half in (False,) if self.mixes_types else (True, False):
+            try:
+                with products_in(half):
+                    return logits_of(self.network, self.batches[number])
+            except FOREIGN:
+                self.mixes_types = True
+                if not half:
+                    raise
+        raise AssertionError("the last try returns or raises")
 
     def _entering(self, number: int) -> Tensor:
         """What enters the head for batch `number`, float32 [rows, tokens, width]."""

@@ -84,7 +84,8 @@ def score_causal(
                 found.append(_window(ours, theirs, number))
                 advance(LAYERS + (1 - LAYERS) * (number + 1) / count)
             marks = sheet.marks(ours, count), None if theirs is None else sheet.marks(theirs, count)
-    detail = {"windows": count, "context": context, "precision": "bfloat16 autocast"}
+    precision = "bfloat16 autocast" + (", float32 where the network mixes types" if ours.mixes_types else "")
+    detail = {"windows": count, "context": context, "precision": precision}
     common: dict[str, Any] = {"n": count, "data_hash": dataset.files[EXAMPLES].sha256, "detail": detail}
     evidence = [measured("perplexity", *_exp(window.nll for window in found), **common)]
     evidence += _against_unigrams(found, rows, token_stream(dataset, "train", folder), model, common)
@@ -145,7 +146,8 @@ def _window(ours: Outputs, theirs: Outputs | None, number: int) -> Window:
         assert parent_start == start and reference.shape == mine.shape, "model and parent have different vocabularies"
         parent_nll -= reference.gather(1, target).sum().item()
         same += (mine.argmax(1) == reference.argmax(1)).sum().item()
-        kl += torch.linalg.vecdot(reference.exp(), reference - mine).sum().item()
+        with torch.autocast("cpu", enabled=False):  # which would round the factors and the sum to bfloat16
+            kl += torch.linalg.vecdot(reference.exp(), reference - mine).sum().item()
     scored = len(targets)
     if theirs is None:
         return Window(nll / scored)

@@ -25,6 +25,13 @@ LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 DEFECTS = (ConfigError, IndexError, TypeError, AttributeError, RuntimeError, ValueError)
 """What a network raises that does not take what a recorder returned for a layer."""
 
+RETURNED = (None, 0, 1)
+"""What layers may return: what the next one gets, alone, or as a tuple with so many others that no layer gets."""
+
+
+class _Unused:
+    """What a recorder returns beside what the next layer gets: whatever computes with it fails."""
+
 
 class _Enough(Exception):
     """Raised by a recorder when nothing more of the run is needed."""
@@ -45,21 +52,24 @@ class Stream:
             for name, module in model.named_modules()
             if module not in inside and next(module.parameters(recurse=False), None) is not None
         }
-        self.caches = "use_cache" in inspect.signature(model.forward).parameters
+        self.caches = _caches(model)
         self.calls: dict[Any, list[LayerCall]] = {}
         self.by_shape = True  # whether layers of all batches of one shape get the same beside their input
         # a dry run: which modules outside the layers are called before and after them, and what layers return
         batch = {"tokens": torch.zeros(1, 3, dtype=torch.int64)}
         if self.batches and "mask" in self.batches[0]:
             batch["mask"] = torch.ones(1, 3, dtype=torch.int64)
-        broken = None
-        for self.tuples in (False, True):
+        broken, ran = None, False
+        for self.returned in RETURNED:
             called: tuple[set[str], set[str]] = (set(), set())
             try:
-                first = _checked(self._record(batch, called))
+                calls = self._record(batch, called)
+                if not ran:
+                    broken, ran = None, True  # what is wrong with these calls says more than that others failed
+                first = _checked(calls)
                 other = _checked(self._record(batch | {"tokens": torch.ones_like(batch["tokens"])}))
             except DEFECTS as error:
-                broken = error
+                broken = error if broken is None or not ran else broken
                 continue
             self.by_shape = len(first) == len(other) and all(map(_equal, first, other))
             self.before, self.after = called[0], called[1] | (set(self.outside) - called[0])
@@ -177,12 +187,21 @@ class Stream:
         return calls
 
     def _like_layer(self, x: Tensor) -> Any:
-        return (x,) if self.tuples else x
+        if self.returned is None:
+            return x
+        return (x, *(_Unused() for _ in range(self.returned)))
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """What the network is called with."""
         mask = {"attention_mask": batch["mask"]} if "mask" in batch else {}
         return {"input_ids": batch["tokens"], **mask, **({"use_cache": False} if self.caches else {})}
+
+
+def _caches(model: nn.Module) -> bool:
+    """Whether the network can be told not to keep keys and values: by a parameter, or by one that it passes on."""
+    taken = inspect.signature(model.forward).parameters
+    passed_on = any(one.kind is one.VAR_KEYWORD for one in taken.values())
+    return "use_cache" in taken or (passed_on and hasattr(getattr(model, "config", None), "use_cache"))
 
 
 def largest_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -209,6 +228,8 @@ def _checked(calls: list[LayerCall]) -> list[Any]:
         if isinstance(value, tuple):
             left += reversed(value)
             continue
+        if isinstance(value, _Unused):
+            raise ConfigError("layers get what was computed from weights, beside their input")
         if isinstance(value, Tensor):
             if value.is_floating_point() and bool(value.isnan().any()):
                 raise ConfigError("layers get what was computed from weights, beside their input")
@@ -225,7 +246,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _stand_in(name: str, module: nn.Module, called: Callable[[str], None] = lambda name: None) -> Callable[..., Tensor]:
-    """A function that returns NaN in the shape `module` would return, taking no memory and reading no weight.
+    """A function that returns NaN in the shape `module` would return, reading no weight.
 
     It tells `called` the module's name.
     """
@@ -242,7 +263,7 @@ def _stand_in(name: str, module: nn.Module, called: Callable[[str], None] = lamb
             shape = (*x.shape[:-1], module.out_features)
         else:
             shape = tuple(x.shape)
-        return torch.full((), torch.nan).expand(shape)
+        return torch.full(shape, torch.nan)  # of its own numbers, because some networks scale it in place
 
     return call
 

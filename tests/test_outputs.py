@@ -1,0 +1,82 @@
+"""Outputs of causal networks under bfloat16 autocast, of those too that mix types which do not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from language_samples import write_causal
+
+from gulliver.runtime.network import load_network
+from gulliver.tasks import get_task
+from gulliver.tasks.language.network import logits_of
+from gulliver.tasks.language.outputs import Outputs
+from gulliver.train.distill import in_bfloat16
+
+BATCHES = torch.arange(48).remainder(250).view(2, 1, 24)
+
+
+def sums_of_experts(mlp: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A layer that adds products to zeros of its input's type, as some mixtures of experts do."""
+    plain = mlp.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        return torch.zeros_like(rows).index_add_(0, torch.arange(len(rows)), plain(rows)).view(x.shape)
+
+    return forward
+
+
+def log_probabilities(outputs: Outputs) -> torch.Tensor:
+    outputs.run_layers(lambda share: None)
+    rows, positions = torch.zeros(24, dtype=torch.int64), torch.arange(24)
+    with outputs.ready():
+        return torch.stack([next(outputs.log_probabilities(number, rows, positions))[1] for number in range(2)])
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_network_that_mixes_types_runs_in_float32_where_it_must(whole: bool, tmp_path: Path) -> None:
+    folder = write_causal(tmp_path / "model")
+    network: Any = load_network(folder, empty=not whole)
+    network.model.layers[1].mlp.forward = sums_of_experts(network.model.layers[1].mlp)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = Outputs(network, list(BATCHES))
+        assert len(outputs.blocks) > 2
+        if whole:
+            outputs.blocks = []
+        found = log_probabilities(outputs)
+    assert outputs.mixes_types
+    with torch.no_grad():
+        right = load_network(folder, empty=False)
+        expected = torch.stack([torch.log_softmax(logits_of(right, batch), -1)[0] for batch in BATCHES])
+    torch.testing.assert_close(found, expected[:, : found.shape[1]], rtol=0.02, atol=0.02)
+
+
+def test_a_network_that_mixes_nothing_runs_in_bfloat16(tmp_path: Path) -> None:
+    network = load_network(write_causal(tmp_path / "model"), empty=True)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = Outputs(network, list(BATCHES))
+        log_probabilities(outputs)
+    assert not outputs.mixes_types
+
+
+def test_a_student_that_mixes_types_is_distilled_in_float32(tmp_path: Path) -> None:
+    student, teacher = (load_network(write_causal(tmp_path / name), empty=False) for name in ("student", "teacher"))
+    seen: list[bool] = []
+
+    def loss(index: int) -> torch.Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return get_task("language").loss(student, {"tokens": BATCHES[index]}, teacher)
+
+    plain = in_bfloat16(loss)
+    assert plain(0).isfinite().all() and plain(1).isfinite().all() and seen == [True, True]
+    layer: Any = student.get_submodule("model.layers.1.mlp")
+    layer.forward = sums_of_experts(layer)
+    with pytest.raises(RuntimeError, match="index_add_"):
+        plain(1)  # it ran in bfloat16 before: this is another fault
+    seen.clear()
+    mixing = in_bfloat16(loss)
+    assert mixing(0).isfinite().all() and mixing(1).isfinite().all() and seen == [True, False, False]
