@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gulliver.compress.collect import Collector
+from gulliver.compress.collect import Collector, leave
 from gulliver.compress.observe import Moments, output_gradients
 from gulliver.compress.options import CalibrateOptions
 from gulliver.core.context import Context
@@ -231,7 +231,7 @@ def _stream(
                         if not half:
                             raise
             ctx.check_ram(block.name)
-            save(moments.stored(), ctx.work / f"block-{number:04}.safetensors")
+            leave(moments.stored(), ctx.work, number)
             passed.rename(_after(ctx.work, number))
             for index in range(kept, len(batches) if number else 0):
                 (_after(ctx.work, number - 1) / f"{index}.safetensors").unlink(missing_ok=True)

@@ -7,7 +7,9 @@ differ in numbers only and whose shapes are equal. Row weights that the backward
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,11 +63,12 @@ class Collector:
 
     def _read(self, path: Path) -> None:
         stored = load_file(path)
+        large = path.with_name(path.name.replace("block-", "moments-"))
         for key, tensor in stored.items():
             kind, _, name = key.partition(":")
             if kind == "leader":
                 leader, _, name = name.partition(":")
-                self._home[name] = (path.name, f"moment:{leader}")
+                self._home[name] = (large.name, f"moment:{leader}")
             elif kind == "count":
                 self._counts[name] = self._counts.get(name, torch.zeros(())) + tensor
             elif kind == "energy":
@@ -78,9 +81,8 @@ class Collector:
                 self._odd.add(name)
             elif kind in ("likely", "expected"):
                 (self._likely if kind == "likely" else self._expected)[name] = tensor
-        kept = {key: tensor for key, tensor in stored.items() if key.startswith("moment:")}
-        if kept:
-            save(kept, self._folder / path.name)
+        if large.is_file():
+            same_file(large, self._folder / large.name)
 
     def collect(self, blocks: Sequence[Block]) -> Kept:
         """The rows of all weights; their row weights go to the artifact's file ROWS."""
@@ -204,6 +206,25 @@ def shares(energies: Tensor) -> Tensor:
     """How much rows count that are weighed with numbers of these mean squares; those not reached, as the others do."""
     seen = energies > 0
     return torch.where(seen, energies, energies[seen].mean()) if bool(seen.any()) else torch.ones_like(energies)
+
+
+def leave(stored: Mapping[str, Tensor], work: Path, number: int) -> None:
+    """Put what was seen of block `number`, tensors of any shape, where a Collector finds it: moments, which are large,
+
+    in a file of their own.
+    """
+    moments = {key: tensor for key, tensor in stored.items() if key.startswith("moment:")}
+    if moments:
+        save(moments, work / f"moments-{number:04}.safetensors")
+    save({key: tensor for key, tensor in stored.items() if key not in moments}, work / f"block-{number:04}.safetensors")
+
+
+def same_file(source: Path, target: Path) -> None:
+    """Make `target` the file `source` under another name, or a copy of it where the disk has no such names."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _told(missing: Sequence[str], slots: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gulliver.compress.products import Product, Watch
 
-STRIP = 512
+STRIP = 256
 STACK_BYTES = 2**30
 """Most bytes of one stack's moments; beyond, all its matrices share one."""
 
@@ -140,7 +140,7 @@ class Moments:
         self._seen.append((*origin, key))
         self.shared[slot] = key
         rows = x.detach().float().reshape(-1, x.shape[-1])
-        if self._half:
+        if self._half and x.dtype != torch.bfloat16:
             rows = rows.bfloat16().float()
         if self.mask is not None and x.shape[: self.mask.dim()] == self.mask.shape:
             rows = rows[self.mask.flatten()]
@@ -168,7 +168,8 @@ class Moments:
 
     def _power(self, slot: str, output: Tensor) -> None:
         before, count = self.power.get(slot, (0.0, 0))
-        self.power[slot] = (before + float(output.float().square().sum()), count + output.numel())
+        squares = float(torch.linalg.vector_norm(output, dtype=torch.float32)) ** 2
+        self.power[slot] = (before + squares, count + output.numel())
 
 
 @contextmanager

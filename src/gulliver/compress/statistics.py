@@ -24,6 +24,7 @@ from torch import Tensor
 from gulliver.core.errors import ArtifactError
 from gulliver.core.records import StatisticsTable, WeightRow
 from gulliver.core.store.artifact import Artifact
+from gulliver.nets.weights import all_finite
 from gulliver.runtime.blocks import BlockRows
 from gulliver.runtime.packed import RowGroup
 
@@ -69,7 +70,7 @@ class Statistics:
                 tensor = opened.get_tensor(key).clone()
         except SafetensorError as error:
             raise ArtifactError(f"{file} of calibration {self.artifact.id[:12]} is damaged: {error}") from error
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise ArtifactError(f"{file} of calibration {self.artifact.id[:12]}: {key} is not finite; calibrate again")
         return tensor
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from gulliver.core.errors import ArtifactError
 from gulliver.nets.files import Stored, not_finite
 from gulliver.nets.kinds import Quantization
-from gulliver.nets.weights import read_tensor
+from gulliver.nets.weights import all_finite, read_tensor
 
 UNPACK_ROWS = 1024
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of each nibble of a word, from the lowest
@@ -112,7 +112,7 @@ def read(recipe: Recipe, stored: Mapping[str, Stored], scheme: Quantization | No
         shapes = ", ".join(f"{role} {list(tensor.shape)}" for role, tensor in pieces.items())
         told = f"{name} in {path} cannot be dequantized ({shapes}): {str(error).splitlines()[0]}"
         raise ArtifactError(f"{told}; download it again") from None
-    if not bool(torch.isfinite(value).all()):
+    if not all_finite(value):
         raise not_finite(name, path)
     scale = pieces["scale"]
     return value.to(scale.dtype if scale.dtype in (torch.float16, torch.bfloat16) else dtype)

@@ -24,7 +24,7 @@ COMPRESSING = ("sample", "calibrate", "plan", "quantize", "distill", "quality")
 EFFORTS: Mapping[str, Mapping[str, Mapping[str, Any] | None]] = {
     "fast": {"sample": {"count": 32, "held_out": 8}, "calibrate": {"examples": 32, "gradient_examples": 8},
              "plan": {"probe_rows": 8, "gptq": False}, "distill": None, "quality": {"share": 1 / 3}},
-    "normal": {"sample": {"count": 64, "held_out": 16}, "calibrate": {"examples": 64, "gradient_examples": 16},
+    "normal": {"sample": {"count": 96, "held_out": 16}, "calibrate": {"examples": 64, "gradient_examples": 16},
                "plan": {}, "distill": None, "quality": {}},
     "high": {"sample": {"count": 96, "held_out": 16}, "calibrate": {"examples": 96, "gradient_examples": 16},
              "plan": {}, "distill": {"steps": 110}, "quality": {}},

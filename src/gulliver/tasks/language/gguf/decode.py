@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gulliver.core.errors import ArtifactError
+from gulliver.nets.weights import all_finite
 from gulliver.tasks.language.gguf.header import TensorInfo
 
 Item = TypeVar("Item")
@@ -59,7 +60,7 @@ def decode(info: TensorInfo, dtype: torch.dtype) -> Tensor:
     def share(start: int) -> bool:
         values = torch.from_numpy(np.ascontiguousarray(decoder(blocks[start : start + step]), dtype=np.float32))
         out[start : start + step] = values
-        return bool(torch.isfinite(values).all())
+        return all_finite(values)
 
     if not all(in_shares(share, range(0, len(blocks), step))):
         raise not_finite(info)
@@ -90,7 +91,7 @@ def not_finite(info: TensorInfo) -> ArtifactError:
 
 
 def _finite(info: TensorInfo, values: Tensor) -> Tensor:
-    if not torch.isfinite(values).all():
+    if not all_finite(values):
         raise not_finite(info)
     return values
 
