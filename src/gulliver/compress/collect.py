@@ -203,7 +203,7 @@ def frequencies(counts: Tensor) -> Tensor:
 
 
 def shares(energies: Tensor) -> Tensor:
-    """How much rows count that are weighed with numbers of these mean squares; those not reached, as the others do."""
+    """How much rows count that are weighed with numbers of these mean squares [rows]; those not reached as others."""
     seen = energies > 0
     return torch.where(seen, energies, energies[seen].mean()) if bool(seen.any()) else torch.ones_like(energies)
 

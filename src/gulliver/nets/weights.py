@@ -6,6 +6,7 @@ the helpers here accept any of its names and keep all of them tied.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,7 +125,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether every number of a tensor of any shape is finite. Its ends tell, which are found in one pass."""
-    return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+    return not tensor.numel() or all(math.isfinite(float(end)) for end in torch.aminmax(tensor))
 
 
 def read_safetensors(

@@ -106,7 +106,10 @@ def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
 
 
 def in_bfloat16(loss: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
-    """The loss with products in bfloat16; in float32 from the first step where a network mixes types under autocast."""
+    """The loss [examples] with products in bfloat16.
+
+    In float32 from the first step where a network mixes types under autocast.
+    """
     half: bool | None = None
 
     def computed(index: int) -> Tensor:
