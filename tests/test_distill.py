@@ -11,6 +11,7 @@ import pytest
 import torch
 from compress_samples import Lab, contents, divergence
 from language_samples import write_dataset, write_encoder
+from torch import Tensor
 from toy_language import write_model
 
 from gulliver.core.errors import BudgetError, ConfigError
@@ -24,6 +25,7 @@ from gulliver.runtime.packed import PackedTensor
 from gulliver.runtime.packing import is_packed
 from gulliver.runtime.reference import read_stored
 from gulliver.tasks import get_task
+from gulliver.tasks.base import Task
 from gulliver.tasks.language.task import LanguageTask
 from gulliver.tasks.order import Order
 from gulliver.train import distill
@@ -88,6 +90,24 @@ def test_a_rate_of_nearly_nothing_changes_nearly_nothing(language: Lab, packed: 
     made = distilled(language, packed, steps=3, **tiny)
     before, after = divergence(language, packed), divergence(language, made)
     assert after == pytest.approx(before, rel=0.05)  # scales are cut into 8 bits once more
+
+
+def test_a_network_that_mixes_types_is_distilled_in_float32(
+    language: Lab, packed: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, half = Task.loss, []
+
+    def loss(self: Task, *given: Any) -> Tensor:
+        half.append(torch.is_autocast_enabled("cpu"))
+        if half[-1]:
+            raise RuntimeError("index_add_(): self and source expected to have the same dtype")
+        return plain(self, *given)
+
+    monkeypatch.setattr(Task, "loss", loss)
+    made = distilled(language, packed, steps=2)
+    assert half == [True, False, False]
+    monkeypatch.undo()
+    assert divergence(language, made) < 1
 
 
 def test_rows_of_several_formats_are_distilled(language: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,8 @@ import torch
 from language_samples import write_causal
 
 from gulliver.runtime.network import load_network
-from gulliver.tasks import get_task
 from gulliver.tasks.language.network import logits_of
 from gulliver.tasks.language.outputs import Outputs
-from gulliver.train.distill import in_bfloat16
 
 BATCHES = torch.arange(48).remainder(250).view(2, 1, 24)
 
@@ -61,22 +59,3 @@ def test_a_network_that_mixes_nothing_runs_in_bfloat16(tmp_path: Path) -> None:
         outputs = Outputs(network, list(BATCHES))
         log_probabilities(outputs)
     assert not outputs.mixes_types
-
-
-def test_a_student_that_mixes_types_is_distilled_in_float32(tmp_path: Path) -> None:
-    student, teacher = (load_network(write_causal(tmp_path / name), empty=False) for name in ("student", "teacher"))
-    seen: list[bool] = []
-
-    def loss(index: int) -> torch.Tensor:
-        seen.append(torch.is_autocast_enabled("cpu"))
-        return get_task("language").loss(student, {"tokens": BATCHES[index]}, teacher)
-
-    plain = in_bfloat16(loss)
-    assert plain(0).isfinite().all() and plain(1).isfinite().all() and seen == [True, True]
-    layer: Any = student.get_submodule("model.layers.1.mlp")
-    layer.forward = sums_of_experts(layer)
-    with pytest.raises(RuntimeError, match="index_add_"):
-        plain(1)  # it ran in bfloat16 before: this is another fault
-    seen.clear()
-    mixing = in_bfloat16(loss)
-    assert mixing(0).isfinite().all() and mixing(1).isfinite().all() and seen == [True, False, False]

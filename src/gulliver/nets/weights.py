@@ -162,7 +162,8 @@ def read_tensor(stored: Mapping[str, Stored], name: str) -> Tensor:
             tensor = file.get_tensor(name)
     except SafetensorError as error:
         raise ArtifactError(f"{path} is damaged: {error}; download or make it again") from None
-    if stored[name].dtype in FLOATS and not all_finite(tensor):
+    ends = torch.aminmax(tensor) if stored[name].dtype in FLOATS and tensor.numel() else ()
+    if not all(math.isfinite(float(end)) for end in ends):
         raise not_finite(name, path)
     return tensor
 

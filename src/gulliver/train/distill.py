@@ -10,8 +10,9 @@ weights become latent values and trainable scales (learning/latent.py), trained 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from gulliver.core.context import Context
 from gulliver.core.errors import FOREIGN, BudgetError, ConfigError
 from gulliver.core.overlap import fingerprints
-from gulliver.core.records import NOT_COPIED, Calibration, Distillation, LossIncrease, Packing
+from gulliver.core.records import NOT_COPIED, Calibration, Distillation, LossIncrease, PackedWeight, Packing
 from gulliver.core.store.artifact import Artifact
 from gulliver.learning.batches import in_turns
 from gulliver.learning.latent import LatentTensor
@@ -64,37 +65,33 @@ def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
             raise ConfigError(f"{told}; take a model with the parent's tokenizer")
     teacher = task.load(parent.path).requires_grad_(False)
     student = task.load(model.path).requires_grad_(False)
-    canonical, packed = canonical_names(student), is_compressed(model.path)
+    canonical = canonical_names(student)
     quantized_from = any(parent.id in ids for ids in model.inputs.values())
     latents, dense = _trainable(student, teacher if quantized_from else None, model)
 
+    checkpoint = ctx.work / "loop.safetensors"
     assert cfg.learning_rate is not None, "a call resolves it"
-    result = run_loop(
-        parameters=_groups(cfg, cfg.learning_rate, latents, list(dense.values())),
-        loss=in_bfloat16(lambda index: task.loss(_use(student, latents), batch_at(index), teacher)),
-        steps=cfg.steps,
-        optimizer=OptimizerConfig("adamw", cfg.learning_rate),
-        schedule=Schedule(cfg.warmup_steps),
-        max_grad_norm=cfg.max_grad_norm,
-        checkpoint=ctx.work / "loop.safetensors",
-        checkpoint_every=cfg.checkpoint_every,
-        progress=ctx.progress,
-        stage="distill",
-    )
+    for half in (True, False):
+        try:
+            result = run_loop(
+                parameters=_groups(cfg, cfg.learning_rate, latents, list(dense.values())),
+                loss=products_in(half)(lambda index: task.loss(_use(student, latents), batch_at(index), teacher)),
+                steps=cfg.steps,
+                optimizer=OptimizerConfig("adamw", cfg.learning_rate),
+                schedule=Schedule(cfg.warmup_steps),
+                max_grad_norm=cfg.max_grad_norm,
+                checkpoint=checkpoint,
+                checkpoint_every=cfg.checkpoint_every,
+                progress=ctx.progress,
+                stage="distill",
+            )
+            break
+        except FOREIGN:  # some networks mix types that do not go together: their first step fails
+            if not half or checkpoint.exists():
+                raise
     with ctx.writer(kind="model", task=model.task, config=cfg) as writer:
-        entries = {}
-        with ShardWriter(writer.path, PACKED_SHARD_BYTES if packed else SHARD_BYTES) as shards:
-            for name, tensor in read_stored(model.path):
-                trained = dense.get(canonical.get(name, name))
-                if name not in latents and isinstance(tensor, PackedTensor):
-                    shards.add({name: student.get_parameter(name).detach().to(torch.bfloat16)})
-                elif isinstance(tensor, PackedTensor):
-                    now = latents[name].packed()
-                    entries[name] = packing_entry(now)
-                    shards.add(stored_form(name, now))
-                else:
-                    shards.add({name: tensor if trained is None else trained.detach().to(tensor.dtype)})
-        if packed:
+        entries = _write(writer.path, model, student, latents, dense, canonical)
+        if is_compressed(model.path):
             Packing(tensors=entries).write(writer.path)
         Distillation(losses=tuple(result.losses)).write(writer.path)
         known = fingerprints(unit for part in datasets for unit in task.units_of(part.path, "train"))
@@ -105,27 +102,28 @@ def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
         return writer.commit()
 
 
-def in_bfloat16(loss: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
-    """The loss [examples] with products in bfloat16.
-
-    In float32 from the first step where a network mixes types under autocast.
-    """
-    half: bool | None = None
-
-    def computed(index: int) -> Tensor:
-        nonlocal half
-        for wanted in (True, False) if half is None else (half,):
-            try:
-                with products_in(wanted):
-                    found = loss(index)
-                half = wanted
-                return found
-            except FOREIGN:
-                if half is not None or not wanted:
-                    raise
-        raise AssertionError("the last try returns or raises")
-
-    return computed
+def _write(
+    folder: Path,
+    model: Artifact,
+    student: nn.Module,
+    latents: Mapping[str, LatentTensor],
+    dense: Mapping[str, Tensor],
+    canonical: Mapping[str, str],
+) -> dict[str, PackedWeight]:
+    """Write the trained weights, each as the model stores it; returns what is packed."""
+    entries, shard_bytes = {}, PACKED_SHARD_BYTES if is_compressed(model.path) else SHARD_BYTES
+    with ShardWriter(folder, shard_bytes) as shards:
+        for name, tensor in read_stored(model.path):
+            trained = dense.get(canonical.get(name, name))
+            if name not in latents and isinstance(tensor, PackedTensor):
+                shards.add({name: student.get_parameter(name).detach().to(torch.bfloat16)})
+            elif isinstance(tensor, PackedTensor):
+                now = latents[name].packed()
+                entries[name] = packing_entry(now)
+                shards.add(stored_form(name, now))
+            else:
+                shards.add({name: tensor if trained is None else trained.detach().to(tensor.dtype)})
+    return entries
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

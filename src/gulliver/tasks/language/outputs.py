@@ -62,10 +62,23 @@ class Outputs:
             advance(1.0)
             return
         passing: list[Any] = [{"tokens": tokens} for tokens in self.batches]
+        layers = self.blocks[:-1]
         try:
-            for done, block in enumerate(self.blocks[:-1]):
-                self._run(block, passing)
-                advance((done + 1) / (len(self.blocks) - 1))
+            for done, block in enumerate(layers):
+                left = list(range(len(passing)))
+                for half in (True, False) if left else ():
+                    narrow = self.narrow if half else ()
+                    try:
+                        with filled(self.network, self.folder, block.prefixes, narrow), products_in(half):
+                            while left:
+                                passing[left[0]] = block.forward(passing[left[0]], left[0]).float()
+                                left.pop(0)
+                        break
+                    except FOREIGN:  # some networks mix types that do not go together
+                        self.mixes_types = True
+                        if not half:
+                            raise
+                advance((done + 1) / len(layers))
         except FOREIGN:  # a layer reads what is none of its own
             self._run_whole()
             advance(1.0)
@@ -76,21 +89,6 @@ class Outputs:
         temporary = temporary_name(self.kept)
         save_file({str(number): x.contiguous() for number, x in enumerate(passing)}, str(temporary))
         temporary.rename(self.kept)
-
-    def _run(self, block: Block, passing: list[Any]) -> None:
-        """Put what leaves the block in the place of what enters it."""
-        done = 0
-        for half in (True, False):
-            try:
-                with filled(self.network, self.folder, block.prefixes, self.narrow if half else ()), products_in(half):
-                    for number in range(done, len(passing)):
-                        passing[number] = block.forward(passing[number], number).float()
-                        done = number + 1
-                return
-            except FOREIGN:  # some networks mix types that do not go together
-                self.mixes_types = True
-                if not half:
-                    raise
 
     @contextmanager
     def ready(self) -> Iterator[None]:
