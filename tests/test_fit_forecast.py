@@ -45,7 +45,7 @@ def test_a_dry_run_of_a_classifier_says_that_only_measuring_tells(digits: Lab) -
 
 
 def test_a_dry_run_needs_no_size_and_no_folder(language: Lab, at_home: Callable[..., tuple[int, str, str]]) -> None:
-    words = ("fit", language.model.id, "--data", language.dataset.id, "--max-drop", "5%")
+    words = ("fit", language.model.id, "--data", language.dataset.id)
     code, out, _ = at_home(*words, "--dry-run", "--json")
     document = json.loads(out)
     assert code == 0 and document["frontier"] and document["expected_seconds"]

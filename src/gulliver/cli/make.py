@@ -86,6 +86,7 @@ def fit(options: FitOptions, session: Session) -> tuple[Any, list[str]]:
 def _forecast(report: Artifact, document: dict[str, Any], lines: list[str]) -> tuple[Any, list[str]]:
     """What a dry run prints: what sizes are predicted to cost, and how long each stage would take."""
     from gulliver.core.records import FitResult
+    from gulliver.pipeline.fitting import COMPRESSING
     from gulliver.report.units import format_seconds
 
     found = FitResult.of(report)
@@ -94,9 +95,11 @@ def _forecast(report: Artifact, document: dict[str, Any], lines: list[str]) -> t
     sizes = [("size", "predicted quality loss")]
     for point in found.frontier:
         drop = point.predicted_drop
-        sizes.append((megabytes(point.size_bytes), "shows when measured" if drop is None else f"{drop:.1%}"))
+        told = "shows when measured" if drop is None else f"{drop:.1%}" if drop < 1 else "over 100%"
+        sizes.append((megabytes(point.size_bytes), told))
     times = [("stage", "expected time")]
-    whole = {**found.expected_seconds, "together": sum(found.expected_seconds.values())}
+    expected = {stage: found.expected_seconds[stage] for stage in COMPRESSING if stage in found.expected_seconds}
+    whole = {**expected, "together": sum(expected.values())}
     times += [(stage, format_seconds(seconds)) for stage, seconds in whole.items()]
     return document, [*lines, *table(sizes), *table(times)]
 

@@ -68,6 +68,8 @@ def fit(
 
     `dry_run` makes no model: a report with the quality that sizes are predicted to cost and the time it would take.
     """
+    if dry_run and size is None and max_drop is None:
+        max_drop = "100%"  # the whole curve is asked for
     budget = _asked(for_, effort, size, ram, speed, max_drop, seed)
     if out is not None:
         check_target(out)

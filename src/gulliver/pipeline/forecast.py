@@ -31,14 +31,14 @@ BACKWARD = 2.0
 """What an example takes backward, in what it takes forward."""
 COSTS: Mapping[str, float] = {
     "sample": 0.5,
-    "calibrate": 1.0,
-    "plan": 20.0,
-    "quantize": 30.0,
+    "calibrate": 0.8,
+    "plan": 12.0,
+    "quantize": 16.0,
     "distill": 4.0,
-    "quality": 60.0,
+    "quality": 35.0,
 }
-"""What a stage takes, in calibrated examples: for each example written, calibrated on or trained on, or once."""
-PLAIN_PLAN = 0.4
+"""What a stage takes, in examples calibrated on: for each example that it writes, reads or trains on, or once."""
+PLAIN_PLAN = 0.3
 """A plan without GPTQ, in one with it."""
 OWN_QUALITY = 0.5
 """Measuring on the broad set, in what measuring on the user's data takes."""
