@@ -10,9 +10,8 @@ weights has a float16 scale d and codes q of few bits, the first code in the low
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar, cast
 
 import gguf.quants
 import numpy as np
@@ -24,7 +23,6 @@ from gulliver.core.errors import ArtifactError
 from gulliver.nets.weights import all_finite
 from gulliver.tasks.language.gguf.header import TensorInfo
 
-Item = TypeVar("Item")
 Bytes = NDArray[np.uint8]
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float32}
 """Types that keep their own precision (float64 has no network); all others become bfloat16 unless they are packed."""
@@ -73,16 +71,6 @@ def in_shares(work: Callable[[int], bool], starts: range) -> list[bool]:
         return [work(starts[0])]
     with ThreadPoolExecutor(CORES) as pool:
         return list(pool.map(work, starts))
-
-
-def ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items, each made while the one before it is used."""
-    end = object()
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = pool.submit(next, items, end)
-            yield cast("Item", item)
 
 
 def not_finite(info: TensorInfo) -> ArtifactError:

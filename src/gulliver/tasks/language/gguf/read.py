@@ -38,7 +38,7 @@ from gulliver.tasks.language.gguf.config import (
     checked,
     rope_factor_tensors,
 )
-from gulliver.tasks.language.gguf.decode import ahead, decode, dtype_of, not_finite, raw_blocks
+from gulliver.tasks.language.gguf.decode import decode, dtype_of, not_finite, raw_blocks
 from gulliver.tasks.language.gguf.header import Header, TensorInfo
 from gulliver.tasks.language.gguf.kept import format_of, holds, keep
 from gulliver.tasks.language.gguf.tokenizer import write_tokenizer
@@ -103,7 +103,7 @@ def _write_weights(places: Sequence[Place], folder: Path) -> None:
         for place in order
     )
     with open(folder / "model.safetensors", "wb") as stream:
-        write_tensors(stream, rows, ahead(tensors), alignment=ALIGNMENT)
+        write_tensors(stream, rows, tensors, alignment=ALIGNMENT)
     if packing:
         Packing(tensors=packing).write(folder)
 
