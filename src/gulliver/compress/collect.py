@@ -32,6 +32,8 @@ SMALLEST = Format(4, 32, "uniform")
 """A weight stays at 16 bits that is not smaller in this format, or has fewer inputs than one of its groups."""
 UNREACHED = "calibration saw no product with it: it is used otherwise, or no data reached it"
 SMALL = "so small that packing would add bytes"
+ELSEWHERE = 0.3
+"""How much of what rows of a table matter is set aside for data unlike those of calibration."""
 TWO_WAYS = "it is multiplied along two of its dimensions"
 
 
@@ -116,7 +118,7 @@ class Collector:
         if name in self._counts or name in self._energies:
             self._rows[f"moment:{name}"] = self._outputs(table_slot(name), [], columns)
             known = self._counts.get(name)
-            read = shares(self._energies[name]) if known is None else self._frequencies(known)
+            read = shares(self._energies[name]) if known is None else elsewhere(self._frequencies(known))
             self._rows[f"rows:{table_slot(name)}"] = read
             uses.append((ROWS, f"moment:{name}", f"rows:{table_slot(name)}"))
         if matrices == 1 and len(shape) == 3 and inputs:
@@ -172,7 +174,7 @@ class Collector:
         found, expected = self._observed(slot, siblings, width), self._expected.get(slot)
         if expected is None or len(expected) != width or not float(expected.sum()) > 0:
             return found
-        return expected * (found.sum() / expected.sum())
+        return elsewhere(expected * (found.sum() / expected.sum()))
 
     def _observed(self, slot: str, siblings: Sequence[str], width: int) -> Tensor:
         """The squared output gradients that were seen, or the power of the outputs; float32 [width]."""
@@ -200,6 +202,15 @@ def frequencies(counts: Tensor) -> Tensor:
         return counts / total
     missing = ((counts == 1).sum().clamp_min(1) / total).clamp_max(0.5)
     return torch.where(unseen, missing / unseen.sum(), counts / total * (1 - missing))
+
+
+def elsewhere(rows: Tensor) -> Tensor:
+    """What rows [rows] of a table or of the outputs matter here, and, a part ELSEWHERE of their sum, in other data.
+
+    There rare ones are frequent and frequent ones rare: that part is in proportion to square roots.
+    """
+    roots = rows.clamp_min(0).sqrt()
+    return rows * (1 - ELSEWHERE) + roots * (ELSEWHERE * rows.sum() / roots.sum().clamp_min(1e-30))
 
 
 def shares(energies: Tensor) -> Tensor:

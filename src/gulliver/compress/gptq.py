@@ -63,24 +63,19 @@ def quantize_matrix(
     moment: Tensor | None,
     *,
     gptq: bool = True,
-    kept: dict[tuple[int, int], Solver] | None = None,
     codebook: Tensor | None = None,
 ) -> RowGroup | BlockRows:
     """Quantize weight [rows, columns]; `moment` is H [columns, columns], its diagonal [columns], or None.
 
-    `kept` holds what the last call with the same moment computed from it, by `Format.nesting`, and is given this one's.
     `codebook`: the values that codes stand for; learned from the weight where none is given and the format has one.
     Without a full H, or with `gptq=False`, codes are the nearest on grids fitted with diag(H) as importance.
     """
     rows, columns = weight.shape
     importance = _importance(moment, columns)
-    solver, kept = None, {} if kept is None else kept
+    solver: Solver | None = None
     if moment is not None and moment.dim() == 2 and gptq:
-        if fmt.nesting not in kept:
-            kept.clear()  # so that one is in memory
-            order = nested_order(importance, fmt) if fmt.block else column_order(importance, fmt.group_size)
-            kept[fmt.nesting] = order, feedback(moment, order)
-        solver = kept[fmt.nesting]
+        order = nested_order(importance, fmt) if fmt.block else column_order(importance, fmt.group_size)
+        solver = order, feedback(moment, order)
     if fmt.block is not None:
         some = (weight[start : start + CHUNK_ROWS].float() for start in range(0, rows, CHUNK_ROWS))
         return BlockRows(fmt, torch.cat([round_blocks(part, fmt, importance, solver).blocks for part in some]))
@@ -140,11 +135,26 @@ def _round(weight: Tensor, fmt: Format, grid: Grid, factors: Tensor, lookup: Loo
     return RowGroup(fmt.tiles, codes, codes_of_scale, factors, stored, None if lookup is None else lookup.codebook)
 
 
-def feedback(moment: Tensor, order: Tensor, damping: float = DAMPING) -> Tensor:
-    """L [columns, columns] of H + λI = L D Lᵀ, unit lower triangular, H being `moment` with its columns in `order`.
+def feedback(moment: Tensor, order: Tensor) -> Tensor:
+    """L [columns, columns] of H + λI = L D Lᵀ, unit lower triangular, H being `moment` with its columns in `order`."""
+    lower = _factor(moment, order)
+    return lower.div_(lower.diagonal().clone()[None])
 
-    λ grows until the factorisation exists.
+
+def left_by_feedback(moment: Tensor, group_size: int) -> Tensor:
+    """D of H + λI = L D Lᵀ, float32 [columns], H being `moment` with its columns in the order of rounding.
+
+    An error in column i costs D_i once the columns after it have made up for what they can: GPTQ's loss is Σ_i D_i e_i²
+    over the errors e of rounding (Chee et al.), where that of rounding to nearest is e H eᵀ.
     """
+    order = column_order(_importance(moment, len(moment)), group_size)
+    found = torch.empty(len(moment))
+    found[order] = _factor(moment, order).diagonal().square()
+    return found
+
+
+def _factor(moment: Tensor, order: Tensor, damping: float = DAMPING) -> Tensor:
+    """The lower Cholesky factor of `moment` + λI with its columns in `order`; λ grows until there is one."""
     diagonal = moment.diagonal()[order]
     mean = float(diagonal.mean().clamp_min(1e-12))
     diagonal[diagonal == 0] = mean
@@ -154,7 +164,7 @@ def feedback(moment: Tensor, order: Tensor, damping: float = DAMPING) -> Tensor:
         damped.diagonal().copy_(diagonal)
         lower, failed = torch.linalg.cholesky_ex(damped, out=(damped, torch.empty((), dtype=torch.int32)))
         if not failed:
-            return lower.div_(lower.diagonal().clone()[None])
+            return lower
         damping *= 4
     raise AssertionError("the second moment of the inputs cannot be factored even with strong damping")
 

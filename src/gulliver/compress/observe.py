@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from gulliver.compress.products import Product, Watch
 
 STRIP = 256
+POWER_ROWS = 256
+"""Rows of an output, at least, that tell its power."""
 STACK_BYTES = 2**30
 """Most bytes of one stack's moments; beyond, all its matrices share one."""
 
@@ -139,21 +141,19 @@ class Moments:
             return
         self._seen.append((*origin, key))
         self.shared[slot] = key
-        rows = x.detach().float().reshape(-1, x.shape[-1])
-        if self._half and x.dtype != torch.bfloat16:
-            rows = rows.bfloat16().float()
+        rows = x.detach().to(torch.bfloat16 if self._half else torch.float32).reshape(-1, x.shape[-1])
         if self.mask is not None and x.shape[: self.mask.dim()] == self.mask.shape:
             rows = rows[self.mask.flatten()]
         if key not in self.sums:
             columns = rows.shape[1]
             self.sums[key] = torch.zeros((columns, columns) if self.full else (columns,))
         if self.full:
-            with _factors_in("bf16" if self._half else "none"):
-                for start in range(0, rows.shape[1], STRIP):  # the upper triangle and some of the lower: half the work
-                    strip = slice(start, start + STRIP)
-                    self.sums[key][strip, start:].addmm_(rows[:, strip].T, rows[:, start:])
+            columns = rows.T.contiguous()
+            for start in range(0, len(columns), STRIP):  # the upper triangle and some of the lower: half the work
+                strip = slice(start, start + STRIP)
+                self.sums[key][strip, start:] += torch.nn.functional.linear(columns[strip], columns[start:])
         else:
-            self.sums[key] += rows.square().sum(0)
+            self.sums[key] += rows.float().square().sum(0)
         self.positions[key] = self.positions.get(key, 0) + len(rows)
 
     def _energy(self, product: Product) -> None:
@@ -168,19 +168,9 @@ class Moments:
 
     def _power(self, slot: str, output: Tensor) -> None:
         before, count = self.power.get(slot, (0.0, 0))
-        squares = float(torch.linalg.vector_norm(output, dtype=torch.float32)) ** 2
-        self.power[slot] = (before + squares, count + output.numel())
-
-
-@contextmanager
-def _factors_in(precision: str) -> Iterator[None]:
-    """How products of float32 tensors round their factors, where that is fast; "none": not. Sums stay in float32."""
-    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before, setting.fp32_precision = setting.fp32_precision, precision
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
+        rows = output.reshape(-1, output.shape[-1])
+        some = rows[:: max(1, len(rows) // POWER_ROWS)].float()
+        self.power[slot] = (before + float(some.square().sum()), count + some.numel())
 
 
 def mirrored(total: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 A multiple-choice knapsack (knapsack.py). Items are weights, and, where rows of a lookup table matter very differently
 (frequent and rare tokens), classes of its rows in order of importance; choices are formats. What each costs is measured
-on a sample of each weight's rows in one reference format, with GPTQ as `quantize` does it, and carried over to the
-other formats by ratios measured on a few weights: how errors fall with bits hardly depends on the weight, how much they
-cost does.
+on a sample of each weight's rows in one reference format, as what GPTQ will leave of its errors, and carried over to
+the other formats by ratios measured on a few weights: how errors fall with bits hardly depends on the weight, how much
+they cost does.
 """
 
 from __future__ import annotations
@@ -20,11 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gulliver.compress.gptq import quantize_matrix
+from gulliver.compress.gptq import left_by_feedback, quantize_matrix
 from gulliver.compress.knapsack import ENTRY_BYTES, Item, alike, frontier, point, sizes_of, solve
-from gulliver.compress.kquant import Solver
 from gulliver.compress.options import PlanOptions
-from gulliver.compress.statistics import Statistics, Use, energies, joint_moment, likely_increase, open_statistics
+from gulliver.compress.statistics import (
+    Joint,
+    Statistics,
+    Use,
+    energies,
+    joint_moment,
+    likely_increase,
+    open_statistics,
+)
 from gulliver.compress.targets import formats_of, holding, joined_with, menu, stays_plain
 from gulliver.compress.threads import each
 from gulliver.core.context import Context
@@ -43,9 +50,9 @@ REFERENCE = Format(4, 64, "codebook")
 PROBES = 8
 PROBED_MATRICES = 8
 """Matrices of a stack, at most about, on which its loss increase is predicted."""
-CLASSES = (1 / 24, 1 / 8, 1 / 3, 1.0)
+CLASSES = (1 / 96, 1 / 24, 1 / 10, 1 / 5, 1 / 3, 2 / 3, 1.0)
 """Cumulative shares of a lookup table's rows, most important first, that may get formats of their own."""
-MIN_CLASS_ROWS = 64
+MIN_CLASS_ROWS = 256
 FILE_BYTES, SHARDS = 128, 16
 
 
@@ -114,20 +121,21 @@ def measurer(
             return [of_stack(name, matrix.view(row.matrices, -1, matrix.shape[1]))]
         uses = statistics.uses(name)
         moment, measured = joint_moment(uses), []
-        table = any(use.moment.dim() == 1 for use in uses)
-        kept: dict[tuple[int, int], Solver] = {}
+        table, joint = any(use.moment.dim() == 1 for use in uses), joint_of(moment)
         for rows in row_classes(uses, matrix) if cfg.target == "native" else [torch.arange(len(matrix))]:
             some = rows[:: max(1, len(rows) // cfg.probe_rows)][: cfg.probe_rows]
             found, sent = dict[Format, float](), energies(matrix, uses, rows)
             held = holding(formats, name, matrix.shape[1])
-            tried = [REFERENCE, *(held if name in probes else [])]
-            for fmt in sorted(tried, key=lambda one: one.nesting):  # what is kept is of one nesting
-                part = quantize_matrix(matrix[some], fmt, moment, gptq=cfg.gptq, kept=kept)
-                found[fmt] = likely_increase(matrix[some], part, uses, sent)
+            for fmt in (REFERENCE, *(held if name in probes else [])):
+                part = quantize_matrix(matrix[some], fmt, moment, gptq=False)
+                found[fmt] = likely_increase(matrix[some], part, uses, sent, joint)
             base = found[REFERENCE]
             ratios = [found.get(fmt, math.nan) / base for fmt in formats] if name in probes and base > 0 else []
             measured.append((Item(name, len(rows), matrix.shape[1], (base,), table), ratios))
         return measured
+
+    def joint_of(moment: Tensor) -> Joint | None:
+        return Joint(moment, left_by_feedback(moment, REFERENCE.group_size)) if cfg.gptq and moment.dim() == 2 else None
 
     def of_stack(name: str, stack: Tensor) -> tuple[Item, list[float]]:
         """One item for a stack [matrices, rows, columns], measured on some rows of some of its matrices."""
@@ -137,10 +145,12 @@ def measurer(
         for number in numbers:
             uses = statistics.uses(name, number)
             some, sent = stack[number][:: max(1, rows * len(numbers) // cfg.probe_rows)], energies(stack[number], uses)
+            moment = joint_moment(uses)
+            joint = joint_of(moment)
             tried: list[Format] = [REFERENCE, *(formats if name in probes else [])]
             for place, fmt in enumerate(tried):
-                part = quantize_matrix(some, fmt, joint_moment(uses), gptq=cfg.gptq)
-                found[place] += likely_increase(some, part, uses, sent)
+                part = quantize_matrix(some, fmt, moment, gptq=False)
+                found[place] += likely_increase(some, part, uses, sent, joint)
         ratios = [float(one / found[0]) for one in found[1:]] if found[0] > 0 else []
         return Item(name, count * rows, columns, (float(found[0]) * count / len(numbers),)), ratios
 
@@ -224,9 +234,10 @@ def row_classes(uses: list[Use], matrix: Tensor) -> list[Tensor]:
 
     Several for a lookup table, all rows in one for others.
     """
-    table = any(use.moment.dim() == 1 for use in uses) and len(matrix) * CLASSES[0] >= MIN_CLASS_ROWS
+    table = any(use.moment.dim() == 1 for use in uses)
+    shares = [share for share in CLASSES if table and share * len(matrix) >= MIN_CLASS_ROWS]
     counts, before = [], 0
-    for share in CLASSES if table else (1.0,):
+    for share in shares or (1.0,):
         stop = len(matrix) if share == 1.0 else int(share * len(matrix)) // TILE_ROWS * TILE_ROWS
         counts.append(stop - before)
         before = stop

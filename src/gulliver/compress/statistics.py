@@ -29,6 +29,8 @@ from gulliver.runtime.blocks import BlockRows
 from gulliver.runtime.packed import RowGroup
 
 CHUNK_ROWS = 4096
+RUN_ROWS, MOST_RUNS = 64, 16
+"""Rows of one run on which an error is looked at, and runs that are looked at, about."""
 ROWS = "rows.safetensors"
 """The file of all row weights, and of the moments of lookup tables."""
 
@@ -39,6 +41,17 @@ class Use:
 
     moment: Tensor
     rows: Tensor
+
+
+@dataclass(frozen=True)
+class Joint:
+    """One H for all uses of a weight, and what GPTQ leaves of an error: `moment` [columns, columns], `left` [columns]
+
+    (see `left_by_feedback`).
+    """
+
+    moment: Tensor
+    left: Tensor
 
 
 @dataclass(frozen=True)
@@ -93,20 +106,25 @@ def joint_moment(uses: list[Use]) -> Tensor:
 def loss_increase(weight: Tensor, part: RowGroup | BlockRows, uses: list[Use], rows: Tensor | None = None) -> float:
     """What storing `weight` [n, columns] as `part` is predicted to add to the loss, in the unit of the statistics.
 
-    `rows`, int64 [n], says which rows of the whole weight these are; None when they are all.
+    `rows`, int64 [n], says which rows of the whole weight these are; None when they are all. Of many rows some runs are
+    looked at, and tell what share of what rows send out is lost (see `likely_increase`).
     """
-    total = 0.0
-    for start in range(0, len(weight), CHUNK_ROWS):
-        stop = min(start + CHUNK_ROWS, len(weight))
-        delta = part.rows(start, stop).dequantize() - weight[start:stop].float()
-        which = slice(start, stop) if rows is None else rows[start:stop]
-        for use in uses:
-            if use.moment.dim() == 2:
-                energy = torch.linalg.vecdot(delta @ use.moment, delta)
-            else:
-                energy = delta.square() @ use.moment
-            total += 0.5 * float((use.rows[which] * energy).sum())
-    return total
+    if rows is not None:
+        uses = [Use(use.moment, use.rows[rows]) for use in uses]
+    count = -(-len(weight) // RUN_ROWS)
+    looked_at = range(0, count, max(1, count // MOST_RUNS))
+    lost, sent = [0.0] * len(uses), [0.0] * len(uses)
+    for run in looked_at:
+        start, stop = run * RUN_ROWS, min((run + 1) * RUN_ROWS, len(weight))
+        some = weight[start:stop].float()
+        delta = part.rows(start, stop).dequantize() - some
+        for place, use in enumerate(uses):
+            lost[place] += float((use.rows[start:stop] * _energy(delta, use.moment)).sum())
+            sent[place] += float((use.rows[start:stop] * (some.square() @ _diagonal(use))).sum())
+    if len(looked_at) == count:
+        return 0.5 * sum(lost)
+    shares = [one / max(part, 1e-30) for one, part in zip(lost, sent, strict=True)]
+    return 0.5 * sum(share * whole for share, whole in zip(shares, energies(weight, uses), strict=True))
 
 
 def energies(weight: Tensor, uses: list[Use], rows: Tensor | None = None) -> list[float]:
@@ -122,18 +140,29 @@ def energies(weight: Tensor, uses: list[Use], rows: Tensor | None = None) -> lis
     return found
 
 
-def likely_increase(some: Tensor, part: RowGroup | BlockRows, uses: list[Use], energies: list[float]) -> float:
+def likely_increase(
+    some: Tensor, part: RowGroup | BlockRows, uses: list[Use], energies: list[float], joint: Joint | None = None
+) -> float:
     """The loss increase of rows of which `some` [n, columns] are stored as `part`, in the unit of the statistics.
 
     Of what all rows send out (`energies`) the same share is lost as of these. How much rows matter differs by orders of
-    magnitude, the share hardly at all: a few rows tell it.
+    magnitude, the share hardly at all: a few rows tell it. With `joint` of the uses, `part` being rounded to nearest,
+    what GPTQ will leave of it.
     """
     some, total = some.float(), 0.0
     delta = part.rows(0, len(some)).dequantize() - some
     for use, sent in zip(uses, energies, strict=True):
-        lost = (delta @ use.moment).mul_(delta).sum() if use.moment.dim() == 2 else (delta.square() @ use.moment).sum()
+        lost = _energy(delta, use.moment).sum()
         total += 0.5 * sent * float(lost / (some.square() @ _diagonal(use)).sum().clamp_min(1e-30))
+    if joint is not None:
+        left = (delta.square() @ joint.left).sum() / _energy(delta, joint.moment).sum().clamp_min(1e-30)
+        total *= min(1.0, float(left))
     return total
+
+
+def _energy(delta: Tensor, moment: Tensor) -> Tensor:
+    """What each row of `delta` [n, columns] sends out, with H [columns, columns] or its diagonal: float32 [n]."""
+    return torch.linalg.vecdot(delta @ moment, delta) if moment.dim() == 2 else delta.square() @ moment
 
 
 def _diagonal(use: Use) -> Tensor:

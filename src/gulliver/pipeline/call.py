@@ -95,6 +95,8 @@ def call(
             begun = time.monotonic()
             made = named(row.function)(cfg, given, context)
             run = _recorded(row, key, asked, made, context, time.monotonic() - begun)
+        else:
+            store.clear_work(key)  # left by a call that was killed just after it was recorded
     artifact = store.get(run.artifact_id)
     if log is not None:
         seconds = time.monotonic() - started

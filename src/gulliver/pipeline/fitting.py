@@ -22,8 +22,8 @@ TARGETS: Mapping[str, str | None] = {
 """What a model may be fitted for -> the format that `export` writes for it, whose bytes count too."""
 COMPRESSING = ("sample", "calibrate", "plan", "quantize", "distill", "quality")
 EFFORTS: Mapping[str, Mapping[str, Mapping[str, Any] | None]] = {
-    "fast": {"sample": {"count": 32, "held_out": 8}, "calibrate": {"examples": 32, "gradient_examples": 8},
-             "plan": {"probe_rows": 8, "gptq": False}, "distill": None, "quality": {"share": 1 / 3}},
+    "fast": {"sample": {"count": 32, "held_out": 8}, "calibrate": {"examples": 24, "gradient_examples": 8},
+             "plan": {"probe_rows": 8}, "distill": None, "quality": {"share": 1 / 4}},
     "normal": {"sample": {"count": 96, "held_out": 16}, "calibrate": {"examples": 64, "gradient_examples": 16},
                "plan": {}, "distill": None, "quality": {}},
     "high": {"sample": {"count": 96, "held_out": 16}, "calibrate": {"examples": 96, "gradient_examples": 16},
@@ -67,8 +67,10 @@ class Fit:
 
     def qualities(self, model: Artifact, parent: Artifact | None = None) -> None:
         """Measure the model's quality on held-out data: the user's, and the broad set's."""
+        known = family(self.parent.task)
+        chosen = dict(known.judged) | dict({} if self.dataset is None else known.beside)
         for part in self.data.values():
-            config = {"family": dict(family(self.parent.task).judged)} if part is self.samples else {}
+            config = {"family": chosen} if part is self.samples else {}
             self.step("quality", config, model=model, dataset=part, parent=parent)
 
     def step(self, name: str, config: Mapping[str, Any] | None = None, /, **inputs: Any) -> Artifact:

@@ -24,7 +24,7 @@ from gulliver.tasks import get_task
 FEW: Mapping[str, Mapping[str, Any]] = {
     "sample": {"count": 4, "held_out": 0, "family": {"tokens": 64}},
     "calibrate": {"examples": 8, "gradient_examples": 2},
-    "plan": {"probe_rows": 4, "gptq": False},
+    "plan": {"probe_rows": 4},
 }
 """What the steps get here."""
 BACKWARD = 2.0
@@ -38,9 +38,7 @@ COSTS: Mapping[str, float] = {
     "quality": 35.0,
 }
 """What a stage takes, in examples calibrated on: for each example that it writes, reads or trains on, or once."""
-PLAIN_PLAN = 0.3
-"""A plan without GPTQ, in one with it."""
-OWN_QUALITY = 0.5
+OWN_QUALITY = 0.2
 """Measuring on the broad set, in what measuring on the user's data takes."""
 
 
@@ -84,7 +82,7 @@ def _seconds(work: Fit, calibration: Artifact, domain_only: bool) -> dict[str, f
     counts = {
         "sample": written and written["count"] + written["held_out"],
         "calibrate": _passes(work.options("calibrate") or {}, backward),
-        "plan": 1 if (work.options("plan") or {}).get("gptq", True) else PLAIN_PLAN,
+        "plan": 1,
         "quantize": 1,
         "distill": (work.options("distill") or {}).get("steps"),
         "quality": (work.options("quality") or {}).get("share", 1.0) * (1 if written is None else 1 + OWN_QUALITY),

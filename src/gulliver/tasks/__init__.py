@@ -38,6 +38,7 @@ TASKS: Mapping[str, Family] = {
         pipeline_tag="text-generation",
         sampled={"tokens": 256},
         judged={"context": 256},
+        beside={"questions": 0},
     ),
     "encoder": Family(
         task="gulliver.tasks.encoder.task:EncoderTask",

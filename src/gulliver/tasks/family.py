@@ -17,8 +17,8 @@ class Family:
     families that read the same kind are interchangeable. `speed_metric` is what `--speed` limits. `can` lists what its
     answerers do, and `pipeline_tag` is Hugging Face's word for that; `alike` names what must be equal in two networks'
     configs, so that one can be judged by the other's answers. `own_loss` says whether a model has a loss without a
-    parent to be close to. `sampled` are its options for data that a model writes itself in `fit`, and
-    `judged` those for measuring on them.
+    parent to be close to. `sampled` are its options for data that a model writes itself in `fit`, `judged` those for
+    measuring on them, and `beside` further ones where the user's own data are measured on too.
     """
 
     task: str
@@ -33,6 +33,7 @@ class Family:
     own_loss: bool = True
     sampled: Mapping[str, Any] = field(default_factory=dict)
     judged: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -41,7 +42,7 @@ from gulliver.tasks.base import Written
 
 BEGINNINGS = Path(__file__).with_name("beginnings.jsonl")
 NUCLEUS = 0.95
-SLOTS = 32
+SLOTS = 64
 """Texts that are written at once."""
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}gulliver\N{OBJECT REPLACEMENT CHARACTER}"
 """A message by which the head of a chat template is found: what is rendered before it."""
@@ -92,19 +93,18 @@ class Author:
 
     def write(self, numbers: Sequence[int]) -> list[Written]:
         """Texts number `numbers`, in that order."""
-        engine = self._engine
-        prompts = [self._prompt(number, engine.text) for number in numbers]
-        first = engine.complete(
-            [self._request(prompt, number) for prompt, number in zip(prompts, numbers, strict=True)]
-        )
-        texts = [prompt + _tokens(pieces) for prompt, pieces in zip(prompts, first, strict=True)]
-        chats = {at for at, number in enumerate(numbers) if self._is_chat(number, engine.text)}
-        turns = {at: self._turn(texts[at], first[at], engine.text) for at in chats}
-        open_turns = [at for at, turn in turns.items() if turn is not None]
-        second = engine.complete([self._request(turns[at] or [], numbers[at], 1) for at in open_turns])
-        for at, pieces in zip(open_turns, second, strict=True):
-            texts[at] = (turns[at] or []) + _tokens(pieces)
-        return [self._written(tokens, number, engine.text) for tokens, number in zip(texts, numbers, strict=True)]
+        with ThreadPoolExecutor(SLOTS) as pool:
+            return list(pool.map(self._written, numbers))
+
+    def _written(self, number: int) -> Written:
+        text, prompt = self._engine.text, self._prompt(number, self._engine.text)
+        pieces = list(self._engine.stream(self._request(prompt, number)))
+        tokens, chat = prompt + _tokens(pieces), self._is_chat(number, text)
+        turn = self._turn(tokens, pieces, text) if chat else None
+        if turn is not None:
+            tokens = turn + _tokens(list(self._engine.stream(self._request(turn, number, 1))))
+        told = text.tokenizer.decode(tokens, skip_special_tokens=not chat)
+        return Written({"text": told}, fault_of(told, tokens))
 
     # ---- how texts begin ----
     def _is_chat(self, number: int, text: Text) -> bool:
@@ -132,10 +132,6 @@ class Author:
         glue = text.encode(head[1], special=False)
         ended = pieces[-1].finish == "stop" and pieces[-1].completion_tokens > 1
         return [*tokens, *glue] if ended and len(tokens) + len(glue) + FEWEST_TOKENS < self._tokens else None
-
-    def _written(self, tokens: list[int], number: int, text: Text) -> Written:
-        told = text.tokenizer.decode(tokens, skip_special_tokens=not self._is_chat(number, text))
-        return Written({"text": told}, fault_of(told, tokens))
 
 
 def runs_natively(folder: Path) -> bool:
