@@ -29,7 +29,10 @@ def test_a_dry_run_forecasts_and_makes_no_model(language: Lab) -> None:
     assert None not in drops and drops == sorted(drops, reverse=True)
     assert set(found.expected_seconds) == {"sample", "calibrate", "plan", "quantize", "quality"}
     assert all(seconds > 0 for seconds in found.expected_seconds.values())
-    assert not found.infeasible and (report.path / "report.html").is_file()
+    assert not found.infeasible
+    page = (report.path / "report.html").read_text(encoding="utf-8")
+    assert "DRY RUN" in page and "No model was made" in page and "Expected time" in page
+    assert "Reached" not in page and "Size and quality" in page
 
 
 def test_what_a_dry_run_predicts_is_near_what_is_measured(language: Lab) -> None:

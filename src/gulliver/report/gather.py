@@ -24,6 +24,7 @@ from gulliver.report.units import short_id
 from gulliver.runtime.formats import Format
 
 INFEASIBLE, REFUSED, PASS, NOT_JUDGED = "INFEASIBLE", "REFUSED", "PASS", "NOT JUDGED"
+DRY_RUN = "DRY RUN"
 
 BROAD_SET = "the broad set"
 """What data are called that a model wrote itself."""
@@ -72,6 +73,8 @@ class ReportData:
         """The verdict in one word. A gate that has no data refuses; no gate at all is NOT JUDGED."""
         if self.fit.infeasible:
             return INFEASIBLE
+        if self.fit.expected_seconds:
+            return DRY_RUN
         judged = [*self.fit.verdicts, *(verdict for other in self.others for verdict in other.verdicts)]
         if not all(verdict.passed for verdict in judged):
             return REFUSED

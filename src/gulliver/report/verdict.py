@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gulliver.core.evidence.evidence import METRICS, Evidence
 from gulliver.core.evidence.gate import Verdict
-from gulliver.report.gather import INFEASIBLE, NOT_JUDGED, ReportData
+from gulliver.report.gather import DRY_RUN, INFEASIBLE, NOT_JUDGED, ReportData
 from gulliver.report.rows import measured_texts
 from gulliver.report.units import NOT_MEASURED, format_limit, format_measured, format_seconds, format_value, short_id
 
@@ -44,6 +44,8 @@ def sentences(data: ReportData) -> list[str]:
         lines.append(f"No model meets this budget. The nearest feasible point: {_bytes(near.size_bytes)}{loss}.")
     elif data.outcome == INFEASIBLE:
         lines.append("No model meets this budget.")
+    elif data.outcome == DRY_RUN:
+        lines.append(f"No model was made: {_forecast(data)}.")
     else:
         lines.append(f"Reached {_reached(data)}.")
     if data.outcome == NOT_JUDGED:
@@ -61,9 +63,14 @@ def sentences(data: ReportData) -> list[str]:
 
 
 def key_figures(data: ReportData) -> list[Figure]:
-    """Size, quality loss, memory, speed and time; none where no model was made."""
+    """Size, quality loss, memory, speed and time; of a dry run the time that each stage is expected to take."""
     if data.outcome == INFEASIBLE:
         return []
+    if data.outcome == DRY_RUN:
+        expected = data.fit.expected_seconds
+        figures = [Figure("Expected time", format_seconds(sum(expected.values())), "for all stages")]
+        longest = sorted(expected.items(), key=lambda row: -row[1])
+        return [*figures, *(Figure(stage, format_seconds(seconds), "") for stage, seconds in longest)]
     asked, ram, speed = data.fit.budget, data.ram_metric, data.speed_metric
     figures = [
         Figure("Size", _bytes(data.size_bytes), _limit("at most", asked.size_bytes, "bytes")),
@@ -140,6 +147,23 @@ def _reached(data: ReportData) -> str:
     parts += [_shown(speed)] if speed else []
     taken = seconds_taken(data)
     return _listed(parts) + (f", in {format_seconds(taken)}" if taken is not None else "")
+
+
+def _forecast(data: ReportData) -> str:
+    """What a dry run predicts of the size that was asked for, or of the smallest and the largest."""
+    points = [point for point in data.fit.frontier if point.predicted_drop is not None]
+    size = data.fit.budget.size_bytes
+    if size is not None and points:
+        within = [point for point in points if point.size_bytes <= size] or points
+        points = [max(within, key=lambda point: point.size_bytes)]
+    told = [
+        f"{_bytes(one.size_bytes)} for {format_value(one.predicted_drop, 'fraction')}"
+        for one in points[:: max(1, len(points) - 1)]
+    ]
+    predicted = (
+        f"predicted are {_listed(told)} quality loss" if told else "what sizes cost shows when they are measured"
+    )
+    return f"{predicted}, and making one is expected to take {format_seconds(sum(data.fit.expected_seconds.values()))}"
 
 
 def _loss(data: ReportData) -> tuple[str, str]:
