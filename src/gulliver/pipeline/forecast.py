@@ -54,7 +54,8 @@ def forecast(work: Fit, domain_only: bool, began: float) -> Artifact:
     except BudgetError as failure:
         raise infeasible(work, failure, began) from None
     task = get_task(work.parent.task)
-    drops = [(point.size_bytes, task.likely_drop(point.loss_increase)) for point in plan.frontier]
+    asked = [] if work.budget.size_bytes is None else [(plan.size_bytes, task.likely_drop(plan.loss_increase))]
+    drops = sorted([*asked, *((point.size_bytes, task.likely_drop(point.loss_increase)) for point in plan.frontier)])
     work.frontier = tuple(Point(size_bytes=size, predicted_drop=drop) for size, drop in drops)
     written = record(work, None, began, expected=_seconds(work, calibration, domain_only))
     write_annotation(written, REPORT, page(gather(work.parent, work.store, fit=written)))

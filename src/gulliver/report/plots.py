@@ -18,6 +18,9 @@ from gulliver.report.units import format_seconds, format_value
 _STAGE_COLOURS = ("blue", "orange", "green", "violet", "teal", "soft")
 _MAX_POINTS = 600
 
+MOST_PREDICTED = 1.0
+"""Where nothing is measured, what a plot shows of predicted losses: beyond, they say that the model is broken."""
+
 
 def size_quality(data: ReportData) -> Picture | None:
     """The size-quality plane: what the plan could choose, the rounds, the chosen point, the parent, the budget."""
@@ -171,7 +174,7 @@ def _top_drop(data: ReportData) -> float:
     frontier = [point.predicted_drop for point in data.fit.frontier if point.predicted_drop is not None]
     if known and max(known) > 0:
         return 100 * min(2 * max(known), max([*known, *frontier])) * 1.1
-    return 110 * max([*frontier, 0.01])
+    return 110 * min(MOST_PREDICTED, max([*frontier, 0.01]))
 
 
 def _draw_limit(layout: dict[str, Any], axis: str, at: float, text: str) -> None:
