@@ -38,7 +38,7 @@ BROAD_TURNS = 2
 """Batches of the broad set for each of the user's data."""
 
 MOST_OUTPUTS = 8192
-"""Positions at which the network's own outputs, which are many, are computed; evenly spread ones of more."""
+"""Most positions at which the network's own outputs, which are many, are computed; evenly spread ones of more."""
 
 LOOKED_UP = 0.02
 """What it costs to look a parameter up, as a share of multiplying by it, about."""
@@ -257,7 +257,7 @@ def _pass(
     """
     folder = temporary_name(work / "after")
     folder.mkdir()
-    every = max(1, sum(next(iter(batch.values())).numel() for batch in batches) // MOST_OUTPUTS)
+    every = max(1, -(-sum(next(iter(batch.values())).numel() for batch in batches) // MOST_OUTPUTS))
     for index, batch in enumerate(batches):
         x: Any = batch if before is None else load_file(before / f"{index}.safetensors")["x"]
         if last and before is not None and block.pointwise:
