@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gulliver.compress import plan as planning
+from gulliver.compress.gptq import left_by_feedback, quantize_matrix
 from gulliver.compress.knapsack import GAP, Item, solve
 from gulliver.compress.plan import planned, row_classes
-from gulliver.compress.statistics import Use, open_statistics
+from gulliver.compress.statistics import Joint, Use, energies, likely_increase, loss_increase, open_statistics
 from gulliver.compress.targets import menu
 from gulliver.core.errors import ArtifactError, BudgetError
 from gulliver.core.records import LossIncrease, Plan
@@ -118,6 +119,25 @@ def test_classes_of_rows_are_ordered_by_importance_and_hold_each_row_once() -> N
         assert len(before) % 16 == 0
     (alone,) = row_classes([Use(torch.eye(32), counts)], matrix)
     assert alone.tolist() == list(range(rows))
+
+
+def test_what_gptq_leaves_is_told_from_rounding_to_nearest() -> None:
+    generator = torch.Generator().manual_seed(3)
+    mixed = torch.randn(64, 64, generator=generator) / 8 + torch.eye(64) / 4
+    x = torch.randn(4096, 64, generator=generator) @ mixed
+    moment, weight = x.T @ x / len(x), torch.randn(2048, 64, generator=generator)
+    uses, fmt = [Use(moment, torch.rand(2048, generator=generator))], Format(4, 64, "codebook")
+    joint = Joint(moment, left_by_feedback(moment, 64))
+    nearest, told = quantize_matrix(weight, fmt, moment, gptq=False), quantize_matrix(weight, fmt, moment)
+    expected = likely_increase(weight, nearest, uses, energies(weight, uses), joint)
+    delta = told.rows(0, len(weight)).dequantize() - weight
+    real = 0.5 * float((uses[0].rows * torch.linalg.vecdot(delta @ moment, delta)).sum())
+    assert real < 0.8 * likely_increase(weight, nearest, uses, energies(weight, uses))  # or there is nothing to tell
+    assert expected == pytest.approx(real, rel=0.3)
+    assert loss_increase(weight, told, uses) == pytest.approx(real, rel=0.05)  # from some of the rows
+    assert loss_increase(weight[:512], told.rows(0, 512), [Use(moment, uses[0].rows[:512])]) == pytest.approx(
+        0.5 * float((uses[0].rows[:512] * torch.linalg.vecdot(delta[:512] @ moment, delta[:512])).sum()), rel=1e-4
+    )
 
 
 # ---- the step --------------------------------------------------------------------------------------------------------

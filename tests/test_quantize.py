@@ -317,6 +317,19 @@ def test_a_killed_run_goes_on_and_makes_the_same_model(language: Lab, tmp_path: 
     assert not list((store.home / "work").glob("*/weight-*"))
 
 
+def test_what_a_call_left_that_was_killed_once_recorded_goes_with_the_next(
+    language: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[str] = []
+    monkeypatch.setattr(Store, "clear_work", lambda store, key: keys.append(key))  # as if it was killed before
+    made = language.quantize(bits=3, seed=77)
+    left = language.store.home / "work" / keys[-1]
+    assert list(left.glob("weight-*"))
+    monkeypatch.undo()
+    assert language.quantize(bits=3, seed=77).id == made.id
+    assert not left.exists()
+
+
 def test_finished_weights_are_not_packed_again(language: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     from gulliver.compress import quantize
 

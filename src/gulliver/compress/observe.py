@@ -148,10 +148,10 @@ class Moments:
             columns = rows.shape[1]
             self.sums[key] = torch.zeros((columns, columns) if self.full else (columns,))
         if self.full:
-            columns = rows.T.contiguous()
-            for start in range(0, len(columns), STRIP):  # the upper triangle and some of the lower: half the work
+            turned = rows.T.contiguous()  # one batch's product has the type of its factors; batches add up in float32
+            for start in range(0, len(turned), STRIP):  # the upper triangle and some of the lower: half the work
                 strip = slice(start, start + STRIP)
-                self.sums[key][strip, start:] += torch.nn.functional.linear(columns[strip], columns[start:])
+                self.sums[key][strip, start:] += torch.nn.functional.linear(turned[strip], turned[start:])
         else:
             self.sums[key] += rows.float().square().sum(0)
         self.positions[key] = self.positions.get(key, 0) + len(rows)

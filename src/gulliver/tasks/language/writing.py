@@ -93,8 +93,11 @@ class Author:
 
     def write(self, numbers: Sequence[int]) -> list[Written]:
         """Texts number `numbers`, in that order."""
-        with ThreadPoolExecutor(SLOTS) as pool:
+        pool = ThreadPoolExecutor(SLOTS)
+        try:
             return list(pool.map(self._written, numbers))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after an interrupt, closing the engine ends what runs
 
     def _written(self, number: int) -> Written:
         text, prompt = self._engine.text, self._prompt(number, self._engine.text)
