@@ -68,8 +68,8 @@ def inputs_moment(columns: int, seed: int = 1) -> Tensor:
     return x.T @ x / len(x)
 
 
-def cost(weight: Tensor, moment: Tensor, name: str, gptq: bool) -> float:
-    delta = quantize_matrix(weight, Format.parse(name), moment, gptq=gptq).dequantize() - weight
+def cost(weight: Tensor, moment: Tensor, name: str, gptq: bool, sweeps: int = 0) -> float:
+    delta = quantize_matrix(weight, Format.parse(name), moment, gptq=gptq, sweeps=sweeps).dequantize() - weight
     return float(((delta @ moment) * delta).sum())
 
 
@@ -86,6 +86,25 @@ def test_gptq_beats_rounding_to_nearest_on_a_trained_model(language: Lab, bits: 
 def test_gptq_beats_rounding_to_nearest_on_correlated_inputs(name: str) -> None:
     weight, moment = gaussian(96, 192), inputs_moment(192)
     assert cost(weight, moment, name, gptq=False) > 1.5 * cost(weight, moment, name, gptq=True)
+
+
+@pytest.mark.parametrize("name", ["c2g64", "c4g32", "u3g64", "u8g128", "s4g64"])
+@pytest.mark.parametrize("columns", [192, 200])
+def test_each_sweep_over_the_codes_leaves_less(name: str, columns: int) -> None:
+    """Also where the last group is not full, and where some inputs are always zero."""
+    weight, moment = gaussian(96, columns), inputs_moment(columns)
+    moment[:, 5] = moment[5, :] = 0
+    chosen = [cost(weight, moment, name, gptq=True, sweeps=sweeps) for sweeps in (0, 1, 2, 4)]
+    assert chosen[1] < 0.97 * chosen[0]
+    assert chosen[3] < chosen[2] < chosen[1]
+
+
+def test_a_sweep_without_what_it_needs_changes_nothing() -> None:
+    """With the diagonal alone, or without passing errors on, the nearest codes are the best."""
+    weight, moment = gaussian(32, 128), inputs_moment(128)
+    for options in ({"moment": moment.diagonal()}, {"moment": moment, "gptq": False}, {"moment": None}):
+        once, again = (quantize_matrix(weight, Format(4, 64, "codebook"), sweeps=n, **options) for n in (0, 3))
+        assert torch.equal(once.dequantize(), again.dequantize())
 
 
 @pytest.mark.parametrize("bits", [3, 4])

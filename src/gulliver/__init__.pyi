@@ -152,6 +152,7 @@ def quantize(
     group_size: int = 64,
     kind: Literal['codebook', 'uniform'] = 'codebook',
     method: Literal['gptq', 'rtn'] = 'gptq',
+    sweeps: int = 2,
     max_ram_bytes: int | str | None = None,
     home: Path | str | None = None,
     database_url: str | None = None,

@@ -12,22 +12,18 @@ not rounded, weighted by diag(H).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from gulliver.compress.kquant import Solver, nested_order, round_blocks
+from gulliver.compress.kquant import BlockRounder, nested_order
+from gulliver.compress.solver import DAMPING, solve
+from gulliver.compress.tiles import Fitter, TileRounder, fitter
 from gulliver.runtime.blocks import BlockRows
 from gulliver.runtime.formats import Format
 from gulliver.runtime.grid import (
     Grid,
     Lookup,
     as_groups,
-    fit_codebook_grid,
-    fit_symmetric_grid,
-    fit_uniform_grid,
     learn_codebook,
     power_factors,
     row_factors,
@@ -35,7 +31,6 @@ from gulliver.runtime.grid import (
 )
 from gulliver.runtime.packed import RowGroup, joined
 
-DAMPING = 0.02
 CHUNK_ROWS = 8192
 """Rows that are rounded at once, and of which float32 copies are in memory."""
 CODEBOOK_ROWS = 65_536
@@ -63,22 +58,28 @@ def quantize_matrix(
     moment: Tensor | None,
     *,
     gptq: bool = True,
+    sweeps: int = 0,
     codebook: Tensor | None = None,
 ) -> RowGroup | BlockRows:
     """Quantize weight [rows, columns]; `moment` is H [columns, columns], its diagonal [columns], or None.
 
     `codebook`: the values that codes stand for; learned from the weight where none is given and the format has one.
-    Without a full H, or with `gptq=False`, codes are the nearest on grids fitted with diag(H) as importance.
+    Without a full H, or with `gptq=False`, codes are the nearest on grids fitted with diag(H) as importance; else codes
+    are chosen again in so many `sweeps` after GPTQ.
     """
     rows, columns = weight.shape
     importance = _importance(moment, columns)
-    solver: Solver | None = None
+    solver: tuple[Tensor, Tensor] | None = None
     if moment is not None and moment.dim() == 2 and gptq:
         order = nested_order(importance, fmt) if fmt.block else column_order(importance, fmt.group_size)
         solver = order, feedback(moment, order)
     if fmt.block is not None:
-        some = (weight[start : start + CHUNK_ROWS].float() for start in range(0, rows, CHUNK_ROWS))
-        return BlockRows(fmt, torch.cat([round_blocks(part, fmt, importance, solver).blocks for part in some]))
+        order, lower = solver or (torch.arange(columns), None)
+        blocks = []
+        for start in range(0, rows, CHUNK_ROWS):
+            some = weight[start : start + CHUNK_ROWS].float()
+            blocks.append(solve(some, BlockRounder(fmt, len(some), importance), moment, order, lower, sweeps).blocks)
+        return BlockRows(fmt, torch.cat(blocks))
     weights_of_group = as_groups(importance[None], fmt)[0]
     lookup = None
     if fmt.kind == "codebook":
@@ -92,26 +93,15 @@ def quantize_matrix(
         else:
             widest = (groups.amax(2).clamp_min(0) - groups.amin(2).clamp_max(0)) / (fmt.levels - 1)
         factors = power_factors(widest, fmt) if fmt.kind == "symmetric" else row_factors(widest)
-        fit = _fitter(fmt, lookup, factors)
+        fit = fitter(fmt, lookup, factors)
         if solver is None:
             grid = _fit_all(groups, weights_of_group, fit)
             factors = factors if fmt.kind == "symmetric" else row_factors(grid.scales)
             parts.append(_round(some, fmt, grid, factors, lookup))
         else:
-            parts.append(_solve(some, fmt, *solver, importance, factors, lookup, fit))
+            rounder = TileRounder(fmt, importance, factors, fit, lookup)
+            parts.append(solve(some, rounder, moment, *solver, sweeps))
     return joined(parts)
-
-
-Fitter = Callable[[Tensor, Tensor], Grid]
-"""(group [rows, group_size], importance [1, group_size]) -> its grid."""
-
-
-def _fitter(fmt: Format, lookup: Lookup | None, factors: Tensor) -> Fitter:
-    if lookup is not None:
-        return partial(fit_codebook_grid, codebook=lookup)
-    if fmt.kind == "symmetric":
-        return partial(fit_symmetric_grid, fmt=fmt, factors=factors)
-    return partial(fit_uniform_grid, levels=fmt.levels)
 
 
 def _fit_all(groups: Tensor, importance: Tensor, fit: Fitter) -> Grid:
@@ -179,56 +169,3 @@ def column_order(importance: Tensor, group_size: int) -> Tensor:
     inside = table.argsort(dim=1, descending=True, stable=True) + torch.arange(groups)[:, None] * group_size
     order = inside[table.amax(1).argsort(descending=True, stable=True)].flatten()
     return order[order < columns].flip(0)
-
-
-def _solve(
-    weight: Tensor,
-    fmt: Format,
-    order: Tensor,
-    lower: Tensor,
-    importance: Tensor,
-    factors: Tensor,
-    lookup: Lookup | None,
-    fit: Fitter,
-) -> RowGroup:
-    rows, columns = weight.shape
-    # one column of the work matrix is contiguous, because columns are visited one at a time; those that are done hold
-    # what their rounding got wrong
-    work = weight[:, order].t().contiguous()
-    codes = torch.empty(columns, rows, dtype=torch.uint8)
-    scale_codes = torch.ones(rows, fmt.groups(columns), dtype=torch.uint8)
-    zero_codes = None if lookup is not None else torch.zeros(rows, fmt.groups(columns), dtype=torch.uint8)
-    stop = columns
-    while stop > 0:
-        group = int(order[stop - 1]) // fmt.group_size
-        start = max(stop - fmt.group_size, 0)
-        while int(order[start]) // fmt.group_size != group:
-            start += 1
-        inner = lower[start:stop, start:stop]
-        added = lower[stop:, start:stop].t() @ work[stop:]
-        best = torch.linalg.solve_triangular(inner.t(), added, upper=True, unitriangular=True).add_(work[start:stop])
-        grid = fit(best.t(), importance[order[start:stop]][None])
-        local = added.add_(work[start:stop])
-        scale_codes[:, group] = split_scales(grid.scales[:, None], factors)[:, 0]
-        scale = scale_codes[:, group].float() * factors.float()
-        zeros = torch.zeros(1) if grid.zeros is None else grid.zeros
-        if zero_codes is not None:
-            zero_codes[:, group] = zeros.to(torch.uint8)
-        for index in range(stop - start - 1, -1, -1):
-            place = start + index
-            scaled = local[index] / scale
-            if lookup is not None:
-                places = lookup.places(scaled)
-                codes[place] = lookup.codes.index_select(0, places)
-                value = lookup.entries.index_select(0, places)
-            else:
-                code = scaled.add_(zeros).round_().clamp_(0, fmt.levels - 1)
-                codes[place] = code.to(torch.uint8)
-                value = code.sub_(zeros)
-            work[place] -= value.mul_(scale)
-            local[:index].addr_(inner[index, :index], work[place])
-        stop = start
-    back = torch.empty_like(order)
-    back[order] = torch.arange(columns)
-    codes = codes[back].t().contiguous()
-    return RowGroup(fmt.tiles, codes, scale_codes, factors, zero_codes, None if lookup is None else lookup.codebook)

@@ -1,4 +1,4 @@
-"""Rounding weights to GGUF's block types (runtime/blocks.py): RTN and GPTQ under the constraints of those types.
+"""Grids of GGUF's block types (runtime/blocks.py) while a matrix's codes are being chosen; a `Rounder` (solver.py).
 
 A block's float16 scale d and minimum e are fixed when its first column is reached, from the best float scale and
 minimum of each of its groups. Each group's scale and minimum codes are then chosen again when its own first column is
@@ -8,25 +8,23 @@ minus m: over candidates of s, codes q are the nearest, and s and m follow in cl
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gulliver.compress.solver import Rounded
 from gulliver.runtime.blocks import BlockRows, encode
 from gulliver.runtime.formats import BLOCK_TYPES, BlockType, Format
 
-Solver = tuple[Tensor, Tensor]
-"""The order of the columns, and L: what errors are passed on with."""
 SHRINKS = tuple(1.06 - 0.07 * step for step in range(7))
 SMALLEST_HALF = 6e-8
 
 
 @dataclass
-class Rounder:
-    """The codes of rows in one block type while they are being chosen; `importance` float32 [columns]."""
+class BlockRounder:
+    """Rows in one block type; `importance` float32 [columns]."""
 
     fmt: Format
     rows: int
@@ -46,6 +44,14 @@ class Rounder:
         self.d = torch.zeros(self.rows, blocks, dtype=torch.float16)
         self.e = torch.zeros(self.rows, blocks, dtype=torch.float16)
 
+    @property
+    def group_size(self) -> int:
+        return self.kind.group_size
+
+    @property
+    def block_size(self) -> int:
+        return self.kind.columns
+
     def open_block(self, block: int, weights: Tensor) -> None:
         """Fix d and e of a block for its `weights` [rows, columns of a block] in their natural order."""
         groups = weights.view(self.rows, -1, self.kind.group_size)
@@ -64,20 +70,23 @@ class Rounder:
             least = minima[:, 0] if (low, high) == (1, 1) else minima.amax(1) / self.kind.minimum_codes[1]
             self.e[:, block] = least.clamp(-65504, 65504).half()
 
-    def open_group(self, group: int, weights: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """Choose the codes of a group of an open block for its `weights` [rows, group size] in their natural order.
-
-        Returns what rounds a column [rows] of it: to its codes and to its values.
-        """
-        kind, block = self.kind, group * self.kind.group_size // self.kind.columns
-        d, e = self.d[:, block].float(), self.e[:, block].float()
+    def open_group(self, group: int, weights: Tensor) -> Rounded:
+        """Choose the scale and minimum codes of a group of an open block for its `weights` [rows, group size]."""
+        kind, block = self.kind, self._block(group)
         first = group * kind.group_size
         importance = self.importance[first : first + kind.group_size][None]
         if kind.scale_codes != (1, 1):
+            d, e = self.d[:, block].float(), self.e[:, block].float()
             scales, _ = self.fit(weights[:, None], importance[None])
             self.scales[:, group], self.minima[:, group] = self._codes(weights, importance, scales[:, 0], d, e)
-        scale = d * self.scales[:, group].float()
-        minimum = e * self.minima[:, group].float() if kind.minimum_codes else torch.zeros(1)
+        return self.rounded(group)
+
+    def rounded(self, group: int) -> Rounded:
+        block = self._block(group)
+        scale = self.d[:, block].float() * self.scales[:, group].float()
+        minimum = torch.zeros(1)
+        if self.kind.minimum_codes:
+            minimum = self.e[:, block].float() * self.minima[:, group].float()
         safe = torch.where(scale == 0, torch.inf, scale)
 
         def rounded(column: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,6 +94,24 @@ class Rounder:
             return codes, self.levels[codes.int()] * scale - minimum
 
         return rounded
+
+    def rescale(self, group: int, ratio: Tensor) -> Tensor | None:
+        """Scales times about `ratio` [rows]; what they were multiplied by. None for types with a minimum."""
+        if self.kind.minimum_codes is not None:
+            return None
+        if self.kind.scale_codes == (1, 1):
+            before = self.d[:, group].float()
+            self.d[:, group] = _half(before * ratio)
+            after = self.d[:, group].float()
+        else:
+            before = self.scales[:, group].float()
+            after = (before * ratio).round_().clamp_(*self.kind.scale_codes)
+            after = torch.where(after == 0, before, after)
+            self.scales[:, group] = after.to(torch.int16)
+        return torch.where(before == 0, 1.0, after / torch.where(before == 0, 1.0, before))
+
+    def _block(self, group: int) -> int:
+        return group * self.kind.group_size // self.kind.columns
 
     def nearest(self, scaled: Tensor) -> Tensor:
         """Codes, float32, of values of any shape in units of the scale."""
@@ -209,54 +236,3 @@ def nested_order(importance: Tensor, fmt: Format) -> Tensor:
         number = np.arange(len(values)) // size
         keys += [number, -values.reshape(-1, size).max(1)[number]]
     return torch.from_numpy(np.lexsort(keys)).flip(0)
-
-
-def round_blocks(weight: Tensor, fmt: Format, importance: Tensor, solver: Solver | None) -> BlockRows:
-    """Codes of weight [rows, columns] on grids fitted with `importance` [columns]: the nearest, or by GPTQ
-
-    (compress/gptq.py) with a `solver`: nested_order's order and the L of that order.
-    """
-    rows, columns = weight.shape
-    rounder = Rounder(fmt, rows, importance)
-    size, block_size = rounder.kind.group_size, rounder.kind.columns
-    order, lower = solver or (torch.arange(columns), None)
-    # one column of the work matrix is contiguous; those that are done hold what their rounding got wrong
-    work = weight[:, order].t().contiguous()
-    codes = torch.empty(columns, rows, dtype=torch.uint8)
-    for stop in range(columns, 0, -size):
-        start = stop - size
-        if stop % block_size == 0:
-            inside = slice(stop - block_size, stop)
-            best = unrounded(work, lower, inside)[0]
-            rounder.open_block(int(order[start]) // block_size, _natural(best, order[inside]))
-        best, local = unrounded(work, lower, slice(start, stop))
-        rounded = rounder.open_group(int(order[start]) // size, _natural(best, order[start:stop]))
-        for index in range(size - 1, -1, -1):
-            place = start + index
-            code, value = rounded(local[index])
-            codes[place] = code.to(torch.uint8)
-            work[place] -= value
-            if lower is not None:
-                local[:index].addr_(lower[place, start:place], work[place])
-    back = torch.empty_like(order)
-    back[order] = torch.arange(columns)
-    return rounder.finished(codes[back].t().contiguous())
-
-
-def unrounded(work: Tensor, lower: Tensor | None, inside: slice) -> tuple[Tensor, Tensor]:
-    """Columns `inside` of `work` [columns, rows] as they would best be, and as the first of them is to be rounded.
-
-    Both [columns inside, rows]: with all that the columns after them got wrong made up for, and, the former, with what
-    that changes among themselves.
-    """
-    own = work[inside]
-    if lower is None:
-        return own, own
-    added = lower[inside.stop :, inside].t() @ work[inside.stop :]
-    best = torch.linalg.solve_triangular(lower[inside, inside].t(), added, upper=True, unitriangular=True)
-    return best.add_(own), added.add_(own)
-
-
-def _natural(columns: Tensor, order: Tensor) -> Tensor:
-    """[rows, n] in the natural order of columns from `columns` [n, rows] in `order` int64 [n]."""
-    return columns[order.argsort()].t().contiguous()

@@ -66,6 +66,7 @@ class QuantizeOptions(Options):
     method: Literal["gptq", "rtn"] = Field(
         "gptq", description="gptq passes rounding errors on to later weights; rtn rounds each to nearest, the baseline"
     )
+    sweeps: int = Field(2, ge=0, le=64, description="times that gptq's codes are chosen again, each given all others")
     max_ram_bytes: MaxRam = None
 
 

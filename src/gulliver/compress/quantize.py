@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ from gulliver.core.store.files import temporary_name
 from gulliver.nets.files import copy_companions
 from gulliver.nets.weights import canonical_names
 from gulliver.runtime.formats import Format
-from gulliver.runtime.packed import PackedTensor, RowGroup, as_matrix, joined
+from gulliver.runtime.packed import PackedTensor, as_matrix, joined
 from gulliver.runtime.packing import is_compressed, order_of_use
 from gulliver.runtime.reference import packing_entry, read_stored, stored_form
 from gulliver.runtime.shards import PACKED_SHARD_BYTES, ShardWriter
@@ -65,7 +66,7 @@ def run(cfg: QuantizeOptions, inputs: dict[str, Artifact], ctx: Context) -> Arti
     names = sorted(choices)
     canonical = canonical_names(get_task(model.task).load(model.path, empty=True))
     files = {name: ctx.work / f"weight-{index:05}.safetensors" for index, name in enumerate(names)}
-    job = packer(model, canonical, statistics, choices, cfg.method == "gptq", files)
+    job = packer(model, canonical, statistics, choices, cfg, files)
     costs = [cost(statistics.weights[name].shape) for name in names]
     with ctx.progress.stage("quantize", total=len(names), unit="weight", costs=costs) as bar:
         for name in each(job, names, ctx):
@@ -90,7 +91,7 @@ def packer(
     canonical: Mapping[str, str],
     statistics: Statistics,
     choices: Mapping[str, Parts],
-    gptq: bool,
+    cfg: QuantizeOptions,
     files: Mapping[str, Path],
 ) -> Callable[[str], str]:
     """A function, thread-safe, that leaves a packed weight, as stored, in its file with what is known about it.
@@ -102,14 +103,19 @@ def packer(
         if files[name].is_file():
             return name
         row, weight = statistics.weights[name], read_weight(model.path, name, canonical)
-        matrix = as_matrix(weight, row.inputs)
-        if row.matrices > 1:
-            ((_, fmt),) = choices[name]
-            part, increase = pack_stack(matrix.view(row.matrices, -1, matrix.shape[1]), fmt, statistics, name, gptq)
-            packed = PackedTensor(tuple(weight.shape), [part], None, row.inputs)
-        else:
-            parts, row_part, increase = pack_matrix(matrix, choices[name], statistics.uses(name), gptq)
-            packed = PackedTensor(tuple(weight.shape), parts, row_part, row.inputs)
+        matrix, parts, increase, row_part = as_matrix(weight, row.inputs), [], 0.0, None
+        if len(choices[name]) > 1:
+            row_part = torch.empty(len(matrix), dtype=torch.uint8)
+        for piece in pieces(matrix, choices[name], statistics, name):
+            chosen = matrix[piece.rows]
+            part = quantize_matrix(
+                chosen, piece.fmt, piece.moment, gptq=cfg.method == "gptq", sweeps=cfg.sweeps, codebook=piece.codebook
+            )
+            increase += loss_increase(chosen, part, piece.uses)
+            if row_part is not None:
+                row_part[piece.rows] = len(parts)
+            parts.append(part)
+        packed = PackedTensor(tuple(weight.shape), [joined(parts)] if row.matrices > 1 else parts, row_part, row.inputs)
         facts = json.dumps({"packing": packing_entry(packed).model_dump(mode="json"), "loss_increase": increase})
         temporary = temporary_name(files[name])
         save_file(stored_form(name, packed), str(temporary), metadata={"facts": facts})
@@ -119,35 +125,40 @@ def packer(
     return job
 
 
-def pack_matrix(
-    matrix: Tensor, choice: Parts, uses: list[Use], gptq: bool
-) -> tuple[list[RowGroup], Tensor | None, float]:
-    """The parts of a matrix [rows, columns], the part of each row (uint8 [rows]), and the predicted loss increase."""
-    classes = rows_of_classes(uses, matrix, [count for count, _ in choice])
-    row_part = torch.empty(len(matrix), dtype=torch.uint8) if len(classes) > 1 else None
-    moment, increase, parts = joint_moment(uses), 0.0, []
-    for index, (rows, (_, fmt)) in enumerate(zip(classes, choice, strict=True)):
-        chosen = matrix if row_part is None else matrix[rows]
-        codebook = codebook_of(chosen, fmt, moment) if fmt.kind == "codebook" else None
-        part = quantize_matrix(chosen, fmt, moment, gptq=gptq, codebook=codebook)
-        increase += loss_increase(chosen, part, uses, None if row_part is None else rows)
-        parts.append(part)
-        if row_part is not None:
-            row_part[rows] = index
-    return parts, row_part, increase
+@dataclass(frozen=True)
+class Piece:
+    """Rows of a weight that are packed together: which (int64 [n], or a run), and by which statistics of these rows.
+
+    `moment` is H [columns, columns] or its diagonal; `codebook` int8 [levels] where the format has one.
+    """
+
+    rows: slice | Tensor
+    fmt: Format
+    moment: Tensor
+    uses: list[Use]
+    codebook: Tensor | None
 
 
-def pack_stack(stack: Tensor, fmt: Format, statistics: Statistics, name: str, gptq: bool) -> tuple[RowGroup, float]:
-    """All matrices of a stack [matrices, rows, columns], each by its own statistics, as one part with one codebook."""
-    codebook, increase, parts = None, 0.0, []
-    if fmt.kind == "codebook":
-        codebook = codebook_of(stack.flatten(0, 1), fmt, None)
-    for number, matrix in enumerate(stack):
-        uses = statistics.uses(name, number)
-        part = quantize_matrix(matrix, fmt, joint_moment(uses), gptq=gptq, codebook=codebook)
-        increase += loss_increase(matrix, part, uses)
-        parts.append(part)
-    return joined(parts), increase
+def pieces(matrix: Tensor, choice: Parts, statistics: Statistics, name: str) -> Iterator[Piece]:
+    """The classes of rows of a weight [rows, columns], each with a format of its own; or its matrices, which share one.
+
+    Each matrix of a stack has statistics of its own, and all have one codebook.
+    """
+    row = statistics.weights[name]
+    if row.matrices > 1:
+        ((_, fmt),) = choice
+        codebook, rows = codebook_of(matrix, fmt, None) if fmt.kind == "codebook" else None, row.rows // row.matrices
+        for number in range(row.matrices):
+            uses = statistics.uses(name, number)
+            yield Piece(slice(number * rows, (number + 1) * rows), fmt, joint_moment(uses), uses, codebook)
+        return
+    uses = statistics.uses(name)
+    moment = joint_moment(uses)
+    for rows, (_, fmt) in zip(rows_of_classes(uses, matrix, [count for count, _ in choice]), choice, strict=True):
+        own = uses if len(choice) == 1 else [Use(use.moment, use.rows[rows]) for use in uses]
+        some = slice(None) if len(choice) == 1 else rows
+        codebook = codebook_of(matrix[some], fmt, moment) if fmt.kind == "codebook" else None
+        yield Piece(some, fmt, moment, own, codebook)
 
 
 def assemble(

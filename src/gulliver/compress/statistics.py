@@ -103,14 +103,11 @@ def joint_moment(uses: list[Use]) -> Tensor:
     return full
 
 
-def loss_increase(weight: Tensor, part: RowGroup | BlockRows, uses: list[Use], rows: Tensor | None = None) -> float:
+def loss_increase(weight: Tensor, part: RowGroup | BlockRows, uses: list[Use]) -> float:
     """What storing `weight` [n, columns] as `part` is predicted to add to the loss, in the unit of the statistics.
 
-    `rows`, int64 [n], says which rows of the whole weight these are; None when they are all. Of many rows some runs are
-    looked at, and tell what share of what rows send out is lost (see `likely_increase`).
+    Of many rows some runs are looked at, and tell what share of what rows send out is lost (see `likely_increase`).
     """
-    if rows is not None:
-        uses = [Use(use.moment, use.rows[rows]) for use in uses]
     count = -(-len(weight) // RUN_ROWS)
     looked_at = range(0, count, max(1, count // MOST_RUNS))
     lost, sent = [0.0] * len(uses), [0.0] * len(uses)

@@ -23,11 +23,11 @@ TARGETS: Mapping[str, str | None] = {
 COMPRESSING = ("sample", "calibrate", "plan", "quantize", "distill", "quality")
 EFFORTS: Mapping[str, Mapping[str, Mapping[str, Any] | None]] = {
     "fast": {"sample": {"count": 32, "held_out": 8}, "calibrate": {"examples": 24, "gradient_examples": 8},
-             "plan": {"probe_rows": 8}, "distill": None, "quality": {"share": 1 / 4}},
+             "plan": {"probe_rows": 8}, "quantize": {"sweeps": 1}, "distill": None, "quality": {"share": 1 / 4}},
     "normal": {"sample": {"count": 96, "held_out": 16}, "calibrate": {"examples": 64, "gradient_examples": 16},
-               "plan": {}, "distill": None, "quality": {}},
+               "plan": {}, "quantize": {"sweeps": 3}, "distill": None, "quality": {}},
     "high": {"sample": {"count": 96, "held_out": 16}, "calibrate": {"examples": 96, "gradient_examples": 16},
-             "plan": {}, "distill": {"steps": 110}, "quality": {}},
+             "plan": {}, "quantize": {"sweeps": 3}, "distill": {"steps": 110}, "quality": {}},
 }  # fmt: skip
 """What each step gets; None leaves a step out. `sample`, for families whose models write data of their own, makes the
 broad set: calibration mixes it in, and the model is judged on a part of it as on the user's data."""
