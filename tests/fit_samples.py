@@ -20,6 +20,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "sample": {"count": 8, "tokens": 160},
     "calibrate": {"examples": 8, "gradient_examples": 4},
     "plan": {"probe_rows": 4, "gptq": False},
+    "quantize": {},
     "quality": {},
     "distill": {"steps": 2, "batch_size": 2},
 }

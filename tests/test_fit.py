@@ -465,7 +465,7 @@ def test_a_model_for_another_engine_is_as_large_in_its_file(language: Lab, engin
 def test_for_whom(language: Lab, digits: Lab) -> None:
     with pytest.raises(ConfigError, match="for is 'mlx'; choose one of native, gguf, vllm, transformers"):
         fit(language, for_="mlx")
-    with pytest.raises(ConfigError, match="format gguf is for language models"):
+    with pytest.raises(ConfigError, match="its file is for language models"):
         fit(digits, DIGITS, data=None, for_="gguf")
     with pytest.raises(ConfigError, match="vllm does not open vision models"):
         fit(digits, DIGITS, data=None, for_="vllm")

@@ -32,7 +32,7 @@ from gulliver.compress.statistics import (
     likely_increase,
     open_statistics,
 )
-from gulliver.compress.targets import formats_of, holding, joined_with, menu, stays_plain
+from gulliver.compress.targets import COMPRESSED, formats_of, holding, joined_with, menu, stays_plain
 from gulliver.compress.threads import each
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, BudgetError, ConfigError
@@ -67,6 +67,11 @@ def run(cfg: PlanOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact
     formats = menu(cfg.kind, cfg.min_bits) if cfg.target == "native" else formats_of(cfg.target, cfg.min_bits)
     network = get_task(model.task).load(model.path, empty=True)
     plain = {} if cfg.target == "native" else stays_plain(cfg.target, statistics, network)
+    if cfg.target in COMPRESSED and is_packed(model.path):
+        canonical = canonical_names(network)
+        came_packed = {canonical.get(name, name) for name in read_packing(model.path)}
+        told = f"{cfg.target} does not read the blocks that it came in"
+        plain |= dict.fromkeys(came_packed - set(statistics.weights), told)
     names = sorted(set(statistics.weights) - set(plain))
     if not names:
         raise ConfigError(f"{cfg.target} holds no weight of this model in few bits: {next(iter(plain.values()))}")
@@ -81,7 +86,7 @@ def run(cfg: PlanOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact
     together = joined_with(cfg.target, statistics)
     items = [replace(item, alike=together.get(item.name, "")) for item in items_of(measured, formats)]
     classes = Counter(item.name for item in items)
-    fixed = overhead_bytes(model, set(names))
+    fixed = overhead_bytes(model, set(names), set(plain))
     fixed += sum(item.rows for item in items if classes[item.name] > 1)  # lists that say which part a row is in
     smallest = fixed + int(np.ceil(alike(items, sizes_of(items, formats)).min(1).sum()))
     chosen = solve(items, formats, cfg.size_bytes - fixed)
@@ -169,15 +174,25 @@ def _probes(names: Sequence[str], statistics: Statistics, cfg: PlanOptions) -> s
     return found
 
 
-def overhead_bytes(model: Artifact, packed: Set[str]) -> int:
-    """Bytes of what stays as it is (16 bits where it had 32), and of the files' headers; never too few."""
-    canonical = canonical_names(get_task(model.task).load(model.path, empty=True))
+def overhead_bytes(model: Artifact, packed: Set[str], plain: Set[str] = frozenset()) -> int:
+    """Bytes of what stays as it is (16 bits where it had 32, or where it is among `plain`), and of the files' headers;
+
+    never too few.
+    """
+    network = get_task(model.task).load(model.path, empty=True)
+    canonical, shapes = canonical_names(network), {name: one.shape for name, one in network.named_parameters()}
     blocks = read_packing(model.path) if is_packed(model.path) else {}
     weight_of = {piece: name for name, entry in blocks.items() for piece in stored_names(name, entry.parts)}
     stored = stored_tensors(model.path)
     kept = {canonical.get(name, name): tensor for name, tensor in stored.items() if name not in weight_of}
-    kept |= {name: stored[name] for name, weight in weight_of.items() if canonical.get(weight, weight) not in packed}
-    total = FILE_BYTES * SHARDS
+    total, unpacked = FILE_BYTES * SHARDS, {canonical.get(name, name) for name in blocks} & plain
+    for name in unpacked:
+        total += 2 * math.prod(shapes[name]) + len(name) + ENTRY_BYTES
+    kept |= {
+        piece: stored[piece]
+        for piece, weight in weight_of.items()
+        if canonical.get(weight, weight) not in packed and canonical.get(weight, weight) not in unpacked
+    }
     for name, tensor in kept.items():
         if name not in packed:
             item_bytes = 2 if tensor.dtype == "F32" else ITEM_BYTES[tensor.dtype]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +73,8 @@ def run(cfg: QuantizeOptions, inputs: dict[str, Artifact], ctx: Context) -> Arti
             ctx.check_ram(name)
             bar.advance(note=name)
     with ctx.writer(kind="model", task=model.task, config=cfg) as writer:
-        kept = assemble(writer.path, model, canonical, files, reasons)
+        unpacked = set() if plan is None else set(Plan.of(plan).plain)
+        kept = assemble(writer.path, model, canonical, files, reasons, unpacked)
         ctx.progress.print(f"quantize: {told(kept)}")
         Calibration.of(calibration).write(writer.path)
         copy_companions(model.paths(), writer.path, NOT_COPIED)
@@ -167,11 +168,13 @@ def assemble(
     canonical: Mapping[str, str],
     files: Mapping[str, Path],
     reasons: Mapping[str, str],
+    unpacked: Set[str],
 ) -> PlainTensors:
     """Write the weight files of a packed model: packed weights in the order of use, each from its file; then the rest,
 
     which has 16 bits at most; and the records that say how each is packed, what that is predicted to cost, and what
-    stays plain for which of the `reasons` by name. Returns the last.
+    stays plain for which of the `reasons` by name. Blocks of another tool stay, but not those of `unpacked` weights.
+    Returns the last.
     """
     packing: dict[str, PackedWeight] = {}
     plain: dict[str, PlainTensor] = {}
@@ -188,6 +191,8 @@ def assemble(
             shards.add(pieces)
         for stored, tensor in read_stored(model.path, lambda one: canonical.get(one, one) not in files):
             name = canonical.get(stored, stored)
+            if isinstance(tensor, PackedTensor) and name in unpacked:
+                tensor = tensor.dequantize(torch.bfloat16)
             if isinstance(tensor, PackedTensor):  # blocks of another tool that no plan has touched
                 packing[name], pieces = packing_entry(tensor), stored_form(name, tensor)
                 packed_bytes += sum(piece.nbytes for piece in pieces.values())

@@ -19,6 +19,8 @@ from gulliver.core.store.store import Store
 
 LIMIT = "max_ram_bytes"
 """The field of a step's options that caps the resident memory of the process: of a run, not of its result."""
+ROOM = 1.25
+"""What is advised where a run was stopped, in what it had taken by then."""
 PEAK = "peak_rss_bytes"
 """File in scratch: the most memory that the work lying there has taken."""
 
@@ -70,10 +72,7 @@ class Context:
         memory.give_back_freed_memory(at_once=self.max_ram_bytes is not None)
         peak = self.peak_rss_bytes()
         if self.max_ram_bytes is not None and memory.peak_rss_bytes() > self.max_ram_bytes:
-            raise BudgetError(
-                f"memory reached {peak / 1e6:.0f} MB at {where}; the limit is {self.max_ram_bytes / 1e6:.0f} MB. "
-                "Raise max_ram_bytes, or take smaller batches"
-            )
+            raise beyond(self.max_ram_bytes, peak, f"at {where}")
 
     def peak_rss_bytes(self) -> int:
         """The most memory that this call has held, in bytes, what it did before it was killed included."""
@@ -83,6 +82,14 @@ class Context:
             unfinished.write_text(str(peak))
             unfinished.replace(self.work / PEAK)
         return max(peak, before)
+
+
+def beyond(limit: int, peak: int, where: str) -> BudgetError:
+    """The error of a run that took `peak` bytes of memory."""
+    return BudgetError(
+        f"memory reached {peak / 1e6:.0f} MB {where}; the limit is {limit / 1e6:.0f} MB. Raise it (--ram of fit, "
+        f"--max-ram-bytes of a step): {ROOM * peak / 1e6:.0f}MB may do"
+    )
 
 
 def noted_peak(work: Path) -> int:

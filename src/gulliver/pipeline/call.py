@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gulliver.core import machine, memory
-from gulliver.core.context import LIMIT, Context, noted_peak
-from gulliver.core.errors import ArtifactError, BudgetError, ConfigError
+from gulliver.core.context import LIMIT, Context, beyond, noted_peak
+from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.names import did_you_mean, named
 from gulliver.core.progress import Progress
 from gulliver.core.quantities import checked_seed
@@ -120,8 +120,7 @@ def _recorded(row: Step, key: str, asked: Any, artifact: Artifact, context: Cont
     store.clear_work(key)  # after the run is recorded, so that a kill between the two loses nothing
     renew_cards(context.recorded, store, context.progress)
     if limit is not None and run.peak_rss_bytes > limit:
-        told = f"memory reached {run.peak_rss_bytes / 1e6:.0f} MB in step {row.name}; the limit is {limit / 1e6:.0f} MB"
-        raise BudgetError(f"{told}. Raise max_ram_bytes")
+        raise beyond(limit, run.peak_rss_bytes, f"in step {row.name}")
     return run
 
 

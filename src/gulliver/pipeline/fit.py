@@ -17,7 +17,7 @@ from gulliver.core.evidence.gate import Budget, Verdict, below_baseline
 from gulliver.core.machine import describe
 from gulliver.core.progress import Progress
 from gulliver.core.quantities import MOST_BYTES, checked_seed, parse_fraction, parse_size
-from gulliver.core.records import Plan, Point, StatisticsTable
+from gulliver.core.records import Plan, Point
 from gulliver.core.store.artifact import Artifact, check_target, copy_artifact, write_annotation
 from gulliver.core.store.manifest import REPORT
 from gulliver.core.store.store import Store
@@ -30,7 +30,7 @@ from gulliver.pipeline.resolve import check_data, data_for, resolve_model
 from gulliver.pipeline.smallest import FIRST_SHARE, ROUNDS, drop_at, in_drops, next_size
 from gulliver.report.gather import gather
 from gulliver.report.html import page
-from gulliver.tasks import EXPORTS, exporter, family, get_task
+from gulliver.tasks import EXPORTS, check_export, family, get_task
 
 MAX_ROUNDS = 3
 
@@ -83,6 +83,8 @@ def fit(
         budget = replace(budget, size_bytes=parse_size(size, "size", whole_bytes=parent.weight_bytes))
     budget = replace(budget, speed_metric=family(parent.task).speed_metric)
     dataset = data_for(parent, data, store, eval_data=eval_data, progress=progress)
+    if dataset is not None:
+        get_task(parent.task).check_data(dataset, parent.path)
     shared = {"store": store, "seed": seed, "progress": progress, "command": command}
     work = Fit(parent, dataset, None, budget, effort, shared, for_)
     if dry_run:
@@ -105,7 +107,8 @@ def _fitted(work: Fit, domain_only: bool, began: float) -> Artifact:
     except BudgetError as failure:
         raise infeasible(work, failure, began) from None
     answers = answer_pairs(parent, fitted, work.data["dataset"], work.budget.max_ram_bytes, work.shared["progress"])
-    found = record(work, fitted, began, answers=answers)
+    found = record(work, fitted, began, answers=answers, reason=work.told)
+    renew_cards([fitted.id], work.store, work.shared["progress"])
     write_annotation(fitted, REPORT, page(gather(fitted, work.store, fit=found)))
     return fitted
 
@@ -136,7 +139,10 @@ def _asked(
 def _check_target(for_: str, parent: Artifact) -> None:
     """ConfigError for an engine that has no file for models of this family."""
     if TARGETS[for_] in EXPORTS:
-        exporter(str(TARGETS[for_]), parent.task)
+        try:
+            check_export(str(TARGETS[for_]), parent.task, parent.path)
+        except ConfigError as error:
+            raise ConfigError(f"this model cannot be fitted for {for_}: {error}. Leave --for out") from None
     elif for_ != "native" and not hasattr(get_task(parent.task).load(parent.path, empty=True), "get_output_embeddings"):
         raise ConfigError(f"{for_} does not open {parent.task} models of this kind; leave --for out")
 
@@ -145,7 +151,7 @@ def _check_target(for_: str, parent: Artifact) -> None:
 def _loop(work: Fit) -> Artifact:
     """Rounds of plan, pack, distill, measure and judge. BudgetError when the last one misses the budget."""
     calibration = work.step("calibrate", None, model=work.parent, **work.data)
-    _tell_cost_of_limit(work, calibration)
+    work.tell_cost_of_limit(calibration)
     rounds = _within_size if work.budget.size_bytes is not None else _smallest
     fitted = rounds(work, calibration)
     missed = [verdict for verdict in work.verdicts if not verdict.passed]
@@ -176,16 +182,31 @@ def _within_size(work: Fit, calibration: Artifact) -> Artifact:
     """The model of the budget's size; planned smaller, at most MAX_ROUNDS times, when its files come out larger."""
     limit = size_bytes = work.budget.size_bytes
     assert limit is not None and size_bytes is not None
+    beside = 0  # what the other engine's file holds beside the weights, once one was written
     for left in reversed(range(MAX_ROUNDS)):
-        _, fitted = _round(work, calibration, size_bytes)
+        try:
+            _, fitted = _round(work, calibration, size_bytes)
+        except BudgetError as failure:
+            raise failure if work.target == "native" else _with_file(failure, work.target, beside) from None
         written = _exported_bytes(work, fitted)
+        beside = max(0, written - fitted.weight_bytes)
         over = max(fitted.weight_bytes, written) - limit
         if over <= 0 or (not left and written <= limit):
             return fitted
         if not left:
             raise BudgetError(f"the {work.target} file has {written:,} bytes; the limit is {limit:,}")
-        size_bytes -= over
+        size_bytes = fitted.weight_bytes - over - (MAX_ROUNDS - 1 - left) * limit // 1000  # of few bytes, more
     raise AssertionError("a loop of at least one round returns")
+
+
+def _with_file(failure: BudgetError, target: str, beside: int) -> BudgetError:
+    """A failure to plan for another engine: the smallest size that is feasible has all that its file holds."""
+    if not failure.nearest:
+        return failure
+    more = f"{beside:,} bytes" if beside else "a header and perhaps a tokenizer"
+    size_bytes = int(1.001 * (failure.nearest["size_bytes"] + beside)) + 1
+    nearest = {"size_bytes": size_bytes} if beside else None
+    return BudgetError(f"{failure}, and its {target} file holds {more} beside the weights", nearest)
 
 
 def _exported_bytes(work: Fit, fitted: Artifact) -> int:
@@ -246,25 +267,23 @@ def _round(work: Fit, calibration: Artifact, size_bytes: int) -> tuple[Plan, Art
 
 
 def _broad_set(work: Fit) -> Artifact | None:
-    """What the parent writes itself; None where its family writes nothing, or, with data, where it cannot be had."""
+    """What the parent writes itself; None where its family writes nothing, or, with data, where it writes nothing fit.
+
+    BudgetError where the memory limit leaves no room to write.
+    """
     if not get_task(work.parent.task).generates:
         return None
     try:
         return work.step("sample", {"family": dict(family(work.parent.task).sampled)}, model=work.parent)
-    except (BudgetError, DataError) as failure:
+    except BudgetError as failure:
+        remedy = "" if work.dataset is None else "; or say --domain-only, to calibrate and judge on --data alone"
+        raise BudgetError(f"the model's own texts cannot be written: {failure}{remedy}") from None
+    except DataError as failure:
         if work.dataset is None:
             raise
-        work.shared["progress"].print(f"no broad set, so the data alone are calibrated and judged on: {failure}")
+        work.told = f"Calibrated and judged on --data alone, since the model writes no text that is fit: {failure}."
+        work.shared["progress"].print(work.told)
         return None
-
-
-def _tell_cost_of_limit(work: Fit, calibration: Artifact) -> None:
-    """Say what the memory limit left out that would have made the model better."""
-    limit = work.budget.max_ram_bytes
-    powered = StatisticsTable.of(calibration).sensitivity == "power" and family(work.parent.task).own_loss
-    if limit is not None and powered:
-        lost = "outputs weighed by their power instead of the loss's gradient"
-        work.shared["progress"].print(f"{limit / 1e9:.1f} GB of memory cost quality: {lost}")
 
 
 def _measured_drop(work: Fit, fitted: Artifact) -> float:

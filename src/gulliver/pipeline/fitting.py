@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gulliver.core.evidence.gate import Budget, Verdict
-from gulliver.core.records import Point
+from gulliver.core.records import Point, StatisticsTable
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.store import Store
 from gulliver.pipeline.call import Call, call
@@ -50,6 +50,8 @@ class Fit:
     frontier: tuple[Point, ...] = ()
     calls: list[Call] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
+    told: str = ""
+    """What the report must say beside the verdict."""
 
     @property
     def store(self) -> Store:
@@ -72,6 +74,14 @@ class Fit:
         for part in self.data.values():
             config = {"family": chosen} if part is self.samples else {}
             self.step("quality", config, model=model, dataset=part, parent=parent)
+
+    def tell_cost_of_limit(self, calibration: Artifact) -> None:
+        """Say what the memory limit left out that would have made the model better."""
+        limit = self.budget.max_ram_bytes
+        powered = StatisticsTable.of(calibration).sensitivity == "power" and family(self.parent.task).own_loss
+        if limit is not None and powered:
+            lost = "outputs weighed by their power instead of the loss's gradient"
+            self.shared["progress"].print(f"{limit / 1e9:.1f} GB of memory cost quality: {lost}")
 
     def step(self, name: str, config: Mapping[str, Any] | None = None, /, **inputs: Any) -> Artifact:
         """One call of a step with this effort's options; `config` adds to them."""

@@ -49,6 +49,7 @@ def forecast(work: Fit, domain_only: bool, began: float) -> Artifact:
     if work.dataset is None:
         work.samples = work.step("sample", FEW["sample"], model=work.parent)
     calibration = work.step("calibrate", FEW["calibrate"], model=work.parent, **work.data)
+    work.tell_cost_of_limit(calibration)
     try:
         plan = _plan(work, calibration)
     except BudgetError as failure:

@@ -87,8 +87,11 @@ def family(name: str) -> Family:
     return TASKS[name]
 
 
-EXPORTS = {"gguf": ("language", "gulliver.tasks.language.gguf.write:write_gguf")}
-"""Format of one family's models -> (task, function(model, folder, type, context) that writes it and returns facts)."""
+EXPORTS = {"gguf": ("language", "gulliver.tasks.language.gguf.write", "write_gguf", "check_gguf")}
+"""Format of one family's models -> (task, module, and two functions of it: one of (model, folder, type, context) that
+
+writes a file and returns facts; one of a folder that raises ConfigError where no file of few bits holds the model).
+"""
 
 
 @cache
@@ -135,10 +138,18 @@ def converter(path: Path) -> tuple[str, Callable[[Path, Path], Converted]]:
 
 def exporter(name: str, task: str) -> Callable[[Artifact, Path, str, Context], dict[str, Any]]:
     """The function that writes a model of `task` in the format `name`. ConfigError for a format of another family."""
-    owner, function = EXPORTS[name]
+    owner, module, write, _ = EXPORTS[name]
     if task != owner:
         raise ConfigError(f"format {name} is for {owner} models; this is a {task} model: use --format safetensors")
-    return named(function)
+    return named(f"{module}:{write}")
+
+
+def check_export(name: str, task: str, folder: Path) -> None:
+    """ConfigError when a model of `task` in a folder cannot be packed in what a file of the format `name` holds."""
+    owner, module, _, check = EXPORTS[name]
+    if task != owner:
+        raise ConfigError(f"its file is for {owner} models, and this is a {task} model")
+    named(f"{module}:{check}")(folder)
 
 
 def detect_task(folder: Path) -> str:

@@ -30,6 +30,8 @@ from gulliver.tasks.language.text import joined, token_stream
 from gulliver.tasks.text.files import dataset_texts
 from gulliver.tasks.text.tokenizer import load_tokenizer
 
+FEWEST_WINDOWS, FEWEST_TOKENS = 8, 64
+"""Where a text is too short for so many windows they are shorter, but of so many tokens at least."""
 LAYERS = 0.6
 """Share of the time that the layers take, about; the heads take the rest."""
 
@@ -57,16 +59,13 @@ def score_causal(
 ) -> list[Evidence]:
     """Evidence on the first `windows` windows of `context` tokens of the eval split and on its questions; `Task.score`.
 
-    A model that reads fewer tokens at once gets windows of that length; the evidence says which.
+    A model that reads fewer tokens at once, and a shorter text, get shorter windows; the evidence says which.
     """
     if parent is not None and vocabulary_of(parent) != vocabulary_of(model):
         raise DataError("model and parent have different vocabularies; they cannot be compared token by token")
     stream = token_stream(dataset, "eval", folder)
-    context = min(context, positions_of(model))
+    context = window_length(len(stream), windows, min(context, positions_of(model)))
     count = min(windows, len(stream) // context)
-    if count < 2:
-        told = f"the eval split has {len(stream)} tokens, too few for two windows of {context}"
-        raise DataError(f"{told}; give more text or a smaller context")
     rows = stream[: count * context].view(count, context)
     sheet = _sheet(dataset, folder, questions, positions_of(model))
     name = f"{dataset.id[:32]}-{count}-{context}-{digest(sheet.questions)[:16]}"
@@ -91,6 +90,14 @@ def score_causal(
     evidence += _against_unigrams(found, rows, token_stream(dataset, "train", folder), model, common)
     evidence += _against_parent(found, common) if parent is not None else []
     return evidence + sheet.evidence(*marks, common)
+
+
+def window_length(tokens: int, windows: int, context: int) -> int:
+    """How long windows of a text of so many tokens are, at most `context`. DataError when there are no two."""
+    length = min(context, max(FEWEST_TOKENS, tokens // min(windows, FEWEST_WINDOWS)))
+    if tokens < 2 * length:
+        raise DataError(f"the eval split has {tokens} tokens, too few for two windows of {length}; give more text")
+    return length
 
 
 def _sheet(dataset: Artifact, folder: Path, count: int, positions: int) -> QuestionSheet:

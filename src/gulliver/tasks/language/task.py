@@ -21,7 +21,7 @@ from gulliver.runtime.workloads import workloads
 from gulliver.tasks.base import Advance, Author, Batch, Block
 from gulliver.tasks.language import network, text, writing
 from gulliver.tasks.language.prompts import prompts
-from gulliver.tasks.language.score import score_causal
+from gulliver.tasks.language.score import score_causal, window_length
 from gulliver.tasks.order import Order
 from gulliver.tasks.text.network import fresh_network
 from gulliver.tasks.text.task import TextTask
@@ -62,6 +62,11 @@ class LanguageTask(TextTask):
         if parent is not None:
             return _divergence(model, parent, tokens)
         return _next_token_losses(network.logits_of(model, tokens)[:, :-1], tokens[:, 1:]).mean(1)
+
+    def check_data(self, dataset: Artifact, folder: Path) -> None:
+        options = self.chosen()
+        next(self.batches(dataset, "train", 1, 0, 0, folder=folder, options=options))
+        window_length(len(text.token_stream(dataset, "eval", folder)), options.windows, options.context)
 
     def positions(self, batch: Batch) -> int:
         """The tokens [batch, tokens] that are predicted: all but the first of each text."""

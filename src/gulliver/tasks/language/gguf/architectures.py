@@ -47,6 +47,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "Gemma3ForCausalLM": Architecture(gguf.MODEL_ARCH.GEMMA3, activation="gelu_pytorch_tanh", norm_offset=1.0),
 }
 """transformers' class -> how llama.cpp runs it."""
+REMEDY = "; use --format safetensors"
+"""How errors end about a model that GGUF has no place for, when it is exported."""
 
 GEMMA3_27B_LAYERS = 62
 """By this number of layers llama.cpp knows the one Gemma 3 whose attention is scaled in another way."""
@@ -57,7 +59,7 @@ def architecture_of(network: Any) -> Architecture:
     name = type(network).__name__
     if name not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
-        raise ConfigError(f"gguf is written for {known}, and this model is a {name}; use --format safetensors")
+        raise ConfigError(f"gguf is written for {known}, and this model is a {name}{REMEDY}")
     config, row = network.config, ARCHITECTURES[name]
     activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
     if activation != row.activation:
@@ -78,7 +80,7 @@ def _check_gemma3(config: Any) -> None:
 
 def no_place(what: str) -> ConfigError:
     """The error of a model that has `what`, which GGUF cannot hold."""
-    return ConfigError(f"this model has {what}, for which GGUF has no place; use --format safetensors")
+    return ConfigError(f"this model has {what}, for which GGUF has no place{REMEDY}")
 
 
 def permute(values: np.ndarray, heads: int) -> np.ndarray:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from gulliver.core.errors import ConfigError
-from gulliver.tasks.language.gguf.architectures import Architecture, no_place
+from gulliver.tasks.language.gguf.architectures import REMEDY, Architecture, no_place
 from gulliver.tasks.language.gguf.pre_tokenizers import PRE_TOKENIZERS
 from gulliver.tasks.text.tokenizer import load_tokenizer
 
@@ -134,7 +134,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: Any) -> str:
     tokenizer, vocabulary = load_tokenizer(folder), config.vocab_size
     core = getattr(tokenizer, "backend_tokenizer", None)
     if core is None:
-        raise ConfigError(f"the tokenizer {type(tokenizer).__name__} has no tokenizer.json; GGUF cannot hold it")
+        raise ConfigError(f"the tokenizer {type(tokenizer).__name__} has no tokenizer.json, which GGUF needs{REMEDY}")
     raw = json.loads(core.to_str())
     model = raw["model"]
     if model["type"] != "BPE" or any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix")):
@@ -163,7 +163,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: Any) -> str:
 
 
 def _no_tokenizer(reason: str) -> ConfigError:
-    return ConfigError(f"llama.cpp cannot imitate this model's tokenizer: {reason}; use --format safetensors")
+    return ConfigError(f"llama.cpp cannot imitate this model's tokenizer: {reason}{REMEDY}")
 
 
 def _pre_tokenizer(raw: Mapping[str, Any], has_merges: bool) -> str:

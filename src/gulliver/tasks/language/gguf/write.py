@@ -38,7 +38,7 @@ from gulliver.runtime.blocks import BlockRows
 from gulliver.runtime.formats import KEPT_BITS
 from gulliver.runtime.network import load_network
 from gulliver.runtime.packed import PackedTensor
-from gulliver.tasks.language.gguf.architectures import Architecture, architecture_of, permute
+from gulliver.tasks.language.gguf.architectures import REMEDY, Architecture, architecture_of, permute
 from gulliver.tasks.language.gguf.config import ROPE_FACTORS
 from gulliver.tasks.language.gguf.metadata import add_architecture, add_tokenizer, rope_factors
 
@@ -126,6 +126,24 @@ def write_gguf(model: Artifact, folder: Path, kind: str, ctx: Context) -> dict[s
     }
 
 
+def check_gguf(folder: Path) -> None:
+    """ConfigError, before anything is read but names and the tokenizer, for a model that no file of few bits holds."""
+    try:
+        network: Any = load_network(folder, empty=True)
+        row = architecture_of(network)
+        nowhere = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[row.name])
+        add_architecture(nowhere, network, row)
+        add_tokenizer(nowhere, folder, network.config)
+        table = gguf.get_tensor_name_map(row.name, network.config.num_hidden_layers)
+        for name, parameter in network.named_parameters():
+            _place(table, row, name)
+            if parameter.dim() == 2 and parameter.shape[1] % BLOCK:
+                told = f"{name} has rows of {parameter.shape[1]} numbers"
+                raise ConfigError(f"{told}, and GGUF's types of few bits hold them by blocks of {BLOCK}")
+    except ConfigError as error:
+        raise ConfigError(str(error).removesuffix(REMEDY)) from None
+
+
 def _tell(ctx: Context, kind: str, entries: list[Entry], rounding: Rounding) -> None:
     """One line about what the file costs: bytes where it is exact, error where it is not."""
     total = sum(entry.size_bytes for entry in entries)
@@ -161,14 +179,20 @@ def _plan(folder: Path, network: Any, row: Architecture, kind: str) -> Iterator[
         if tuple(tensor.shape) != shapes[names[name]]:
             raise ArtifactError(f"{name} has shape {list(tensor.shape)}, but config.json makes it another")
         seen.add(names[name])
-        target = table.get_name(names[name], try_suffixes=(".weight", ".bias"))
-        part = target.split(".")[-2] if target else ""
-        if target is None or (target.endswith(".bias") and part not in row.biases):
-            raise ConfigError(f"GGUF has no place for {name} in this architecture; use --format safetensors")
+        target = _place(table, row, names[name])
         yield Entry(name, target, _type_of(tensor, kind), tuple(tensor.shape), isinstance(tensor, PackedTensor))
     missing = sorted(set(shapes) - seen)
     if missing:
         raise ArtifactError(f"{folder} holds no weights for {missing[0]} ({len(missing)} tensors missing)")
+
+
+def _place(table: gguf.TensorNameMap, row: Architecture, name: str) -> str:
+    """What a tensor is called in the file."""
+    target = table.get_name(name, try_suffixes=(".weight", ".bias"))
+    part = target.split(".")[-2] if target else ""
+    if target is None or (target.endswith(".bias") and part not in row.biases):
+        raise ConfigError(f"GGUF has no place for {name} in this architecture{REMEDY}")
+    return target
 
 
 def _type_of(tensor: PackedTensor | Tensor, kind: str) -> Type:
