@@ -138,8 +138,14 @@ OWN: dict[str, dict[str, Any]] = {
         },
         "vision_config": {"num_hidden_layers": 1, "intermediate_size": 64, "image_size": 56, "crop_size": 56},
     },
+    "prophetnet": {
+        **dict.fromkeys(("num_encoder_layers", "num_decoder_layers"), 2),
+        **dict.fromkeys(("num_encoder_attention_heads", "num_decoder_attention_heads"), 4),
+    },
     "qwen4_exp": {"text_config": QWEN4_EXP},
     "qwen4_exp_text": QWEN4_EXP,
+    "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 32], "attn_layers": ["local", "lsh"]},
+    "xmod": {"default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 3,
         **{key: ["linear_attention", "hybrid", "hybrid"] for key in ("layer_types", "layers_block_type")},

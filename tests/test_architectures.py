@@ -42,6 +42,15 @@ def test_networks_of_every_shape_pass_the_whole_chain(kind: str, sweep: Any, tmp
     assert row["packed"] > 0 and row["share_at_16_bits"] < MOST_AT_16_BITS and row["kl_divergence"] < 0.1
 
 
+def test_every_causal_type_has_a_row(sweep: Any) -> None:
+    import json
+
+    results = json.loads(sweep.RESULTS.read_text(encoding="utf-8"))
+    if results["transformers"] != sweep.transformers.__version__:
+        pytest.skip("another transformers is installed than the sweep ran on")
+    assert set(results["architectures"]) == set(sweep.auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
 def test_the_page_shows_the_results(sweep: Any, tmp_path: Path) -> None:
     import json
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 from engine_samples import FakeDecoder, hashed
 from language_samples import write_causal, write_encoder
+from safetensors.torch import load_file, save_file
 
 import gulliver
+from gulliver.audit.measure import printed
 from gulliver.cli.show import bench_table
 from gulliver.core.errors import ConfigError, GulliverError
 from gulliver.nets.files import stored_tensors, weight_files
@@ -60,6 +63,26 @@ def test_what_has_no_native_path_is_measured_on_the_other(tmp_path: Path) -> Non
 def test_wrong_options(tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises((ConfigError, GulliverError), match=message):
         gulliver.bench(write_causal(tmp_path / "model"), **{"repeats": 2, **options})
+
+
+@pytest.mark.parametrize("write", [write_causal, write_encoder])
+def test_a_weight_that_is_not_a_number_is_named_as_everywhere(
+    command: Run, write: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name, tensor in sorted(weights.items()) if tensor.ndim == 2)
+    weights[name][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    for words in (["bench", folder, "--repeats", "2"], ["speed", folder], ["ask", folder, "hi"]):
+        code, _, told = command(*words)
+        assert code == 2 and f"error: {name} in " in told and "not finite" in told, told
+
+
+def test_what_a_process_does_not_tell_is_no_bad_input() -> None:
+    with pytest.raises(GulliverError, match="a try failed: the process ended with 3") as raised:
+        printed([sys.executable, "-c", 'import sys; print(\'{"error": "Other"}\'); sys.exit(3)'], "a try")
+    assert raised.value.exit_code == 1
 
 
 @pytest.mark.parametrize("positions", [512, 40, 8])

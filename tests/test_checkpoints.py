@@ -11,23 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from checkpoint_samples import (
     MULTIMODAL,
     change_config,
     change_tensors,
     write_fp8,
     write_multimodal,
-    write_untied,
 )
 from language_samples import write_causal, write_encoder
 from safetensors.torch import load_file, save_file
 
-from gulliver.core.errors import ArtifactError, GulliverError
+from gulliver.core.errors import ArtifactError
 from gulliver.core.progress import Progress
 from gulliver.core.records import Origin
-from gulliver.nets.files import stored_tensors, weight_files
-from gulliver.nets.selection import INDEX, select
 from gulliver.pipeline.ask import open_answerer
 from gulliver.pipeline.call import call
 from gulliver.pipeline.resolve import resolve_any, resolve_model
@@ -54,23 +50,6 @@ def answer(folder: Path, store: Any, backend: str = "auto") -> str:
 
 
 # ---- which files are weights -----------------------------------------------------------------------------------------
-def test_other_files_beside_the_weights_are_left_aside_with_a_sentence(tmp_path, store):
-    folder = write_causal(tmp_path / "model")
-    plain = answer(folder, store)
-    tensors = load_file(folder / "model.safetensors")
-    save_file({"tok_embeddings.weight": torch.ones(2)}, folder / "consolidated.safetensors")
-    save_file({name: tensor.half() for name, tensor in tensors.items()}, folder / "model.fp16.safetensors")
-    save_file({"base_model.lora_A.weight": torch.ones(2)}, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
-    assert weight_files(folder) == [folder / "model.safetensors"]
-    told = select(folder).told()
-    assert all(name in told for name in ("adapter_model", "consolidated", "model.fp16", "left aside"))
-    assert answer(folder, store) == plain
-    made = pulled(folder, store)
-    assert [name for name in made.files if name.endswith(".safetensors")] == ["model.safetensors"]
-    assert "adapter_config.json" not in made.files and told in str(Origin.of(made).notes)
-
-
 def sharded(folder: Path, names: tuple[str, str] = ("model-00001-of-00002", "model-00002-of-00002")) -> dict[str, str]:
     """The model of a folder in two files; returns which tensor is in which."""
     tensors = load_file(folder / "model.safetensors")
@@ -82,37 +61,6 @@ def sharded(folder: Path, names: tuple[str, str] = ("model-00001-of-00002", "mod
     return places
 
 
-def test_an_index_decides_and_must_be_true(tmp_path):
-    folder = write_causal(tmp_path)
-    places = sharded(folder)
-    (folder / INDEX).write_text(json.dumps({"weight_map": places}))
-    save_file({"model.norm.weight": torch.ones(32)}, folder / "model-extra.safetensors")
-    assert set(stored_tensors(folder)) == set(places) and select(folder).aside == ("model-extra.safetensors",)
-    (folder / INDEX).write_text(json.dumps({"weight_map": {**places, "model.absent": places["model.norm.weight"]}}))
-    with pytest.raises(ArtifactError, match=r"holds 'model.absent', which it lacks"):
-        stored_tensors(folder)
-    (folder / places["model.norm.weight"]).unlink()
-    with pytest.raises(ArtifactError, match=r"listed in .* but missing"):
-        stored_tensors(folder)
-
-
-@pytest.mark.parametrize("names", [("model-00001-of-00002", "model-00002-of-00002"), ("one", "two")])
-def test_files_of_other_names_are_taken_where_nothing_else_can_be_meant(tmp_path, store, names):
-    folder = write_causal(tmp_path / "model", "gpt_neox")
-    expected = answer(folder, store, "reference")
-    sharded(folder, names)
-    assert not select(folder).usual and names[0] in select(folder).told()
-    assert answer(folder, store, "reference") == expected
-    assert "model.safetensors" in pulled(folder, store).files
-
-
-def test_one_file_of_another_name_is_taken(tmp_path, store):
-    folder = write_causal(tmp_path / "model")
-    expected = answer(folder, store)
-    (folder / "model.safetensors").rename(folder / "pytorch_model.safetensors")
-    assert answer(folder, store) == expected and "model.safetensors" in pulled(folder, store).files
-
-
 def only_adapter(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base-7b", "peft_type": "LORA"}')
@@ -121,6 +69,21 @@ def only_adapter(folder: Path) -> None:
 def only_adapter_and_no_config(folder: Path) -> None:
     only_adapter(folder)
     (folder / "config.json").unlink()
+
+
+def diffusers_adapter(folder: Path) -> None:
+    rename(folder, "pytorch_lora_weights.safetensors")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base-7b", "peft_type": "LORA"}')
+
+
+def tensors_of_adapter(*names: str, file: str = "model.safetensors") -> Callable[[Path], object]:
+    """The folder's weights are these tensors alone."""
+
+    def change(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        save_file({name: torch.ones(2, 2) for name in names}, folder / file, metadata={"format": "pt"})
+
+    return change
 
 
 def rename(folder: Path, name: str) -> None:
@@ -140,6 +103,20 @@ def missing_shard(folder: Path) -> None:
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "an adapter": (only_adapter, r"an adapter \(LORA\).*base model is org/base-7b; merge"),
     "an adapter without a config": (only_adapter_and_no_config, r"an adapter \(LORA\).*org/base-7b"),
+    "an adapter as diffusers calls it": (diffusers_adapter, r"an adapter \(LORA\).*org/base-7b; merge"),
+    "an adapter as model.safetensors": (
+        tensors_of_adapter(*(f"base_model.model.model.layers.0.mlp.up_proj.lora_{one}.weight" for one in "AB")),
+        "an adapter .*base model is not named; merge",
+    ),
+    "an adapter without its prefix": (
+        tensors_of_adapter("layers.0.q_proj.lora_A.default.weight", "layers.0.q_proj.lora_B.default.weight"),
+        "an adapter",
+    ),
+    "an adapter of another kind in another file": (
+        tensors_of_adapter("prompt_embeddings", "model.layers.1.mlp.ia3_l", file="tuned.safetensors"),
+        "an adapter",
+    ),
+    "the eyes of a model alone": (lambda f: rename(f, "mmproj-model.gguf"), "only mmproj-model.gguf, what a model"),
     "pickles": (lambda f: rename(f, "pytorch_model.bin"), "can run code.*safe_serialization"),
     "Mistral's layout": (
         lambda f: rename(f, "consolidated.safetensors"),
@@ -193,6 +170,12 @@ KINDS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+def modelopt(**settings: Any) -> Callable[[Path], object]:
+    """As ModelOpt alone writes it: config.json says nothing."""
+    text = json.dumps({"producer": {"name": "modelopt"}, "quantization": settings})
+    return lambda folder: (folder / "hf_quant_config.json").write_text(text)
+
+
 def quantized(**settings: Any) -> Callable[[Path], object]:
     return lambda folder: change_config(folder, quantization_config=settings)
 
@@ -216,6 +199,7 @@ TOOLS: dict[str, tuple[Callable[[Path], object], str]] = {
     "AWQ gemv": (quantized(quant_method="awq", version="gemv"), "layout 'gemv'"),
     "GPTQ marlin": (quantized(quant_method="gptq", checkpoint_format="marlin"), "layout 'marlin'"),
     "NVFP4": (quantized(quant_method="modelopt", quant_algo="NVFP4"), "algorithm 'NVFP4'"),
+    "NVFP4 told beside": (modelopt(quant_algo="NVFP4", kv_cache_quant_algo="FP8"), "ModelOpt.*algorithm 'NVFP4'"),
     "sparse": (quantized(quant_method="compressed-tensors", format="marlin-24"), "format 'marlin-24'"),
     "rotations": (quantized(quant_method="compressed-tensors", transform_config={"a": 1}), "rotations"),
 }
@@ -365,88 +349,24 @@ def test_a_dequantized_folder_answers_from_every_command(tmp_path, store):
     assert answer(folder, store) == answer(made.path, store) == answer(folder, store, "reference")
 
 
-# ---- tied or not -----------------------------------------------------------------------------------------------------
-TIED = ["llama-untied", "qwen3", "gemma2", "phi", "mistral-sliding"]
-
-
-@pytest.mark.parametrize("name", TIED)
-def test_a_head_that_differs_from_the_embedding_is_kept(name, tmp_path, store):
-    folder = write_untied(tmp_path / "model", name, tie_word_embeddings=False)
-    expected = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    made = pulled(folder, store)
-    assert json.loads(made.file("config.json").read_text())["tie_word_embeddings"] is False
-    for place in (folder, made.path):
-        for loaded in (TASK.load(place), TASK.load(place, empty=True)):
-            assert loaded.lm_head.weight is not loaded.get_input_embeddings().weight
-        assert torch.equal(logits(TASK.load(place)), logits(expected))
-    TASK.save(TASK.load(folder), tmp_path / "saved")
-    assert torch.equal(logits(TASK.load(tmp_path / "saved")), logits(expected))
-
-
-def test_a_head_that_is_the_embedding_is_tied(tmp_path):
-    folder = write_causal(tmp_path, "llama-tied")
-    table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
-    change_tensors(folder, {"lm_head.weight": table.clone()})
-    model = TASK.load(folder)
-    assert model.lm_head.weight is model.get_input_embeddings().weight
-    change_tensors(folder, {"lm_head.weight": table.to(torch.bfloat16)})
-    assert TASK.load(folder).lm_head.weight is not TASK.load(folder).get_input_embeddings().weight
-
-
-def test_a_head_that_is_stored_twice_is_tied(tmp_path, store):
-    folder = write_causal(tmp_path / "model", "llama-untied")
-    table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
-    change_tensors(folder, {"lm_head.weight": table.clone()})
-    expected = logits(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
-    made = pulled(folder, store)
-    for place in (folder, made.path):
-        model: Any = TASK.load(place)
-        assert model.lm_head.weight is model.get_input_embeddings().weight and torch.equal(logits(model), expected)
-    assert json.loads(made.file("config.json").read_text())["tie_word_embeddings"] is True
-    assert answer(folder, store) == answer(made.path, store)
-
-
-def test_a_head_that_is_missing_is_named_with_the_remedy(tmp_path, store):
-    folder = write_causal(tmp_path / "model", "llama-untied")
-    change_tensors(folder, {"lm_head.weight": None})
-    for ask in (lambda: pulled(folder, store), lambda: answer(folder, store)):
-        with pytest.raises(ArtifactError, match=r"lm_head\.weight.*set tie_word_embeddings to true"):
-            ask()
-
-
-# ---- values ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"]
-)
-def test_a_weight_that_is_not_finite_is_named_by_every_command(name, dtype, value, tmp_path, store):
+def test_what_modelopt_says_beside_the_config_is_read(tmp_path, store):
     folder = write_causal(tmp_path / "model")
-    tensors = {key: tensor.to(dtype) for key, tensor in load_file(folder / "model.safetensors").items()}
-    tensors[name].view(-1)[-1] = value
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    for ask in (
-        lambda: pulled(folder, store),
-        lambda: answer(folder, store),
-        lambda: answer(folder, store, "reference"),
-        lambda: TASK.load(folder),
-    ):
-        with pytest.raises(GulliverError, match=rf"{name} in .*model\.safetensors holds values that are not finite"):
-            ask()
-
-
-def test_each_tensor_keeps_the_precision_that_it_needs(tmp_path, store):
-    """Older names are translated; a float32 vector in a bfloat16 model stays what it was."""
-    folder = write_causal(tmp_path / "model", "gpt_neox")
+    meant = write_fp8(folder)
     tensors = load_file(folder / "model.safetensors")
-    kept = "gpt_neox.final_layer_norm.bias"
-    change_tensors(folder, {key: tensor.to(torch.bfloat16) for key, tensor in tensors.items() if key != kept})
-    made = load_file(pulled(folder, store).file("model.safetensors"))
-    assert torch.equal(made[kept], tensors[kept]) and made[kept].dtype == torch.float32
-    assert {tensor.dtype for name, tensor in made.items() if name != kept} == {torch.bfloat16}
+    scales = {name: tensor.reshape(()) for name, tensor in tensors.items() if name.endswith("_scale_inv")}
+    change_tensors(folder, dict.fromkeys(scales))
+    change_tensors(folder, {name.removesuffix("_inv"): tensor for name, tensor in scales.items()})
+    change_tensors(folder, {"model.layers.0.self_attn.k_proj.k_scale": torch.ones(())})
+    change_config(folder, quantization_config=None)
+    modelopt(quant_algo="FP8", kv_cache_quant_algo="FP8", exclude_modules=["lm_head"])(folder)
+    made = pulled(folder, store)
+    stored = load_file(made.file("model.safetensors"))
+    assert meant and all(torch.equal(stored[name], tensor) for name, tensor in meant.items())
+    assert "quantized by modelopt" in str(Origin.of(made).notes) and "hf_quant_config.json" not in made.files
 
 
-def test_tensors_without_a_place_are_named(tmp_path, store):
+def test_a_cache_alone_that_is_quantized_changes_no_weight(tmp_path, store):
     folder = write_causal(tmp_path / "model")
-    change_tensors(folder, {"mtp.layers.0.weight": torch.ones(3)})
-    assert "no place for mtp.layers.0.weight (1 tensor left out)" in str(Origin.of(pulled(folder, store)).notes)
+    expected = logits(TASK.load(folder))
+    modelopt(quant_algo=None, kv_cache_quant_algo="FP8")(folder)
+    assert torch.equal(logits(TASK.load(pulled(folder, store).path)), expected)

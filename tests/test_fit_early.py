@@ -17,7 +17,6 @@ from gulliver.core.errors import BudgetError, ConfigError, DataError
 from gulliver.core.progress import Progress
 from gulliver.core.records import FitResult, PlainTensors
 from gulliver.core.store.artifact import Artifact
-from gulliver.pipeline import fitting
 from gulliver.tasks.language import writing
 
 __all__ = ["small_efforts"]
@@ -91,6 +90,16 @@ def test_a_model_that_gguf_cannot_hold_is_refused_at_once(
     assert set(steps_run(language)[before:]) <= {"pull"}
 
 
+def test_wrong_data_are_found_before_a_model_is_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "nothing").mkdir()
+    for wrong in ("empty.txt", "nothing"):
+        with pytest.raises(DataError, match=f"{wrong} is empty"):
+            gulliver.fit("hf:no/model", size="50%", data=str(tmp_path / wrong), home=tmp_path / "home")
+    with pytest.raises(ConfigError, match=r"--eval-data judge\.txt needs --data"):
+        gulliver.fit("hf:no/model", size="50%", eval_data="judge.txt", home=tmp_path / "home")
+
+
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_a_text_too_short_to_judge_by_is_refused_at_once(dry_run: bool, language: Lab, tmp_path: Path) -> None:
     short, judge = tmp_path / "train.txt", tmp_path / "judge.txt"
@@ -139,7 +148,5 @@ def test_no_room_to_write_texts_is_no_reason_to_judge_by_less(language: Lab, mon
 
 
 def test_a_dry_run_tells_what_the_memory_limit_costs(language: Lab, capsys: pytest.CaptureFixture[str]) -> None:
-    few = fitting.EFFORTS  # small_efforts
-    assert few
     gulliver.fit(language.model, size="60%", data=language.dataset, ram="1.1GB", dry_run=True, store=language.store)
     assert "1.1 GB of memory cost quality" in capsys.readouterr().err

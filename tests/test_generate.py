@@ -18,8 +18,8 @@ import gulliver
 from gulliver.cli import chat
 from gulliver.core.errors import ConfigError
 from gulliver.pipeline import steps
-from gulliver.pipeline.ask import local_folder
 from gulliver.pipeline.generate import OpenModel, open_model
+from gulliver.pipeline.spec import local_folder
 from gulliver.runtime.decode import native_reason
 from gulliver.runtime.sampling import Sampling
 
@@ -169,6 +169,20 @@ def test_names_that_need_a_store(command: Run, folder: Path, tmp_path: Path) -> 
     assert found["model"] == made["path"]
     assert local_folder(made["path"]) == (Path(made["path"]), "language")
     assert local_folder("catalog:smollm2") is None and local_folder(tmp_path) is None
+
+
+def test_a_model_is_called_by_its_own_name(command: Run, folder: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    file = gulliver.export(gulliver.pull(str(folder), home=home), format="gguf", home=home).path / "model.gguf"
+    words = ("--raw", "--prompt", "hi", *GREEDY)
+    _, _, told = command("generate", file, *words)
+    assert f"; {folder.name} by " in told
+    made = [one for one in gulliver.list_artifacts(home=home) if one.step["name"] == "pull"]
+    rows = {line[:12]: line for line in command("list")[1].splitlines()}
+    named, unnamed = sorted(made, key=lambda one: not rows[one.id[:12]].endswith(f"  {folder.name}"))
+    assert rows[named.id[:12]].endswith(f" {folder.name}") and rows[unnamed.id[:12]].endswith(" MB")
+    _, _, told = command("generate", unnamed.id, *words)
+    assert f"; {unnamed.id[:12]} by " in told and unnamed.id not in told
 
 
 @pytest.mark.skipif(native_reason() is not None, reason=str(native_reason()))

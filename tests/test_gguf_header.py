@@ -101,6 +101,33 @@ def test_a_key_that_changes_the_arithmetic_is_used_or_refused(tmp_path):
     checked(write_file(tmp_path / "b.gguf", network(CASE), CASE, change=neutral))
 
 
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (15, "the type Q8_K, which"),
+        (33, "the type Q4_0_8_8, which"),
+        (146, r"the type IQ4_KSS of ik_llama\.cpp"),
+        (230, "type number 230, a type of another fork"),
+    ],
+)
+def test_a_type_that_is_not_read_is_called_by_its_name(whole, tmp_path, number, told):
+    name = b"output_norm.weight"
+    at = whole.read_bytes().index(name) + len(name) + 4 + 8  # one dimension, then the type
+    with pytest.raises(ArtifactError, match=told):
+        read_header(changed(whole, tmp_path, at, struct.pack("<I", number)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"), [("adapter", r"an adapter \(LoRA\)"), ("mmproj", "sees or hears"), ("imatrix", "importance")]
+)
+def test_a_file_that_goes_with_a_model_is_called_what_it_is(tmp_path, kind, told):
+    def typed(writer):
+        writer.add_type(kind)
+
+    with pytest.raises(ArtifactError, match=told):
+        checked(write_file(tmp_path / "a.gguf", network(CASE), CASE, change=typed))
+
+
 def test_a_file_is_checked_without_torch(whole):
     code = (
         "import sys; from pathlib import Path; from gulliver.tasks import foreign_files;"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -45,6 +48,59 @@ def test_blocks_that_tiles_hold_stay_packed_to_the_last_bit(tmp_path, kind):
     values = dict(read_tensors(folder))[name].numpy()
     stored = next(one for one in GGUFReader(file).tensors if one.name == "blk.0.ffn_up.weight")
     assert np.array_equal(values, dequantize(stored.data, kind))
+
+
+@pytest.mark.parametrize("experts", [3, 4, 16])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2 moe", "lfm 2 moe"])
+def test_experts_stay_packed_whatever_their_number(tmp_path, name, experts):
+    many = {"num_experts": experts, "num_local_experts": experts}
+    case = replace(CASES[name], options={**CASES[name].options, **many})
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    file = write_file(tmp_path / "model.gguf", network(case), case, Type.Q4_0)
+    convert_gguf(file, folder)
+    packed, values = read_packing(folder), dict(read_tensors(folder))
+    stacks = [one for one in values if one.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    stored = {one.name: dequantize(one.data, one.tensor_type) for one in GGUFReader(file).tensors}
+    assert stacks
+    for one in stacks:
+        prefix = f"blk.{one.split('.')[2]}.ffn_"
+        parts = ("down",) if "down" in one else ("gate", "up")
+        wanted = np.concatenate([stored[f"{prefix}{part}_exps.weight"] for part in parts], axis=1)
+        assert packed[one].inputs == 2 and np.array_equal(values[one].numpy(), wanted)
+        tiles = load_file(folder / "model.safetensors")[f"{one}.tiles.0"]
+        assert tiles.numel() < values[one].numel() * 5.5 / 8  # 4.5 bits, and a factor for each row of few columns
+    found, tokens = get_task("language").load(folder), torch.arange(24)[None]
+    with torch.no_grad():
+        assert found(input_ids=tokens, use_cache=False).logits.isfinite().all()
+
+
+def test_a_matrix_of_few_rows_does_not_grow(tmp_path):
+    """The router of three experts: a tile of sixteen rows at 8 bits would take more than three at 16."""
+    case = replace(CASES["mixtral"], options={**CASES["mixtral"].options, "num_local_experts": 3})
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    convert_gguf(write_file(tmp_path / "model.gguf", network(case), case, Type.Q8_0), folder)
+    stored = load_file(folder / "model.safetensors")
+    routers = [name for name in stored if name.endswith("mlp.gate.weight")]
+    assert routers and all(stored[name].dtype == torch.bfloat16 for name in routers)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "told"),
+    [
+        ((Type.Q8_0, Type.Q8_0), r"output\.weight \(Q8_0\) is nearly token_embd\.weight \(Q8_0\), "),
+        ((Type.Q8_0, Type.Q4_0), r"output\.weight \(Q8_0\) is a finer copy of token_embd\.weight \(Q4_0\), "),
+    ],
+)
+def test_a_head_that_is_nearly_the_embedding_is_told_of_as_it_is(tmp_path, kinds, told):
+    model = network(CASES["qwen2"])
+    table = model.get_input_embeddings().weight
+    model.lm_head.weight.data = table.data * (1 + 0.01 * torch.randn(table.shape))
+    types = {"output.weight": kinds[0], "token_embd.weight": kinds[1]}
+    file = write_file(tmp_path / "model.gguf", model, CASES["qwen2"], lambda name, _: types.get(name, Type.F32))
+    (tmp_path / "folder").mkdir()
+    assert re.match(told, convert_gguf(file, tmp_path / "folder").note)
 
 
 @pytest.mark.parametrize("kind", OTHERS, ids=lambda kind: kind.name)

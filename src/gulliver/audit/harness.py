@@ -16,7 +16,7 @@ from gulliver.audit.harness_model import Scorer, check_greedy
 from gulliver.audit.options import HarnessOptions
 from gulliver.audit.quality import write_report
 from gulliver.core.context import Context
-from gulliver.core.errors import ConfigError, DataError, GulliverError, MissingExtra
+from gulliver.core.errors import ConfigError, DataError, GulliverError
 from gulliver.core.evidence.evidence import Evidence, measured, paired_interval
 from gulliver.core.evidence.intervals import matched_interval, wilson_interval
 from gulliver.core.names import unknown
@@ -33,11 +33,10 @@ Items = dict[str, dict[str, list[tuple[str, float]]]]
 def run(cfg: HarnessOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     """Score the model, and its parent on the same items, and record the evidence; returns the report.
 
-    MissingExtra without lm-eval, ConfigError for an unknown task or a model that writes no text, DataError for a task
+    ConfigError for an unknown task or a model that writes no text, DataError for a task
     whose data cannot be loaded or that has no score to compare.
     """
     model, parent = inputs["model"], inputs.get("parent")
-    harness_library()
     for one in filter(None, (model, parent)):
         if "generate" not in family(one.task).can:
             told = f"{one.id[:12]} is of the family {one.task}, whose models write no text"
@@ -58,22 +57,10 @@ def run(cfg: HarnessOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
     return report
 
 
-def harness_library() -> Any:
-    """lm-eval, imported now. MissingExtra when it is not installed."""
-    try:
-        import lm_eval  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise MissingExtra("measuring lm-eval's tasks", "eval") from None
-    return lm_eval
-
-
 def loaded_tasks(names: tuple[str, ...], include_path: str | None) -> dict[str, Any]:
     """The named tasks of lm-eval, and those in the folder `include_path`, with their data."""
-    harness_library()
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
-    if include_path is not None and not Path(include_path).is_dir():
-        raise ConfigError(f"include_path is {include_path!r}; give a folder that holds tasks of your own (YAML files)")
     with contextlib.redirect_stdout(sys.stderr):
         manager = TaskManager(include_path=include_path, include_defaults=False)
         if any(name not in manager.all_tasks for name in names):
@@ -94,7 +81,6 @@ def loaded_tasks(names: tuple[str, ...], include_path: str | None) -> dict[str, 
 
 def scored(folder: Path, tasks: dict[str, Any], limit: int | None) -> Items:
     """Scores of every item of the tasks, by the model in `folder`."""
-    harness_library()
     from lm_eval.evaluator import evaluate  # pyright: ignore[reportMissingImports]
 
     decoder = open_decoder(folder, slots=1)

@@ -1,6 +1,7 @@
 """Measures one model in a process of its own, so that memory is the model's and not of whatever ran before.
 
-python -m gulliver.audit.measure '{"folder": …, "task": …, "repeats": …}'    -> one JSON object on stdout
+python -m gulliver.audit.measure '{"folder": …, "task": …, "repeats": …}'    -> one JSON object on stdout, which is
+{"error": …, "message": …} when the model cannot be measured
 
 What the native backend runs is measured there, without torch in the process; every other model by torch.
 """
@@ -16,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gulliver.core.errors import ConfigError, GulliverError
+from gulliver.core.errors import ArtifactError, BudgetError, ConfigError, DataError, GulliverError
 from gulliver.core.machine import bandwidth_gb_s, identify, usable_cores
 from gulliver.core.memory import current_rss_bytes, peak_rss_bytes
 from gulliver.runtime.decode import NativeDecoder, native_reason
@@ -26,21 +27,32 @@ from gulliver.tasks import family, get_task
 
 BANDWIDTH_BYTES = 2**27
 """Bytes that each core reads to measure the bandwidth."""
+EXPECTED = {kind.__name__: kind for kind in (ArtifactError, BudgetError, ConfigError, DataError)}
+"""Errors that are the same in this process as in the one that measures."""
 
 
 def in_fresh_process(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The answer of `measure` to `request`, its arguments. GulliverError when the process fails."""
+    """The answer of `measure` to `request`, its arguments. Raises what `measure` raises."""
     command = [sys.executable, "-m", "gulliver.audit.measure", json.dumps(request)]
     return printed(command, f"measuring {request['folder']}")
 
 
 def printed(command: list[str], what: str) -> dict[str, Any]:
-    """The JSON object that a new process prints. GulliverError, saying that `what` failed, when it ends badly."""
+    """The JSON object that a new process prints.
+
+    When it ends badly, the expected error that it tells as {"error", "message"}; GulliverError, saying that `what`
+    failed, when it tells none.
+    """
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
+    if done.returncode == 0:
+        return json.loads(done.stdout)
+    try:
+        told = json.loads(done.stdout)
+        kind, message = EXPECTED[told["error"]], told["message"]
+    except (ValueError, TypeError, LookupError):
         last = done.stderr.strip().splitlines()[-1:] or [f"the process ended with {done.returncode}"]
-        raise GulliverError(f"{what} failed: {last[0].removeprefix('error: ')}")
-    return json.loads(done.stdout)
+        kind, message = GulliverError, f"{what} failed: {last[0].removeprefix('error: ')}"
+    raise kind(message)
 
 
 def measure(
@@ -121,5 +133,7 @@ if __name__ == "__main__":
     try:
         answer = measure(**json.loads(sys.argv[1]))
     except GulliverError as error:
-        raise SystemExit(f"{error}") from None
+        print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
     print(json.dumps(answer))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from gulliver.core.errors import MissingExtra
 from gulliver.core.options import MaxRam, Options
+from gulliver.core.store.files import named_path
 
 
 class QualityOptions(Options):
@@ -23,6 +26,16 @@ class HarnessOptions(Options):
     tasks: tuple[str, ...] = Field(..., min_length=1, description="names of tasks, such as arc_easy and hellaswag")
     limit: int | None = Field(None, ge=1, description="most items of each task (default: all)")
     include_path: str | None = Field(None, description="a folder with tasks of your own (YAML, with their Python code)")
+
+    @model_validator(mode="after")
+    def _can_be_done(self) -> Self:
+        """MissingExtra, before a model is looked for, when lm-eval is not installed."""
+        if find_spec("lm_eval") is None:
+            raise MissingExtra("measuring lm-eval's tasks", "eval")
+        if self.include_path is not None and not named_path(self.include_path).is_dir():
+            told = "give a folder that holds tasks of your own (YAML files)"
+            raise ValueError(f"include_path is {self.include_path!r}; {told}")
+        return self
 
 
 class SpeedOptions(Options):

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 def ask(options: AskOptions, session: Session) -> tuple[Any, list[str]]:
     """One answer of a model of any family. ConfigError or DataError for an input that it does not understand."""
-    from gulliver.pipeline.ask import answered, open_answerer
+    from gulliver.pipeline.ask import answered, open_answerer, shown_name
 
     given = _given([sys.stdin.read()] if options.input == ("-",) else list(options.input))
     how = opening(options, slots=1)
     with open_answerer(options.model, how, store=lambda: session.store, progress=session.progress) as answerer:
         response = answered(answerer, given)
-        session.progress.print(f"{answerer.name} by {answerer.backend}: {answerer.why}")
+        session.progress.print(f"{shown_name(answerer)} by {answerer.backend}: {answerer.why}")
         return response.model_dump(), answerer.show(response)
 
 
@@ -50,7 +50,7 @@ def generate(options: GenerateOptions, session: Session) -> tuple[Any, list[str]
     how = opening(options, slots=min(len(prompts), SLOTS))
     with open_model(options.model, how, store=lambda: session.store, progress=session.progress) as model:
         if not options.raw and not model.has_chat_template:
-            session.progress.print(f"{model.folder.name} has no chat template: the prompt itself is continued")
+            session.progress.print(f"{model.name} has no chat template: the prompt itself is continued")
         asked: dict[str, Any] = {"sampling": sampling, "stop": options.stop, "json_schema": schema}
         if options.max_tokens is not None:
             asked["max_tokens"] = options.max_tokens

@@ -16,10 +16,13 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from gulliver.cli.commands import Command
 from gulliver.cli.parser import Parsed, parsed
 from gulliver.core.errors import GulliverError
 from gulliver.core.stdout import stdout_into
-from gulliver.pipeline.steps import Step
+from gulliver.core.store.files import named_path
+from gulliver.pipeline.steps import INPUT_KINDS, Step
+from gulliver.tasks import foreign_files
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,11 +62,30 @@ def _act(line: Parsed, words: list[str]) -> tuple[Any, list[str]]:
 
     home, database, as_json, quiet = (line.everywhere[name] for name in ("home", "database", "json_", "quiet"))
     session = Session(home, database, Progress(quiet=quiet), shlex.join(["gulliver", *words]), as_json)
+    _check_models(line)
     if isinstance(line.row, Step):
         from gulliver.cli.make import run_step
 
         return run_step(line.row, line.given, session)
     return line.row.act(line.given, session)
+
+
+def _check_models(line: Parsed) -> None:
+    """Refuse a model that does not exist or cannot be read before torch, pydantic and a database are imported.
+
+    Commands that answer at once look at their model first of all themselves.
+    """
+    from gulliver.pipeline.spec import check_spec
+
+    if isinstance(line.row, Command) and line.row.cold:
+        return
+    for name, value in line.given.items():
+        if isinstance(line.row, Step) and name in line.row.reads:
+            foreign_files(named_path(value))
+        elif INPUT_KINDS.get(name) == "model":
+            for spec in [value] if isinstance(value, str) else value:
+                named_so = name == "models" and isinstance(line.row, Command)  # `serve` takes NAME=MODEL
+                check_spec(spec.partition("=")[2] or spec if named_so else spec)
 
 
 def _failed(failure: Exception, as_json: bool) -> int:

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gulliver.cli.options import FitOptions, RunOptions
 from gulliver.cli.session import Session, described, evidence_table, megabytes, table
 from gulliver.core.names import named
-from gulliver.core.store.files import named_path
 from gulliver.pipeline.steps import Step, fields_of
-from gulliver.tasks import foreign_files
 
 if TYPE_CHECKING:
     from gulliver.core.store.artifact import Artifact
@@ -20,13 +18,12 @@ if TYPE_CHECKING:
 
 def run_step(row: Step, given: Mapping[str, Any], session: Session) -> tuple[Any, list[str]]:
     """Call the step with what was given on the command line: its inputs, its options, `seed` and `out`."""
-    for name in (*row.needs, *row.optional, *row.reads):  # a file that cannot be read is refused before all imports
-        if isinstance(given.get(name), str):
-            foreign_files(named_path(given[name]))
+    from gulliver.core.quantities import checked_seed
     from gulliver.core.store.artifact import check_target
     from gulliver.pipeline.call import Call, call
     from gulliver.pipeline.resolve import resolve_inputs
 
+    checked_seed(given.get("seed", 0))
     if given.get("out") is not None:
         check_target(given["out"])
     fields = fields_of(named(row.options))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,9 +42,6 @@ def serve(options: ServeOptions, session: Session) -> tuple[Any, list[str]]:
     return {"served": [model.name for model in models]}, ["stopped"]
 
 
-ID = re.compile(r"[0-9a-f]{6,64}")
-
-
 def named_models(specs: Sequence[str]) -> list[tuple[str, str]]:
     """(name, model) of each argument: NAME=MODEL, or MODEL under the last part of what it is called.
 
@@ -71,6 +67,7 @@ def opened(name: str, spec: str, options: ServeOptions, session: Session) -> Any
     """A model, loaded and ready to be served. A folder on this machine is used in place, without a store."""
     from gulliver.core.store.artifact import MANIFEST, open_artifact
     from gulliver.pipeline.ask import open_answerer
+    from gulliver.pipeline.spec import ID
     from gulliver.serve.state import ServedModel
 
     how = opening(options, slots=options.slots, cache_tokens=options.cache_tokens, queue=options.queue)

@@ -54,11 +54,15 @@ def verify(options: OneArtifact, session: Session) -> tuple[Any, list[str]]:
 def list_all(options: NoOptions, session: Session) -> tuple[Any, list[str]]:
     """All artifacts of this home."""
     del options
-    document = [{**listed(item), "step": item.step["name"]} for item in session.store.artifacts()]
-    rows = [("id", "kind", "task", "step", "weights")]
+    from gulliver.pipeline.ask import own_name
+
+    document = [
+        {**listed(item), "name": own_name(item.path), "step": item.step["name"]} for item in session.store.artifacts()
+    ]
+    rows = [("id", "kind", "task", "step", "weights", "name")]
     for item in document:
         weights = megabytes(item["weight_bytes"]) if item["weight_bytes"] else ""
-        rows.append((item["id"][:12], item["kind"], item["task"], item["step"], weights))
+        rows.append((item["id"][:12], item["kind"], item["task"], item["step"], weights, item["name"] or ""))
     return document, table(rows) if document else ["nothing yet"]
 
 

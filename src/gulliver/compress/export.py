@@ -37,12 +37,6 @@ CHUNK = 2**22
 def run(cfg: ExportOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     """A model artifact in the layout of `cfg.format`. ConfigError where that format cannot hold the model."""
     model = inputs["model"]
-    if cfg.format == "onnx":
-        raise ConfigError("format is 'onnx', which cannot be written yet; use safetensors, compressed-tensors or gguf")
-    if cfg.widen and cfg.format != "compressed-tensors":
-        raise ConfigError(f"widen is for compressed-tensors; {cfg.format} holds no codes, so leave it out")
-    if cfg.type != "exact" and cfg.format != "gguf":
-        raise ConfigError(f"type is for gguf; {cfg.format} has one way to store weights, so leave it out")
     raw, staging = read_config(model), ctx.work / "export"
     shutil.rmtree(staging, ignore_errors=True)  # what a killed run left: writing again is quick
     staging.mkdir(parents=True)

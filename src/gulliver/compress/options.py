@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from gulliver.core.errors import ConfigError
 from gulliver.core.options import MaxRam, Options
+from gulliver.runtime.formats import Format
 from gulliver.runtime.packing import weight_shapes
 from gulliver.tasks import family
 
@@ -69,6 +71,14 @@ class QuantizeOptions(Options):
     sweeps: int = Field(2, ge=0, le=64, description="times that gptq's codes are chosen again, each given all others")
     max_ram_bytes: MaxRam = None
 
+    @model_validator(mode="after")
+    def _is_a_format(self) -> Self:
+        try:
+            Format(self.bits, self.group_size, self.kind)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
+
 
 class ExportOptions(Options):
     """Options of `export`."""
@@ -84,3 +94,13 @@ class ExportOptions(Options):
         default="exact",
         description="gguf: how matrices are stored; exact takes the smallest type that holds each bit for bit",
     )
+
+    @model_validator(mode="after")
+    def _can_be_written(self) -> Self:
+        if self.format == "onnx":
+            raise ValueError("onnx cannot be written yet; use safetensors, compressed-tensors or gguf")
+        if self.widen and self.format != "compressed-tensors":
+            raise ValueError(f"widen is for compressed-tensors; {self.format} holds no codes, so leave it out")
+        if self.type != "exact" and self.format != "gguf":
+            raise ValueError(f"type is for gguf; {self.format} has one way to store weights, so leave it out")
+        return self

@@ -25,8 +25,7 @@ from typing import IO
 
 from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.names import unknown
-from gulliver.core.store.database import file_lock
-from gulliver.core.store.files import hash_file, sync_file, whole_folder
+from gulliver.core.store.files import file_lock, hash_file, sync_file, whole_folder
 from gulliver.core.store.manifest import check_file_name
 
 PREFIX = "catalog:"

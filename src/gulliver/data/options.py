@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field
 
 from gulliver.core.options import MaxRam, Options
 from gulliver.core.store.files import named_path
 from gulliver.tasks import DEFAULT, foreign_files
+from gulliver.tasks.options import KnownTask
 
 
 class PullOptions(Options):
     """Options of `pull`."""
 
     source: str = Field(description="catalog:NAME, hf:ORG/NAME[@REVISION], a folder or a GGUF file (any part of one)")
-    task: str | None = Field(None, description="family of the model; found from its config when left out")
+    task: Annotated[str | None, KnownTask] = Field(
+        None, description="family of the model; found from its config when left out"
+    )
 
     def resolved(self, inputs: Mapping[str, Any]) -> Self:
         """These options; a foreign model that cannot be converted is refused here, before its bytes are read."""
@@ -34,7 +37,7 @@ class ReadOptions(Options):
 
     data: str = Field(description="a file or folder of .txt, .jsonl or .parquet, or catalog:NAME")
     eval_data: str | None = Field(None, description="held-out data of its own; else a part of `data` is held out")
-    task: str = Field(DEFAULT, description="family of models the data is for")
+    task: Annotated[str, KnownTask] = Field(DEFAULT, description="family of models the data is for")
     family: dict[str, Any] = Field(default_factory=dict, description="options of that family")
 
 

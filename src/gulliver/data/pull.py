@@ -150,7 +150,10 @@ def bring_in(task: Task, source: Path, folder: Path) -> Brought:
     write = rewriter(source) if source != folder else None
     if write is not None:
         rewritten = write(source, folder)
-        found = bring_in(task, folder, folder)
+        try:
+            found = bring_in(task, folder, folder)
+        except ArtifactError as error:  # of what was made of the source, which is what the user knows
+            raise ArtifactError(str(error).replace(str(folder), str(source))) from error
         return replace(found, original=rewritten.format, notes=(*rewritten.notes, *found.notes))
     model = task.load(source, empty=True)
     dtype, whole = _checked(model, source)
@@ -168,9 +171,9 @@ def bring_in(task: Task, source: Path, folder: Path) -> Brought:
                 file.unlink(missing_ok=True)
         task.save(loaded, folder)
     elif source != folder:
-        for file in (*weight_files(source), source / INDEX):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+        selected = select(source)
+        for file in (*selected.files, *([source / INDEX] if selected.places else [])):
+            shutil.copyfile(file, folder / file.name)
         copy_companions(plain_files(source), folder, (Origin.file,))
         _settle(model, source, folder)
     weights = sum(parameter.numel() for parameter in model.parameters())

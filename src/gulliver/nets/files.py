@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gulliver.core.errors import ArtifactError
 from gulliver.core.store.manifest import EVIDENCE, MANIFEST, read_json
-from gulliver.nets.selection import ADAPTER, INDEX, MAX_HEADER_BYTES, select
+from gulliver.nets.selection import ADAPTER, INDEX, MAX_HEADER_BYTES, adapter, of_adapter, select
 
 ITEM_BYTES = {
     **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8},
@@ -46,7 +46,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Name -> where it is, for every tensor in the weight files of a folder.
 
     ArtifactError for a header that breaks the format's rules (bytes that are missing, shared by two tensors or unused),
-    a name in two files, and a tensor that the index promises and its file lacks.
+    a name in two files, a tensor that the index promises and its file lacks, and an adapter.
     """
     selection = select(folder)
     found: dict[str, Stored] = {}
@@ -63,6 +63,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
             raise ArtifactError(
                 f"{folder / INDEX} says that {file} holds {name[:200]!r}, which it lacks; download both again"
             )
+    if of_adapter(found):
+        raise ArtifactError(adapter(folder))
     return found
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gulliver.core.errors import ArtifactError
-from gulliver.nets.selection import ADAPTER, without_weights
+from gulliver.nets.selection import holds_adapter, without_weights
 
 CAUSAL = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "GenerationDecoder")
 """How the names of networks with a language model's head end."""
@@ -58,11 +58,14 @@ class Quantization:
 
 READ = ("fp8", "fbgemm_fp8", "modelopt", "compressed-tensors", "gptq", "awq", "mxfp4")
 """What `quant_method` may say for the weights to be dequantized while they are loaded."""
+BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+"""File in which a tool describes what config.json does not -> `quant_method`."""
 TOOLS = {
     **{"bitsandbytes": "bitsandbytes", "bitsandbytes_8bit": "bitsandbytes", "bitsandbytes_4bit": "bitsandbytes"},
     **{"hqq": "HQQ", "quanto": "quanto", "eetq": "EETQ", "aqlm": "AQLM", "torchao": "torchao", "exl2": "ExLlamaV2"},
     **{"exl3": "ExLlamaV3", "bitnet": "BitNet", "vptq": "VPTQ", "spqr": "SpQR", "higgs": "HIGGS", "quark": "Quark"},
     **{"fp_quant": "FP-Quant", "auto-round": "AutoRound", "mlx": "MLX", "nvfp4": "NVFP4", "metal": "Metal"},
+    "modelopt": "ModelOpt",
 }
 """`quant_method` -> the tool's name, of those that are refused."""
 
@@ -85,7 +88,7 @@ def model_config(folder: Path) -> dict[str, Any]:
 def _without_config(folder: Path) -> str:
     if (folder / "model_index.json").is_file():
         return f"{folder} holds a diffusion pipeline (model_index.json); {_READ_HERE}"
-    if (folder / ADAPTER).is_file() or any(folder.glob("consolidated*")) or any(folder.glob("*.gguf")):
+    if holds_adapter(folder) or any(folder.glob("consolidated*")) or any(folder.glob("*.gguf")):
         return without_weights(folder)
     return f"{folder} has no config.json; give a Hugging Face layout folder"
 
@@ -154,6 +157,11 @@ def quantization(folder: Path, config: Mapping[str, Any]) -> Quantization | None
     if settings is None:
         return None
     method = str(settings.get("quant_method") or _unnamed(settings)).lower()
+    if method == "modelopt":
+        inner = settings.get("quantization")
+        settings = {**settings, **(inner if isinstance(inner, dict) else {})}
+        if not settings.get("quant_algo"):
+            return None  # the cache alone would be quantized
     if method == "auto-round":
         packing = str(settings.get("packing_format", ""))
         method = next((one for one in ("gptq", "awq") if one in packing), method)
@@ -178,8 +186,7 @@ def _settings(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | No
                 return part[key]
         if isinstance(part.get("quantization"), dict) and "bits" in part["quantization"]:
             return {**part["quantization"], "quant_method": "mlx"}
-    older = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-    for name, method in older.items():
+    for name, method in BESIDE.items():
         if (folder / name).is_file():
             try:
                 found = json.loads((folder / name).read_text(encoding="utf-8"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,15 @@ from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.names import named
 from gulliver.core.progress import Progress
+from gulliver.core.quantities import checked_seed
 from gulliver.core.store import artifact as artifacts
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import named_path
 from gulliver.core.store.store import Store
 from gulliver.pipeline.ask import own_name
 from gulliver.pipeline.call import Call, call
-from gulliver.pipeline.resolve import check_data, data_for, original, resolve_any, resolve_inputs, resolve_model
-from gulliver.pipeline.steps import fields_of, find
+from gulliver.pipeline.resolve import check_input, data_for, original, resolve_any, resolve_inputs, resolve_model
+from gulliver.pipeline.steps import checked_config, fields_of, find
 
 _LONG = ("format", "config", "seed", "files")
 """What `show` leaves out of the artifacts of a lineage."""
@@ -43,6 +44,7 @@ def step_function(name: str) -> Callable[..., Artifact]:
             raise ConfigError(f"{name} takes at most {len(positions)} inputs by position: {', '.join(positions)}")
         options = {**dict(zip(positions, inputs, strict=False)), **options}
         given = {role: options.pop(role) for role in (*row.needs, *row.optional) if role in options}
+        checked_seed(seed)
         store = Store(home, database_url)
         found = resolve_inputs(row, given, options, store, progress)
         return call(name, options, found, store=store, seed=seed, progress=progress, command=f"gulliver.{name}(…)")
@@ -74,24 +76,39 @@ def audit(
     names tasks of lm-eval ("arc_easy,hellaswag"), of which `limit` items are scored, and `include_path` a folder with
     tasks of one's own. DataError if there is nothing to measure quality on. MissingExtra for tasks without lm-eval.
     """
+    names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks or ())
+    harness = {"tasks": names, "limit": limit, "include_path": include_path}
+    _check_audit(harness, data, eval_data, seed)
     store = store or Store(home)
-    if data is not None:
-        check_data(data, store)
+    for kind, spec in (("model", model), ("model", parent), ("dataset", data), ("dataset", eval_data)):
+        if spec is not None:
+            check_input(kind, spec, store)
     target = resolve_model(model, store, progress=progress)
     older = original(target, store) if parent is None else resolve_model(parent, store, progress=progress)
     dataset = data_for(target, data, store, eval_data=eval_data, progress=progress)
-    names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks or ())
     if dataset is None and not names:
         told = "was made without data, so there is nothing to measure its quality on"
         raise DataError(f"{target.id[:12]} {told}; add --data, or run `gulliver speed` alone")
     inputs = {"model": target, **({"parent": older} if older else {})}
     shared: dict[str, Any] = {"store": store, "seed": seed, "progress": progress, "command": command, "log": log}
     if names:
-        call("harness", {"tasks": names, "limit": limit, "include_path": include_path}, inputs, **shared)
+        call("harness", harness, inputs, **shared)
     if dataset is not None:
         call("quality", {}, {**inputs, "dataset": dataset}, **shared)
     call("speed", {}, {"model": target}, **shared)
     return newest(store.evidence(target.id))
+
+
+def _check_audit(harness: Mapping[str, Any], data: Any, eval_data: str | None, seed: int) -> None:
+    """ConfigError, before a model is looked for, for options that are wrong or that nothing would use."""
+    checked_seed(seed)
+    if harness["tasks"]:
+        checked_config(find("harness"), harness)
+    for name in ("limit", "include_path"):
+        if harness[name] is not None and not harness["tasks"]:
+            raise ConfigError(f"{name} is for tasks of lm-eval; name some with tasks, or leave it out")
+    if eval_data is not None and data is None:
+        raise ConfigError(f"eval_data is {eval_data!r}, but data is missing; give both, or leave it out")
 
 
 def newest(evidence: list[Evidence]) -> list[Evidence]:

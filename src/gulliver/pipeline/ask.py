@@ -12,19 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
 from gulliver.core.progress import Progress
-from gulliver.core.store.artifact import MANIFEST, Artifact, open_artifact
-from gulliver.core.store.files import named_path
-from gulliver.core.store.manifest import ORIGIN, read_json
+from gulliver.core.store.manifest import MANIFEST, ORIGIN, read_json
 from gulliver.nets.selection import select
+from gulliver.pipeline.spec import ID, Spec, local_folder
 from gulliver.runtime.packing import is_packed
-from gulliver.tasks import detect_task, family, foreign_files, open_model, rewriter
+from gulliver.tasks import family, open_model
 from gulliver.tasks.answerer import Answerer, Can, OpenOptions
 
 if TYPE_CHECKING:
     from gulliver.core.store.store import Store
-
-Spec = str | Path | Artifact
-"""What users name a model by: an artifact, its id, a folder, a .gguf file, catalog:… or hf:…"""
 
 
 def open_store(home: Path | str | None = None, database_url: str | None = None) -> Store:
@@ -76,6 +72,11 @@ def own_name(folder: Path) -> str | None:
     return "-".join(name.split()) if isinstance(name, str) else None
 
 
+def shown_name(answerer: Answerer) -> str:
+    """The name of an open model for people: an artifact that has none is called by the first digits of its id."""
+    return answerer.name[:12] if len(answerer.name) == 64 and ID.fullmatch(answerer.name) else answerer.name
+
+
 def resolved(spec: Spec, store: Callable[[], Store], progress: Progress | None = None) -> tuple[Path, str]:
     """(folder, family) of a model that must be looked up or made."""
     from gulliver.pipeline.resolve import resolve_model  # after the lines that need no store: its database takes 30 MB
@@ -88,29 +89,6 @@ def _check(spec: Spec, task: str, can: Can) -> None:
     """ConfigError, before anything is opened, when models of the family cannot do what is asked."""
     if can not in family(task).can:
         raise ConfigError(f"{spec} is of the family {task}, whose models cannot {can}; use `gulliver ask`")
-
-
-def local_folder(spec: Spec) -> tuple[Path, str] | None:
-    """(folder, family) of a model that needs no looking up and no conversion; None for every other name.
-
-    ConfigError when it is an artifact of another kind.
-    """
-    if isinstance(spec, Artifact):
-        return _of_artifact(spec, spec.id[:12])
-    path = named_path(spec)
-    if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
-        foreign_files(path)  # one that cannot be converted is refused here, before the store is imported
-        return None
-    if (path / MANIFEST).is_file():
-        return _of_artifact(open_artifact(path), spec)
-    task = detect_task(path)
-    return (path, task) if is_packed(path) or rewriter(path) is None else None
-
-
-def _of_artifact(artifact: Artifact, spec: object) -> tuple[Path, str]:
-    if artifact.kind != "model":
-        raise ConfigError(f"{spec} is a {artifact.kind}; a model is needed here")
-    return artifact.path, artifact.task
 
 
 def ask(

@@ -17,7 +17,9 @@ from gulliver.audit.measure import in_fresh_process, printed
 from gulliver.core.errors import ConfigError
 from gulliver.core.progress import Progress
 from gulliver.nets.files import weight_files
-from gulliver.pipeline.ask import Spec, local_folder, open_store, resolved
+from gulliver.pipeline.ask import open_store, resolved
+from gulliver.pipeline.spec import Spec, local_folder
+from gulliver.runtime.decode import check_forced
 
 STREAMS = (1, 4, 16)
 COLD_STARTS = 5
@@ -46,6 +48,7 @@ def bench(
         raise ConfigError(f"repeats is {repeats}; an interval needs at least 2, one of 95 % needs 6")
     if threads is not None and threads < 1:
         raise ConfigError(f"threads is {threads}; it must be at least 1")
+    check_forced("auto", isa)
     progress = progress or Progress()
     folder, task = local_folder(model) or resolved(model, store or (lambda: open_store(home)), progress)
     with progress.stage("speed", 1, "model") as bar:

@@ -71,6 +71,8 @@ def fit(
     if dry_run and size is None and max_drop is None:
         max_drop = "100%"  # the whole curve is asked for
     budget = _asked(for_, effort, size, ram, speed, max_drop, seed)
+    if eval_data is not None and data is None:
+        raise ConfigError(f"--eval-data {eval_data} needs --data beside it: what is calibrated on")
     if out is not None:
         check_target(out)
     store, progress, began = store or Store(home), progress or Progress(), time.monotonic()

@@ -12,7 +12,8 @@ from typing import Any
 
 from gulliver.core.errors import ConfigError
 from gulliver.core.progress import Progress
-from gulliver.pipeline.ask import Spec, open_answerer, open_store
+from gulliver.pipeline.ask import open_answerer, open_store, shown_name
+from gulliver.pipeline.spec import Spec
 from gulliver.runtime.batching.records import Piece, Request, check_finish
 from gulliver.runtime.sampling import Sampling
 from gulliver.tasks.answerer import MAX_TOKENS, TEMPERATURE, Generating, OpenOptions, Prompt
@@ -52,7 +53,7 @@ class OpenModel:
 
     def __init__(self, answerer: Generating, load_seconds: float) -> None:
         self.engine, self.folder, self.load_seconds = answerer.engine, answerer.folder, load_seconds
-        self.tokens, self.request = answerer.tokens, answerer.request
+        self.tokens, self.request, self.name = answerer.tokens, answerer.request, shown_name(answerer)
 
     def __enter__(self) -> OpenModel:
         return self
@@ -82,7 +83,7 @@ class OpenModel:
     def told(self, answer: Answer | None = None) -> str:
         """One line: the tokens and rates of an answer, and what runs the model."""
         decoder = self.engine.decoder
-        backend = f"{self.folder.name} by {decoder.backend}: {decoder.why}"
+        backend = f"{self.name} by {decoder.backend}: {decoder.why}"
         if answer is None:
             return backend
         told = [f"{answer.prompt_tokens} + {answer.completion_tokens} tokens ({answer.finish_reason})"]

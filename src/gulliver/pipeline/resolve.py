@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,9 @@ from gulliver.core.store.manifest import MANIFEST, UNNAMED
 from gulliver.core.store.store import Store
 from gulliver.pipeline import steps
 from gulliver.pipeline.call import call
+from gulliver.pipeline.spec import ID, check_model, check_spec, is_foreign
 from gulliver.pipeline.steps import INPUT_KINDS, Step
-from gulliver.tasks import DEFAULT, detect_task
-
-_ID = re.compile(r"[0-9a-f]{6,64}")
+from gulliver.tasks import DEFAULT
 
 
 def resolve_inputs(
@@ -28,21 +26,18 @@ def resolve_inputs(
     """What users wrote for a step's inputs -> artifacts by role, a tuple of them where the row allows several.
 
     A dataset is read for the task of the model beside it. ConfigError for several where one is wanted. Wrong options
-    and data that do not exist are found first, before a model is downloaded.
+    and inputs that do not exist are found first, before a model is downloaded.
     """
     steps.checked_config(row, config)
-    for role, value in given.items():
-        if INPUT_KINDS.get(role) == "dataset" and value is not None:
-            for spec in value if isinstance(value, (list, tuple)) else [value]:
-                check_data(spec, store)
+    specs = {role: _several(row, role, value) for role, value in given.items() if value is not None}
+    for role, several in specs.items():
+        for spec in several:
+            check_input(INPUT_KINDS[role], spec, store)
     found: dict[str, Any] = {}
     task = str(config.get("task") or DEFAULT)
-    roles = sorted((role for role in given if given[role] is not None), key=lambda role: INPUT_KINDS[role] == "dataset")
-    for role in roles:
-        if role not in row.several and isinstance(given[role], (list, tuple)):
-            raise ConfigError(f"step {row.name!r} takes one {role}, not {len(given[role])}")
+    for role in sorted(specs, key=lambda role: INPUT_KINDS[role] == "dataset"):
         artifacts = []
-        for spec in given[role] if isinstance(given[role], (list, tuple)) else [given[role]]:
+        for spec in specs[role]:
             if INPUT_KINDS[role] == "model":
                 artifacts.append(resolve_model(spec, store, progress=progress))
                 task = artifacts[-1].task
@@ -54,17 +49,43 @@ def resolve_inputs(
     return found
 
 
+def _several(row: Step, role: str, value: Any) -> list[Any]:
+    """What was written for an input, as a list."""
+    if not isinstance(value, (list, tuple)):
+        return [value]
+    if role not in row.several:
+        raise ConfigError(f"step {row.name!r} takes one {role}, not {len(value)}")
+    return list(value)
+
+
+def check_input(kind: str, spec: str | Path | Artifact, store: Store) -> None:
+    """Return if `spec` may be an input of this kind, as far as that can be told without a download or a conversion.
+
+    ConfigError, ArtifactError or DataError if not.
+    """
+    if kind == "dataset":
+        check_data(spec, store)
+    elif kind != "model":
+        resolve_any(spec, store)
+    elif not check_spec(spec):
+        check_model(store.get(str(spec)), spec)
+
+
 def resolve_model(spec: str | Path | Artifact, store: Store, *, progress: Progress | None = None) -> Artifact:
     """A model from an artifact, its id or prefix, a folder, a .gguf file, catalog:… or hf:…
 
-    A folder that is an artifact is verified and copied into the store; what is not an artifact goes through the step
-    `pull`. ConfigError if it is something else than a model.
+    A folder that is an artifact is verified and copied into the store; what is not an artifact, or is one that `export`
+    wrote for another tool, goes through the step `pull`. ConfigError if it is something else than a model.
     """
-    found = _known_artifact(spec, store)
-    artifact = found or call("pull", {"source": str(spec)}, {}, store=store, progress=progress)
-    if artifact.kind != "model":
-        raise ConfigError(f"{spec} is a {artifact.kind}; a model is needed here")
-    return artifact
+    artifact = _named_artifact(spec, store)
+    if artifact is not None:
+        check_model(artifact, spec)
+        if not is_foreign(artifact.path):
+            return artifact if artifact is spec else _in_store(artifact, store)
+    source = str(spec if artifact is None else artifact.path)
+    made = call("pull", {"source": source}, {}, store=store, progress=progress)
+    check_model(made, spec)
+    return made
 
 
 def resolve_data(
@@ -94,19 +115,22 @@ def check_data(spec: str | Path | Artifact, store: Store) -> None:
     """Return if `spec` names data that exist; DataError, ConfigError or ArtifactError if not."""
     if isinstance(spec, Artifact):
         return
+    path = named_path(spec)
     if str(spec).startswith(catalog.PREFIX):
         catalog.lookup(str(spec))
-    elif not named_path(spec).exists():
-        if not _ID.fullmatch(str(spec)):
+    elif not path.exists():
+        if not ID.fullmatch(str(spec)):
             raise DataError(f"{spec} does not exist; give a file, a folder or catalog:NAME")
         store.get(str(spec))
+    elif not (path.stat().st_size if path.is_file() else any(path.iterdir())):
+        raise DataError(f"{spec} is empty; give a file, a folder or catalog:NAME with data in it")
 
 
 def resolve_any(spec: str | Path | Artifact, store: Store) -> Artifact:
     """An artifact that exists: an Artifact, an id or prefix, or a folder."""
     artifact = _known_artifact(spec, store)
-    if artifact is None and not isinstance(spec, Artifact) and (path := named_path(spec)).is_dir():
-        detect_task(path)  # which says what is wrong with a folder that no command takes
+    if artifact is None and not isinstance(spec, Artifact) and (path := named_path(spec)).exists():
+        check_spec(path)  # which says what is wrong with what no command takes
         raise ArtifactError(f"{spec} is a model that is not in the store; `gulliver pull {spec}` brings it in")
     if artifact is None:
         told = "is neither the id nor the folder of an artifact; `gulliver list` shows the ids"
@@ -153,18 +177,31 @@ def _in_roles(artifact: Artifact, roles: tuple[str, ...], store: Store) -> list[
 
 
 def _known_artifact(spec: str | Path | Artifact, store: Store) -> Artifact | None:
-    """The artifact that `spec` is or names in the store; None when it is not the name of an artifact at all."""
+    """The artifact that `spec` is or names, in the store; None when it is not the name of an artifact at all."""
+    artifact = _named_artifact(spec, store)
+    return artifact if artifact is None or artifact is spec else _in_store(artifact, store)
+
+
+def _named_artifact(spec: str | Path | Artifact, store: Store) -> Artifact | None:
+    """The artifact that `spec` is or names, where it lies; verified if that is a folder. None as above."""
     if isinstance(spec, Artifact):
         return spec
     path = named_path(spec)
     if (path / MANIFEST).is_file():
         artifact = open_artifact(path)
         verify(artifact)
-        store.copies[artifact.id] = artifact.path
-        if not store.has(artifact.id):
-            return copy_artifact(artifact, store.artifacts_folder / artifact.id)
-        verify(there := store.get(artifact.id))
-        return there
-    if not path.exists() and _ID.fullmatch(str(spec)):
+        return artifact
+    if not path.exists() and ID.fullmatch(str(spec)):
         return store.get(str(spec))
     return None
+
+
+def _in_store(artifact: Artifact, store: Store) -> Artifact:
+    """The same artifact in the store, verified there, or copied into it."""
+    if artifact.path == store.artifacts_folder / artifact.id:
+        return artifact
+    store.copies[artifact.id] = artifact.path
+    if not store.has(artifact.id):
+        return copy_artifact(artifact, store.artifacts_folder / artifact.id)
+    verify(there := store.get(artifact.id))
+    return there

@@ -65,7 +65,7 @@ class WrongKey(ConfigError):
 
 STEPS = (
     Step("pull", "gulliver.data.pull:run", "gulliver.data.options:PullOptions",
-         needs=(), makes=("model", "dataset"), reads=("source",), version=2,
+         needs=(), makes=("model", "dataset"), reads=("source",), version=3,
          help="bring a model in: catalog:NAME, hf:ORG/NAME, a local folder or a GGUF file"),
     Step("read", "gulliver.data.read:run", "gulliver.data.options:ReadOptions",
          needs=(), makes=("dataset",), reads=("data", "eval_data"),

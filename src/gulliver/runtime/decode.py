@@ -171,6 +171,20 @@ def native_reason() -> str | None:
     return _native_missing
 
 
+def check_forced(backend: str, isa: str) -> None:
+    """ConfigError for a backend that does not exist, and for an instruction set that no model can be given here."""
+    if backend not in ("auto", "native", "reference"):
+        raise ConfigError(f"backend is {backend!r}; choose auto, native or reference")
+    if isa == "auto" or _native is None:
+        return
+    sets = {name: (here, why) for name, here, why in _native.instruction_sets()}
+    if isa not in sets:
+        raise ConfigError(f"there is no instruction set {isa}; choose auto or one of {', '.join(sets)}")
+    here, why = sets[isa]
+    if not here:
+        raise ConfigError(f"instruction set {isa} cannot run here: {why}; choose auto")
+
+
 def open_decoder(
     folder: Path,
     *,
@@ -189,8 +203,7 @@ def open_decoder(
     and the cache fills what is left. BudgetError with the smallest limit that works when it is too little.
     ConfigError with the reason when a forced backend or instruction set is not available.
     """
-    if backend not in ("auto", "native", "reference"):
-        raise ConfigError(f"backend is {backend!r}; choose auto, native or reference")
+    check_forced(backend, isa)
     reason = "it was asked for" if backend == "reference" else _native_missing
     if reason is None:
         try:

@@ -14,8 +14,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from gulliver.core.errors import FOREIGN, ArtifactError
+from gulliver.core.errors import FOREIGN, ArtifactError, first_line
 from gulliver.nets.files import Stored, same_bytes, stored_tensors
+from gulliver.nets.quiet import quiet
+from gulliver.nets.selection import select
 from gulliver.nets.weights import aliases, assign, canonical_names, empty_parameters, read_tensor, unfilled, untie
 from gulliver.runtime.packing import is_packed, read_packing
 from gulliver.runtime.reference import read_tensors
@@ -32,7 +34,8 @@ def read_config(folder: Path) -> transformers.PretrainedConfig:
             raise ValueError("it is not a JSON object")
         if "auto_map" in raw and not _known(raw):
             raise ValueError("it asks to run code from the folder (auto_map), which Gulliver never does")
-        return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        with quiet():
+            return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (StrictDataclassError, OSError, *FOREIGN) as error:
         raise ArtifactError(f"{path} is not a usable model config: {str(error).splitlines()[0]}") from error
 
@@ -51,7 +54,7 @@ def network_of(config: Any, folder: Path, auto: Any = transformers.AutoModelForC
     `folder` is named in the ArtifactError for a config that describes none.
     """
     try:
-        with empty_parameters(), no_init_weights():
+        with quiet(), empty_parameters(), no_init_weights():
             # one expert after another: no faster way of a CPU is as exact, and calibration sees each one's products
             options = {"dtype": torch.float32, "experts_implementation": "eager"}
             named = _named(config, auto)
@@ -63,11 +66,14 @@ def network_of(config: Any, folder: Path, auto: Any = transformers.AutoModelForC
 
 
 def _named(config: Any, auto: Any) -> Any:
-    """The class that `architectures` names, for a config that `auto` has no network for: a part of a larger model."""
-    if type(config) in auto._model_mapping:
-        return None
+    """The class that `architectures` names, where `auto` has no network for the config, or one with a decoder too.
+
+    That is a part of a larger model: of a multimodal one, or the encoder alone. None elsewhere.
+    """
     found = [getattr(transformers, str(name), None) for name in config.architectures or ()]
-    return next((one for one in found if getattr(one, "config_class", None) is type(config)), None)
+    named = next((one for one in found if getattr(one, "config_class", None) is type(config)), None)
+    encoder = auto is transformers.AutoModel and getattr(named, "__name__", "").endswith("EncoderModel")
+    return named if encoder or type(config) not in auto._model_mapping else None
 
 
 def empty_network(folder: Path, auto: Any) -> nn.Module:
@@ -151,26 +157,44 @@ def _translated(model: nn.Module, folder: Path, auto: Any) -> nn.Module:
 
     Weights that are missing are an error; a pooler, which mean pooling never reads, is filled with zeros.
     """
+    options = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
-        loaded, report = auto.from_pretrained(
-            str(folder), dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise ArtifactError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+        with quiet():
+            loaded, report = (_named(model.config, auto) or auto).from_pretrained(
+                str(folder), ignore_mismatched_sizes=True, **options
+            )
+    except (OSError, SafetensorError, *FOREIGN) as error:
+        told = first_line(error).split(" For details")[0]  # in a table that nobody sees
+        raise ArtifactError(
+            f"{folder} cannot be loaded: {told}; download it again, with all its .json files"
+        ) from error
     missing = sorted(report["missing_keys"])
     spare = [name for name in missing if auto is transformers.AutoModel and name.startswith("pooler.")]
-    wrong = [name for name in missing if name not in spare] + [str(key) for key in report["mismatched_keys"]]
+    wrong = [name for name in missing if name not in spare] + sorted(key[0] for key in report["mismatched_keys"])
+    left_out = sorted(map(str, report["unexpected_keys"]))
+    head, table = loaded.get_output_embeddings(), loaded.get_input_embeddings()
     if wrong:
-        told = f"{folder} holds no usable weights for {wrong[0]} ({len(wrong)} in all)"
-        head = loaded.get_output_embeddings()
-        if head is not None and wrong == [name for name in missing if loaded.get_parameter(name) is head.weight]:
-            told += "; if the embedding is the head too, set tie_word_embeddings to true in config.json"
-        raise ArtifactError(told)
+        of_head = head is not None and wrong == [name for name in missing if loaded.get_parameter(name) is head.weight]
+        raise ArtifactError(_unusable(folder, wrong, left_out, of_head))
     for name in spare:
         torch.nn.init.zeros_(loaded.get_parameter(name))
-    head, table = loaded.get_output_embeddings(), loaded.get_input_embeddings()
     if head is not None and table is not None and head.weight is not table.weight:
         loaded.config.tie_word_embeddings = False
     loaded.source_folder = model.source_folder
-    loaded.left_out = sorted(map(str, report["unexpected_keys"]))
+    loaded.left_out = left_out
     return loaded.eval()
+
+
+def _unusable(folder: Path, wrong: Sequence[str], left_out: Sequence[str], of_head: bool) -> str:
+    """What to say of weights that are missing or of another shape; `left_out` has no place in the network."""
+    told = f"{folder} holds no usable weights for {wrong[0]} ({len(wrong)} in all)"
+    if of_head:
+        return f"{told}; if the embedding is the head too, set tie_word_embeddings to true in config.json"
+    if aside := select(folder).told():
+        told += f"; {aside}"
+    if left_out:
+        told += (
+            f"; {left_out[0]} ({len(left_out)} such) has no place in the network: it is of another model, or stored "
+        )
+        told += "by a tool that config.json does not name"
+    return f"{told}; download the folder again, with all its .json files"

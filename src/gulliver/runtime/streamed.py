@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gulliver.core import memory
 from gulliver.core.errors import ArtifactError
 from gulliver.nets.weights import assign, canonical_names, release, unfilled
 from gulliver.runtime.packed import PackedTensor
@@ -62,6 +63,7 @@ def filled(network: nn.Module, folder: Path, prefixes: tuple[str, ...], narrow: 
     missing = [name for name in unfilled(network) if name.startswith(prefixes)]
     if missing:
         raise ArtifactError(f"{folder} holds no weights for {missing[0]}; bring the model in with `gulliver pull`")
+    memory.give_back_freed_memory(at_once=False)  # of stored forms, and of what passed through the block before
     try:
         yield
     finally:

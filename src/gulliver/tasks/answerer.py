@@ -59,6 +59,10 @@ class OpenOptions:
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads is {self.threads}; it must be at least 1")
+        if (self.backend, self.isa) != ("auto", "auto"):
+            from gulliver.runtime.decode import check_forced  # imports numpy, which not every family needs
+
+            check_forced(self.backend, self.isa)
 
 
 class Answerer(AbstractContextManager["Answerer"]):
@@ -175,8 +179,6 @@ class Batched(Answerer):
         self.why = f"{self.family} models run on the reference backend (torch)"
         if options.backend == "native" or options.isa != "auto":
             raise ConfigError(f"{self.why}; leave out --backend and --isa")
-        if options.backend not in ("auto", "reference"):
-            raise ConfigError(f"backend is {options.backend!r}; choose one of auto, native, reference")
         if options.threads is not None:
             import torch
 

@@ -209,6 +209,7 @@ class DataContract(ABC):
 
     def check_data(self, dataset: Artifact, folder: Path) -> None:
         """DataError when there is too little in a dataset to calibrate the model in `folder` on, or to judge it by."""
+        return
 
     def prompts(self, dataset: Artifact, folder: Path, count: int) -> Mapping[str, Mapping[str, Any]]:
         """At most `count` requests by what a person sees of them, answered alike each time; none where answers are

@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from gulliver.core.errors import ConfigError
 from gulliver.core.names import unknown
 from gulliver.core.options import Options
+from gulliver.tasks import family
+
+
+def _known(name: str | None) -> str | None:
+    if name is not None:
+        family(name)
+    return name
+
+
+KnownTask = AfterValidator(_known)
+"""What a step's option is checked by that names a family. ConfigError, which names the nearest, for any other name."""
 
 
 class FamilyOptions(Options):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
 
 from gulliver.core.options import MaxRam, Options
 from gulliver.runtime.packing import is_compressed
+from gulliver.tasks.options import KnownTask
 
 
 class TrainOptions(Options):
     """Options of `train`. The rate warms up linearly over `warmup_steps`, then falls as a cosine to zero."""
 
-    task: str | None = Field(None, description="family of the network; the dataset's own when left out")
+    task: Annotated[str | None, KnownTask] = Field(
+        None, description="family of the network; the dataset's own when left out"
+    )
     size: int = Field(1, ge=1, description="the one dial: larger means more parameters")
     steps: int = Field(300, ge=1, description="updates of the weights")
     batch_size: int = Field(64, ge=1, description="examples per update")

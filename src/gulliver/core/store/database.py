@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from gulliver.core.errors import ConfigError, MissingExtra
+from gulliver.core.store.files import file_lock
 from gulliver.core.store.migrations import migrate
 
 BUSY_TIMEOUT_S = 60
@@ -64,35 +62,6 @@ def write(engine: Engine) -> Iterator[sqlalchemy.Connection]:
         if engine.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": _LOCK})
         yield connection
-
-
-@contextlib.contextmanager
-def file_lock(path: Path, timeout_s: float | None = None) -> Iterator[None]:
-    """Hold an exclusive lock between processes and threads. ConfigError when it is not free within `timeout_s`.
-
-    The kernel frees it when the process dies, however it dies; the file itself stays.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        if timeout_s is None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        else:
-            _wait_for(descriptor, path, time.monotonic() + timeout_s)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _wait_for(descriptor: int, path: Path, deadline: float) -> None:
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise ConfigError(f"another process holds {path}; wait for it to finish, or stop it") from None
-            time.sleep(0.05)
 
 
 def _prepare_sqlite(connection, record) -> None:

@@ -1,12 +1,14 @@
-"""Files that are either whole or absent: write under a temporary name in the same folder, fsync, rename."""
+"""Files that are either whole or absent: write under a temporary name in the same folder, fsync, rename. And locks."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,3 +85,32 @@ def sync_file(path: Path) -> None:
 
 sync_folder = sync_file
 """Force a folder's entries to the disk (the same call on POSIX), so that a rename survives a power cut."""
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, timeout_s: float | None = None) -> Iterator[None]:
+    """Hold an exclusive lock between processes and threads. ConfigError when it is not free within `timeout_s`.
+
+    The kernel frees it when the process dies, however it dies; the file itself stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if timeout_s is None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        else:
+            _wait_for(descriptor, path, time.monotonic() + timeout_s)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _wait_for(descriptor: int, path: Path, deadline: float) -> None:
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise ConfigError(f"another process holds {path}; wait for it to finish, or stop it") from None
+            time.sleep(0.05)

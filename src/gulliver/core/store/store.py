@@ -25,8 +25,8 @@ from sqlalchemy import text
 from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.store.artifact import Artifact, open_artifact, sweep
-from gulliver.core.store.database import file_lock, open_database, write
-from gulliver.core.store.files import named_path
+from gulliver.core.store.database import open_database, write
+from gulliver.core.store.files import file_lock, named_path
 from gulliver.core.store.manifest import MANIFEST, MAX_INTEGER, canonical_json, check_id
 
 MIN_PREFIX = 6

@@ -150,7 +150,8 @@ def _converted(folder: Path) -> tokenizers.Tokenizer:
         found: Any = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         return tokenizers.Tokenizer.from_str(found.backend_tokenizer.to_str())
     except Exception as error:  # the libraries raise bare Exceptions
-        raise ArtifactError(f"{folder} has no usable tokenizer: {str(error).splitlines()[0][:300]}") from error
+        why = " ".join(str(error).split())[:300]  # its first line may end in the middle of a sentence
+        raise ArtifactError(f"{folder} has no usable tokenizer; add the model's tokenizer.json: {why}") from error
 
 
 def _templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:

@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
 
 from gulliver.core.errors import ArtifactError
 from gulliver.nets.kinds import SECTIONS
+from gulliver.nets.quiet import quiet
 
 EQUAL = {
     **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text"), "qwen2"),
@@ -64,7 +65,8 @@ def _text_config(folder: Path, config: Mapping[str, Any]) -> Any:
     model_type = config.get("model_type")
     try:
         if model_type in transformers.CONFIG_MAPPING:
-            whole = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+            with quiet():
+                whole = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
             found = whole.get_text_config(decoder=True)
             if found is whole:
                 return None

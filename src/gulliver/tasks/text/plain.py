@@ -17,7 +17,7 @@ from gulliver.core.errors import ArtifactError
 from gulliver.nets.dequantize import Recipe, read, recipes
 from gulliver.nets.files import copy_companions, plain_files, stored_tensors
 from gulliver.nets.kinds import model_config, quantization
-from gulliver.nets.selection import select
+from gulliver.nets.selection import NAMED, select
 from gulliver.runtime.network import network_of
 from gulliver.runtime.packing import order_of_use
 from gulliver.runtime.shards import ShardWriter
@@ -27,6 +27,8 @@ from gulliver.tasks.rewritten import Rewritten
 from gulliver.tasks.text.network import write_config
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+OF_STORED = ("quantization_config", "compression_config", NAMED)
+"""Keys of config.json that say how and where the weights were stored."""
 NOT_PLAIN = (
     *("config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", "recipe.yaml"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json"),
@@ -41,7 +43,7 @@ def write_plain(source: Path, folder: Path) -> Rewritten:
     scheme = quantization(source, config)
     stored = stored_tensors(source)
     plan = recipes(stored, scheme)
-    raw = {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
+    raw = {key: value for key, value in config.items() if key not in OF_STORED}
     part = text_part(source, raw) if is_part(source, config) else None
     if part is None:
         names = {name: name for name in plan}

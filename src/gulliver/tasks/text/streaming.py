@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gulliver.core.errors import ConfigError
+from gulliver.core.errors import FOREIGN, ConfigError, first_line
 from gulliver.nets.weights import canonical_names
 from gulliver.tasks.base import Batch, Block, packable
 
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
-DEFECTS = (ConfigError, IndexError, TypeError, AttributeError, RuntimeError, ValueError)
+DEFECTS = (ConfigError, StopIteration, *FOREIGN)
 """What a network raises that does not take what a recorder returned for a layer."""
 
 RETURNED = (None, 0, 1)
@@ -74,7 +74,8 @@ class Stream:
             self.by_shape = len(first) == len(other) and all(map(_equal, first, other))
             self.before, self.after = called[0], called[1] | (set(self.outside) - called[0])
             return
-        raise ConfigError(f"{type(model).__name__} cannot be streamed layer by layer: {broken}") from broken
+        told = "" if broken is None else first_line(broken)
+        raise ConfigError(f"{type(model).__name__} cannot be streamed layer by layer: {told}") from broken
 
     def blocks(self) -> list[Block]:
         """Embed, each layer, head. See `Task.blocks`."""
@@ -254,7 +255,11 @@ def _stand_in(name: str, module: nn.Module, called: Callable[[str], None] = lamb
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
         called(name)
-        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if x is None:
+            raise ConfigError(
+                f"{name} ({type(module).__name__}) lies outside the layers and is called without a tensor"
+            )
         if not isinstance(weight, Tensor):
             raise ConfigError(f"{name} ({type(module).__name__}) lies outside the layers and is of an unknown kind")
         if isinstance(module, nn.Embedding) or not x.is_floating_point():

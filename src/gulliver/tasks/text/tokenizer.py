@@ -11,6 +11,7 @@ import transformers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from gulliver.core.errors import ArtifactError
+from gulliver.nets.quiet import quiet
 
 END_OF_TEXT = "<|end|>"
 BYTE_VOCABULARY = 257
@@ -26,7 +27,8 @@ def load_tokenizer(folder: Path) -> Any:
 @lru_cache(maxsize=4)
 def _tokenizer(folder: str, stamp: int) -> Any:
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with quiet():
+            return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise ArtifactError(f"{folder} has no usable tokenizer: {str(error).splitlines()[0]}") from error
 

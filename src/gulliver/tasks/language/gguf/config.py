@@ -13,7 +13,7 @@ from typing import Any
 from gulliver.core.errors import ArtifactError
 from gulliver.core.names import did_you_mean
 from gulliver.tasks.language.gguf.header import Header, TensorInfo, Texts, read_header
-from gulliver.tasks.language.gguf.keys import Metadata
+from gulliver.tasks.language.gguf.keys import Metadata, refuse_parts
 from gulliver.tasks.language.gguf.pre_tokenizers import check_tokenizer
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -269,6 +269,7 @@ READ: Mapping[str, Reading] = {
 
 def reading_of(header: Header) -> tuple[str, Reading]:
     """The architecture that a file names, and its row. ArtifactError when it is not read."""
+    refuse_parts(header)
     name = header.metadata.get("general.architecture")
     if not isinstance(name, str):
         raise ArtifactError(f"{header.path} does not say general.architecture; the file is damaged or too old")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gulliver.core.errors import ArtifactError, ConfigError
+from gulliver.nets.selection import MMPROJ
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -66,6 +67,12 @@ TYPES: Mapping[int, TensorType] = {
 """Number in a file -> type."""
 GONE = {31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}
 """Types that llama.cpp no longer reads either: rows woven for one kind of processor."""
+IK_LLAMA = {
+    **{133: "Q6_0", 134: "IQ1_BN", 135: "IQ2_BN", 137: "IQ2_K", 138: "IQ3_K", 139: "IQ4_K", 140: "IQ5_K"},
+    **{141: "IQ6_K", 144: "IQ4_KS", 145: "IQ2_KS", 146: "IQ4_KSS", 152: "IQ5_KS", 153: "IQ2_KT", 154: "IQ3_KT"},
+    **{155: "IQ4_KT", 156: "IQ3_KS", 157: "IQ2_KL", 158: "IQ1_KT"},
+}
+"""Types that only ik_llama.cpp writes and reads."""
 WIDE_Q2_0 = TensorType("Q2_0", 128, 34)
 """The block of 128 that PrismML's llama.cpp writes under the same number; the distances of tensors tell them apart."""
 
@@ -141,7 +148,7 @@ def model_file(path: Path) -> Path | None:
     if not path.is_dir() or (path / "config.json").is_file():
         return None
     files = [file for file in sorted(path.iterdir()) if file.is_file() and is_gguf(file)]
-    files = [file for file in files if not file.name.lower().startswith("mmproj")]  # the eyes of a model that sees
+    files = [file for file in files if not file.name.lower().startswith(MMPROJ)]
     models = [file for file in files if not (found := _PART.fullmatch(file.name)) or int(found[2]) == 1]
     if len(models) > 1:
         raise ConfigError(
@@ -325,12 +332,20 @@ def _read_tensor(reader: _Reader) -> TensorInfo:
     number, offset = reader.take("I"), reader.take("Q")
     kind = TYPES.get(number)
     if kind is None or not kind.readable:
-        called = kind.name if kind else GONE.get(number, f"number {number}")
-        told = f"{reader.path}: {name[:200]!r} is stored as the type {called}, which is not read"
+        told = f"{reader.path}: {name[:200]!r} is stored as {_called(number)}, which is not read"
         raise ArtifactError(f"{told}; take another quantization of this model")
     if min(shape) < 1 or math.prod(shape) > 8 * kind.block * reader.size or shape[-1] % kind.block:
         raise reader.broken(f"{name[:200]!r} has shape {list(shape)}, which {kind.name} cannot hold in this file")
     return TensorInfo(name, kind, shape, reader.path, offset, math.prod(shape) // kind.block * kind.size_bytes)
+
+
+def _called(number: int) -> str:
+    """What to call a type that is not read."""
+    if number in TYPES or number in GONE:
+        return f"the type {TYPES[number].name if number in TYPES else GONE[number]}"
+    if number in IK_LLAMA:
+        return f"the type {IK_LLAMA[number]} of ik_llama.cpp"
+    return f"type number {number}, a type of another fork of llama.cpp"
 
 
 def _widened(tensors: dict[str, TensorInfo], alignment: int) -> dict[str, TensorInfo]:

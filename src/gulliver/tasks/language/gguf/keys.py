@@ -29,6 +29,20 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 HARMLESS = ("rope.scaling.finetuned", "tensor_data_layout", "vocab_size")
 """Keys that no arithmetic depends on; the vocabulary is as long as the embedding."""
 
+NO_MODELS = {
+    "adapter": "an adapter (LoRA), not a whole model; merge it into its base model with llama.cpp's llama-export-lora",
+    "mmproj": "what a model sees or hears with (mmproj), not the model; give the model's own file",
+    "imatrix": "an importance matrix, not a model; give the model's own file",
+}
+"""What `general.type` may say instead of "model" -> what the file holds, and the remedy."""
+
+
+def refuse_parts(header: Header) -> None:
+    """ArtifactError for a file that says it is no model, but what goes with one."""
+    kind = header.metadata.get("general.type")
+    if isinstance(kind, str) and kind in NO_MODELS:
+        raise ArtifactError(f"{header.path} holds {NO_MODELS[kind]}")
+
 
 class Metadata:
     """The keys of a header, checked as they are read; `left` are those below the architecture's name not read yet."""

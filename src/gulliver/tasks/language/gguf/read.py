@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from gulliver.core.errors import ArtifactError
 from gulliver.core.records import PackedPart, PackedWeight, Packing
+from gulliver.core.store.manifest import rows_of
+from gulliver.nets.quiet import quiet
 from gulliver.nets.weights import empty_parameters
 from gulliver.runtime.formats import ALIGNMENT, TILE_ROWS, Format
 from gulliver.runtime.packing import order_of_use
@@ -85,7 +87,9 @@ def _write_weights(places: Sequence[Place], folder: Path) -> None:
     kept = {place.name: fmt for place in order if (fmt := place.kept_as()) is not None}
     packing = {
         place.name: PackedWeight(
-            shape=place.shape, parts=(PackedPart(format=kept[place.name].name, rows=place.shape[0]),), inputs=None
+            shape=place.shape,
+            parts=(PackedPart(format=kept[place.name].name, rows=place.matrix[0]),),
+            inputs=place.inputs,
         )
         for place in order
         if place.name in kept
@@ -93,9 +97,7 @@ def _write_weights(places: Sequence[Place], folder: Path) -> None:
     rows: dict[str, tuple[torch.dtype, Sequence[int]]] = {}
     for place in sorted(order, key=lambda place: place.name not in kept):
         if place.name in kept:
-            columns = math.prod(place.shape[1:])
-            size = (-(-place.shape[0] // TILE_ROWS), kept[place.name].tile_bytes(columns))
-            rows[f"{place.name}.tiles.0"] = (torch.uint8, size)
+            rows[f"{place.name}.tiles.0"] = (torch.uint8, place.tiled(kept[place.name]))
         else:
             rows[place.name] = (place.dtype, place.shape)
     tensors = (
@@ -133,8 +135,8 @@ def _empty(header: Header, options: Mapping[str, Any]) -> nn.Module:
     """The network that the options describe, its parameters without data."""
     try:
         given = {key: value for key, value in options.items() if key != "model_type"}
-        config = transformers.AutoConfig.for_model(options["model_type"], **given)
-        with empty_parameters():
+        with quiet(), empty_parameters():
+            config = transformers.AutoConfig.for_model(options["model_type"], **given)
             return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except DEFECTS as error:
         told = str(error).strip().splitlines() or [type(error).__name__]
@@ -156,6 +158,8 @@ def _settle_head(header: Header, options: dict[str, Any]) -> str:
         options["tie_word_embeddings"] = True
         return "output.weight repeats token_embd.weight; the two are one tensor now"
     told = f"{finer.name} ({finer.type.name}) is a finer copy of {coarser.name} ({coarser.type.name})"
+    if finer.length == coarser.length:
+        told = f"{head.name} ({head.type.name}) is nearly {embedding.name} ({embedding.type.name})"
     return f"{told}, {apart:.1%} apart; both are kept, as the file's own engine computes with both"
 
 
@@ -190,27 +194,46 @@ class Place:
         found = {dtype_of(source) for source in self.sources}
         return torch.float32 if self.offset or len(found) > 1 else found.pop()
 
-    def kept_as(self) -> Format | None:
-        """The format in which the weight stays packed; None where it cannot.
+    @property
+    def inputs(self) -> int | None:
+        """The dimension of the inputs of a stack of experts [experts, rows, columns]; None for a single matrix."""
+        return 2 if len(self.shape) == len(self.sources[0].shape) == 3 else None
 
-        Experts are rows of a tile, so a number of them that fills no tile would grow.
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(rows, columns) of the parameter as it is packed: a stack's matrices lie below each other."""
+        rows = rows_of(self.shape, self.inputs)
+        return rows, math.prod(self.shape) // rows
+
+    def tiled(self, fmt: Format) -> tuple[int, int]:
+        """(tiles, bytes of one) of the parameter in a format."""
+        rows, columns = self.matrix
+        return -(-rows // TILE_ROWS), fmt.tile_bytes(columns)
+
+    def kept_as(self) -> Format | None:
+        """The format in which the weight stays packed; None where it cannot, or would take more than 16 bits.
+
+        That is so where a few rows leave most of a tile empty.
         """
         kinds = {source.type for source in self.sources}
-        few = len(self.shape) > 2 and self.shape[0] % TILE_ROWS
-        if len(kinds) > 1 or len(self.shape) < 2 or self.turned or self.offset or few:
+        if len(kinds) > 1 or len(self.shape) < 2 or self.turned or self.offset:
             return None
         (kind,) = kinds
-        return format_of(kind) if all(holds(kind, raw_blocks(source)) for source in self.sources) else None
+        fmt = format_of(kind)
+        if fmt is None or math.prod(self.tiled(fmt)) >= 2 * math.prod(self.shape):
+            return None
+        return fmt if all(holds(kind, raw_blocks(source)) for source in self.sources) else None
 
     def tiles(self) -> Tensor:
         """The packed weight, uint8 [tiles, bytes of one]."""
-        count, kind = self.shape[0], self.sources[0].type
-        parts = [raw_blocks(source).reshape(count, -1) for source in self.sources]
+        rows, columns = self.matrix
+        kind = self.sources[0].type
+        parts = [raw_blocks(source).reshape(self.shape[0], -1) for source in self.sources]  # gates, then ups, of each
         blocks = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
         if self.heads:
             blocks = unpermute(torch.from_numpy(np.array(blocks)), self.heads).numpy()
         try:
-            return keep(kind, blocks, math.prod(self.shape[1:]))
+            return keep(kind, blocks.reshape(rows, -1), columns)
         except ValueError:
             raise not_finite(self.sources[0]) from None
 
