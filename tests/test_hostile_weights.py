@@ -125,6 +125,7 @@ def test_a_folder_in_place_of_a_file_is_refused(folder: Path) -> None:
     ids=lambda text: text[:40],
 )
 def test_a_hostile_index_is_refused(folder: Path, text: str) -> None:
+    (folder / WEIGHTS).rename(folder / "model-00001-of-00001.safetensors")  # beside WEIGHTS no index is looked at
     (folder / f"{WEIGHTS}.index.json").write_text(text)
     refused(folder)
 

@@ -189,7 +189,7 @@ def _within_size(work: Fit, calibration: Artifact) -> Artifact:
         try:
             _, fitted = _round(work, calibration, size_bytes)
         except BudgetError as failure:
-            raise failure if work.target == "native" else _with_file(failure, work.target, beside) from None
+            raise _with_file(failure, work.target, beside) if TARGETS[work.target] in EXPORTS else failure from None
         written = _exported_bytes(work, fitted)
         beside = max(0, written - fitted.weight_bytes)
         over = max(fitted.weight_bytes, written) - limit
@@ -202,7 +202,7 @@ def _within_size(work: Fit, calibration: Artifact) -> Artifact:
 
 
 def _with_file(failure: BudgetError, target: str, beside: int) -> BudgetError:
-    """A failure to plan for another engine: the smallest size that is feasible has all that its file holds."""
+    """A failure to plan for an engine whose file holds the tokenizer too, with the smallest size that holds all."""
     if not failure.nearest:
         return failure
     more = f"{beside:,} bytes" if beside else "a header and perhaps a tokenizer"

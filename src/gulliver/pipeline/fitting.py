@@ -32,6 +32,9 @@ EFFORTS: Mapping[str, Mapping[str, Mapping[str, Any] | None]] = {
 """What each step gets; None leaves a step out. `sample`, for families whose models write data of their own, makes the
 broad set: calibration mixes it in, and the model is judged on a part of it as on the user's data."""
 
+JUDGED_SHARE = 1 / 2
+"""Least share of the held-out data that is measured where a loss was asked for: it is judged by its upper bound."""
+
 
 @dataclass
 class Fit:
@@ -69,11 +72,12 @@ class Fit:
 
     def qualities(self, model: Artifact, parent: Artifact | None = None) -> None:
         """Measure the model's quality on held-out data: the user's, and the broad set's."""
-        known = family(self.parent.task)
+        known, share = family(self.parent.task), (self.options("quality") or {}).get("share", 1.0)
+        judged = {} if self.budget.max_drop is None else {"share": max(share, JUDGED_SHARE)}
         chosen = dict(known.judged) | dict({} if self.dataset is None else known.beside)
         for part in self.data.values():
             config = {"family": chosen} if part is self.samples else {}
-            self.step("quality", config, model=model, dataset=part, parent=parent)
+            self.step("quality", judged | config, model=model, dataset=part, parent=parent)
 
     def tell_cost_of_limit(self, calibration: Artifact) -> None:
         """Say what the memory limit left out that would have made the model better."""

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from gulliver.core import memory
 from gulliver.core.errors import ConfigError
 from gulliver.core.store.files import temporary_name
 from gulliver.runtime.batching.engine import Engine, Request, Sampling
@@ -76,6 +77,7 @@ class Author:
                 unfinished.mkdir(parents=True)
                 write_in_eight_bits(self._folder, unfinished)
                 unfinished.rename(folder)
+                memory.give_back_freed_memory(at_once=False)
         decoder = open_decoder(folder, slots=SLOTS, max_ram_bytes=self._max_ram_bytes)
         if decoder.positions < FEWEST_TOKENS:
             decoder.close()
