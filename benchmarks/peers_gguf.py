@@ -7,8 +7,8 @@
 
 LLAMA_BIN holds llama-quantize, llama-imatrix and llama-perplexity; llama.cpp's convert_hf_to_gguf.py makes the source
 of HF_DIR (`--outtype bf16`). For each type llama-quantize makes a file with an importance matrix from --calibration; a
-LABEL=FILE is what another tool made of the same model. Beside each, `gulliver fit --for gguf` gets the bytes of that
-file's tensors and the same text for calibration. FOLDER holds one NAME.txt for each kind of text; of each, the first
+LABEL=FILE is what another tool made of the same model. Beside each, `gulliver fit --for gguf` gets as many bytes as
+that file and the same text for calibration. FOLDER holds one NAME.txt for each kind of text; of each, the first
 --chunks of 512 tokens go through llama-perplexity, which compares each file with the source: the ratio of perplexities
 and the divergence, over the later half of each chunk. Every file gets a row in results/gguf.json; `table` draws that of
 docs/gguf.md. Files and fits that are in SCRATCH already are used again.
@@ -94,12 +94,12 @@ def measure(args: argparse.Namespace) -> None:
     name, _, folder = args.parent.partition("=")
     args.work.mkdir(parents=True, exist_ok=True)
     peers = peers_of(args)
-    bytes_of = {label: contents(path)[0] for label, path in peers.items()}
+    bytes_of = {label: path.stat().st_size for label, path in peers.items()}
     mine = {f"ours for {label}": ours(args, folder, size) for label, size in bytes_of.items()}
     files = peers | mine
     for label, texts in judged(args, files).items():
         row = {"parent": name, "label": label, "peer": label.removeprefix("ours for "), "texts": texts}
-        row |= {"tensor_bytes": contents(files[label])[0], "types": contents(files[label])[1], "chunks": args.chunks}
+        row |= {"size_bytes": files[label].stat().st_size, "types": contents(files[label])[1], "chunks": args.chunks}
         row |= {"effort": args.effort} if label in mine else {}
         row |= {"mean_loss": math.expm1(statistics.mean(math.log1p(one["loss"]) for one in texts.values()))}
         row |= {"mean_divergence": statistics.mean(one["divergence"] for one in texts.values())}
@@ -113,7 +113,7 @@ def table(results: Mapping[str, Any]) -> str:
     body = []
     for row in rows:
         told = [f"{row['texts'][name]['loss']:+.1%}" if name in row["texts"] else "" for name in names]
-        size, divergence = f"{row['tensor_bytes'] / 1e6:.1f}", f"{row['mean_divergence']:.4f}"
+        size, divergence = f"{row['size_bytes'] / 1e6:.1f}", f"{row['mean_divergence']:.4f}"
         mine = f"`fit --for gguf`, effort {row['effort']}" if "effort" in row else row["label"]
         body.append([row["parent"], mine, size, *told, f"{row['mean_loss']:+.1%}", divergence])
     return markdown(["parent", "file", "MB", *names, "mean", "divergence"], body, right=range(2, 5 + len(names)))

@@ -64,7 +64,11 @@ def test_the_least_size_for_gguf_counts_all_that_its_file_holds(language: Lab, e
 def test_a_gguf_for_gguf_holds_its_size(language: Lab, eight_bits: Artifact, share: str) -> None:
     """However little the file's own bytes leave over."""
     options: dict[str, Any] = {"data": language.dataset, "effort": "fast", "domain_only": True, "for_": "gguf"}
+    before = len(steps_run(language))
     made = gulliver.fit(eight_bits, size=share, store=language.store, progress=QUIET, **options)
+    assert steps_run(language)[before:].count("quantize") <= 1, (
+        "what the file holds beside the weights was not foreseen"
+    )
     exported = gulliver.export(made, format="gguf", home=language.store.home)
     assert exported.weight_bytes <= int(share[:-1]) / 100 * eight_bits.weight_bytes
     assert gguf.GGUFReader(str(exported.path / "model.gguf")).tensors

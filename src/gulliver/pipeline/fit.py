@@ -30,7 +30,7 @@ from gulliver.pipeline.resolve import check_data, data_for, resolve_model
 from gulliver.pipeline.smallest import FIRST_SHARE, ROUNDS, drop_at, in_drops, next_size
 from gulliver.report.gather import gather
 from gulliver.report.html import page
-from gulliver.tasks import EXPORTS, check_export, family, get_task
+from gulliver.tasks import EXPORTS, bytes_beside, family, get_task
 
 MAX_ROUNDS = 3
 
@@ -80,7 +80,7 @@ def fit(
         if spec is not None:
             check_data(spec, store)
     parent = resolve_model(model, store, progress=progress)
-    _check_target(for_, parent)
+    beside = _beside(for_, parent)
     if size is not None:
         budget = replace(budget, size_bytes=parse_size(size, "size", whole_bytes=parent.weight_bytes))
     budget = replace(budget, speed_metric=family(parent.task).speed_metric)
@@ -88,7 +88,7 @@ def fit(
     if dataset is not None:
         get_task(parent.task).check_data(dataset, parent.path)
     shared = {"store": store, "seed": seed, "progress": progress, "command": command}
-    work = Fit(parent, dataset, None, budget, effort, shared, for_)
+    work = Fit(parent, dataset, None, budget, effort, shared, for_, beside)
     if dry_run:
         return forecast(work, domain_only, began)
     fitted = _fitted(work, domain_only, began)
@@ -138,15 +138,16 @@ def _asked(
     )
 
 
-def _check_target(for_: str, parent: Artifact) -> None:
-    """ConfigError for an engine that has no file for models of this family."""
+def _beside(for_: str, parent: Artifact) -> int:
+    """Bytes of the other engine's file beside the weights, about. ConfigError where it has none for such models."""
     if TARGETS[for_] in EXPORTS:
         try:
-            check_export(str(TARGETS[for_]), parent.task, parent.path)
+            return bytes_beside(str(TARGETS[for_]), parent.task, parent.path)
         except ConfigError as error:
             raise ConfigError(f"this model cannot be fitted for {for_}: {error}. Leave --for out") from None
-    elif for_ != "native" and not hasattr(get_task(parent.task).load(parent.path, empty=True), "get_output_embeddings"):
+    if for_ != "native" and not hasattr(get_task(parent.task).load(parent.path, empty=True), "get_output_embeddings"):
         raise ConfigError(f"{for_} does not open {parent.task} models of this kind; leave --for out")
+    return 0
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -182,17 +183,16 @@ def _refuse_parent(work: Fit, missed: Sequence[Verdict]) -> None:
 
 def _within_size(work: Fit, calibration: Artifact) -> Artifact:
     """The model of the budget's size; planned smaller, at most MAX_ROUNDS times, when its files come out larger."""
-    limit = size_bytes = work.budget.size_bytes
-    assert limit is not None and size_bytes is not None
-    beside = 0  # what the other engine's file holds beside the weights, once one was written
+    limit, beside = work.budget.size_bytes, work.beside
+    assert limit is not None
+    size_bytes = max(1, limit - beside)
     for left in reversed(range(MAX_ROUNDS)):
         try:
             _, fitted = _round(work, calibration, size_bytes)
         except BudgetError as failure:
-            raise _with_file(failure, work.target, beside) if TARGETS[work.target] in EXPORTS else failure from None
+            raise _with_file(failure, work.target, beside) if beside else failure from None
         written = _exported_bytes(work, fitted)
-        beside = max(0, written - fitted.weight_bytes)
-        over = max(fitted.weight_bytes, written) - limit
+        over, beside = max(fitted.weight_bytes, written) - limit, max(0, written - fitted.weight_bytes)
         if over <= 0 or (not left and written <= limit):
             return fitted
         if not left:
@@ -202,13 +202,12 @@ def _within_size(work: Fit, calibration: Artifact) -> Artifact:
 
 
 def _with_file(failure: BudgetError, target: str, beside: int) -> BudgetError:
-    """A failure to plan for an engine whose file holds the tokenizer too, with the smallest size that holds all."""
+    """A failure to plan for an engine whose file holds more than weights, with the smallest size that holds all."""
     if not failure.nearest:
         return failure
-    more = f"{beside:,} bytes" if beside else "a header and perhaps a tokenizer"
     size_bytes = int(1.001 * (failure.nearest["size_bytes"] + beside)) + 1
-    nearest = {"size_bytes": size_bytes} if beside else None
-    return BudgetError(f"{failure}, and its {target} file holds {more} beside the weights", nearest)
+    told = f"{failure}, and its {target} file holds {beside:,} bytes beside the weights"
+    return BudgetError(told, {"size_bytes": size_bytes})
 
 
 def _exported_bytes(work: Fit, fitted: Artifact) -> int:

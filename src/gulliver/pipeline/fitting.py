@@ -49,6 +49,8 @@ class Fit:
     effort: str
     shared: dict[str, Any]
     target: str = "native"
+    beside: int = 0
+    """Bytes that the file of the engine that is fitted for has beside the weights, about."""
     rounds: list[Point] = field(default_factory=list)
     frontier: tuple[Point, ...] = ()
     calls: list[Call] = field(default_factory=list)

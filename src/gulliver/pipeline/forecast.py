@@ -57,7 +57,7 @@ def forecast(work: Fit, domain_only: bool, began: float) -> Artifact:
     task = get_task(work.parent.task)
     asked = [] if work.budget.size_bytes is None else [(plan.size_bytes, task.likely_drop(plan.loss_increase))]
     drops = sorted([*asked, *((point.size_bytes, task.likely_drop(point.loss_increase)) for point in plan.frontier)])
-    work.frontier = tuple(Point(size_bytes=size, predicted_drop=drop) for size, drop in drops)
+    work.frontier = tuple(Point(size_bytes=size + work.beside, predicted_drop=drop) for size, drop in drops)
     written = record(work, None, began, expected=_seconds(work, calibration, domain_only))
     write_annotation(written, REPORT, page(gather(work.parent, work.store, fit=written)))
     return written
@@ -65,7 +65,7 @@ def forecast(work: Fit, domain_only: bool, began: float) -> Artifact:
 
 def _plan(work: Fit, calibration: Artifact) -> Plan:
     """A plan for the budget's size. BudgetError when it is infeasible; without a size for the smallest that is."""
-    size_bytes = work.budget.size_bytes or int(FIRST_SHARE * work.parent.weight_bytes)
+    size_bytes = max(1, (work.budget.size_bytes or int(FIRST_SHARE * work.parent.weight_bytes)) - work.beside)
     inputs = {"model": work.parent, "calibration": calibration}
     try:
         return Plan.of(work.step("plan", {**FEW["plan"], "size_bytes": size_bytes}, **inputs))

@@ -87,10 +87,11 @@ def family(name: str) -> Family:
     return TASKS[name]
 
 
-EXPORTS = {"gguf": ("language", "gulliver.tasks.language.gguf.write", "write_gguf", "check_gguf")}
+EXPORTS = {"gguf": ("language", "gulliver.tasks.language.gguf.write", "write_gguf", "beside_gguf")}
 """Format of one family's models -> (task, module, and two functions of it: one of (model, folder, type, context) that
 
-writes a file and returns facts; one of a folder that raises ConfigError where no file of few bits holds the model).
+writes a file and returns facts; one of a folder that returns about how many bytes a file has beside the weights, and
+raises ConfigError where none of few bits holds the model).
 """
 
 
@@ -144,12 +145,15 @@ def exporter(name: str, task: str) -> Callable[[Artifact, Path, str, Context], d
     return named(f"{module}:{write}")
 
 
-def check_export(name: str, task: str, folder: Path) -> None:
-    """ConfigError when a model of `task` in a folder cannot be packed in what a file of the format `name` holds."""
-    owner, module, _, check = EXPORTS[name]
+def bytes_beside(name: str, task: str, folder: Path) -> int:
+    """About how many bytes a file of the format `name` has beside the weights of the model in a folder.
+
+    ConfigError when the model cannot be packed in what such a file holds.
+    """
+    owner, module, _, beside = EXPORTS[name]
     if task != owner:
         raise ConfigError(f"its file is for {owner} models, and this is a {task} model")
-    named(f"{module}:{check}")(folder)
+    return int(named(f"{module}:{beside}")(folder))
 
 
 def detect_task(folder: Path) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ from gulliver.tasks.language.gguf.metadata import add_architecture, add_tokenize
 
 FILE = "model.gguf"
 BLOCK = 32
+ENTRY_BYTES, SOURCE_BYTES = 96, 512
+"""What a tensor's entry and its alignment take, about, and what is said of where the model comes from."""
 ROWS = 4096
 """Rows whose error is computed at a time."""
 TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
@@ -126,20 +129,29 @@ def write_gguf(model: Artifact, folder: Path, kind: str, ctx: Context) -> dict[s
     }
 
 
-def check_gguf(folder: Path) -> None:
-    """ConfigError, before anything is read but names and the tokenizer, for a model that no file of few bits holds."""
+def beside_gguf(folder: Path) -> int:
+    """About how many bytes a file of the model in a folder has beside its weights: names, tokenizer, chat template.
+
+    ConfigError, before any weight is read, for a model that no file of few bits holds.
+    """
     try:
         network: Any = load_network(folder, empty=True)
         row = architecture_of(network)
-        nowhere = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[row.name])
-        add_architecture(nowhere, network, row)
-        add_tokenizer(nowhere, folder, network.config)
         table = gguf.get_tensor_name_map(row.name, network.config.num_hidden_layers)
+        names = [name for name, _ in network.named_parameters()]
         for name, parameter in network.named_parameters():
             _place(table, row, name)
             if parameter.dim() == 2 and parameter.shape[1] % BLOCK:
                 told = f"{name} has rows of {parameter.shape[1]} numbers"
                 raise ConfigError(f"{told}, and GGUF's types of few bits hold them by blocks of {BLOCK}")
+        with tempfile.TemporaryDirectory() as scratch:
+            writer = gguf.GGUFWriter(Path(scratch) / FILE, gguf.MODEL_ARCH_NAMES[row.name])
+            add_architecture(writer, network, row)
+            add_tokenizer(writer, folder, network.config)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.close()
+            return (Path(scratch) / FILE).stat().st_size + SOURCE_BYTES + len(names) * ENTRY_BYTES
     except ConfigError as error:
         raise ConfigError(str(error).removesuffix(REMEDY)) from None
 
