@@ -139,6 +139,7 @@ def beside_gguf(folder: Path) -> int:
         row = architecture_of(network)
         table = gguf.get_tensor_name_map(row.name, network.config.num_hidden_layers)
         names = [name for name, _ in network.named_parameters()]
+        vectors = sum(one.numel() for one in network.parameters() if one.dim() == 1)  # in 32 bits, where ours have 16
         for name, parameter in network.named_parameters():
             _place(table, row, name)
             if parameter.dim() == 2 and parameter.shape[1] % BLOCK:
@@ -151,7 +152,7 @@ def beside_gguf(folder: Path) -> int:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.close()
-            return (Path(scratch) / FILE).stat().st_size + SOURCE_BYTES + len(names) * ENTRY_BYTES
+            return (Path(scratch) / FILE).stat().st_size + SOURCE_BYTES + len(names) * ENTRY_BYTES + 2 * vectors
     except ConfigError as error:
         raise ConfigError(str(error).removesuffix(REMEDY)) from None
 
