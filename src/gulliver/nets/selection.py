@@ -108,7 +108,7 @@ def _named(folder: Path) -> str | None:
     known = isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json"))
     if not known or Path(named).name != named or not (folder / named).is_file():
         told = f"{folder / 'config.json'} says that the weights are in {str(named)[:200]!r} ({NAMED})"
-        raise ArtifactError(f"{told}, which is no safetensors file of the folder; download it, or take the key out")
+        raise ArtifactError(f"{told}, which is not a safetensors file in the folder; download it, or remove the key")
     return str(named)
 
 

@@ -30,7 +30,7 @@ def nearest_larger(
     last = rounds[-1]
     if set(missed) == {"size_bytes"}:
         return last
-    if not missed:  # the file of another engine is too large: there is no telling which size would do
+    if not missed:  # the file of another engine is too large, by bytes that no size predicts
         return None
     lost = missed["quality_loss"].evidence
     if budget.max_drop is None or lost is None or not lost.is_number or not lost.value > 0:

@@ -164,7 +164,7 @@ def _translated(model: nn.Module, folder: Path, auto: Any) -> nn.Module:
                 str(folder), ignore_mismatched_sizes=True, **options
             )
     except (OSError, SafetensorError, *FOREIGN) as error:
-        told = first_line(error).split(" For details")[0]  # in a table that nobody sees
+        told = first_line(error).split(" For details")[0]  # the details are in a table that is silenced
         raise ArtifactError(
             f"{folder} cannot be loaded: {told}; download it again, with all its .json files"
         ) from error

@@ -38,7 +38,7 @@ NO_MODELS = {
 
 
 def refuse_parts(header: Header) -> None:
-    """ArtifactError for a file that says it is no model, but what goes with one."""
+    """ArtifactError for a file that is an addition to a model (adapter, projector, importance matrix), not a model."""
     kind = header.metadata.get("general.type")
     if isinstance(kind, str) and kind in NO_MODELS:
         raise ArtifactError(f"{header.path} holds {NO_MODELS[kind]}")
