@@ -84,7 +84,7 @@ def test_a_file_that_the_config_names_comes_first(tmp_path, store):
     assert "transformers_weights" not in json.loads(made.file("config.json").read_text())
     for name in ("absent.safetensors", "../other.safetensors", "config.json", 3):
         change_config(folder, transformers_weights=name)
-        with pytest.raises(ArtifactError, match="take the key out"):
+        with pytest.raises(ArtifactError, match="remove the key"):
             select(folder)
 
 
