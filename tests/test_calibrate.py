@@ -22,6 +22,7 @@ from gulliver.core.progress import Progress
 from gulliver.core.records import Calibration
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.store import Store
+from gulliver.nets.precision import has_bfloat16, products_in
 from gulliver.pipeline.call import call
 from gulliver.tasks import get_task
 
@@ -206,7 +207,7 @@ def test_gradients_block_by_block_are_those_of_the_whole_network(language: Lab) 
             seen = partial(add, f"{name}.weight")
             module.register_forward_hook(lambda module, args, output, seen=seen: output.register_hook(seen) and None)
     for batch in batches_of(language, tokens=32):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with products_in(has_bfloat16()):
             task.loss(network, batch).sum().backward()
     checked = 0
     for name, total in sums.items():

@@ -19,6 +19,7 @@ from gulliver.core.progress import Progress
 from gulliver.core.records import Calibration, Distillation, LossIncrease, Packing
 from gulliver.core.store.artifact import Artifact, verify
 from gulliver.core.store.store import Store
+from gulliver.nets import precision
 from gulliver.nets.inception import Inception, InceptionConfig
 from gulliver.pipeline.call import call
 from gulliver.runtime.packed import PackedTensor
@@ -95,6 +96,7 @@ def test_a_rate_of_nearly_nothing_changes_nearly_nothing(language: Lab, packed: 
 def test_a_network_that_mixes_types_is_distilled_in_float32(
     language: Lab, packed: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(precision, "has_bfloat16", lambda: True)
     plain, half = Task.loss, []
 
     def loss(self: Task, *given: Any) -> Tensor:

@@ -12,6 +12,7 @@ from language_samples import CAUSAL, VOCABULARY, text, write_causal, write_datas
 from safetensors.torch import load_file, save_file
 
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
+from gulliver.nets.precision import has_bfloat16, products_in
 from gulliver.nets.weights import assign, read_safetensors, release
 from gulliver.tasks import detect_task, get_task
 from gulliver.tasks.encoder.pooling import encode
@@ -193,7 +194,7 @@ def test_perplexity_equals_the_plain_measurement(llama, dataset, tmp_path):
     model, parent = TASK.load(llama), TASK.load(write_causal(tmp_path, seed=9))
     ids = torch.tensor(load_tokenizer(llama)(text(100, 2))["input_ids"])[: 5 * 64].view(5, 64)
     totals = []
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad(), products_in(has_bfloat16()):
         for net in (model, parent):
             logits = [net(input_ids=row[None]).logits[0, :-1].float() for row in ids]
             nll = [torch.nn.functional.cross_entropy(a, row[1:]).item() for a, row in zip(logits, ids, strict=True)]

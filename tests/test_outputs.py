@@ -1,4 +1,4 @@
-"""Outputs of causal networks under bfloat16 autocast, of those too that mix types which do not go together."""
+"""Outputs of causal networks in bfloat16 and in float32, of those too that mix types which do not go together."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from language_samples import write_causal
 
+from gulliver.nets import precision
 from gulliver.runtime.network import load_network
 from gulliver.tasks.language.network import logits_of
 from gulliver.tasks.language.outputs import Outputs
@@ -36,11 +37,14 @@ def log_probabilities(outputs: Outputs) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_network_that_mixes_types_runs_in_float32_where_it_must(whole: bool, tmp_path: Path) -> None:
+def test_a_network_that_mixes_types_runs_in_float32_where_it_must(
+    whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "has_bfloat16", lambda: True)
     folder = write_causal(tmp_path / "model")
     network: Any = load_network(folder, empty=not whole)
     network.model.layers[1].mlp.forward = sums_of_experts(network.model.layers[1].mlp)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad():
         outputs = Outputs(network, list(BATCHES))
         assert len(outputs.blocks) > 2
         if whole:
@@ -53,9 +57,21 @@ def test_a_network_that_mixes_types_runs_in_float32_where_it_must(whole: bool, t
     torch.testing.assert_close(found, expected[:, : found.shape[1]], rtol=0.02, atol=0.02)
 
 
-def test_a_network_that_mixes_nothing_runs_in_bfloat16(tmp_path: Path) -> None:
-    network = load_network(write_causal(tmp_path / "model"), empty=True)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+@pytest.mark.parametrize("has", [True, False])
+def test_products_are_in_bfloat16_where_the_cpu_multiplies_it(
+    has: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "has_bfloat16", lambda: has)
+    folder, seen = write_causal(tmp_path / "model"), set()
+    network = load_network(folder, empty=True)
+    with torch.no_grad():
         outputs = Outputs(network, list(BATCHES))
-        log_probabilities(outputs)
-    assert not outputs.mixes_types
+        for module in network.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+        found = log_probabilities(outputs)
+        right = load_network(folder, empty=False)
+        expected = torch.stack([torch.log_softmax(logits_of(right, batch), -1)[0] for batch in BATCHES])
+    assert seen == {torch.bfloat16 if has else torch.float32} and not outputs.mixes_types
+    close = {"rtol": 0.02, "atol": 0.02} if has else {}
+    torch.testing.assert_close(found, expected[:, : found.shape[1]], **close)

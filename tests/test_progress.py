@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +38,19 @@ def test_plain_lines_say_stage_block_time_left_and_memory() -> None:
 )  # fmt: skip
 def test_units_are_counted_in_english(count: int, unit: str, text: str) -> None:
     assert plural(count, unit) == text
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_the_time_left_counts_what_each_unit_costs(stream: type[io.StringIO]) -> None:
+    out = stream()
+    progress = Progress(stream=out, line_every_s=0)
+    with progress.stage("quantize", total=2, costs=(1, 9)) as bar:
+        bar.started = time.monotonic() - 10
+        bar.advance()
+        assert bar.left == ", 1:30 left"
+        if progress._bars is not None:
+            progress._bars.refresh()
+    assert "1:30 left" in out.getvalue()
 
 
 def test_lines_are_seldom_and_an_unknown_total_has_no_time_left() -> None:

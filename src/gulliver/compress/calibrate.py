@@ -28,9 +28,10 @@ from gulliver.core.records import Calibration, StatisticsTable
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import temporary_name
 from gulliver.nets.linear_kl import chunk_rows
+from gulliver.nets.precision import attempts, products_in
 from gulliver.runtime.packing import is_compressed
 from gulliver.runtime.shards import save
-from gulliver.runtime.streamed import filled, narrow_weights, products_in
+from gulliver.runtime.streamed import filled, narrow_weights
 from gulliver.tasks import get_task, same_examples
 from gulliver.tasks.base import Batch, Block, Task, packed_names
 
@@ -140,7 +141,7 @@ def _sensitivity(
         for number, block in reversed(list(enumerate(blocks))):
             path = ctx.work / f"gradient-{number:04}.safetensors"
             if not path.is_file():
-                for half in (True, False):
+                for half in attempts():
                     with filled(network, model.path, block.prefixes, narrow if half else ()):
                         weights = {name: network.get_parameter(name) for name in names}
                         try:
@@ -222,7 +223,7 @@ def _stream(
         for number in range(start, len(blocks)):
             block = blocks[number]
             before = _after(ctx.work, number - 1) if number else None
-            for half in (True, False):
+            for half in attempts():
                 with filled(network, model.path, block.prefixes, narrow if half else ()):
                     weights = {name: network.get_parameter(name) for name in names}
                     try:

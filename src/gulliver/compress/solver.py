@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from gulliver.nets.precision import quick
 from gulliver.runtime.blocks import BlockRows
 from gulliver.runtime.packed import RowGroup
 
@@ -98,7 +99,7 @@ def solve(
         errors = work[back]
         del work
         damping = DAMPING * float(moment.diagonal().mean().clamp_min(1e-12))
-        half = moment.bfloat16(), errors.bfloat16()
+        half = quick(moment), quick(errors)
         for _ in range(sweeps):
             _sweep(weight, errors, codes, moment, half, damping, rounder)
     return rounder.finished(codes.t().contiguous())
@@ -134,7 +135,7 @@ def _sweep(
 ) -> None:
     """Choose every code of weight [rows, columns] again, given all others; `errors` Δ and `codes` [columns, rows].
 
-    `half` are the moment and the errors in bfloat16, by which what pulls at a group is computed: four times as fast.
+    `half` are the moment and the errors in the type of the fastest products: what pulls at a group comes from them.
     """
     size = rounder.group_size
     for start in range(0, len(errors), size):

@@ -46,7 +46,7 @@ class Progress:
             if self._bars is None:
                 self._bars = _rich_bars(self._stream)
                 self._bars.start()
-            bar.row = self._bars.add_task(name, total=total, note="", memory=_memory())
+            bar.row = self._bars.add_task(name, total=total, left="", note="", memory=_memory())
         try:
             yield bar
         finally:
@@ -82,7 +82,8 @@ class Progress:
     def _show(self, bar: Bar, note: str) -> None:
         self.sample(bar.name)
         if self._bars is not None:
-            self._bars.update(bar.row, completed=bar.done, note=note, memory=_memory())
+            left = bar.left.removeprefix(", ")
+            self._bars.update(bar.row, completed=bar.done, left=left, note=note, memory=_memory())
             return
         now = time.monotonic()
         if self._quiet or now - bar.last_line < self._line_every_s:
@@ -129,11 +130,11 @@ class Bar:
 
 def _rich_bars(stream: TextIO) -> Any:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    told = (TextColumn("{task.fields[memory]}"), TextColumn("{task.fields[note]}", markup=False))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    told = (TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in ("left", "memory", "note"))
     return Bars(*columns, *told, console=Console(file=stream), transient=True)
 
 

@@ -18,11 +18,6 @@ from gulliver.runtime.reference import read_stored
 HALF = {torch.bfloat16, torch.float16}
 
 
-def products_in(half: bool) -> torch.autocast:
-    """Products in bfloat16 where `half`, else in their factors' type. A new one each time: it keeps cast weights."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=half)
-
-
 def narrow_weights(network: nn.Module) -> set[str]:
     """Canonical names of the weights that only products under bfloat16 autocast read.
 

@@ -28,12 +28,12 @@ from gulliver.learning.latent import LatentTensor
 from gulliver.learning.loop import run_loop
 from gulliver.learning.optim import OptimizerConfig, Schedule
 from gulliver.nets.files import copy_companions
+from gulliver.nets.precision import attempts, products_in
 from gulliver.nets.weights import canonical_names, owners
 from gulliver.runtime.packed import PackedTensor
 from gulliver.runtime.packing import is_compressed
 from gulliver.runtime.reference import packing_entry, read_stored, stored_form
 from gulliver.runtime.shards import PACKED_SHARD_BYTES, SHARD_BYTES, ShardWriter
-from gulliver.runtime.streamed import products_in
 from gulliver.tasks import family, get_task, same_examples
 from gulliver.tasks.base import Batch, Task
 from gulliver.train.options import DistillOptions
@@ -71,7 +71,7 @@ def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
 
     checkpoint = ctx.work / "loop.safetensors"
     assert cfg.learning_rate is not None, "a call resolves it"
-    for half in (True, False):
+    for half in attempts():
         try:
             result = run_loop(
                 parameters=_groups(cfg, cfg.learning_rate, latents, list(dense.values())),

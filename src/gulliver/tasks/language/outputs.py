@@ -4,8 +4,8 @@ A network that came without weights is run a block at a time, its weights read f
 before: memory holds one block, what enters it for all batches, and the output head. One that cannot be run so (its
 layers form no chain) is loaded whole. What enters the head can be kept in a file for the next measurement.
 
-Products are in bfloat16 under autocast. A network that itself mixes types then (sums of a type that autocast does not
-choose) has those of its blocks in float32.
+Products are in bfloat16 under autocast where the CPU multiplies it, else in float32. A network that itself mixes types
+under autocast (sums of a type that it does not choose) has those of its blocks in float32.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from torch import Tensor, nn
 from gulliver.core.errors import FOREIGN, ConfigError
 from gulliver.core.store.files import temporary_name
 from gulliver.nets.linear_kl import chunk_rows
+from gulliver.nets.precision import attempts, products_in
 from gulliver.nets.weights import unfilled
 from gulliver.runtime.network import load_network
-from gulliver.runtime.streamed import filled, narrow_weights, products_in
+from gulliver.runtime.streamed import filled, narrow_weights
 from gulliver.tasks.base import Block
 from gulliver.tasks.language.network import logits_of, vocabulary_of
 from gulliver.tasks.text.streaming import Stream
 
 
 class Outputs:
-    """A causal network's outputs on `batches` of tokens, [rows, tokens] each, under bfloat16 autocast.
+    """A causal network's outputs on `batches` of tokens, [rows, tokens] each.
 
     `kept`: a file in which what enters the head lies between measurements; written when it is not there.
     """
@@ -47,7 +48,8 @@ class Outputs:
             self.blocks = Stream(network, [{"tokens": tokens} for tokens in batches]).blocks()
         except ConfigError:
             self._run_whole()
-        self.narrow = narrow_weights(network)
+        self.attempts = attempts()
+        self.narrow = narrow_weights(network) if self.attempts[0] else set[str]()
         self.entering: list[Tensor] = []
 
     def _run_whole(self) -> None:
@@ -66,7 +68,7 @@ class Outputs:
         try:
             for done, block in enumerate(layers):
                 left = list(range(len(passing)))
-                for half in (True, False) if left else ():
+                for half in self.attempts if left else ():
                     narrow = self.narrow if half else ()
                     try:
                         with filled(self.network, self.folder, block.prefixes, narrow), products_in(half):
@@ -109,12 +111,13 @@ class Outputs:
         whole = self._entering(number) if self.blocks else self._logits(number)
         for start in range(0, len(rows), step):
             part = whole[rows[start : start + step], positions[start : start + step]][None]
-            logits = self.blocks[-1].forward(part, number) if self.blocks else part
+            with products_in(self.attempts[0]):
+                logits = self.blocks[-1].forward(part, number) if self.blocks else part
             yield start, torch.log_softmax(logits[0], -1, dtype=torch.float32)
 
     def _logits(self, number: int) -> Tensor:
         """Logits of a network that is run whole for batch `number`, [rows, tokens, vocab]."""
-        for half in (False,) if self.mixes_types else (True, False):
+        for half in (False,) if self.mixes_types else self.attempts:
             try:
                 with products_in(half):
                     return logits_of(self.network, self.batches[number])

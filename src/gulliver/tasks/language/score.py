@@ -21,6 +21,7 @@ from gulliver.core.errors import DataError
 from gulliver.core.evidence.evidence import Evidence, measured, paired_interval
 from gulliver.core.records import EXAMPLES
 from gulliver.core.store.artifact import Artifact
+from gulliver.nets.precision import has_bfloat16
 from gulliver.tasks.base import Advance
 from gulliver.tasks.language.network import positions_of, vocabulary_of
 from gulliver.tasks.language.outputs import Outputs
@@ -68,9 +69,10 @@ def score_causal(
     count = min(windows, len(stream) // context)
     rows = stream[: count * context].view(count, context)
     sheet = _sheet(dataset, folder, questions, positions_of(model))
-    name = f"{dataset.id[:32]}-{count}-{context}-{digest(sheet.questions)[:16]}"
+    kind = "bfloat16" if has_bfloat16() else "float32"
+    name = f"{dataset.id[:32]}-{count}-{context}-{digest(sheet.questions)[:16]}-{kind}"
     layers, batches = LAYERS if parent is None else LAYERS / 2, [*rows[:, None], *sheet.batches]
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad():
         # the parent's layers run first, then the model's, then both heads side by side
         theirs = None if parent is None else Outputs(parent, batches, kept and kept / name)
         if theirs is not None:
@@ -83,7 +85,8 @@ def score_causal(
                 found.append(_window(ours, theirs, number))
                 advance(LAYERS + (1 - LAYERS) * (number + 1) / count)
             marks = sheet.marks(ours, count), None if theirs is None else sheet.marks(theirs, count)
-    precision = "bfloat16 autocast" + (", float32 where the network mixes types" if ours.mixes_types else "")
+    precision = f"products in {kind}"
+    precision += ", float32 where the network mixes types" if ours.mixes_types else ""
     detail = {"windows": count, "context": context, "precision": precision}
     common: dict[str, Any] = {"n": count, "data_hash": dataset.files[EXAMPLES].sha256, "detail": detail}
     evidence = [measured("perplexity", *_exp(window.nll for window in found), **common)]
@@ -153,8 +156,7 @@ def _window(ours: Outputs, theirs: Outputs | None, number: int) -> Window:
         assert parent_start == start and reference.shape == mine.shape, "model and parent have different vocabularies"
         parent_nll -= reference.gather(1, target).sum().item()
         same += (mine.argmax(1) == reference.argmax(1)).sum().item()
-        with torch.autocast("cpu", enabled=False):  # which would round the factors and the sum to bfloat16
-            kl += torch.linalg.vecdot(reference.exp(), reference - mine).sum().item()
+        kl += torch.linalg.vecdot(reference.exp(), reference - mine).sum().item()
     scored = len(targets)
     if theirs is None:
         return Window(nll / scored)

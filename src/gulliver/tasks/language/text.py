@@ -20,7 +20,7 @@ from gulliver.core.store.artifact import Artifact, open_artifact
 from gulliver.tasks.base import Batch
 from gulliver.tasks.order import Order
 from gulliver.tasks.text.files import dataset_texts
-from gulliver.tasks.text.tokenizer import load_tokenizer
+from gulliver.tasks.text.tokenizer import load_tokenizer, tokens_of
 
 
 def joined(texts: list[str]) -> str:
@@ -39,7 +39,7 @@ def _stream(path: str, dataset_id: str, split: str, tokenizer: Any) -> Tensor:
     texts = list(dataset_texts(open_artifact(path), split))
     if not texts:
         return torch.empty(0, dtype=torch.int64)
-    return torch.tensor(tokenizer(joined(texts), verbose=False)["input_ids"], dtype=torch.int64)
+    return tokens_of(tokenizer, joined(texts))
 
 
 def window_batches(stream: Tensor, tokens: int, order: Order) -> Iterator[Batch]:

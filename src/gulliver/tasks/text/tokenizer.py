@@ -6,8 +6,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
+import torch
 import transformers
+from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from gulliver.core.errors import ArtifactError
@@ -16,6 +19,10 @@ from gulliver.nets.quiet import quiet
 END_OF_TEXT = "<|end|>"
 BYTE_VOCABULARY = 257
 """A fresh network reads bytes; id 256 ends a text."""
+PIECE, OVERLAP = 100_000, 2_000
+"""Characters of a long text that are tokenized at once, and how many of them the next piece has too."""
+AGREEING = 16
+"""Tokens in a row, in the middle of an overlap, that must be the same in both pieces."""
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -31,6 +38,52 @@ def _tokenizer(folder: str, stamp: int) -> Any:
             return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise ArtifactError(f"{folder} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+
+
+def tokens_of(tokenizer: Any, text: str) -> Tensor:
+    """All tokens of a text, int64 [n]: what `tokenizer(text)` gives.
+
+    A long text is tokenized in pieces, since the whole at once takes over a hundred bytes for each character. Two
+    pieces are joined where both have the same tokens; the whole is tokenized at once where they nowhere have.
+    """
+    pieces = _pieces(tokenizer.backend_tokenizer, text) if tokenizer.is_fast and len(text) > PIECE + OVERLAP else None
+    if pieces is None:
+        return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    before = next(place for place in range(len(full)) if full[place : place + len(bare)] == bare)
+    around = full[:before], full[before + len(bare) :]
+    return torch.cat([torch.tensor(part, dtype=torch.int64) for part in (around[0], *pieces, around[1])])
+
+
+def _pieces(tokenizer: tokenizers.Tokenizer, text: str) -> list[np.ndarray] | None:
+    """The tokens of a text, int32 [n] of each piece; None when two pieces have no place where they can be joined."""
+    found: list[np.ndarray] = []
+    ids, places = np.empty(0, np.int32), np.empty(0, np.int64)
+    for start in range(0, len(text) - OVERLAP, PIECE):
+        encoding = tokenizer.encode(text[start : start + PIECE + OVERLAP], add_special_tokens=False)
+        new = np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64)[:, 0] + start
+        if start:
+            seam = _seam((ids, places), new, start + OVERLAP // 2)
+            if seam is None:
+                return None
+            found.append(ids[: seam[0]])
+            new = new[0][seam[1] :], new[1][seam[1] :]
+        ids, places = new
+    return [*found, ids]
+
+
+def _seam(
+    old: tuple[np.ndarray, np.ndarray], new: tuple[np.ndarray, np.ndarray], middle: int
+) -> tuple[int, int] | None:
+    """The index in each of two pieces, (ids int32 [n], places int64 [n]), at which the same tokens begin."""
+    first = int(np.searchsorted(old[1], middle))
+    for mine in range(first, min(first + AGREEING, len(old[0]) - AGREEING)):
+        run = slice(mine, mine + AGREEING)
+        for other in map(int, np.flatnonzero(new[1] == old[1][mine])):
+            same = slice(other, other + AGREEING)
+            if all(np.array_equal(one[run], two[same]) for one, two in zip(old, new, strict=True)):
+                return mine, other
+    return None
 
 
 def write_byte_tokenizer(folder: Path) -> None:
