@@ -6,9 +6,10 @@
 
 FOLDER holds one file NAME.txt for each kind of text. Models are Hugging Face folders with plain weights (what `gulliver
 export --format safetensors` writes, a peer's file dequantized: its own bytes are given by --bytes) or packed folders;
-their weights are read into the parent's network. The first windows of 1024 tokens of each text are scored in bfloat16:
-the ratio of perplexities with twice its standard error, and the divergence from the parent over its 256 likeliest
-tokens and the rest as one. Every model gets a row in results/domains.json; `table` draws that of docs/models.md.
+their weights are read into the parent's network. The first windows of 1024 tokens of each text are scored, in bfloat16
+where the CPU multiplies it and in float32 elsewhere: the ratio of perplexities with twice its standard error, and the
+divergence from the parent over its 256 likeliest tokens and the rest as one. Every model gets a row in
+results/domains.json; `table` draws that of docs/models.md.
 """
 
 from __future__ import annotations
@@ -46,9 +47,11 @@ def log_probabilities(model: Any, windows: Mapping[str, Any]) -> Iterator[tuple[
     """Of each window (text, number, tokens after the first, log-probabilities float32 [CONTEXT - 1, vocabulary])."""
     import torch
 
+    from gulliver.nets.precision import has_bfloat16, products_in
+
     for name, rows in windows.items():
         for number, row in enumerate(rows):
-            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.no_grad(), products_in(has_bfloat16()):
                 logits = model(row[None]).logits[0, :-1].float()
             yield name, number, row[1:], torch.log_softmax(logits, -1)
 

@@ -34,6 +34,7 @@ def test_plain_lines_say_stage_block_time_left_and_memory() -> None:
     [
         (1, "batch", "1 batch"), (2, "batch", "2 batches"), (0, "batch", "0 batches"), (1, "token", "1 token"),
         (2, "token", "2 tokens"), (3, "query", "3 queries"), (2, "key", "2 keys"), (2, "pass", "2 passes"),
+        (2, "percent", "2 percent"),
     ],
 )  # fmt: skip
 def test_units_are_counted_in_english(count: int, unit: str, text: str) -> None:

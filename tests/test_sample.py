@@ -69,7 +69,9 @@ def test_a_model_writes_a_dataset(store: Store, quiet: Progress, folder: Path) -
 def test_texts_begin_as_texts_do(folder: Path, tmp_path: Path) -> None:
     """Without a chat template every text goes on from one of the natural beginnings, whatever the batch."""
     with writing.Author(folder, 64, 0, tmp_path) as author:
-        together = author.write(range(6))
+        shares: list[float] = []
+        together = author.write(range(6), shares.append)
+        assert shares == sorted(shares) and 0 < shares[-1] <= 1
         alone = author.write([4])
     assert alone == together[4:5]
     for number, example in enumerate(together):
@@ -186,11 +188,11 @@ def test_a_killed_run_goes_on_with_the_next_batch(
     asked: list[int] = []
     real = writing.Author.write
 
-    def killed_at_the_second(self: Any, numbers: Any) -> Any:
+    def killed_at_the_second(self: Any, numbers: Any, advance: Any) -> Any:
         asked.append(numbers[0])
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return real(self, numbers)
+        return real(self, numbers, advance)
 
     monkeypatch.setattr(writing.Author, "write", killed_at_the_second)
     with pytest.raises(KeyboardInterrupt):
@@ -201,7 +203,7 @@ def test_a_killed_run_goes_on_with_the_next_batch(
     assert not list((store.home / "work").glob("*/batch-*.json"))
 
 
-def test_progress_counts_every_example(store: Store, quiet: Progress, folder: Path) -> None:
+def test_progress_counts_what_is_written(store: Store, quiet: Progress, folder: Path) -> None:
     bars, stage = [], quiet.stage
 
     @contextlib.contextmanager
@@ -212,14 +214,14 @@ def test_progress_counts_every_example(store: Store, quiet: Progress, folder: Pa
 
     quiet.stage = watched  # type: ignore[method-assign]
     write(store, folder, quiet)
-    assert [(bar.name, bar.done, bar.total) for bar in bars if bar.name == "sample"] == [("sample", 7, 7)]
+    assert [(bar.name, bar.done, bar.total) for bar in bars if bar.name == "sample"] == [("sample", 100, 100)]
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------
 def test_faulty_texts_are_dropped_and_more_are_drawn(
     store: Store, quiet: Progress, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def half(self: Any, numbers: Any) -> list[Written]:
+    def half(self: Any, numbers: Any, advance: Any) -> list[Written]:
         return [Written({"text": f"text {number}"}, "repetitive" if number % 2 else "") for number in numbers]
 
     monkeypatch.setattr(writing.Author, "write", half)
@@ -228,7 +230,9 @@ def test_faulty_texts_are_dropped_and_more_are_drawn(
     written = Sources.of(made).writing
     assert written is not None and (written.drawn, written.dropped) == (14, {"repetitive": 7})
 
-    monkeypatch.setattr(writing.Author, "write", lambda self, numbers: [Written({"text": ""}, "short")] * len(numbers))
+    monkeypatch.setattr(
+        writing.Author, "write", lambda self, numbers, advance: [Written({"text": ""}, "short")] * len(numbers)
+    )
     with pytest.raises(DataError, match=r"0 are fit to calibrate on \(24 short\)"):
         write(store, folder, quiet, seed=1)
 

@@ -139,9 +139,9 @@ def _rich_bars(stream: TextIO) -> Any:
 
 
 def plural(count: int, noun: str) -> str:
-    """ "1 batch", "2 batches", "0 tokens", "3 queries"."""
-    if count == 1:
-        return f"1 {noun}"
+    """ "1 batch", "2 batches", "0 tokens", "3 queries", "100 percent"."""
+    if count == 1 or noun == "percent":
+        return f"{count} {noun}"
     if noun.endswith("y") and noun[-2:-1] not in "aeiou":
         return f"{count} {noun[:-1]}ies"
     return f"{count} {noun}{'es' if noun.endswith(('s', 'x', 'z', 'ch', 'sh')) else 's'}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pyarrow
@@ -18,6 +19,7 @@ import pyarrow.parquet
 
 from gulliver.core.context import Context
 from gulliver.core.errors import DataError
+from gulliver.core.progress import Bar, plural
 from gulliver.core.records import EXAMPLES, Sources, SplitSource, Writing
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import write_atomic
@@ -43,19 +45,20 @@ def run(cfg: SampleOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifa
     task, drawn = get_task(model.task), list[Written]()
     asked: dict[str, Any] = {"options": task.chosen(cfg.family), "max_ram_bytes": cfg.max_ram_bytes}
     with (
-        ctx.progress.stage("sample", total=wanted, unit="example") as bar,
+        ctx.progress.stage("sample", total=100, unit="percent") as bar,
         task.author(model.path, seed=ctx.seed, work=ctx.work, **asked) as author,
     ):
         while fit < wanted and len(drawn) < MOST_DRAWS * wanted:
             file = ctx.work / f"batch-{len(drawn):06d}.json"
             if not file.is_file():
-                count = min(cfg.batch_size, _missing(wanted - fit, fit, len(drawn)))
-                batch = author.write(range(len(drawn), len(drawn) + count))
+                missing = _missing(wanted - fit, fit, len(drawn))
+                numbers = range(len(drawn), len(drawn) + min(cfg.batch_size, missing))
+                batch = author.write(numbers, partial(_tell, bar, fit, wanted, len(numbers) / missing))
                 write_atomic(file, json.dumps([[example.row, example.fault] for example in batch]) + "\n")
                 ctx.check_ram("writing")
             drawn += [Written(*pair) for pair in json.loads(file.read_text(encoding="utf-8"))]
             fit = sum(not example.fault for example in drawn)
-            bar.advance(min(fit, wanted) - bar.done)
+            _tell(bar, fit, wanted, 0.0, 0.0)
     dropped = Counter(example.fault for example in drawn if example.fault)
     kept = [example.row for example in drawn if not example.fault][:wanted]
     if len(kept) < LEAST_SHARE * wanted:
@@ -78,6 +81,12 @@ def run(cfg: SampleOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifa
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), writer.path / EXAMPLES)
         sources.write(writer.path)
         return writer.commit()
+
+
+def _tell(bar: Bar, fit: int, wanted: int, batch: float, share: float) -> None:
+    """Show that of the part `batch` of what is missing beside `fit` examples, `share` is written."""
+    done = int(100 * (fit + batch * share * max(0, wanted - fit)) / wanted)
+    bar.advance(max(0, min(100, done) - bar.done), note=f"{min(fit, wanted)} of {plural(wanted, 'example')}")
 
 
 def _missing(wanted: int, fit: int, drawn: int) -> int:

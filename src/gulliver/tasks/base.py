@@ -88,8 +88,8 @@ class Written:
 class Author(Protocol):
     """Writes examples of a model's own."""
 
-    def write(self, numbers: Sequence[int]) -> list[Written]:
-        """Examples number `numbers`, in that order."""
+    def write(self, numbers: Sequence[int], advance: Advance = lambda share: None) -> list[Written]:
+        """Examples number `numbers`, in that order; `advance` gets the share of them that is written."""
         ...
 
 

@@ -20,12 +20,11 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
@@ -33,18 +32,19 @@ from gulliver.core import memory
 from gulliver.core.errors import ConfigError
 from gulliver.core.store.files import temporary_name
 from gulliver.runtime.batching.engine import Engine, Request, Sampling
-from gulliver.runtime.batching.records import check_finish
+from gulliver.runtime.batching.records import Piece, check_finish
 from gulliver.runtime.decode import native_reason, open_decoder
 from gulliver.runtime.eight_bits import write_in_eight_bits
 from gulliver.runtime.lower import NotLowered, read_config
 from gulliver.runtime.packing import is_packed
 from gulliver.runtime.text.tokenizer import Text
-from gulliver.tasks.base import Written
+from gulliver.tasks.base import Advance, Written
 
 BEGINNINGS = Path(__file__).with_name("beginnings.jsonl")
 NUCLEUS = 0.95
 SLOTS = 64
 """Texts that are written at once."""
+TOLD_EVERY_S = 1.0
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}gulliver\N{OBJECT REPLACEMENT CHARACTER}"
 """A message by which the head of a chat template is found: what is rendered before it."""
 MOST_HEAD = 199
@@ -93,23 +93,38 @@ class Author:
     ) -> None:
         self._engine.close()
 
-    def write(self, numbers: Sequence[int]) -> list[Written]:
-        """Texts number `numbers`, in that order."""
+    def write(self, numbers: Sequence[int], advance: Advance = lambda share: None) -> list[Written]:
+        """Texts number `numbers`, in that order; `advance` gets the share of their tokens that is written."""
+        lengths = dict.fromkeys(numbers, 0)
         pool = ThreadPoolExecutor(SLOTS)
         try:
-            return list(pool.map(self._written, numbers))
+            texts = [pool.submit(self._written, number, lengths) for number in numbers]
+            left: Collection[Future[Written]] = texts
+            while left and not any(text.done() and text.exception() for text in texts):
+                left = wait(left, TOLD_EVERY_S, FIRST_EXCEPTION).not_done
+                advance(sum(lengths.values()) / (len(lengths) * self._tokens))
+            return [text.result() for text in texts]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # after an interrupt, closing the engine ends what runs
 
-    def _written(self, number: int) -> Written:
+    def _written(self, number: int, lengths: dict[int, int]) -> Written:
+        """Text number `number`; `lengths` counts its tokens so far, and as many as there may be when it is done."""
         text, prompt = self._engine.text, self._prompt(number, self._engine.text)
-        pieces = list(self._engine.stream(self._request(prompt, number)))
+        pieces = self._pieces(prompt, number, 0, lengths)
         tokens, chat = prompt + _tokens(pieces), self._is_chat(number, text)
         turn = self._turn(tokens, pieces, text) if chat else None
         if turn is not None:
-            tokens = turn + _tokens(list(self._engine.stream(self._request(turn, number, 1))))
+            tokens = turn + _tokens(self._pieces(turn, number, 1, lengths))
+        lengths[number] = self._tokens
         told = text.tokenizer.decode(tokens, skip_special_tokens=not chat)
         return Written({"text": told}, fault_of(told, tokens))
+
+    def _pieces(self, prompt: list[int], number: int, turn: int, lengths: dict[int, int]) -> list[Piece]:
+        lengths[number], pieces = len(prompt), []
+        for piece in self._engine.stream(self._request(prompt, number, turn)):
+            pieces.append(piece)
+            lengths[number] += len(piece.tokens)
+        return pieces
 
     # ---- how texts begin ----
     def _is_chat(self, number: int, text: Text) -> bool:
@@ -125,12 +140,12 @@ class Author:
         words = " ".join(beginning.split()[:3]) if number % 4 == 2 else ""
         return text.encode(head[0] + words, special=False)[: self._tokens // 2]
 
-    def _request(self, prompt: list[int], number: int, turn: int = 0) -> Request:
+    def _request(self, prompt: list[int], number: int, turn: int) -> Request:
         seed = int(np.random.default_rng([self._seed, number, turn]).integers(2**63))
         left = max(1, self._tokens - len(prompt))
         return Request(tuple(prompt), max_tokens=left, sampling=Sampling(top_p=NUCLEUS, seed=seed))
 
-    def _turn(self, tokens: list[int], pieces: Sequence[Any], text: Text) -> list[int] | None:
+    def _turn(self, tokens: list[int], pieces: Sequence[Piece], text: Text) -> list[int] | None:
         """A question as written, and what the template puts between it and the answer; None where no answer fits."""
         head = chat_head(text)
         assert head is not None
@@ -148,7 +163,7 @@ def runs_natively(folder: Path) -> bool:
     return native_reason() is None
 
 
-def _tokens(pieces: Sequence[Any]) -> list[int]:
+def _tokens(pieces: Sequence[Piece]) -> list[int]:
     check_finish(pieces[-1].finish)
     return [token.id for piece in pieces for token in piece.tokens]
 
