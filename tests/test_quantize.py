@@ -34,6 +34,7 @@ from gulliver.runtime.grid import (
     Lookup,
     as_groups,
     fit_codebook_grid,
+    fit_symmetric_grid,
     fit_uniform_grid,
     learn_codebook,
     midpoints,
@@ -162,6 +163,27 @@ def test_searched_uniform_ranges_beat_the_full_range() -> None:
     grid = fit_uniform_grid(groups, importance, 8)
     assert grid.zeros is not None
     assert error(scales, torch.round(-low / scales)) > 1.2 * error(grid.scales, grid.zeros)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_symmetric_scales_are_nearly_the_best_of_all_that_are_allowed(bits: int) -> None:
+    fmt = Format(bits, 32, "symmetric")
+    groups = as_groups(gaussian(16, 256), fmt).flatten(0, 1)
+    importance = torch.randn(1, 32, generator=torch.Generator().manual_seed(4)).exp()
+    factors = torch.full((len(groups),), 2.0**-8)
+    middle = fmt.levels // 2
+
+    def errors(scales: Tensor) -> Tensor:
+        levels = torch.round(groups / scales[:, None]).clamp_(-middle, middle - 1)
+        return ((levels * scales[:, None] - groups) ** 2 * importance).sum(1)
+
+    grid = fit_symmetric_grid(groups, importance, fmt, factors)
+    multiples = grid.scales / factors
+    assert torch.equal(multiples, multiples.round()) and 1 <= multiples.min() and multiples.max() <= fmt.top_scale
+    assert grid.zeros is not None and set(grid.zeros.tolist()) == {middle}
+    allowed = [errors(torch.full((len(groups),), number * 2.0**-8)) for number in range(1, fmt.top_scale + 1)]
+    best = torch.stack(allowed).amin(0)
+    assert errors(grid.scales).sum() < 1.1 * best.sum()
 
 
 def test_importance_changes_what_is_fitted_well() -> None:
