@@ -179,7 +179,7 @@ def test_symmetric_scales_are_nearly_the_best_of_all_that_are_allowed(bits: int)
 
     grid = fit_symmetric_grid(groups, importance, fmt, factors)
     multiples = grid.scales / factors
-    assert torch.equal(multiples, multiples.round()) and 1 <= multiples.min() and multiples.max() <= fmt.top_scale
+    assert torch.equal(multiples, multiples.round()) and multiples.min() >= 1 and multiples.max() <= fmt.top_scale
     assert grid.zeros is not None and set(grid.zeros.tolist()) == {middle}
     allowed = [errors(torch.full((len(groups),), number * 2.0**-8)) for number in range(1, fmt.top_scale + 1)]
     best = torch.stack(allowed).amin(0)
