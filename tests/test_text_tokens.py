@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 import transformers
@@ -43,6 +44,11 @@ def prose(words: int, seed: int = 0) -> str:
     )
 
 
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, count in (("PIECE", 2_000), ("OVERLAP", 400), ("MARGIN", 40)):
+        monkeypatch.setattr(tokenizer_file, name, count)
+
+
 def byte_level() -> tokenizers.Tokenizer:
     core = tokenizers.Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -77,10 +83,66 @@ def lower_case_unigrams() -> tokenizers.Tokenizer:
 def test_pieces_give_the_tokens_of_the_whole(
     core: Callable[[], tokenizers.Tokenizer], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizer_file, "PIECE", 2_000)
-    monkeypatch.setattr(tokenizer_file, "OVERLAP", 400)
+    small(monkeypatch)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core())
     assert tokens_of(tokenizer, text).tolist() == tokenizer(text)["input_ids"]
+    assert tokenizer_file._parts(tokenizer, text) is not None or len(set(text)) == 1  # prose is not tokenized at once
+
+
+def letters(vocabulary: str, **unknown: str) -> tokenizers.Tokenizer:
+    names = [*unknown.values(), *vocabulary]
+    return tokenizers.Tokenizer(models.BPE(vocab={name: at for at, name in enumerate(names)}, merges=[], **unknown))
+
+
+def around(core: tokenizers.Tokenizer, template: str) -> tokenizers.Tokenizer:
+    core.add_special_tokens(["<s>"])
+    special = [("<s>", core.token_to_id("<s>"))]
+    core.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    return core
+
+
+def words() -> tokenizers.Tokenizer:
+    core = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "the": 1}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return core
+
+
+@pytest.mark.parametrize(
+    ("core", "text"),
+    [
+        (words(), "the " * 1500 + "\n" * 3000),  # pieces without a token
+        (words(), "\n" * 5000),
+        (letters("ACGT"), "ACGT" * 1500),  # no token for what is not in the text
+        (around(letters("ACGT"), "<s> $A"), "ACGT" * 1500),
+        (around(letters("ACGT"), "$A <s>"), "ACGT" * 1500),
+        (around(letters("ACGT", unk_token="<s>"), "<s> $A <s>"), "xACGT" * 1500),
+        (around(letters("ACGT"), "<s> $A"), "<s>" + "ACGT<s>" * 900),  # spelled out in the text
+    ],
+)
+def test_what_is_around_a_text_and_empty_pieces(
+    core: tokenizers.Tokenizer, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small(monkeypatch)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core)
+    assert tokens_of(tokenizer, text).tolist() == tokenizer(text)["input_ids"]
+
+
+def test_truncation_and_padding_of_the_file_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch)
+    core = byte_level()
+    core.enable_truncation(500)
+    core.enable_padding(length=512)
+    text = prose(1500)
+    whole = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level())(text)["input_ids"]
+    assert tokens_of(transformers.PreTrainedTokenizerFast(tokenizer_object=core), text).tolist() == whole
+
+
+def test_pieces_that_agree_only_for_a_while_are_not_joined() -> None:
+    """Digits in threes: a run of single ones agrees wherever it is cut, and what follows does not."""
+    old = np.arange(60, dtype=np.int32), np.arange(60)
+    new = np.where(np.arange(60) < 45, old[0], 0), old[1]
+    assert tokenizer_file._seam(old, new, 20, 40) == (20, 20)
+    assert tokenizer_file._seam(old, new, 20, 50) is None
 
 
 def test_a_long_text_is_not_tokenized_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

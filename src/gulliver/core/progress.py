@@ -46,7 +46,7 @@ class Progress:
             if self._bars is None:
                 self._bars = _rich_bars(self._stream)
                 self._bars.start()
-            bar.row = self._bars.add_task(name, total=total, left="", note="", memory=_memory())
+            bar.row = self._bars.add_task(name, total=total, bar=bar, note="", memory=_memory())
         try:
             yield bar
         finally:
@@ -82,8 +82,7 @@ class Progress:
     def _show(self, bar: Bar, note: str) -> None:
         self.sample(bar.name)
         if self._bars is not None:
-            left = bar.left.removeprefix(", ")
-            self._bars.update(bar.row, completed=bar.done, left=left, note=note, memory=_memory())
+            self._bars.update(bar.row, completed=bar.done, note=note, memory=_memory())
             return
         now = time.monotonic()
         if self._quiet or now - bar.last_line < self._line_every_s:
@@ -102,13 +101,20 @@ class Bar:
     unit: str
     costs: Sequence[float] = ()
     done: int = 0
+    begun: float = 0.0
+    found: int = 0
     row: Any = None
     started: float = field(default_factory=time.monotonic)
     last_line: float = field(default_factory=time.monotonic)
+    last_advance: float = field(default_factory=time.monotonic)
 
-    def advance(self, units: int = 1, note: str = "") -> None:
-        """Count finished units and show `note` (a loss, a block's name) beside the bar."""
-        self.done += units
+    def advance(self, units: int = 1, note: str = "", *, begun: float = 0.0, found: bool = False) -> None:
+        """Count finished units and show `note` (a loss, a block's name) beside the bar.
+
+        `begun`: how much is done, in units, of those that are not finished. `found`: an earlier run finished them.
+        """
+        self.done, self.begun, self.last_advance = self.done + units, begun, time.monotonic()
+        self.found += units if found else 0
         self.progress._show(self, note)
 
     @property
@@ -118,24 +124,31 @@ class Bar:
 
     @property
     def left(self) -> str:
-        """ ", 0:42 left" once it can be told."""
-        if self.total is None or not 0 < self.done <= self.total:
+        """ ", 0:42 left" once it can be told: as foretold when the bar advanced last, less the time since."""
+        if self.total is None or self.done > self.total:
             return ""
-        spent, ahead = float(self.done), float(self.total - self.done)
+        spent, ahead = self.done - self.found + self.begun, self.total - self.done - self.begun
         if self.costs:
-            spent, ahead = sum(self.costs[: self.done]), sum(self.costs[self.done :])
-        seconds = time.monotonic() - self.started
-        return f", {_clock(seconds * ahead / spent)} left" if spent > 0 else ""
+            spent, ahead = sum(self.costs[self.found : self.done]), sum(self.costs[self.done :])
+        if spent <= 0:
+            return ""
+        seconds = (self.last_advance - self.started) * ahead / spent - (time.monotonic() - self.last_advance)
+        return f", {_clock(max(0.0, seconds))} left"
 
 
 def _rich_bars(stream: TextIO) -> Any:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn
     from rich.progress import Progress as Bars
+    from rich.text import Text
+
+    class Left(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(task.fields["bar"].left.removeprefix(", "))
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-    told = (TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in ("left", "memory", "note"))
-    return Bars(*columns, *told, console=Console(file=stream), transient=True)
+    told = (TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in ("memory", "note"))
+    return Bars(*columns, Left(), *told, console=Console(file=stream), transient=True)
 
 
 def plural(count: int, noun: str) -> str:

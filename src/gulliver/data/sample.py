@@ -19,7 +19,7 @@ import pyarrow.parquet
 
 from gulliver.core.context import Context
 from gulliver.core.errors import DataError
-from gulliver.core.progress import Bar, plural
+from gulliver.core.progress import Bar
 from gulliver.core.records import EXAMPLES, Sources, SplitSource, Writing
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import write_atomic
@@ -45,20 +45,21 @@ def run(cfg: SampleOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifa
     task, drawn = get_task(model.task), list[Written]()
     asked: dict[str, Any] = {"options": task.chosen(cfg.family), "max_ram_bytes": cfg.max_ram_bytes}
     with (
-        ctx.progress.stage("sample", total=100, unit="percent") as bar,
+        ctx.progress.stage("sample", total=wanted, unit="example") as bar,
         task.author(model.path, seed=ctx.seed, work=ctx.work, **asked) as author,
     ):
         while fit < wanted and len(drawn) < MOST_DRAWS * wanted:
             file = ctx.work / f"batch-{len(drawn):06d}.json"
-            if not file.is_file():
+            found = file.is_file()
+            if not found:
                 missing = _missing(wanted - fit, fit, len(drawn))
                 numbers = range(len(drawn), len(drawn) + min(cfg.batch_size, missing))
-                batch = author.write(numbers, partial(_tell, bar, fit, wanted, len(numbers) / missing))
+                batch = author.write(numbers, partial(_tell, bar, (wanted - fit) * len(numbers) / missing))
                 write_atomic(file, json.dumps([[example.row, example.fault] for example in batch]) + "\n")
                 ctx.check_ram("writing")
             drawn += [Written(*pair) for pair in json.loads(file.read_text(encoding="utf-8"))]
             fit = sum(not example.fault for example in drawn)
-            _tell(bar, fit, wanted, 0.0, 0.0)
+            bar.advance(min(fit, wanted) - bar.done, found=found)
     dropped = Counter(example.fault for example in drawn if example.fault)
     kept = [example.row for example in drawn if not example.fault][:wanted]
     if len(kept) < LEAST_SHARE * wanted:
@@ -83,10 +84,9 @@ def run(cfg: SampleOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifa
         return writer.commit()
 
 
-def _tell(bar: Bar, fit: int, wanted: int, batch: float, share: float) -> None:
-    """Show that of the part `batch` of what is missing beside `fit` examples, `share` is written."""
-    done = int(100 * (fit + batch * share * max(0, wanted - fit)) / wanted)
-    bar.advance(max(0, min(100, done) - bar.done), note=f"{min(fit, wanted)} of {plural(wanted, 'example')}")
+def _tell(bar: Bar, expected: float, share: float) -> None:
+    """Show that a share of a batch is written, of which so many examples are expected to be fit."""
+    bar.advance(0, begun=expected * share)
 
 
 def _missing(wanted: int, fit: int, drawn: int) -> int:

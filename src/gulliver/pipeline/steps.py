@@ -71,7 +71,7 @@ STEPS = (
          needs=(), makes=("dataset",), reads=("data", "eval_data"),
          help="make a dataset from files or the catalog, split into parts that never overlap"),
     Step("sample", "gulliver.data.sample:run", "gulliver.data.options:SampleOptions",
-         needs=("model",), makes=("dataset",),
+         needs=("model",), makes=("dataset",), version=2,
          help="let a model write data of its own, for calibration that favours no domain"),
     Step("train", "gulliver.train.train:run", "gulliver.train.options:TrainOptions",
          needs=("dataset",), makes=("model",),

@@ -94,14 +94,16 @@ class Author:
         self._engine.close()
 
     def write(self, numbers: Sequence[int], advance: Advance = lambda share: None) -> list[Written]:
-        """Texts number `numbers`, in that order; `advance` gets the share of their tokens that is written."""
+        """Texts number `numbers`, in that order; `advance` gets the share of their tokens that is there."""
         lengths = dict.fromkeys(numbers, 0)
         pool = ThreadPoolExecutor(SLOTS)
         try:
             texts = [pool.submit(self._written, number, lengths) for number in numbers]
             left: Collection[Future[Written]] = texts
-            while left and not any(text.done() and text.exception() for text in texts):
-                left = wait(left, TOLD_EVERY_S, FIRST_EXCEPTION).not_done
+            while left:
+                done, left = wait(left, TOLD_EVERY_S, FIRST_EXCEPTION)
+                for text in done:
+                    text.result()
                 advance(sum(lengths.values()) / (len(lengths) * self._tokens))
             return [text.result() for text in texts]
         finally:
@@ -132,11 +134,11 @@ class Author:
 
     def _prompt(self, number: int, text: Text) -> list[int]:
         rows = beginnings()
-        beginning = rows[(number + self._seed) % len(rows)]
-        if not self._is_chat(number, text):
-            return text.encode(beginning)[: self._tokens // 2] or text.encode("The")
         head = chat_head(text)
-        assert head is not None
+        place = number if head is None else number // 2  # of two numbers in a row one goes on from a beginning then
+        beginning = rows[(place + self._seed) % len(rows)]
+        if head is None or number % 2:
+            return text.encode(beginning)[: self._tokens // 2] or text.encode("The")
         words = " ".join(beginning.split()[:3]) if number % 4 == 2 else ""
         return text.encode(head[0] + words, special=False)[: self._tokens // 2]
 

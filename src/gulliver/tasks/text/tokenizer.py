@@ -19,10 +19,11 @@ from gulliver.nets.quiet import quiet
 END_OF_TEXT = "<|end|>"
 BYTE_VOCABULARY = 257
 """A fresh network reads bytes; id 256 ends a text."""
-PIECE, OVERLAP = 100_000, 2_000
-"""Characters of a long text that are tokenized at once, and how many of them the next piece has too."""
-AGREEING = 16
-"""Tokens in a row, in the middle of an overlap, that must be the same in both pieces."""
+PIECE, OVERLAP, MARGIN = 100_000, 2_000, 200
+"""Characters of a long text that are tokenized at once, how many of them the next piece has too, and how many at the
+end of a piece may have other tokens than in the whole text."""
+TRIES = 16
+"""Tokens in the middle of an overlap at which pieces may be joined."""
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -44,26 +45,37 @@ def tokens_of(tokenizer: Any, text: str) -> Tensor:
     """All tokens of a text, int64 [n]: what `tokenizer(text)` gives.
 
     A long text is tokenized in pieces, since the whole at once takes over a hundred bytes for each character. Two
-    pieces are joined where both have the same tokens; the whole is tokenized at once where they nowhere have.
+    pieces are joined where the tokens of both are the same from there on, for hundreds of characters; where they
+    nowhere are, the whole is tokenized at once.
     """
-    pieces = _pieces(tokenizer.backend_tokenizer, text) if tokenizer.is_fast and len(text) > PIECE + OVERLAP else None
-    if pieces is None:
+    parts = _parts(tokenizer, text) if tokenizer.is_fast and len(text) > PIECE + OVERLAP else None
+    if parts is None:
         return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
-    bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    before = next(place for place in range(len(full)) if full[place : place + len(bare)] == bare)
-    around = full[:before], full[before + len(bare) :]
-    return torch.cat([torch.tensor(part, dtype=torch.int64) for part in (around[0], *pieces, around[1])])
+    return torch.cat([torch.from_numpy(part).long() for part in parts])
 
 
-def _pieces(tokenizer: tokenizers.Tokenizer, text: str) -> list[np.ndarray] | None:
+def _parts(tokenizer: Any, text: str) -> list[np.ndarray] | None:
+    """What is in a row the tokens of a text, int32 [n] each: around it and of its pieces. None where none are found."""
+    tokenizer("a")  # so that neither truncation nor padding is left on in what it is built upon
+    core: tokenizers.Tokenizer = tokenizer.backend_tokenizer
+    some, bare = core.encode(text[:MARGIN]), core.encode(text[:MARGIN], add_special_tokens=False).ids
+    before = next((place for place, special in enumerate(some.special_tokens_mask) if not special), 0)
+    if not bare or some.ids[before : before + len(bare)] != bare:
+        return None  # what is put around a text cannot be told
+    pieces = _pieces(core, text)
+    around = [np.array(ids, np.int32) for ids in (some.ids[:before], some.ids[before + len(bare) :])]
+    return None if pieces is None else [around[0], *pieces, around[1]]
+
+
+def _pieces(core: tokenizers.Tokenizer, text: str) -> list[np.ndarray] | None:
     """The tokens of a text, int32 [n] of each piece; None when two pieces have no place where they can be joined."""
     found: list[np.ndarray] = []
     ids, places = np.empty(0, np.int32), np.empty(0, np.int64)
     for start in range(0, len(text) - OVERLAP, PIECE):
-        encoding = tokenizer.encode(text[start : start + PIECE + OVERLAP], add_special_tokens=False)
-        new = np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64)[:, 0] + start
+        encoding = core.encode(text[start : start + PIECE + OVERLAP], add_special_tokens=False)
+        new = np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2)[:, 0] + start
         if start:
-            seam = _seam((ids, places), new, start + OVERLAP // 2)
+            seam = _seam((ids, places), new, start + OVERLAP // 2, start + OVERLAP - MARGIN)
             if seam is None:
                 return None
             found.append(ids[: seam[0]])
@@ -73,14 +85,17 @@ def _pieces(tokenizer: tokenizers.Tokenizer, text: str) -> list[np.ndarray] | No
 
 
 def _seam(
-    old: tuple[np.ndarray, np.ndarray], new: tuple[np.ndarray, np.ndarray], middle: int
+    old: tuple[np.ndarray, np.ndarray], new: tuple[np.ndarray, np.ndarray], middle: int, end: int
 ) -> tuple[int, int] | None:
-    """The index in each of two pieces, (ids int32 [n], places int64 [n]), at which the same tokens begin."""
-    first = int(np.searchsorted(old[1], middle))
-    for mine in range(first, min(first + AGREEING, len(old[0]) - AGREEING)):
-        run = slice(mine, mine + AGREEING)
+    """The index in each of two pieces, (ids int32 [n], places int64 [n]), from which on tokens are the same.
+
+    It is at the place `middle` or soon after; the same are those before the place `end`.
+    """
+    first, last = np.searchsorted(old[1], [middle, end]).tolist()
+    for mine in range(first, min(first + TRIES, last)):
+        run = slice(mine, last)
         for other in map(int, np.flatnonzero(new[1] == old[1][mine])):
-            same = slice(other, other + AGREEING)
+            same = slice(other, other + last - mine)
             if all(np.array_equal(one[run], two[same]) for one, two in zip(old, new, strict=True)):
                 return mine, other
     return None
