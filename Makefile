@@ -45,7 +45,7 @@ venv: .venv/installed-dev
 	touch .venv/installed $@
 
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations 20
 
 check: .venv/installed-dev
 	$(BIN)/ruff check src tests docs benchmarks

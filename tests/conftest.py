@@ -24,6 +24,11 @@ hypothesis.settings.register_profile("gulliver", deadline=None, derandomize=True
 hypothesis.settings.load_profile("gulliver")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that one worker has them, and the other runs the rest meanwhile."""
+    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     """A store in a home of this test alone."""
