@@ -19,12 +19,14 @@ from toy_language import write_model
 import gulliver
 from gulliver.core import memory
 from gulliver.core.errors import ArtifactError, BudgetError, ConfigError, DataError, GateRefused
+from gulliver.core.evidence.gate import Budget
 from gulliver.core.progress import Progress
 from gulliver.core.records import EXAMPLES, Calibration, FitResult, Packing
 from gulliver.core.store.artifact import Artifact, open_artifact, verify
 from gulliver.core.store.store import Store
 from gulliver.pipeline import api, resolve, smallest
 from gulliver.pipeline import call as run
+from gulliver.pipeline.fitting import Fit
 from gulliver.runtime.formats import BLOCK_TYPES
 from gulliver.tasks import get_task
 
@@ -460,6 +462,14 @@ def test_a_model_for_another_engine_is_as_large_in_its_file(language: Lab, engin
     for name, weight in ours.named_parameters():
         assert torch.equal(weights[name].float(), weight), name
         assert torch.equal(weight.half().float(), weight) or "proj" not in name, name
+
+
+def test_a_loss_that_is_asked_for_is_judged_on_more_of_what_the_model_writes(language: Lab) -> None:
+    def held_out(**budget: Any) -> int:
+        work = Fit(language.model, None, None, Budget(**budget), "fast", {})
+        return (work.options("sample") or {})["held_out"]
+
+    assert held_out(max_drop=0.1) == 2 * held_out(size_bytes=SIZE) > 0
 
 
 def test_for_whom(language: Lab, digits: Lab) -> None:

@@ -34,6 +34,8 @@ broad set: calibration mixes it in, and the model is judged on a part of it as o
 
 JUDGED_SHARE = 1 / 2
 """Least share of the held-out data that is measured where a loss was asked for: it is judged by its upper bound."""
+JUDGED_EXAMPLES = 2
+"""Times as many examples of the broad set are held out then."""
 
 
 @dataclass
@@ -70,7 +72,10 @@ class Fit:
 
     def options(self, name: str) -> Mapping[str, Any] | None:
         """What this effort gives a step; None where it leaves the step out."""
-        return EFFORTS[self.effort].get(name, {})
+        options = EFFORTS[self.effort].get(name, {})
+        if name == "sample" and options and self.budget.max_drop is not None:
+            return {**options, "held_out": JUDGED_EXAMPLES * options["held_out"]}
+        return options
 
     def qualities(self, model: Artifact, parent: Artifact | None = None) -> None:
         """Measure the model's quality on held-out data: the user's, and the broad set's."""
