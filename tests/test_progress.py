@@ -123,7 +123,7 @@ def test_time_left_is_what_the_pace_says(monkeypatch: pytest.MonkeyPatch) -> Non
     bar.advance(4)
     assert bar.left == ", 1:30:00 left"
     monkeypatch.setattr(progress_file, "time", SimpleNamespace(monotonic=lambda: 1060.0))
-    assert bar.left == ", 1:29:00 left"  # it goes on between two units
+    assert bar.left == ", 1:29:00 left"  # the estimate counts down between advances
 
 
 def test_time_left_counts_what_units_cost(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def test_texts_begin_as_texts_do(folder: Path, tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(writing, "TOLD_EVERY_S", 1e-4)
         shares: list[float] = []
         together = author.write(range(6), shares.append)
-        assert shares == sorted(shares) and 0 < shares[0] < shares[-1] == 1
+        assert shares == sorted(shares) and shares[-1] == 1 and any(0 < share < 1 for share in shares)
         alone = author.write([4])
     assert alone == together[4:5]
     for number, example in enumerate(together):

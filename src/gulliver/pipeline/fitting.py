@@ -34,7 +34,7 @@ broad set: calibration mixes it in, and the model is judged on a part of it as o
 
 JUDGED_SHARE = 1 / 2
 """Least share of the held-out data that is measured where a loss was asked for: it is judged by its upper bound."""
-JUDGED_EXAMPLES = 2
+HELD_OUT_FACTOR = 2
 """Times as many examples of the broad set are held out then."""
 
 
@@ -74,7 +74,7 @@ class Fit:
         """What this effort gives a step; None where it leaves the step out."""
         options = EFFORTS[self.effort].get(name, {})
         if name == "sample" and options and self.budget.max_drop is not None:
-            return {**options, "held_out": JUDGED_EXAMPLES * options["held_out"]}
+            return {**options, "held_out": HELD_OUT_FACTOR * options["held_out"]}
         return options
 
     def qualities(self, model: Artifact, parent: Artifact | None = None) -> None:

@@ -135,7 +135,7 @@ class Author:
     def _prompt(self, number: int, text: Text) -> list[int]:
         rows = beginnings()
         head = chat_head(text)
-        place = number if head is None else number // 2  # of two numbers in a row one goes on from a beginning then
+        place = number if head is None else number // 2  # chat: only odd numbers continue a whole one
         beginning = rows[(place + self._seed) % len(rows)]
         if head is None or number % 2:
             return text.encode(beginning)[: self._tokens // 2] or text.encode("The")
