@@ -61,9 +61,10 @@ def fit(args: argparse.Namespace, results: Results) -> None:
     row = work.stage("fit", lambda: _fitted(args, work))
     asked = {"effort": args.effort, "size": args.size, "max_drop": args.max_drop}
     if row["outcome"] == "fitted":
-        parent_id = weights_hash(args.parent)
-        before = results.parent(parent_id, lambda: _score(args, args.parent))
         after = work.stage("score", lambda: _score(args, _exported(work)))
+        products = after.pop("products")
+        parent_id = weights_hash(args.parent) + ("" if products == "bfloat16" else f" {products}")
+        before = results.parent(parent_id, lambda: _score(args, args.parent))
         ratios = {name: round(after[name]["perplexity"] / before[name]["perplexity"], 5) for name in after}
         lost = {name: ratio - 1 for name, ratio in ratios.items()}
         wikitext, shakespeare = lost[Path(WIKITEXT).stem], lost[Path(SHAKESPEARE).stem]

@@ -3,7 +3,8 @@
 
     python benchmarks/compress_score.py MODEL_DIR --text wikitext-2.test.txt 24 --text tinyshakespeare.txt 12
 
-The first windows of 1024 tokens of each text, bf16 autocast: what peers_llama_cpp.py does with the peers.
+The first windows of 1024 tokens of each text, as peers_llama_cpp.py does with the peers. "products" is the type in
+which matrices were multiplied: bfloat16 where the CPU has it, float32 elsewhere.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    found = {}
+    from gulliver.nets.precision import has_bfloat16
+
+    found: dict = {"products": "bfloat16" if has_bfloat16() else "float32"}
     for name, count in args.text:
         found[Path(name).stem] = {
             **perplexity(model, windows(tokenizer, Path(name), int(count))),

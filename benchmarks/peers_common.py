@@ -20,12 +20,17 @@ def windows(tokenizer, text: Path, count: int):
 
 
 def perplexity(model, ids) -> dict:
-    """Perplexity over all scored tokens and over the later half of each window. ids int64 [windows, 1024]."""
+    """Perplexity over all scored tokens and over the later half of each window. ids int64 [windows, 1024].
+
+    Products are in bfloat16 where the CPU multiplies it, in float32 elsewhere.
+    """
     import torch
+
+    from gulliver.nets.precision import has_bfloat16, products_in
 
     total, later = 0.0, 0.0
     half = CONTEXT // 2
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad(), products_in(has_bfloat16()):
         for row in ids:
             logits = model(row[None]).logits[0, :-1].float()
             losses = torch.nn.functional.cross_entropy(logits, row[1:], reduction="none")

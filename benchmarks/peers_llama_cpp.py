@@ -13,7 +13,7 @@ For each row of VARIANTS: llama-quantize makes the file with an importance matri
 `tensor_bytes` what its tensors take. llama-quantize then writes the same file out as F32 (dequantizing with its own
 code), those weights are put into the Hugging Face model, and its perplexity is computed in torch, in the way of the
 plain measurement that every claim of ours uses: the first `--windows` windows of 1024 tokens, consecutive, no overlap,
-every token but a window's first is scored, no token is inserted, bf16 autocast. All peers so run in one engine, and
+every token but a window's first is scored, no token is inserted. All peers so run in one engine, and
 quality alone differs between them. `perplexity_second_half` scores only the later half of each window: this is what
 llama-perplexity prints, to compare the two engines (`--check NAME`).
 

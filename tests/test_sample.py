@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from language_samples import CAUSAL, write_causal, write_encoder
+from language_samples import SMALL as SMALL_NETWORK
 from toy_language import write_model
 
 from gulliver.core.errors import ConfigError, DataError
@@ -24,6 +25,7 @@ from gulliver.data.options import SampleOptions
 from gulliver.pipeline.call import call
 from gulliver.runtime.eight_bits import write_in_eight_bits
 from gulliver.runtime.reference import read_tensors
+from gulliver.runtime.reference_cache import Lockstep, Reader
 from gulliver.tasks import get_task
 from gulliver.tasks.base import Written
 from gulliver.tasks.language import writing
@@ -153,6 +155,37 @@ def test_every_network_writes(name: str, tmp_path: Path) -> None:
     folder = write_causal(tmp_path / "model", name)
     with writing.Author(folder, 48, 3, tmp_path / "work") as author:
         assert len(author.write([0, 1])) == 2
+
+
+UNLIKE: dict[str, tuple[str, dict[str, Any]]] = {
+    "keys and values": CAUSAL["gpt2"],
+    "convolutions beside them": ("lfm2", SMALL_NETWORK | {"layer_types": ["conv", "full_attention"]}),
+    "states": ("mamba2", SMALL_NETWORK | {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1}),
+}
+
+
+@pytest.mark.parametrize(("kind", "cached"), [*((kind, True) for kind in UNLIKE), ("keys and values", False)])
+def test_many_texts_in_step_are_those_written_one_by_one(
+    kind: str, cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache of any kind, and none; prompts of unlike lengths, questions with answers, texts that end early."""
+    monkeypatch.setitem(CAUSAL, kind, UNLIKE[kind])
+    chat = write_causal(tmp_path / "model", kind)
+    (chat / "chat_template.jinja").write_text(
+        "{% for message in messages %}A:{{ message.content }}B{% endfor %}{% if add_generation_prompt %}C:{% endif %}"
+    )
+    if not cached:
+        monkeypatch.setattr(Reader, "cache_of", lambda self, found: None)
+    shares: list[float] = []
+    monkeypatch.setattr(writing, "TOLD_EVERY_S", 0.0)
+    with writing.Author(chat, 64, 3, tmp_path / "work") as author:
+        author._engine.text.end_tokens = frozenset(range(10, 20))  # a network of random weights ends seldom
+        monkeypatch.setattr(writing, "SLOTS", 4)
+        together = author.write(range(6), shares.append)
+        monkeypatch.setattr(Lockstep, "_agrees", lambda self, texts: False)
+        assert author.write(range(6)) == together
+    assert shares == sorted(shares) and 0 < shares[0] < shares[-1] == 1
+    assert len({example.row["text"] for example in together}) == 6
 
 
 def test_eight_bits_are_close_and_hold_every_companion(folder: Path, tmp_path: Path) -> None:

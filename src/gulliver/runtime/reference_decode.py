@@ -62,7 +62,7 @@ class ReferenceDecoder:
             raise ConfigError(f"{folder} has no language model head, so it writes no text; ask it for embeddings")
         config = model.config.get_text_config(decoder=True)
         self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
-        self._reader: Reader | None = Reader(model, self.vocabulary)
+        self.reader: Reader | None = Reader(model, self.vocabulary)
         positions = getattr(config, "max_position_embeddings", None) or NO_LIMIT
         self.positions: int = positions if positions > 0 else NO_LIMIT  # -1 says that there is none
         wanted = slots * self.positions if cache_tokens is None else cache_tokens
@@ -73,7 +73,7 @@ class ReferenceDecoder:
     def step(self, batch: StepBatch) -> NDArray[np.float32]:
         """Logits [answers, vocabulary]; see `Decoder.step`."""
         found: list[NDArray[np.float32]] = []
-        assert self._reader is not None, "the decoder is closed"
+        assert self.reader is not None, "the decoder is closed"
         with torch.inference_mode():
             for place in range(len(batch.blocks)):
                 rows = np.flatnonzero(batch.sequences == place)
@@ -84,7 +84,7 @@ class ReferenceDecoder:
                 held = self._sequence(tuple(batch.blocks[place, :count].tolist()), first)
                 wanted = np.flatnonzero(np.isin(rows, batch.wanted))
                 keep = len(rows) - int(wanted[0]) if len(wanted) else 1
-                logits = self._reader.read(held.text, batch.tokens[rows].tolist(), keep)
+                logits = self.reader.read(held.text, batch.tokens[rows].tolist(), keep)
                 found.append(logits[wanted - (len(rows) - keep)].float().numpy())
         return np.concatenate(found) if found else np.empty((0, self.vocabulary), np.float32)
 
@@ -101,11 +101,11 @@ class ReferenceDecoder:
         count = len(held.text.tokens)
         assert count >= first, f"position {first} follows a sequence of {count} tokens"
         held.blocks = blocks
-        assert self._reader is not None
-        self._reader.shorten(held.text, first)
+        assert self.reader is not None
+        self.reader.shorten(held.text, first)
         return held
 
     def close(self) -> None:
         """Free the weights and the cache."""
         self._held.clear()
-        self._reader = None
+        self.reader = None

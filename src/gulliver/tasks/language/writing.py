@@ -12,17 +12,19 @@ from the whole vocabulary is mostly junk. So texts begin as texts do:
 
 Tokens are drawn at temperature 1 from the likeliest that have NUCLEUS of the probability. Texts that are short,
 repetitive, unreadable or a mixture of scripts are named so, and left to the caller to drop. Text number k is a pure
-function of (model, seed, k). Models that run natively are written with in 8 bits, many texts at a time.
+function of (model, seed, k): natively of these alone, by the reference path up to how torch rounds with others beside
+it. Many texts are written at a time; models that run natively are written with in 8 bits.
 """
 
 from __future__ import annotations
 
 import json
+import time
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
 
@@ -37,8 +39,11 @@ from gulliver.runtime.decode import native_reason, open_decoder
 from gulliver.runtime.eight_bits import write_in_eight_bits
 from gulliver.runtime.lower import NotLowered, read_config
 from gulliver.runtime.packing import is_packed
+from gulliver.runtime.reference_cache import Lockstep
+from gulliver.runtime.reference_decode import ReferenceDecoder
 from gulliver.runtime.text.tokenizer import Text
 from gulliver.tasks.base import Advance, Written
+from gulliver.tasks.language.lockstep import Row, write_in_step
 
 BEGINNINGS = Path(__file__).with_name("beginnings.jsonl")
 NUCLEUS = 0.95
@@ -95,6 +100,12 @@ class Author:
 
     def write(self, numbers: Sequence[int], advance: Advance = lambda share: None) -> list[Written]:
         """Texts number `numbers`, in that order; `advance` gets the share of their tokens that is there."""
+        decoder = self._engine.decoder
+        if isinstance(decoder, ReferenceDecoder):
+            assert decoder.reader is not None
+            step = Lockstep(decoder.reader)
+            if step.works:
+                return self._in_step(step, numbers, advance)
         lengths = dict.fromkeys(numbers, 0)
         pool = ThreadPoolExecutor(SLOTS)
         try:
@@ -109,17 +120,39 @@ class Author:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # after an interrupt, closing the engine ends what runs
 
+    def _in_step(self, step: Lockstep, numbers: Sequence[int], advance: Advance) -> list[Written]:
+        rows, told = [self._row(number) for number in numbers], 0.0
+        for start in range(0, len(rows), SLOTS):
+            some = rows[start : start + SLOTS]
+            for share in write_in_step(step, some, self._tokens, self._engine.text.end_tokens):
+                if time.monotonic() - told > TOLD_EVERY_S:
+                    told = time.monotonic()
+                    advance((start + share * len(some)) / len(rows))
+        advance(1.0)
+        return [self._judged(number, row.tokens) for number, row in zip(numbers, rows, strict=True)]
+
+    def _row(self, number: int) -> Row:
+        text = self._engine.text
+        follows = partial(self._turn, text=text) if self._is_chat(number, text) else None
+        return Row(self._prompt(number, text), self._sampling(number, 0), follows, self._sampling(number, 1))
+
+    def _judged(self, number: int, tokens: list[int]) -> Written:
+        text = self._engine.text
+        told = text.tokenizer.decode(tokens, skip_special_tokens=not self._is_chat(number, text))
+        return Written({"text": told}, fault_of(told, tokens))
+
     def _written(self, number: int, lengths: dict[int, int]) -> Written:
         """Text number `number`; `lengths` counts its tokens so far, and as many as there may be when it is done."""
         text, prompt = self._engine.text, self._prompt(number, self._engine.text)
         pieces = self._pieces(prompt, number, 0, lengths)
-        tokens, chat = prompt + _tokens(pieces), self._is_chat(number, text)
-        turn = self._turn(tokens, pieces, text) if chat else None
-        if turn is not None:
-            tokens = turn + _tokens(self._pieces(turn, number, 1, lengths))
+        tokens, last = prompt + _tokens(pieces), pieces[-1]
+        if self._is_chat(number, text) and last.finish == "stop" and last.completion_tokens > 1:
+            glue = self._turn(tokens, text)
+            if glue is not None:
+                turn = [*tokens, *glue]
+                tokens = turn + _tokens(self._pieces(turn, number, 1, lengths))
         lengths[number] = self._tokens
-        told = text.tokenizer.decode(tokens, skip_special_tokens=not chat)
-        return Written({"text": told}, fault_of(told, tokens))
+        return self._judged(number, tokens)
 
     def _pieces(self, prompt: list[int], number: int, turn: int, lengths: dict[int, int]) -> list[Piece]:
         lengths[number], pieces = len(prompt), []
@@ -143,17 +176,19 @@ class Author:
         return text.encode(head[0] + words, special=False)[: self._tokens // 2]
 
     def _request(self, prompt: list[int], number: int, turn: int) -> Request:
-        seed = int(np.random.default_rng([self._seed, number, turn]).integers(2**63))
         left = max(1, self._tokens - len(prompt))
-        return Request(tuple(prompt), max_tokens=left, sampling=Sampling(top_p=NUCLEUS, seed=seed))
+        return Request(tuple(prompt), max_tokens=left, sampling=self._sampling(number, turn))
 
-    def _turn(self, tokens: list[int], pieces: Sequence[Piece], text: Text) -> list[int] | None:
-        """A question as written, and what the template puts between it and the answer; None where no answer fits."""
+    def _sampling(self, number: int, turn: int) -> Sampling:
+        seed = int(np.random.default_rng([self._seed, number, turn]).integers(2**63))
+        return Sampling(top_p=NUCLEUS, seed=seed)
+
+    def _turn(self, tokens: Sequence[int], text: Text) -> list[int] | None:
+        """What the template puts between a question as written and the answer; None where no answer fits."""
         head = chat_head(text)
         assert head is not None
         glue = text.encode(head[1], special=False)
-        ended = pieces[-1].finish == "stop" and pieces[-1].completion_tokens > 1
-        return [*tokens, *glue] if ended and len(tokens) + len(glue) + FEWEST_TOKENS < self._tokens else None
+        return glue if len(tokens) + len(glue) + FEWEST_TOKENS < self._tokens else None
 
 
 def runs_natively(folder: Path) -> bool:
