@@ -49,7 +49,8 @@ def post_and_leave(server: Running, body: dict[str, Any]) -> Iterator[socket.soc
     """A request whose client stays until the block ends, then breaks the connection."""
     port = int(server.url.rsplit(":", 1)[1])
     data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}"
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head += f"content-length: {len(data)}"
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(head.encode() + b"\r\n\r\n" + data)
         yield connection

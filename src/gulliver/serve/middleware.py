@@ -9,7 +9,8 @@ from http import HTTPMethod, HTTPStatus
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gulliver.serve import logs
-from gulliver.serve.errors import CLIENT_CLOSED, ApiError, draining
+from gulliver.serve.errors import CLIENT_CLOSED, ApiError, crowded, draining
+from gulliver.serve.hosts import OwnNames
 from gulliver.serve.state import CALL, RequestRecord, Route, State
 
 GUARDED = ("/v1/", "/api/")  # paths that need a key where there are keys; the page, health and metrics do not
@@ -21,6 +22,8 @@ class Middleware:
     def __init__(self, app: ASGIApp, state: State) -> None:
         self._app = app
         self._state = state
+        settings = state.settings
+        self._names = OwnNames(settings.host, settings.allowed_hosts) if state.keys is None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -39,7 +42,7 @@ class Middleware:
             await send(message)
 
         try:
-            self._admit(scope, call, works)
+            self._admit(scope, call, route)
             await self._app(scope, self._limited(scope, receive), sent)
         except ApiError as error:
             await error.response()(scope, receive, sent)
@@ -55,8 +58,12 @@ class Middleware:
             self._state.active -= works
             self._note(scope, call, route)
 
-    def _admit(self, scope: Scope, call: RequestRecord, works: bool) -> None:
+    def _admit(self, scope: Scope, call: RequestRecord, route: Route | None) -> None:
         """ApiError when the request is refused before its body is read."""
+        if self._names is not None:
+            self._names.check(scope["headers"], scope["server"][0] if scope.get("server") else "")
+        if self._state.crowded and not (route is not None and route.quiet):
+            raise crowded()
         headers = {name: value for name, value in scope["headers"] if name in (b"authorization", b"content-length")}
         keys = self._state.keys
         if keys is not None and scope["path"].startswith(GUARDED):
@@ -65,7 +72,7 @@ class Middleware:
             if call.caller is None:
                 message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
                 raise ApiError(HTTPStatus.UNAUTHORIZED, message, code="invalid_api_key")
-        if not works or scope["method"] != "POST":
+        if route is None or not route.costs or scope["method"] != "POST":
             return
         if self._state.draining:
             raise draining()
