@@ -269,16 +269,20 @@ class Connection(HttpToolsProtocol):
             self.end = self.loop.time() + LINGER_SECONDS
 
     def refuse(self, error: ApiError) -> None:
-        """Answer what never became a request, and close; in the midst of another answer, close at once."""
+        """Answer what is no request, or not to its end, and close; in the midst of another answer, close at once."""
         self.crowd.forget(self)
         self.deaf, self.taken = True, 0
         self.end = self.loop.time() + LINGER_SECONDS
         call, status = uuid.uuid4().hex, error.status_code
         self.crowd.state.metrics.requests.labels("other", "other", str(status), "").inc()
         logs.event("request", request=call, method="other", path="other", status=status)
-        if self._answers():
-            self.transport.close()
-            return
+        running = self.answering
+        if running is not None and not running.response_complete:
+            if running.response_started or running is not self.cycle:
+                self.transport.close()
+                return
+            running.disconnected = True  # it waits for its body, which does not come; what it says is not sent
+            running.message_event.set()
         body = error.body()
         lines = {"content-type": "application/json", "content-length": len(body), "x-request-id": call}
         head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
