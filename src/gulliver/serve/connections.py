@@ -29,6 +29,8 @@ from gulliver.serve.state import Settings, State
 TICK_SECONDS = 0.5
 MAX_PIPELINED = 32  # requests that one connection may send ahead
 RESERVE = 64  # connections beyond the most, so that health is still told
+MAX_PIECES = 2**14  # chunks of one body, each of which costs more than its bytes
+MARKS_BYTES = 2**18  # what a body may take beyond its own bytes: sizes and names of chunks, headers behind it
 LINGER_SECONDS = 2.0  # a refused client may go on sending; closing at once could destroy the answer on its way
 LINGER_BYTES = 2**20
 UNREAD_SECONDS = 5.0  # for the rest of a body whose request is answered already
@@ -44,7 +46,7 @@ class Crowd:
         self.idle: dict[Connection, None] = {}
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.most = min(self.settings.max_connections, descriptors * 3 // 4)
-        self.longest = self.settings.max_head_bytes + 2 * self.settings.max_body_bytes  # a message with its chunk marks
+        self.longest = self.settings.max_head_bytes + self.settings.max_body_bytes + MARKS_BYTES  # a whole message
         self._ticking = False
 
     def protocol(self, **given: Any) -> Connection:
@@ -119,7 +121,8 @@ class Connection(HttpToolsProtocol):
         self.end = self.stalled = math.inf
         self.origin: Any = None  # the client's address; of IPv6 the half that is given to one customer
         self.taken = 0  # bytes of the message that arrives now
-        self.size = 0  # bytes of the piece that is being read
+        self.size = 0  # bytes of what is being read at once
+        self.pieces = 0  # of the body that arrives now
         self.in_head = True  # no head is whole
         self.refusal: ApiError | None = None  # why the parser was stopped
         self.deaf = False  # what still comes is not read
@@ -165,8 +168,7 @@ class Connection(HttpToolsProtocol):
         elif self.in_head and not self._answers() and self not in self.crowd.half_open:
             self.crowd.waits(self)
         elif self.taken > self.crowd.longest:
-            message = "the body and the marks of its chunks are too long"
-            self.refuse(ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message, code="body_too_long"))
+            self.refuse(_too_long("the body and the marks of its chunks are too long"))
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -179,26 +181,35 @@ class Connection(HttpToolsProtocol):
     # ---- what the parser calls ---------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        self.taken = self.size  # at most: the piece may hold the end of the message before
+        self.taken, self.pieces = self.size, 0  # at most: it may begin with the end of the message before
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self.in_head:
-            return  # after a body sent in chunks; nothing asks for those
+        if not self.in_head:  # after a body sent in chunks; nothing asks for those
+            self._count_piece()
+            return
+        if len(self.headers) >= self.crowd.settings.max_headers:
+            raise self._stop(self._head_too_long())
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        settings = self.crowd.settings
-        if len(self.headers) > settings.max_headers or (
-            self.taken > settings.max_head_bytes
-            and len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > settings.max_head_bytes
-        ):
+        most = self.crowd.settings.max_head_bytes
+        if self.taken > most and len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > most:
             raise self._stop(self._head_too_long())
         if len(self.pipeline) >= MAX_PIPELINED:
             raise self._stop(bad_request("too many requests were sent ahead", code="too_many_pipelined"))
         self.in_head = False
         self.crowd.forget(self)
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._count_piece()
+        super().on_body(body)
+
+    def _count_piece(self) -> None:
+        self.pieces += 1
+        if self.pieces > MAX_PIECES:
+            raise self._stop(_too_long("the body comes in too many chunks; send it in larger ones"))
 
     def on_message_complete(self) -> None:
         self.in_head, self.taken = True, 0
@@ -288,3 +299,7 @@ class Connection(HttpToolsProtocol):
         head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
         self.transport.write(STATUS_LINE[status] + head.encode() + b"connection: close\r\n\r\n" + body)
         self.transport.write_eof()
+
+
+def _too_long(message: str) -> ApiError:
+    return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message, code="body_too_long")

@@ -95,6 +95,7 @@ class RequestRecord:
     caller: Caller | None = None
     model: str = ""
     status: int = 0
+    body_bytes: int = 0  # received
     choices: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
