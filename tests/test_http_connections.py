@@ -149,7 +149,7 @@ def test_marks_of_chunks_are_bounded(server: Running) -> None:
     status, error = answer(server, CHUNKED + b"1;" + b"x" * 500_000)
     assert status == 413 and error["code"] == "body_too_long"
     status, _ = answer(server, CHUNKED + b"1\r\n{\r\n0\r\n" + b"x: y\r\n" * 50_000)
-    assert status == 413
+    assert status == 431
     status, error = answer(server, CHUNKED + b"1\r\n \r\n" * 50_000)
     assert status == 413 and "larger ones" in error["message"]
     status, _ = answer(server, HEALTH[:-2] + b"transfer-encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 50_000)

@@ -88,6 +88,19 @@ def test_a_body_that_is_too_long_is_a_413(chunked: bool) -> None:
     assert len(engine.requests) == 1
 
 
+def test_what_large_bodies_leave_is_given_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[bool] = []
+    monkeypatch.setattr("gulliver.serve.middleware.give_back_freed_memory", given.append)
+    monkeypatch.setattr("gulliver.serve.middleware.GIVE_BACK_SECONDS", 0.1)
+    with serving(FakeEngine()) as server, server.client() as client:
+        client.post("/v1/completions", json=BODY)
+        for _ in range(3):
+            client.post("/v1/completions", json={**BODY, "prompt": "x" * 500_000})
+        until(lambda: given)
+        time.sleep(0.2)
+        assert 1 <= len(given) <= 3
+
+
 def test_a_body_that_does_not_come_is_a_408() -> None:
     with serving(FakeEngine(), settings=Settings(body_seconds=0.1)) as server:
         connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=5)

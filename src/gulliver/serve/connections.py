@@ -29,7 +29,8 @@ from gulliver.serve.state import Settings, State
 TICK_SECONDS = 0.5
 MAX_PIPELINED = 32  # requests that one connection may send ahead
 RESERVE = 64  # connections beyond the most, so that health is still told
-MAX_PIECES = 2**14  # chunks of one body, each of which costs more than its bytes
+FEED_BYTES = 2**15  # that are parsed before anything is counted
+MAX_PIECES = 2**13  # chunks of one body, each of which costs more than its bytes
 MARKS_BYTES = 2**18  # what a body may take beyond its own bytes: sizes and names of chunks, headers behind it
 LINGER_SECONDS = 2.0  # a refused client may go on sending; closing at once could destroy the answer on its way
 LINGER_BYTES = 2**20
@@ -120,8 +121,7 @@ class Connection(HttpToolsProtocol):
         self.crowd = crowd
         self.end = self.stalled = math.inf
         self.origin: Any = None  # the client's address; of IPv6 the half that is given to one customer
-        self.taken = 0  # bytes of the message that arrives now
-        self.size = 0  # bytes of what is being read at once
+        self.taken = 0  # bytes of the message that arrives now, but for what came with the end of the one before
         self.pieces = 0  # of the body that arrives now
         self.in_head = True  # no head is whole
         self.refusal: ApiError | None = None  # why the parser was stopped
@@ -147,23 +147,32 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
+        if len(data) <= FEED_BYTES:
+            self._feed(data)
+            return
+        for place in range(0, len(data), FEED_BYTES):
+            self._feed(data[place : place + FEED_BYTES])
+
+    def _feed(self, data: bytes) -> None:
+        """Parse at most FEED_BYTES, and look what became of them."""
         self.taken += len(data)
         if self.deaf:
             if self.taken > LINGER_BYTES:
                 self.transport.abort()
             return
-        self.size = len(data)
         assert self.parser is not None, "data after the end of a connection"
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:  # no other protocol is spoken: answered as if it was not asked for
             self._listen_no_more()
+            return
         except httptools.HttpParserError:
             self.refuse(self.refusal or bad_request("this is not valid HTTP/1.1", code="invalid_http"))
             return
-        if not self.taken or self.deaf:
-            return
-        if self.in_head and self.taken > self.crowd.settings.max_head_bytes:
+        if not self.taken:
+            return  # the usual case: a whole request
+        settings = self.crowd.settings
+        if len(self.headers or ()) > settings.max_headers or (self.in_head and self.taken > settings.max_head_bytes):
             self.refuse(self._head_too_long())
         elif self.in_head and not self._answers() and self not in self.crowd.half_open:
             self.crowd.waits(self)
@@ -180,39 +189,28 @@ class Connection(HttpToolsProtocol):
 
     # ---- what the parser calls ---------------------------------------------------------------------------------------
 
-    def on_message_begin(self) -> None:
-        self.taken, self.pieces = self.size, 0  # at most: it may begin with the end of the message before
-        super().on_message_begin()
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if not self.in_head:  # after a body sent in chunks; nothing asks for those
-            self._count_piece()
-            return
-        if len(self.headers) >= self.crowd.settings.max_headers:
-            raise self._stop(self._head_too_long())
-        super().on_header(name, value)
-
     def on_headers_complete(self) -> None:
-        most = self.crowd.settings.max_head_bytes
-        if self.taken > most and len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > most:
+        settings = self.crowd.settings
+        if len(self.headers) > settings.max_headers or (
+            self.taken > settings.max_head_bytes
+            and len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > settings.max_head_bytes
+        ):
             raise self._stop(self._head_too_long())
         if len(self.pipeline) >= MAX_PIPELINED:
             raise self._stop(bad_request("too many requests were sent ahead", code="too_many_pipelined"))
         self.in_head = False
         self.crowd.forget(self)
         super().on_headers_complete()
+        self.headers = []  # those behind a body in chunks are not the request's
 
     def on_body(self, body: bytes) -> None:
-        self._count_piece()
-        super().on_body(body)
-
-    def _count_piece(self) -> None:
         self.pieces += 1
         if self.pieces > MAX_PIECES:
             raise self._stop(_too_long("the body comes in too many chunks; send it in larger ones"))
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self.in_head, self.taken = True, 0
+        self.in_head, self.taken, self.pieces = True, 0, 0
         super().on_message_complete()
         if self.cycle.response_complete:
             self._rest()
