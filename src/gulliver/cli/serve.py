@@ -42,8 +42,7 @@ def serve(options: ServeOptions, session: Session) -> tuple[Any, list[str]]:
         with process.stoppable():
             for name, spec in named:
                 models.append(opened(name, spec, options, session))
-            state = make_state(models, settings, keys)
-        process.run(state, sock)
+            process.run(make_state(models, settings, keys), sock)
     except process.Stopped:
         return {"served": []}, ["stopped before it served"]
     finally:

@@ -40,13 +40,13 @@ class Server(uvicorn.Server):
         yield
 
 
-class Stopped(Exception):
-    """A signal came before the server served."""
+class Stopped(BaseException):
+    """A signal came before the server served. No Exception: a library must not take it for a fault of its own."""
 
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM and SIGINT raise Stopped in the block, while models are loaded; in a thread, nothing changes."""
+    """SIGTERM and SIGINT raise Stopped in the block, until `run` takes them over; in a thread, nothing changes."""
 
     def stop(number: int, frame: Any) -> None:
         raise Stopped
