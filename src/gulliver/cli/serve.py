@@ -61,7 +61,7 @@ def _check_reach(options: ServeOptions, address: str) -> None:
     if options.api_keys is not None and options.allowed_host:
         raise ConfigError("--allowed-host is for a server without keys; with --api-keys every name is answered")
     if options.api_keys is None and not options.without_keys and not is_loopback(address):
-        told = "gulliver keys keys.json --add NAME, then --api-keys keys.json; or insist with --without-keys"
+        told = "make some (gulliver keys FILE --add NAME) and give --api-keys FILE, or insist with --without-keys"
         raise ConfigError(f"--host {options.host} lets other machines in, and there are no keys; {told}")
 
 
