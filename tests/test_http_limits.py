@@ -49,7 +49,8 @@ def post_and_leave(server: Running, body: dict[str, Any]) -> Iterator[socket.soc
     """A request whose client stays until the block ends, then breaks the connection."""
     port = int(server.url.rsplit(":", 1)[1])
     data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}"
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head += f"content-length: {len(data)}"
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(head.encode() + b"\r\n\r\n" + data)
         yield connection
@@ -85,6 +86,19 @@ def test_a_body_that_is_too_long_is_a_413(chunked: bool) -> None:
         assert response.headers["connection"] == "close"
         assert client.post("/v1/completions", json=BODY).status_code == 200
     assert len(engine.requests) == 1
+
+
+def test_what_large_bodies_leave_is_given_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[bool] = []
+    monkeypatch.setattr("gulliver.serve.middleware.give_back_freed_memory", given.append)
+    monkeypatch.setattr("gulliver.serve.middleware.GIVE_BACK_SECONDS", 0.1)
+    with serving(FakeEngine()) as server, server.client() as client:
+        client.post("/v1/completions", json=BODY)
+        for _ in range(3):
+            client.post("/v1/completions", json={**BODY, "prompt": "x" * 500_000})
+        until(lambda: given)
+        time.sleep(0.2)
+        assert 1 <= len(given) <= 3
 
 
 def test_a_body_that_does_not_come_is_a_408() -> None:

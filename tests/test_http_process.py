@@ -18,13 +18,19 @@ from typing import Any
 
 import httpx
 import pytest
+from http_samples import FakeEngine
+from http_samples import served as fake_model
 from language_samples import write_causal
 
 from gulliver.cli import serve as commands_serve
 from gulliver.cli.parser import parsed
+from gulliver.cli.session import Session
 from gulliver.core.errors import ConfigError
+from gulliver.core.progress import Progress
+from gulliver.serve import process
 from gulliver.serve.keys import add_key
 from gulliver.serve.process import listen
+from gulliver.serve.state import State
 
 FAKE = """
 import sys
@@ -176,6 +182,8 @@ def test_a_native_model_is_served_without_torch() -> None:
         (("m", "--host", "no.such.host.invalid"), "no.such.host.invalid"),
         (("a/m", "b/m", "--port", "0"), "two models would be called 'm'"),
         (("=x", "--port", "0"), "names no model"),
+        (("m", "--port", "0", "--host", "0.0.0.0"), "--host 0.0.0.0 lets other machines in"),
+        (("m", "--port", "0", "--allowed-host", "http://x"), "--allowed-host is 'http://x'"),
     ],
 )
 def test_wrong_options_stop_early(words: tuple[str, ...], says: str) -> None:
@@ -192,6 +200,88 @@ def test_a_port_that_is_taken_is_named() -> None:
             listen("127.0.0.1", other.getsockname()[1])
     with pytest.raises(ConfigError, match="--host is empty"):
         listen("", 0)
+
+
+def test_of_two_servers_that_load_the_second_is_told_at_once() -> None:
+    first = listen("127.0.0.1", 0)
+    with first, pytest.raises(ConfigError, match="cannot be used"):
+        listen("127.0.0.1", first.getsockname()[1])
+
+
+def test_keys_are_needed_where_others_reach_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_key(tmp_path / "keys.json", "ann")
+    served: list[State] = []
+    monkeypatch.setattr(commands_serve, "opened", lambda name, *rest: fake_model(FakeEngine(), name))
+    monkeypatch.setattr(process, "run", lambda state, sock: served.append(state))
+    for words in (
+        ("--host", "0.0.0.0", "--without-keys", "--allowed-host", "models.example"),
+        ("--host", "0.0.0.0", "--api-keys", str(tmp_path / "keys.json")),
+        ("--host", "localhost"),
+        ("--host", "127.0.0.2"),
+    ):
+        line = parsed(["serve", "m", "--port", "0", *words])
+        assert line.row.act(line.given, SimpleNamespace())[1] == ["stopped"]
+    assert served[0].settings.allowed_hosts == ("models.example",) and served[0].settings.host == "0.0.0.0"
+    for words in (("--without-keys",), ("--allowed-host", "x")):
+        with pytest.raises(ConfigError, match="keys"):
+            line = parsed(["serve", "m", "--port", "0", "--api-keys", str(tmp_path / "keys.json"), *words])
+            line.row.act(line.given, SimpleNamespace())
+
+
+SLOW = """
+import sys, time
+from gulliver.cli import main, serve
+serve.opened = lambda *given: (print("loading", file=sys.stderr, flush=True), time.sleep(60))
+sys.exit(main.main(["serve", "m={folder}", "--port", "0"]))
+"""
+
+
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_models_are_loaded_ends_it(name: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SLOW.format(folder=write_causal(tmp_path / "m"))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None and process.stderr.readline() == "loading\n"
+        process.send_signal(name)
+        assert process.communicate(timeout=30) == ("stopped before it served\n", "") and process.returncode == 0
+
+
+def test_closed_standard_streams_change_nothing(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["serve", f"m={write_causal(tmp_path / 'm')}", "--port", str(port), "--home", str(tmp_path / "home")]
+    line = ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "-", sys.executable, "-c", SERVE, *words]
+    with subprocess.Popen(line) as process, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(httpx.HTTPError):
+                    assert client.get("/healthz").status_code == 200
+                    break
+                time.sleep(0.05)
+            answer = client.post("/v1/completions", json={"model": "m", "prompt": "home", "max_tokens": 2})
+            assert answer.status_code == 200
+            opened = {os.readlink(f"/proc/{process.pid}/fd/{number}") for number in range(3)}
+            assert opened == {"/dev/null"}
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+
+
+def test_damaged_weights_are_not_served_with_verify(tmp_path: Path, command: Any) -> None:
+    folder = write_causal(tmp_path / "plain")
+    code, _, told = command("serve", folder, "--verify", "--port", "0")
+    assert code == 2 and "gulliver pull" in told and told.count("\n") == 1
+    code, document, _ = command("pull", folder, "--out", tmp_path / "model", "--json")
+    assert code == 0
+    weights = next((tmp_path / "model").glob("*.safetensors"))
+    whole = weights.read_bytes()
+    session = Session(str(tmp_path / "home"), None, Progress(quiet=True), "")
+    commands_serve.verified(str(tmp_path / "model"), session)
+    commands_serve.verified(json.loads(document)["id"], session)
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    code, _, told = command("serve", tmp_path / "model", "--verify", "--port", "0")
+    assert code == 2 and f"{weights.name} differs" in told and told.count("\n") == 1
 
 
 def test_names_of_models(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ BODY = {"model": "fake", "prompt": "a", "stream": True, "max_tokens": 10**6}
 def read_all(server: Running, body: dict[str, Any], pause: float, buffer: int | None = None) -> bytes:
     """The whole answer, read after `pause` seconds; `buffer`: bytes that the client's kernel holds."""
     data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}"
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head += f"content-length: {len(data)}"
     with socket.socket() as connection:
         if buffer is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)

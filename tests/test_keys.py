@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gulliver.core.errors import ConfigError
+from gulliver.core.store.files import file_lock
 from gulliver.serve import keys
 from gulliver.serve.keys import Bucket, Caller, Key, KeyRing, add_key, hash_key, read_keys, remove_key
 
@@ -203,3 +206,54 @@ def test_the_keys_command(tmp_path: Path, command: Callable[..., Any]) -> None:
     assert command("keys", path, "--requests-per-minute", "3")[0] == 2
     code, shown, _ = command("keys", path, "--remove", "ann")
     assert code == 0 and command("keys", path)[1] == "no keys yet\n"
+
+
+# ---- the file among processes ----------------------------------------------------------------------------------------
+
+
+def test_keys_that_are_added_at_once_are_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "keys.json"
+
+    def slowly(path: Path, read: Callable[[Path], list[Key]] = keys.read_keys) -> list[Key]:
+        found = read(path)
+        time.sleep(0.01)  # in which another would read the same
+        return found
+
+    monkeypatch.setattr(keys, "read_keys", slowly)
+    names = [f"user{number}" for number in range(12)]
+    with ThreadPoolExecutor(12) as pool:  # the lock is of the opened file, so that threads stand for processes
+        secrets = dict(zip(names, pool.map(lambda name: add_key(path, name), names), strict=True))
+        assert {key.name: key.sha256 for key in read_keys(path)} == {
+            name: hash_key(secret) for name, secret in secrets.items()
+        }
+        list(pool.map(lambda name: remove_key(path, name), names[:6]))
+    assert sorted(key.name for key in read_keys(path)) == sorted(names[6:])
+
+
+def test_a_file_that_another_process_holds_is_waited_for_within_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "LOCK_SECONDS", 0.1)
+    path = tmp_path / "keys.json"
+    with file_lock(tmp_path / "keys.json.lock"), pytest.raises(ConfigError, match="another process holds"):
+        add_key(path, "ann")
+    assert not path.exists()
+    add_key(path, "ann")
+
+
+def test_a_link_to_the_file_stays_one(tmp_path: Path) -> None:
+    add_key(tmp_path / "real.json", "ann")
+    (tmp_path / "keys.json").symlink_to("real.json")
+    add_key(tmp_path / "keys.json", "bob")
+    assert (tmp_path / "keys.json").is_symlink() and len(read_keys(tmp_path / "real.json")) == 2
+
+
+def test_what_cannot_be_a_file_of_keys_is_told(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        for attempt in (lambda path=path: add_key(path, "ann"), lambda path=path: KeyRing(path, print)):
+            with pytest.raises(ConfigError, match=r"is not a file|cannot be"):
+                attempt()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        add_key(tmp_path / "file" / "keys.json", "ann")

@@ -19,7 +19,7 @@ from typing import Any
 from gulliver.cli.commands import Command
 from gulliver.cli.parser import Parsed, parsed
 from gulliver.core.errors import GulliverError
-from gulliver.core.stdout import stdout_into
+from gulliver.core.stdout import open_standard_streams, stdout_into
 from gulliver.core.store.files import named_path
 from gulliver.pipeline.steps import INPUT_KINDS, Step
 from gulliver.tasks import foreign_files
@@ -27,6 +27,7 @@ from gulliver.tasks import foreign_files
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    open_standard_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in words
     try:

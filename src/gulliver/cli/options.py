@@ -172,13 +172,18 @@ class ServeOptions(Options):
     models: tuple[str, ...] = option(
         ..., f"what to serve, as MODEL or NAME=MODEL; MODEL is {MODEL_HELP}", metavar="MODEL"
     )
-    host: str = option("127.0.0.1", "address to listen on, this machine alone unless given")
+    host: str = option("127.0.0.1", "address to listen on, this machine alone unless given; others need --api-keys")
     port: int = option(8000, "port to listen on; 0 takes a free one")
     threads: int | None = option(None, "threads of each model (default: one per core)", metavar="N", ge=1)
     slots: int = option(16, "most completions in one step of a model", metavar="N", ge=1)
     cache_tokens: int | None = option(None, "tokens that a model's cache holds (default: by memory)", ge=1)
     queue: int = option(256, "most requests that wait for a model", metavar="N", ge=1)
     api_keys: str | None = option(None, "serve only requests with a key; see `gulliver keys`", metavar="FILE")
+    without_keys: bool = option(False, "serve whoever reaches --host, although it is not this machine alone")
+    allowed_host: tuple[str, ...] = option(
+        (), "without keys, answer requests under this name too; repeatable", metavar="NAME"
+    )
+    verify: bool = option(False, "hash every file of the models again before they are served; refuse damaged ones")
     timeout: float = option(600.0, "seconds a request may take", metavar="SECONDS", gt=0)
     grace: float = option(30.0, "seconds running answers get on SIGTERM", metavar="SECONDS", ge=0)
     max_body: str = option("4MiB", "longest body of a request", metavar="SIZE")

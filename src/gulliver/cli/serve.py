@@ -12,10 +12,14 @@ from gulliver.core.errors import ConfigError
 
 
 def serve(options: ServeOptions, session: Session) -> tuple[Any, list[str]]:
-    """Serve until a signal comes. ConfigError for a wrong option, a port that is taken, two models of one name."""
+    """Serve until a signal comes. ConfigError for a wrong option, a port that is taken, two models of one name.
+
+    A signal while models are loaded ends it too, with nothing served.
+    """
     from gulliver.core.quantities import parse_size
     from gulliver.serve import logs, process
     from gulliver.serve.app import make_state
+    from gulliver.serve.hosts import checked_names
     from gulliver.serve.keys import KeyRing
     from gulliver.serve.state import Settings
 
@@ -23,6 +27,8 @@ def serve(options: ServeOptions, session: Session) -> tuple[Any, list[str]]:
         max_body_bytes=parse_size(options.max_body, "--max-body"),
         timeout_seconds=options.timeout,
         grace_seconds=options.grace,
+        host=options.host,
+        allowed_hosts=tuple(sorted(checked_names(options.allowed_host))),
     )
     logs.configure()
     keys = None
@@ -32,14 +38,31 @@ def serve(options: ServeOptions, session: Session) -> tuple[Any, list[str]]:
     sock = process.listen(options.host, options.port)
     models: list[Any] = []
     try:
-        for name, spec in named:
-            models.append(opened(name, spec, options, session))
-        process.run(make_state(models, settings, keys), sock)
+        _check_reach(options, sock.getsockname()[0])
+        with process.stoppable():
+            for name, spec in named:
+                models.append(opened(name, spec, options, session))
+            process.run(make_state(models, settings, keys), sock)
+    except process.Stopped:
+        return {"served": []}, ["stopped before it served"]
     finally:
         sock.close()
         for model in models:
             model.answerer.close()
     return {"served": [model.name for model in models]}, ["stopped"]
+
+
+def _check_reach(options: ServeOptions, address: str) -> None:
+    """ConfigError when others than this machine could reach a server that asks for no keys."""
+    from gulliver.serve.hosts import is_loopback
+
+    if options.api_keys is not None and options.without_keys:
+        raise ConfigError("--api-keys and --without-keys exclude each other; leave one out")
+    if options.api_keys is not None and options.allowed_host:
+        raise ConfigError("--allowed-host is for a server without keys; with --api-keys every name is answered")
+    if options.api_keys is None and not options.without_keys and not is_loopback(address):
+        told = "make some (gulliver keys FILE --add NAME) and give --api-keys FILE, or insist with --without-keys"
+        raise ConfigError(f"--host {options.host} lets other machines in, and there are no keys; {told}")
 
 
 def named_models(specs: Sequence[str]) -> list[tuple[str, str]]:
@@ -70,6 +93,8 @@ def opened(name: str, spec: str, options: ServeOptions, session: Session) -> Any
     from gulliver.pipeline.spec import ID
     from gulliver.serve.state import ServedModel
 
+    if options.verify:
+        verified(spec, session)
     how = opening(options, slots=options.slots, cache_tokens=options.cache_tokens, queue=options.queue)
     given = None if name == spec and ID.fullmatch(name) else name  # an id gives way to the name in the file
     answerer = open_answerer(spec, how, store=lambda: session.store, name=given, progress=session.progress)
@@ -82,6 +107,19 @@ def opened(name: str, spec: str, options: ServeOptions, session: Session) -> Any
         artifact_id=artifact.id if artifact is not None else None,
         size_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
     )
+
+
+def verified(spec: str, session: Session) -> None:
+    """Hash the files of a model again. ArtifactError for one that differs, ConfigError where no hash was ever taken."""
+    from gulliver.core.store.artifact import MANIFEST, open_artifact, verify
+    from gulliver.pipeline.ask import resolved
+    from gulliver.pipeline.spec import local_folder
+
+    found = local_folder(spec) or resolved(spec, lambda: session.store, session.progress)
+    if not (found[0] / MANIFEST).is_file():
+        told = f"make an artifact of it first: gulliver pull {spec}"
+        raise ConfigError(f"--verify: {spec} has no {MANIFEST} with hashes to compare its files with; {told}")
+    verify(open_artifact(found[0]))
 
 
 def keys(options: KeysOptions, session: Session) -> tuple[Any, list[str]]:

@@ -15,6 +15,11 @@ from gulliver.core.names import nearest
 from gulliver.runtime.batching.records import EngineClosed, QueueFull
 
 CLIENT_CLOSED = 499  # the status that is logged when a client went away before its answer
+CLOSING = (  # what is left of the body is not read, or the place is needed
+    HTTPStatus.REQUEST_TIMEOUT,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+)
 KINDS: Mapping[int, str] = {  # OpenAI's `type` of an error by its status
     HTTPStatus.UNAUTHORIZED: "authentication_error",
     HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
@@ -38,7 +43,7 @@ class ErrorAnswer(BaseModel):
 
 
 RESPONSES: dict[int | str, dict[str, Any]] = {  # of every route, for the OpenAPI document
-    status: {"model": ErrorAnswer} for status in (400, 401, 404, 408, 413, 429, 500, 503, 504, "default")
+    status: {"model": ErrorAnswer} for status in (400, 401, 403, 404, 408, 413, 429, 431, 500, 503, 504, "default")
 }
 
 
@@ -62,8 +67,8 @@ class ApiError(HTTPException):
             headers["retry-after"] = str(max(1, round(retry_after + 0.5)))
         if status == HTTPStatus.UNAUTHORIZED:
             headers["www-authenticate"] = "Bearer"
-        if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE):
-            headers["connection"] = "close"  # what is left of the body is not read
+        if status in CLOSING:
+            headers["connection"] = "close"
         super().__init__(status, message, headers)
         kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
         self.answer = ErrorAnswer(error=Problem(message=message, type=kind, param=param, code=code))
@@ -128,6 +133,12 @@ def gone() -> ApiError:
 def draining() -> ApiError:
     """The answer while the server shuts down."""
     return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", code="shutting_down", retry_after=5)
+
+
+def crowded() -> ApiError:
+    """The answer when there are more connections than the server takes."""
+    message = "the server has too many connections; retry later"
+    return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, message, code="too_many_connections", retry_after=1)
 
 
 def timed_out() -> ApiError:

@@ -7,6 +7,7 @@ leaks anything. The file is read again when it changes: a key that is taken out 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -15,7 +16,7 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,13 +25,14 @@ from pydantic import Field, ValidationError
 
 from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.record import Row
-from gulliver.core.store.files import write_atomic
+from gulliver.core.store.files import file_lock, write_atomic
 from gulliver.core.store.manifest import read_json
 
 PREFIX = "gk-"
 MAX_FILE_BYTES = 8 * 2**20
 MAX_KEY_CHARACTERS = 256
 REREAD_SECONDS = 1.0
+LOCK_SECONDS = 20.0  # to wait for another process that changes the file
 MINUTE = 60.0
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$"
 Limit = Annotated[int, Field(ge=1)] | None
@@ -169,6 +171,8 @@ def hash_key(key: str) -> str:
 
 def read_keys(path: Path) -> list[Key]:
     """All keys of a file. ConfigError for a file that is missing, malformed, or holds a name twice."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ConfigError(f"the key file {path} is not a file; give the name of one, new or made by `gulliver keys`")
     try:
         with open(path, "rb") as stream:
             data = stream.read(MAX_FILE_BYTES + 1)
@@ -202,30 +206,48 @@ def add_key(
     path: Path, name: str, *, requests_per_minute: int | None = None, tokens_per_minute: int | None = None
 ) -> str:
     """A new key, returned and nowhere kept; the file, which is made when missing, gets its hash."""
-    keys = read_keys(path) if path.exists() else []
     if not re.fullmatch(_NAME, name):
         raise ConfigError(f"{name!r} is not a valid key name; use at most 64 letters, digits and . _ @ -")
-    if any(key.name == name for key in keys):
-        raise ConfigError(f"{path} already has a key named {name!r}; remove it first, or choose another name")
     secret = PREFIX + secrets.token_urlsafe(32)
     limits = {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
-    _write(path, [*map(Key.model_dump, keys), {"name": name, "sha256": hash_key(secret), **limits}])
+    with _changing(path) as real:
+        keys = read_keys(real) if real.exists() else []
+        if any(key.name == name for key in keys):
+            raise ConfigError(f"{path} already has a key named {name!r}; remove it first, or choose another name")
+        _write(real, [*map(Key.model_dump, keys), {"name": name, "sha256": hash_key(secret), **limits}])
     return secret
 
 
 def remove_key(path: Path, name: str) -> None:
     """Take a key out of the file; a server that reads it refuses the key from then on."""
-    keys = read_keys(path)
-    kept = [key for key in keys if key.name != name]
-    if len(kept) == len(keys):
-        raise ConfigError(f"{path} has no key named {name!r}; it has: {', '.join(key.name for key in keys) or 'none'}")
-    _write(path, list(map(Key.model_dump, kept)))
+    read_keys(path)  # before a lock is made beside a file that does not exist
+    with _changing(path) as real:
+        keys = read_keys(real)
+        kept = [key for key in keys if key.name != name]
+        if len(kept) == len(keys):
+            known = ", ".join(key.name for key in keys) or "none"
+            raise ConfigError(f"{path} has no key named {name!r}; it has: {known}")
+        _write(real, list(map(Key.model_dump, kept)))
+
+
+@contextlib.contextmanager
+def _changing(path: Path) -> Iterator[Path]:
+    """The file behind `path`, links followed, for one process at a time: two that read it at once would lose a key.
+
+    ConfigError when it cannot be written, or another process holds it for too long.
+    """
+    try:
+        real = path.resolve()
+        with file_lock(real.with_name(f"{real.name}.lock"), LOCK_SECONDS):
+            yield real
+    except OSError as error:
+        told = f"{error.strerror or error}); choose a folder that may be written into"
+        raise ConfigError(f"the key file {path} cannot be written ({told}") from None
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     text = json.dumps({"format": 1, "keys": rows}, indent=1) + "\n"
     _parsed(text.encode(), path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, text)
     os.chmod(path, 0o600)
 

@@ -8,10 +8,14 @@ from http import HTTPMethod, HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gulliver.core.memory import give_back_freed_memory
 from gulliver.serve import logs
-from gulliver.serve.errors import CLIENT_CLOSED, ApiError, draining
+from gulliver.serve.errors import CLIENT_CLOSED, ApiError, crowded, draining
+from gulliver.serve.hosts import OwnNames
 from gulliver.serve.state import CALL, RequestRecord, Route, State
 
+LARGE_BODY_BYTES = 2**18
+GIVE_BACK_SECONDS = 0.5  # after a large body; once for all that end meanwhile
 GUARDED = ("/v1/", "/api/")  # paths that need a key where there are keys; the page, health and metrics do not
 
 
@@ -21,6 +25,9 @@ class Middleware:
     def __init__(self, app: ASGIApp, state: State) -> None:
         self._app = app
         self._state = state
+        settings = state.settings
+        self._gives_back = False
+        self._names = OwnNames(settings.host, settings.allowed_hosts) if state.keys is None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -39,8 +46,8 @@ class Middleware:
             await send(message)
 
         try:
-            self._admit(scope, call, works)
-            await self._app(scope, self._limited(scope, receive), sent)
+            self._admit(scope, call, route)
+            await self._app(scope, self._limited(scope, call, receive), sent)
         except ApiError as error:
             await error.response()(scope, receive, sent)
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
@@ -55,8 +62,12 @@ class Middleware:
             self._state.active -= works
             self._note(scope, call, route)
 
-    def _admit(self, scope: Scope, call: RequestRecord, works: bool) -> None:
+    def _admit(self, scope: Scope, call: RequestRecord, route: Route | None) -> None:
         """ApiError when the request is refused before its body is read."""
+        if self._names is not None:
+            self._names.check(scope["headers"], scope["server"][0] if scope.get("server") else "")
+        if self._state.crowded and not (route is not None and route.quiet):
+            raise crowded()
         headers = {name: value for name, value in scope["headers"] if name in (b"authorization", b"content-length")}
         keys = self._state.keys
         if keys is not None and scope["path"].startswith(GUARDED):
@@ -65,7 +76,7 @@ class Middleware:
             if call.caller is None:
                 message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
                 raise ApiError(HTTPStatus.UNAUTHORIZED, message, code="invalid_api_key")
-        if not works or scope["method"] != "POST":
+        if route is None or not route.costs or scope["method"] != "POST":
             return
         if self._state.draining:
             raise draining()
@@ -81,17 +92,16 @@ class Middleware:
         message = f"the body is longer than {self._state.settings.max_body_bytes} bytes"
         return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message, code="body_too_long")
 
-    def _limited(self, scope: Scope, receive: Receive) -> Receive:
+    def _limited(self, scope: Scope, call: RequestRecord, receive: Receive) -> Receive:
         """`receive` with a limit on the body's bytes and time; past the body it is untouched."""
         if scope["method"] not in ("POST", "PUT", "PATCH", "DELETE"):
             return receive
         settings = self._state.settings
         deadline = asyncio.get_running_loop().time() + settings.body_seconds
-        received = 0
         whole = False
 
         async def limited() -> Message:
-            nonlocal received, whole
+            nonlocal whole
             if whole:
                 return await receive()
             try:
@@ -100,8 +110,8 @@ class Middleware:
             except TimeoutError:
                 message = "the body did not arrive in time"
                 raise ApiError(HTTPStatus.REQUEST_TIMEOUT, message, code="request_timeout") from None
-            received += len(message.get("body", b""))
-            if received > settings.max_body_bytes:
+            call.body_bytes += len(message.get("body", b""))
+            if call.body_bytes > settings.max_body_bytes:
                 raise self._too_long()
             whole = not message.get("more_body", False)
             return message
@@ -110,6 +120,9 @@ class Middleware:
 
     def _note(self, scope: Scope, call: RequestRecord, route: Route | None) -> None:
         """Count, charge and log."""
+        if call.body_bytes > LARGE_BODY_BYTES and not self._gives_back:
+            self._gives_back = True
+            asyncio.get_running_loop().call_later(GIVE_BACK_SECONDS, self._give_back)
         path = _shown(route)
         status = call.status or CLIENT_CLOSED
         seconds = time.monotonic() - call.arrived
@@ -131,6 +144,11 @@ class Middleware:
         if call.first_token is not None:
             fields["first_token_milliseconds"] = round((call.first_token - call.arrived) * 1000, 1)
         logs.event("request", **fields)
+
+    def _give_back(self) -> None:
+        """Return what large bodies left behind to the system: glibc would keep it for ever."""
+        self._gives_back = False
+        asyncio.get_running_loop().run_in_executor(None, give_back_freed_memory, False)
 
 
 def _headers(call: RequestRecord) -> list[tuple[bytes, bytes]]:

@@ -14,6 +14,7 @@ import logging
 import resource
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,9 +23,11 @@ import uvicorn
 from gulliver.core.errors import ConfigError
 from gulliver.serve import logs
 from gulliver.serve.app import make_app
+from gulliver.serve.connections import Crowd
 from gulliver.serve.state import State
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+BACKLOG = 2048
 POLL_SECONDS = 0.05
 CLOSE_SECONDS = 5.0  # for connections to close once nothing runs any more
 
@@ -37,8 +40,33 @@ class Server(uvicorn.Server):
         yield
 
 
+class Stopped(BaseException):
+    """A signal came before the server served. No Exception: a library must not take it for a fault of its own."""
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM and SIGINT raise Stopped in the block, until `run` takes them over; in a thread, nothing changes."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {name: signal.signal(name, stop) for name in SIGNALS}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; port 0 takes a free one. ConfigError when it is taken or not permitted."""
+    """A listening socket; port 0 takes a free one. ConfigError when it is taken or not permitted.
+
+    It listens at once: of two servers that load their models, both could bind the port, and the slower would fail late.
+    """
     if not host:
         raise ConfigError("--host is empty; give an address, for example 127.0.0.1 (this machine) or 0.0.0.0 (all)")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -46,6 +74,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind((host, port))
+        found.listen(BACKLOG)
     except (OSError, OverflowError) as error:
         found.close()
         reason = getattr(error, "strerror", None) or str(error)
@@ -55,9 +84,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 def make_server(state: State) -> Server:
     """A server that has not begun. Access is logged by the gate, so uvicorn logs warnings alone."""
+    protocol: Any = Crowd(state).protocol
     config = uvicorn.Config(
         make_app(state),
-        http="httptools",
+        http=protocol,
         loop="uvloop",
         ws="none",
         lifespan="off",
@@ -66,7 +96,7 @@ def make_server(state: State) -> Server:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        backlog=2048,
+        backlog=BACKLOG,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=int(CLOSE_SECONDS),
     )

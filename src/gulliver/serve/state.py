@@ -37,6 +37,14 @@ class Settings:
     body_seconds: float = 30.0  # to receive a body
     timeout_seconds: float = 600.0  # a request's whole life, waiting included
     grace_seconds: float = 30.0  # for running answers, when the server is asked to stop
+    max_head_bytes: int = 32 * 2**10  # the line of the request and its headers
+    max_headers: int = 100
+    head_seconds: float = 10.0  # to receive a head
+    max_half_open: int = 64  # connections of one address whose head is not whole
+    max_connections: int = 4096
+    write_seconds: float = 60.0  # for a client to read anything of what waits for it
+    host: str = "127.0.0.1"  # the address that is listened on, as it was given
+    allowed_hosts: tuple[str, ...] = ()  # names that a server without keys answers to, beside its own
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,7 @@ class RequestRecord:
     caller: Caller | None = None
     model: str = ""
     status: int = 0
+    body_bytes: int = 0  # received
     choices: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -107,6 +116,8 @@ class State:
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "gulliver-prepare"))
     draining: bool = False
     active: int = 0
+    connections: int = 0
+    crowded: bool = False  # more connections than the most; only health is still told
 
     def route(self, path: str) -> Route | None:
         """The row of the table for a request's path."""
