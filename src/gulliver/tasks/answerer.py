@@ -98,8 +98,10 @@ class Answerer(AbstractContextManager["Answerer"]):
         """
 
     @abstractmethod
-    def submit(self, request: Any, stop: Event | None = None) -> Future[Any]:
+    def submit(self, request: Any, stop: Event | None = None, owner: str = "") -> Future[Any]:
         """The future response to a checked request. When `stop` is set the work may end early, by an exception.
+
+        `owner`: whose request it is, where a server tells its clients apart; what is kept for one serves no other.
 
         QueueFull when too many wait, EngineClosed at the end, ConfigError or DataError for a request that cannot be
         answered.

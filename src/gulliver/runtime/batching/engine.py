@@ -229,6 +229,7 @@ def load_engine(
     if slots < 1:
         raise ConfigError(f"slots is {slots}; it must be at least 1")
     text = Text(folder)
+    text.template.start()  # on another core, while the weights are opened
     decoder = open_decoder(folder, slots=slots, **options)
     return Engine(decoder, text, name or folder.name, slots=slots, queue=queue, lookup=lookup, reuse=reuse)
 

@@ -35,6 +35,7 @@ class Request:
     echo_logprobs: bool = False  # logprobs of the prompt's tokens too (completions with echo)
     grammar: Grammar | None = None  # from engine.grammars
     timeout_seconds: float | None = None  # counted from submit, waiting included
+    owner: str = ""  # prompts that begin alike share what was computed when their owner is the same
 
     def __post_init__(self) -> None:
         if not self.prompt:

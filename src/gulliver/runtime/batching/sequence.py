@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from gulliver.runtime.batching.cache import START, Key, next_key
+from gulliver.runtime.batching.cache import Key, first_key, next_key
 from gulliver.runtime.batching.prompt_lookup import Lookup
 from gulliver.runtime.batching.records import Piece, Request, TokenChoice
 from gulliver.runtime.sampling import Sampler, likeliest, logprobs
@@ -124,7 +124,7 @@ class Sequence:
         """The key of a block whose tokens are all known."""
         while len(self.keys) <= index:
             place = len(self.keys) * block_tokens
-            before = self.keys[-1] if self.keys else START
+            before = self.keys[-1] if self.keys else first_key(self.request.owner)
             self.keys.append(next_key(before, self.tokens[place : place + block_tokens]))
         return self.keys[index]
 

@@ -70,7 +70,7 @@ class Text:
     def has_chat_template(self) -> bool:
         return bool(self.template.sources)
 
-    @property
+    @cached_property
     def shows_tools(self) -> bool:
         """Whether the chat template tells the model about tools."""
         return any(re.search(r"\btools\b", source) for source in self.template.sources.values())
