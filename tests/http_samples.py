@@ -108,6 +108,7 @@ class FakeEngine:
     requests: list[Request] = field(default_factory=list)
     cancelled: int = 0
     closed: bool = False
+    alive: bool = True
 
     def __post_init__(self) -> None:
         self.decoder = SimpleNamespace(vocabulary=VOCABULARY)

@@ -50,6 +50,7 @@ class ServedModel:
     size_bytes: int
     created: int = field(default_factory=lambda: int(time.time()))
     threads: Threads = field(default_factory=Threads, repr=False, compare=False)  # for reading its requests
+    compilers: Threads = field(default_factory=lambda: Threads(1), repr=False, compare=False)  # for their grammars
 
     @property
     def engine(self) -> Any:
@@ -141,14 +142,14 @@ class State:
         """Run slow work in a thread, past the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.threads, work, *arguments)
 
-    async def prepared(self, model: ServedModel, work: Callable[..., Result], *arguments: Any) -> Result:
-        """Run `work`, which reads a request to a model, in that model's threads.
+    async def prepared(self, threads: Threads, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Run `work`, which reads a request to a model, in threads of that model.
 
         ApiError 504 at the time limit, 429 when too many wait for a thread.
         """
         try:
             async with asyncio.timeout(self.settings.timeout_seconds):
-                return await asyncio.wrap_future(model.threads.submit(work, *arguments))
+                return await asyncio.wrap_future(threads.submit(work, *arguments))
         except TimeoutError:
             raise timed_out() from None
         except GulliverError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 TEMPERATURE = 0.7
 MAX_TOKENS = 512
 """The defaults of answers that are text."""
+
+ALIVE_SECONDS = 1.0
+"""How often those that wait for an answer look whether the model's thread lives."""
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """Text, or messages with a role and content each."""
@@ -109,7 +112,10 @@ class Answerer(AbstractContextManager["Answerer"]):
 
     def answer(self, request: Any) -> Any:
         """The response to a checked request; waits for it."""
-        return self.submit(request).result()
+        future = self.submit(request)
+        while not wait([future], timeout=ALIVE_SECONDS).done and self.engine.alive:
+            pass
+        return future.result(timeout=ALIVE_SECONDS)  # which an engine that has died never gives
 
     @abstractmethod
     def show(self, response: Any) -> list[str]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from gulliver.core.errors import ConfigError, GulliverError
-from gulliver.runtime.batching.grammar import Grammar
 from gulliver.runtime.sampling import Sampling
+
+if TYPE_CHECKING:
+    from gulliver.runtime.batching.grammar import Grammar
 
 
 class QueueFull(GulliverError):

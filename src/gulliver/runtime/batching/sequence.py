@@ -94,6 +94,7 @@ class Sequence:
         self.ends = frozenset(request.stop_tokens) | (frozenset() if request.ignore_end else text.end_tokens)
         self.finish: str | None = None
         self.cancelled = False
+        self.ended = False  # its last piece was delivered
         self.begun = False  # was in a step
         self.restarted = False  # gave its cache blocks back once
         self.last_time = 0.0  # when the latest token came

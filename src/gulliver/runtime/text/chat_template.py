@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import marshal
+import os
 import select
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -22,7 +23,9 @@ from gulliver.runtime.text import sandbox
 
 Objects = Sequence[Mapping[str, Any]]
 LIMIT_SOURCE = 2_000_000  # characters of all templates of a model; the longest known have 30,000
-WAIT_SECONDS = 60.0  # for an answer whose processor time is limited to two seconds: on a machine that is overloaded
+SLOW_SECONDS = 2.0  # an answer that takes longer no longer competes with those that are being written
+SLOW_PRIORITY = 10
+WAIT_SECONDS = 60.0  # for an answer, whose processor time is limited: longer on a machine that is overloaded
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which a message's reasoning comes; templates read the first, some the second."""
 
@@ -98,10 +101,14 @@ class _Process:
     def ask(self, job: bytes) -> tuple[bytes, str]:
         """(kind of the answer, text): see sandbox.ANSWERS. A process that dies of the job has refused it."""
         with self._lock:
-            process = self._started()
+            process, begun = self._started(), time.monotonic()
             try:
                 _send(process, job)
-                return _answer(process)
+                answer = _answer(process)
+                if time.monotonic() - begun > SLOW_SECONDS:  # its priority was lowered, which cannot be taken back
+                    self._running = None
+                    self._end()
+                return answer
             except (OSError, EOFError):
                 self._running = None
                 self._end()
@@ -142,8 +149,11 @@ def _answer(process: subprocess.Popen[bytes]) -> tuple[bytes, str]:
     assert process.stdout is not None
     ready = select.poll()  # select.select knows 1024 descriptors, of which a server may have more
     ready.register(process.stdout, select.POLLIN)
-    if not ready.poll(WAIT_SECONDS * 1000):
-        raise EOFError
+    if not ready.poll(SLOW_SECONDS * 1000):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            os.setpriority(os.PRIO_PROCESS, process.pid, SLOW_PRIORITY)
+        if not ready.poll(WAIT_SECONDS * 1000):
+            raise EOFError
     head = process.stdout.read(sandbox.HEAD.size)
     if len(head) < sandbox.HEAD.size:
         raise EOFError

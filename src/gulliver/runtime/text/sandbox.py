@@ -119,11 +119,11 @@ def reason_of(error: BaseException) -> str:
     return text.splitlines()[0][:300] if text else type(error).__name__
 
 
-def _limited(work: Callable[[], Any]) -> Any:
-    """What `work` gives; past its processor time the kernel ends the process."""
+def _limited(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` gives for the arguments; past its processor time the kernel ends the process."""
     signal.setitimer(signal.ITIMER_PROF, LIMIT_SECONDS)
     try:
-        return work()
+        return work(*arguments)
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
@@ -161,9 +161,9 @@ def main() -> None:
         kind = UNREADABLE
         try:
             if not templates:
-                templates = _limited(lambda: _compiled(sources))
+                templates = _limited(_compiled, sources)
             kind = REFUSED
-            text = _limited(lambda: _text(templates[name], values)).encode("utf-8", "surrogatepass")
+            text = _limited(_text, templates[name], values).encode("utf-8", "surrogatepass")
             kind = TEXT
         except MemoryError:
             text = f"it takes more than {LIMIT_BYTES >> 20} MiB of memory".encode()

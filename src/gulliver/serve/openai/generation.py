@@ -17,7 +17,7 @@ from typing import Any
 
 from starlette.types import Receive
 
-from gulliver.core.errors import GulliverError
+from gulliver.core.errors import GulliverError, first_line
 from gulliver.runtime.batching.grammar import STUCK
 from gulliver.runtime.batching.records import EngineClosed, Piece, QueueFull, Request
 from gulliver.serve.errors import ApiError, bad_request, draining, engine_failed, refused, timed_out
@@ -166,8 +166,10 @@ class Generation:
             asyncio.get_running_loop().call_later(RETRY_SECONDS, self._submit_more)
         except EngineClosed:
             self._give_up("cancelled")
-        except GulliverError as error:
-            self._give_up(f"error: {error}")
+        except BaseException as error:  # a library's too: whoever waits for this completion must be told
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            self._give_up(f"error: {first_line(error)}")
 
     def _abandon(self) -> None:
         """End what the engine did not end in time."""

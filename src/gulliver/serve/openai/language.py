@@ -43,7 +43,9 @@ def router(state: State) -> APIRouter:
         call = record_of(request)
         call.model = model.name
         _check_chat(body)
-        asked = await state.prepared(model, _chat_request, body, model, call.owner)
+        asked = await state.prepared(model.threads, _chat_request, body, model, call.owner)
+        if tools.forced(body) or (body.response_format is not None and body.response_format.type != "text"):
+            asked = replace(asked, grammar=await state.prepared(model.compilers, _grammar, body, model))
         run = Generation(model.engine, _repeated([asked], body.n or 1), bridge, bool(body.stream), left(call))
         return await answered(run, request, ChatAnswer(model, call, body))
 
@@ -58,7 +60,7 @@ def router(state: State) -> APIRouter:
         if len(rows) * times > MAX_PROMPTS:
             message = f"{len(rows) * times} completions were requested; a request may ask for at most {MAX_PROMPTS}"
             raise bad_request(message, "n")
-        prompts = await state.prepared(model, _completion_requests, body, rows, model, call.owner)
+        prompts = await state.prepared(model.threads, _completion_requests, body, rows, model, call.owner)
         asked = _repeated([one for one, _ in prompts], times)
         run = Generation(model.engine, asked, bridge, bool(body.stream), left(call))
         echoes = [text for _, text in prompts for _ in range(times)]
@@ -89,7 +91,7 @@ def _check_chat(body: ChatRequest) -> None:
 
 
 def _chat_request(body: ChatRequest, model: ServedModel, owner: str) -> Request:
-    """Render and tokenize, and compile the grammar. ApiError when template or schema refuse."""
+    """Render and tokenize. ApiError when the template refuses."""
     text = model.engine.text
     messages = list(map(tools.template_message, body.messages))
     usable = tools.usable(body)
@@ -111,7 +113,6 @@ def _chat_request(body: ChatRequest, model: ServedModel, owner: str) -> Request:
         _engine_request(body, tokens, model, owner),
         max_tokens=_fitted(tokens, asked, model, "messages"),
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        grammar=_grammar(body, model),
     )
 
 
