@@ -25,7 +25,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from gulliver.core.errors import ConfigError, first_line
-from gulliver.runtime.batching.records import QueueFull
+from gulliver.runtime.batching.refusals import QueueFull
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from gulliver.core.errors import ConfigError, GulliverError
+from gulliver.runtime.batching.grammar import Grammar
+from gulliver.runtime.batching.refusals import EngineClosed, QueueFull
 from gulliver.runtime.sampling import Sampling
 
-if TYPE_CHECKING:
-    from gulliver.runtime.batching.grammar import Grammar
-
-
-class QueueFull(GulliverError):
-    """The engine's waiting queue is full. `retry_after_seconds`: when there will be room, by recent rates."""
-
-    def __init__(self, waiting: int, retry_after_seconds: float) -> None:
-        super().__init__(f"the queue is full ({waiting} requests waiting); retry in {retry_after_seconds:.0f} s")
-        self.retry_after_seconds = retry_after_seconds
-
-
-class EngineClosed(GulliverError):
-    """The engine drains or is closed and takes no new requests."""
+__all__ = ["EngineClosed", "Piece", "QueueFull", "Request", "TokenChoice", "check_finish"]
 
 
 @dataclass(frozen=True)
