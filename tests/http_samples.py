@@ -108,6 +108,7 @@ class FakeEngine:
     requests: list[Request] = field(default_factory=list)
     cancelled: int = 0
     closed: bool = False
+    alive: bool = True
 
     def __post_init__(self) -> None:
         self.decoder = SimpleNamespace(vocabulary=VOCABULARY)
@@ -245,7 +246,8 @@ class FakeAnswerer(Answerer):
     def read(self, words: Sequence[str]) -> Numbers:
         return Numbers(numbers=[int(word) for word in words])
 
-    def submit(self, request: Numbers, stop: threading.Event | None = None) -> Future[Any]:
+    def submit(self, request: Numbers, stop: threading.Event | None = None, owner: str = "") -> Future[Any]:
+        del owner
         if 13 in request.numbers:
             raise DataError("13 cannot be added")
         return self.engine.submit(request.numbers, stop)

@@ -16,7 +16,6 @@ from gulliver.serve.errors import ErrorAnswer
 from gulliver.serve.openai import answers as stream
 from gulliver.serve.openai import response_schemas as answers
 from gulliver.serve.openai.answers import CompletionAnswer
-from gulliver.serve.openai.request_schemas import MESSAGE_CHARACTERS, ChatRequest
 
 HELLO = [{"role": "user", "content": "hi"}]
 
@@ -334,13 +333,3 @@ def test_a_long_answer_is_written_beside_the_loop(client: httpx.Client, monkeypa
         body = {"model": "fake", "prompt": prompt, "echo": True, "max_tokens": 0, "logprobs": 2}
         assert client.post("/v1/completions", json=body).json()["choices"][0]["text"] == prompt
     assert len(writers) == 2 and writers[0] != writers[1]
-
-
-def test_earlier_calls_count_as_something_to_read() -> None:
-    call = {"function": {"name": "f", "arguments": "x" * 5000}}
-    messages = [
-        {"role": "assistant", "tool_calls": [call]},
-        {"role": "user", "content": [{"type": "text", "text": "ab"}]},
-    ]
-    body = ChatRequest.model_validate({"model": "fake", "messages": messages})
-    assert [message.characters - MESSAGE_CHARACTERS for message in body.messages] == [5000, 2]

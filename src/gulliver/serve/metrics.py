@@ -34,6 +34,7 @@ HELP = {
     "requests_admitted": "Completions let into the queue",
     "requests_rejected": "Completions rejected because the queue was full",
     "preemptions": "Completions preempted because the cache was full",
+    "restarts": "Times the engine's thread began anew after a failure",
     "steps": "Steps of the decoder",
     "rows": "Tokens put through the decoder, of prompts and answers",
     "prompt_tokens": "Tokens of prompts",

@@ -72,7 +72,7 @@ class ModelCard(BaseModel):
 class Health(BaseModel):
     """The answer of /healthz and /readyz."""
 
-    status: Literal["ok", "draining"]
+    status: Literal["ok", "draining", "failed"]
 
 
 class PageFiles(StaticFiles):
@@ -119,10 +119,11 @@ def router(state: State) -> APIRouter:
 
     @routes.get("/readyz", operation_id="ready", tags=["server"], responses={503: {"model": Health}})
     async def ready(response: Response) -> Health:
-        """The server takes requests; 503 from the moment it is asked to stop."""
-        if state.draining:
+        """The server takes requests; 503 from the moment it is asked to stop, or when a model's thread has died."""
+        alive = all(model.engine.alive for model in state.models.values())
+        if state.draining or not alive:
             response.status_code = HTTPStatus.SERVICE_UNAVAILABLE
-        return Health(status="draining" if state.draining else "ok")
+        return Health(status="draining" if state.draining else "ok" if alive else "failed")
 
     @routes.get("/metrics", operation_id="metrics", tags=["server"], responses={200: {"content": {"text/plain": {}}}})
     async def measures() -> Response:

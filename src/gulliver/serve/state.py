@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
-from gulliver.serve.errors import ApiError
+from gulliver.core.errors import GulliverError
+from gulliver.serve.errors import ApiError, refused, timed_out
 from gulliver.serve.keys import Caller, KeyRing
 from gulliver.serve.metrics import Metrics
+from gulliver.serve.threads import Threads
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from gulliver.tasks.answerer import Answerer, Can
 
 CALL = "gulliver.call"
-INLINE_CHARACTERS = 4096  # longer prompts are read in a thread, so that others' answers are not delayed
 
 Result = TypeVar("Result")
 
@@ -56,6 +57,8 @@ class ServedModel:
     artifact_id: str | None
     size_bytes: int
     created: int = field(default_factory=lambda: int(time.time()))
+    threads: Threads = field(default_factory=Threads, repr=False, compare=False)  # for reading its requests
+    compilers: Threads = field(default_factory=lambda: Threads(1), repr=False, compare=False)  # for their grammars
 
     @property
     def engine(self) -> Any:
@@ -103,6 +106,11 @@ class RequestRecord:
     first_token: float | None = None
     finish: str = ""
 
+    @property
+    def owner(self) -> str:
+        """Whose request it is: nothing that one key asks is found by another. "" where there are no keys."""
+        return self.caller.key.sha256 if self.caller is not None else ""
+
 
 @dataclass
 class State:
@@ -145,9 +153,18 @@ class State:
         """Run slow work in a thread, past the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.threads, work, *arguments)
 
-    async def prepared(self, size: int, work: Callable[..., Result], *arguments: Any) -> Result:
-        """Run `work`: here when `size`, in characters, is small, else in a thread."""
-        return work(*arguments) if size <= INLINE_CHARACTERS else await self.in_thread(work, *arguments)
+    async def prepared(self, threads: Threads, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Run `work`, which reads a request to a model, in threads of that model.
+
+        ApiError 504 at the time limit, 429 when too many wait for a thread.
+        """
+        try:
+            async with asyncio.timeout(self.settings.timeout_seconds):
+                return await asyncio.wrap_future(threads.submit(work, *arguments))
+        except TimeoutError:
+            raise timed_out() from None
+        except GulliverError as error:
+            raise refused(error) from None
 
 
 def record_of(request: HttpRequest) -> RequestRecord:

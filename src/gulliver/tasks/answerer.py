@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 TEMPERATURE = 0.7
 MAX_TOKENS = 512
 """The defaults of answers that are text."""
+
+ALIVE_SECONDS = 1.0
+"""How often those that wait for an answer look whether the model's thread lives."""
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """Text, or messages with a role and content each."""
@@ -98,8 +101,10 @@ class Answerer(AbstractContextManager["Answerer"]):
         """
 
     @abstractmethod
-    def submit(self, request: Any, stop: Event | None = None) -> Future[Any]:
+    def submit(self, request: Any, stop: Event | None = None, owner: str = "") -> Future[Any]:
         """The future response to a checked request. When `stop` is set the work may end early, by an exception.
+
+        `owner`: whose request it is, where a server tells its clients apart; what is kept for one serves no other.
 
         QueueFull when too many wait, EngineClosed at the end, ConfigError or DataError for a request that cannot be
         answered.
@@ -107,7 +112,10 @@ class Answerer(AbstractContextManager["Answerer"]):
 
     def answer(self, request: Any) -> Any:
         """The response to a checked request; waits for it."""
-        return self.submit(request).result()
+        future = self.submit(request)
+        while not wait([future], timeout=ALIVE_SECONDS).done and self.engine.alive:
+            pass
+        return future.result(timeout=ALIVE_SECONDS)  # which an engine that has died never gives
 
     @abstractmethod
     def show(self, response: Any) -> list[str]:

@@ -1,8 +1,9 @@
 """Cache blocks: which are in use, by how many sequences, and which hold a prefix that may be asked for again.
 
 A full block whose tokens are certain is *published* under a key, the hash of its tokens and of the key of the block
-before it; so a key identifies all tokens from the sequence's beginning. A sequence whose tokens begin alike takes the
-block over instead of computing it. A published block that is not in use is kept until its room is needed or too many
+before it, that of the first beginning with its owner's name; so a key identifies all tokens from the sequence's
+beginning, and whose they are. A sequence of the same owner whose tokens begin alike takes the block over instead of
+computing it. A published block that is not in use is kept until its room is needed or too many
 are kept; the least recently used is dropped first. A cache takes memory when a block is first written. So blocks that
 were written before are dealt out before fresh ones; and once as many were written as may be kept, kept blocks are
 reused first: memory follows the most that running sequences ever needed at once. Keys are cryptographic (BLAKE2b,
@@ -18,7 +19,12 @@ from hashlib import blake2b
 import numpy as np
 
 Key = bytes
-START: Key = b""  # the key before the first block
+START: Key = b""  # the key before the first block of who has no name
+
+
+def first_key(owner: str) -> Key:
+    """The key before the first block. What one owner has published is found by no other."""
+    return blake2b(owner.encode(), digest_size=16).digest() if owner else START
 
 
 def next_key(before: Key, tokens: Sequence[int]) -> Key:

@@ -43,6 +43,7 @@ class Counters:
     rejected: int = 0  # QueueFull
     finished: dict[str, int] = field(default_factory=dict)  # by reason; every error counts as "error"
     preemptions: int = 0
+    restarts: int = 0  # of the engine's thread, after what no request or step could be blamed for
     steps: int = 0
     rows: int = 0
     prompt_tokens: int = 0  # of requests that began, found in the cache or not

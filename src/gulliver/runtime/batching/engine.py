@@ -2,7 +2,8 @@
 
 A step takes one token of every sequence that is being continued (and its draft), and a share of the prompts that wait
 (scheduler.py), asks the decoder once, draws a token for every sequence whose logits came, and delivers what has
-become certain text (stepper.py). The thread outlives what goes wrong in a request or a step.
+become certain text (stepper.py). The thread outlives what goes wrong in a request or a step; whatever else goes wrong
+ends all requests by an error, and it begins anew.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from gulliver.core.errors import ConfigError
@@ -31,6 +32,8 @@ from gulliver.runtime.text.tokenizer import Text
 __all__ = ["Engine", "EngineClosed", "Piece", "QueueFull", "Request", "Sampling", "TokenChoice"]
 
 LAST_SECONDS = 10.0  # how long `drain` waits, after its time is up, for cancelled requests to end
+CLOSE_SECONDS = 60.0  # how long `close` waits for a step to end
+ALIVE_SECONDS = 1.0  # how often those that wait for an answer look whether the engine's thread lives
 log = logging.getLogger("gulliver.serve")
 
 
@@ -64,17 +67,22 @@ class Engine:
         self.counters = Counters()
         slots = min(slots, decoder.max_rows)
         kept_tokens = kept_tokens if reuse and decoder.shares_blocks else 0
-        self._scheduler = Scheduler(decoder, slots, prompt_rows, lookup_rows if lookup else 0, kept_tokens)
-        self.context = self._scheduler.context  # longest prompt + completion, in tokens
-        self.text.context = self.context
+        self._limits = slots, prompt_rows, lookup_rows if lookup else 0, kept_tokens
         self._queue = queue
         self._waiting: deque[Running] = deque()
-        self._stepper = Stepper(decoder, self._scheduler, self._waiting, self.counters)
+        self._begin()
+        self.context = self._scheduler.context  # longest prompt + completion, in tokens
+        self.text.context = self.context
         self._changed = threading.Condition()  # guards _waiting's growth, _draining, _closing
         self._draining = False
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
         self._thread.start()
+
+    def _begin(self) -> None:
+        """With an empty cache and nothing that runs."""
+        self._scheduler = Scheduler(self.decoder, *self._limits)
+        self._stepper = Stepper(self.decoder, self._scheduler, self._waiting, self.counters)
 
     # ---- for other threads ----
     def submit(self, request: Request, deliver: Callable[[Piece], None]) -> Running:
@@ -96,7 +104,7 @@ class Engine:
     def stream(self, request: Request) -> Iterator[Piece]:
         """Submit, then yield the pieces as they come; leaving the loop early cancels."""
         pieces: SimpleQueue[Piece] = SimpleQueue()
-        return _pieces(self.submit(request, pieces.put), pieces)
+        return self._pieces(self.submit(request, pieces.put), pieces)
 
     def complete(self, requests: Sequence[Request]) -> list[list[Piece]]:
         """All pieces of each request. Waits where the queue is full, so any number may be given."""
@@ -105,9 +113,10 @@ class Engine:
             pieces: SimpleQueue[Piece] = SimpleQueue()
             running = self._checked(request, pieces.put)
             with self._changed:
-                self._changed.wait_for(lambda: len(self._waiting) < self._queue or self._draining)
+                while len(self._waiting) >= self._queue and not self._draining and self.alive:
+                    self._changed.wait(ALIVE_SECONDS)
                 self._enqueue(running)
-            under_way.append(_pieces(running, pieces))
+            under_way.append(self._pieces(running, pieces))
         return [list(answer) for answer in under_way]
 
     def _checked(self, request: Request, deliver: Callable[[Piece], None]) -> Running:
@@ -128,22 +137,45 @@ class Engine:
         return running
 
     def _enqueue(self, running: Running) -> None:
-        if self._draining:
-            raise EngineClosed(f"{self.name} is shutting down and takes no new requests")
+        if self._draining or not self.alive:
+            what = "is shutting down" if self._draining else "has lost its thread"
+            raise EngineClosed(f"{self.name} {what} and takes no new requests")
         self.counters.requests += 1
         self._waiting.append(running)
         self._changed.notify_all()
 
+    def _pieces(self, ticket: Running, pieces: SimpleQueue[Piece]) -> Iterator[Piece]:
+        """Pieces from a queue up to the one that ends their request; leaving early cancels it."""
+        try:
+            while True:
+                try:
+                    piece = pieces.get(timeout=ALIVE_SECONDS)
+                except Empty:
+                    if not self.alive and pieces.empty():
+                        raise EngineClosed(f"{self.name} has lost its thread; the answer does not come") from None
+                    continue
+                yield piece
+                if piece.finish is not None:
+                    return
+        finally:
+            ticket.cancel()
+
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify_all()
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests can be answered."""
+        return self._thread.is_alive()
 
     def stats(self) -> dict[str, float]:
         """Numbers as of now, by name.
 
         Gauges: requests_running, requests_waiting, cache_blocks_used, cache_blocks_total. Totals since the start:
         requests, rejected, finished_stop, finished_length, finished_cancelled, finished_timeout, finished_error, steps,
-        rows, preemptions, prompt_tokens, cached_tokens (of those), completion_tokens, draft_offered, draft_accepted.
+        rows, preemptions, restarts, prompt_tokens, cached_tokens (of those), completion_tokens, draft_offered,
+        draft_accepted.
         """
         scheduler = self._scheduler
         self.counters.preemptions = scheduler.preempted
@@ -180,7 +212,10 @@ class Engine:
         with self._changed:
             self._draining = self._closing = True
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(CLOSE_SECONDS)
+        if self.alive:
+            log.error("%s is still in a step; its memory is left to it", self.name)
+            return
         self.decoder.close()
 
     def _idle(self) -> bool:
@@ -188,6 +223,18 @@ class Engine:
 
     # ---- the engine's thread ----
     def _run(self) -> None:
+        while True:
+            try:
+                self._steps()
+                return
+            except BaseException as error:  # a fault of ours, or what was thrown into the thread
+                log.error("%s failed and begins anew", self.name, exc_info=error)
+                self.counters.restarts += 1
+                self._stepper.lose(error)
+                self._begin()
+
+    def _steps(self) -> None:
+        """Step after step until the engine is closed."""
         scheduler = self._scheduler
         while True:
             with self._changed:
@@ -229,17 +276,6 @@ def load_engine(
     if slots < 1:
         raise ConfigError(f"slots is {slots}; it must be at least 1")
     text = Text(folder)
+    text.template.start()  # on another core, while the weights are opened
     decoder = open_decoder(folder, slots=slots, **options)
     return Engine(decoder, text, name or folder.name, slots=slots, queue=queue, lookup=lookup, reuse=reuse)
-
-
-def _pieces(ticket: Running, pieces: SimpleQueue[Piece]) -> Iterator[Piece]:
-    """Pieces from a queue up to the one that ends their request; leaving early cancels it."""
-    try:
-        while True:
-            piece = pieces.get()
-            yield piece
-            if piece.finish is not None:
-                return
-    finally:
-        ticket.cancel()

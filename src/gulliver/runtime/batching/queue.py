@@ -182,8 +182,28 @@ class BatchQueue(Generic[Item, Answer]):
             job.future.set_result([])
         return job.future
 
+    @property
+    def alive(self) -> bool:
+        """Whether requests can be answered."""
+        return self._thread.is_alive()
+
     # ---- the queue's thread ----
     def _run(self) -> None:
+        while True:
+            try:
+                self._batches()
+                return
+            except BaseException as error:  # a fault of ours, or of who waits for an answer
+                log.error("%s failed and begins anew", self.name, exc_info=error)
+                with self._changed:
+                    lost = {id(job): job for job in (*self._jobs, *self._running)}
+                    self._jobs.clear()
+                for job in lost.values():
+                    if not job.future.done():
+                        job.future.set_exception(RuntimeError(f"the queue failed ({type(error).__name__})"))
+
+    def _batches(self) -> None:
+        """Batch after batch until the queue is closed."""
         while True:
             with self._changed:
                 self._running = []

@@ -6,19 +6,10 @@ from dataclasses import dataclass, field
 
 from gulliver.core.errors import ConfigError, GulliverError
 from gulliver.runtime.batching.grammar import Grammar
+from gulliver.runtime.batching.refusals import EngineClosed, QueueFull
 from gulliver.runtime.sampling import Sampling
 
-
-class QueueFull(GulliverError):
-    """The engine's waiting queue is full. `retry_after_seconds`: when there will be room, by recent rates."""
-
-    def __init__(self, waiting: int, retry_after_seconds: float) -> None:
-        super().__init__(f"the queue is full ({waiting} requests waiting); retry in {retry_after_seconds:.0f} s")
-        self.retry_after_seconds = retry_after_seconds
-
-
-class EngineClosed(GulliverError):
-    """The engine drains or is closed and takes no new requests."""
+__all__ = ["EngineClosed", "Piece", "QueueFull", "Request", "TokenChoice", "check_finish"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +26,7 @@ class Request:
     echo_logprobs: bool = False  # logprobs of the prompt's tokens too (completions with echo)
     grammar: Grammar | None = None  # from engine.grammars
     timeout_seconds: float | None = None  # counted from submit, waiting included
+    owner: str = ""  # prompts that begin alike share what was computed when their owner is the same
 
     def __post_init__(self) -> None:
         if not self.prompt:

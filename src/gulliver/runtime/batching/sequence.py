@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from gulliver.runtime.batching.cache import START, Key, next_key
+from gulliver.runtime.batching.cache import Key, first_key, next_key
 from gulliver.runtime.batching.prompt_lookup import Lookup
 from gulliver.runtime.batching.records import Piece, Request, TokenChoice
 from gulliver.runtime.sampling import Sampler, likeliest, logprobs
@@ -94,6 +94,7 @@ class Sequence:
         self.ends = frozenset(request.stop_tokens) | (frozenset() if request.ignore_end else text.end_tokens)
         self.finish: str | None = None
         self.cancelled = False
+        self.ended = False  # its last piece was delivered
         self.begun = False  # was in a step
         self.restarted = False  # gave its cache blocks back once
         self.last_time = 0.0  # when the latest token came
@@ -124,7 +125,7 @@ class Sequence:
         """The key of a block whose tokens are all known."""
         while len(self.keys) <= index:
             place = len(self.keys) * block_tokens
-            before = self.keys[-1] if self.keys else START
+            before = self.keys[-1] if self.keys else first_key(self.request.owner)
             self.keys.append(next_key(before, self.tokens[place : place + block_tokens]))
         return self.keys[index]
 

@@ -135,9 +135,10 @@ class Stepper:
         self._deliver(running, piece)
 
     def _deliver(self, running: Running, piece: Piece) -> None:
+        running.ended = piece.finish is not None
         try:
             running.deliver(piece)
-        except Exception:
+        except BaseException:  # as above
             log.exception("a request was cancelled because its pieces could not be delivered")
             running.cancelled = True
 
@@ -147,6 +148,16 @@ class Stepper:
             log.error("a request failed", exc_info=error)
         if running.finish is None or running.slot >= 0:
             self.end(running, f"error: {error}" if str(error) else f"error: {type(error).__name__}")
+
+    def lose(self, error: BaseException) -> None:
+        """End every request by an error when nothing else is certain any more: neither their state nor the cache's."""
+        lost = [running for running in (*self.scheduler.running, *self.waiting) if not running.ended]
+        self.waiting.clear()
+        now = time.monotonic()
+        for running in lost:
+            running.finish = f"error: the engine failed ({type(error).__name__}) and began anew"
+            self.counters.finish(running.finish, now, running.submitted)
+            self._deliver(running, Piece("", finish=running.finish, prompt_tokens=running.prompt_length))
 
     def fail_all(self, error: BaseException) -> None:
         """End every running request, after a failure that may concern any of them; the cache is in doubt."""

@@ -1,102 +1,33 @@
 """Chat templates: messages to the text a model was trained on, exactly as transformers' `apply_chat_template` does it.
 
-Templates come with models and are untrusted code: they run in Jinja's immutable sandbox and see plain values alone.
+Templates come with models and are untrusted code: they run in a process of their own (sandbox.py), which sees plain
+values alone, is limited in memory and time, and is replaced when it dies.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+import contextlib
+import marshal
+import os
+import select
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from threading import Lock
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.sandbox
-
 from gulliver.core.errors import ArtifactError, ConfigError
+from gulliver.runtime.text import sandbox
 
 Objects = Sequence[Mapping[str, Any]]
-LIMIT_CHARACTERS = 4_000_000  # a rendered chat longer than this is refused: a template could loop without end
-REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What a template raises on messages that it was not made for."""
+LIMIT_SOURCE = 2_000_000  # characters of all templates of a model; the longest known have 30,000
+SLOW_SECONDS = 2.0  # an answer that takes longer no longer competes with those that are being written
+SLOW_PRIORITY = 10
+WAIT_SECONDS = 60.0  # for an answer, whose processor time is limited: longer on a machine that is overloaded
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which a message's reasoning comes; templates read the first, some the second."""
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """Jinja's namespace without underscored names, through which a template could reach Python's own objects."""
-
-    def __init__(*args: Any, **attributes: Any) -> None:  # so that namespace(self=…) works, as in Jinja itself
-        self, *given = args
-        values = dict(*given, **attributes)
-        for name in values:
-            _refuse_private(name)
-        jinja2.utils.Namespace.__init__(self, values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_private(name)
-        super().__setitem__(name, value)
-
-
-def _refuse_private(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a chat template must not set {name!r}")
-
-
-class _Dict:
-    """`dict` for templates: a call and `fromkeys`, and nothing else to reach through."""
-
-    def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
-        return dict(*args, **values)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what an assistant wrote, which matters in training alone; here it is just its body."""
-
-    tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
-
-    def parse(self, parser: Any) -> Any:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.exceptions.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, in which a short product cannot fill the memory."""
-
-    intercepted_binops = frozenset(("*", "**"))
-
-    def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
-        self.filters["tojson"] = _to_json
-        self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-        self.globals |= {"dict": _Dict(), "namespace": _Namespace}
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        for value, times in ((left, right), (right, left)):
-            long = hasattr(value, "__len__") and isinstance(times, int) and len(value) * times > LIMIT_CHARACTERS
-            if long or (operator == "**" and isinstance(times, int) and abs(times) > LIMIT_CHARACTERS):
-                raise jinja2.exceptions.SecurityError(f"a chat template must not compute so long a {operator}")
-        return super().call_binop(context, operator, left, right)
 
 
 class ChatTemplate:
@@ -105,13 +36,22 @@ class ChatTemplate:
     def __init__(self, sources: Mapping[str, str], tokens: Mapping[str, str]) -> None:
         self.sources = dict(sources)
         self._tokens = dict(tokens)
-        environment = _Sandbox()
-        self._compiled: dict[str, jinja2.Template] = {}
+        self._process = _Process(self.sources)
+        if (size := sum(map(len, self.sources.values()))) > LIMIT_SOURCE:
+            raise ArtifactError(
+                f"the model's chat templates have {size:,} characters; at most {LIMIT_SOURCE:,} are read"
+            )
         for name, source in self.sources.items():
             try:
-                self._compiled[name] = environment.from_string(source)
-            except jinja2.exceptions.TemplateError as error:
-                raise ArtifactError(f"the model's chat template {name!r} cannot be read: {error}") from error
+                sandbox.environment().parse(source)  # which runs nothing
+            except Exception as error:  # Jinja's own errors, and those of Python on numbers and nesting
+                reason = sandbox.reason_of(error)
+                raise ArtifactError(f"the model's chat template {name!r} cannot be read: {reason}") from error
+
+    def start(self) -> None:
+        """Start the process in which the templates run, so that the first text need not wait for it."""
+        if self.sources:
+            self._process.start()
 
     def render(
         self, messages: Objects, tools: Objects | None = None, add_generation_prompt: bool = True, **variables: Any
@@ -119,26 +59,111 @@ class ChatTemplate:
         """The text of a chat, as transformers' `apply_chat_template` renders it.
 
         `messages`: role, content, tool_calls, …; `tools`: JSON schemas of functions. ConfigError when the template
-        refuses them or there is none.
+        refuses them, takes too much time or memory, or when there is none. Any thread may ask.
         """
-        name = "tool_use" if tools is not None and "tool_use" in self._compiled else "default"
-        if name not in self._compiled:
+        name = "tool_use" if tools is not None and "tool_use" in self.sources else "default"
+        if name not in self.sources:
             raise ConfigError("this model has no chat template; ask it for plain completions instead")
         if not messages:
             raise ConfigError("there are no messages; give at least one")
         values = self._tokens | variables | {"add_generation_prompt": add_generation_prompt, "documents": None}
-        text, size = [], 0
         try:
             values |= {"messages": [_message(message) for message in messages], "tools": _plain(tools)}
-            for part in self._compiled[name].generate(**values):
-                text.append(part)
-                size += len(part)
-                if size > LIMIT_CHARACTERS:
-                    raise ConfigError(f"the rendered chat has more than {LIMIT_CHARACTERS:,} characters; shorten it")
-        except REFUSALS as error:
-            reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-            raise ConfigError(f"the model's chat template refuses these messages: {reason}") from error
-        return "".join(text)
+            job = marshal.dumps((name, values))
+        except (ValueError, RecursionError) as error:
+            raise _refused(sandbox.reason_of(error)) from error
+        kind, text = self._process.ask(job)
+        if kind == sandbox.TEXT:
+            return text
+        if kind == sandbox.UNREADABLE:
+            raise ArtifactError(f"the model's chat template cannot be read: {text}")
+        raise _refused(text)
+
+
+def _refused(reason: str) -> ConfigError:
+    return ConfigError(f"the model's chat template refuses these messages: {reason}")
+
+
+class _Process:
+    """The process of one model's templates. It answers one question at a time, and is started when it is not there."""
+
+    def __init__(self, sources: Mapping[str, str]) -> None:
+        self._sources = sources
+        self._lock = Lock()
+        self._running: subprocess.Popen[bytes] | None = None
+        self._end: Callable[[], object] = lambda: None
+
+    def start(self) -> None:
+        """Start it, unless it runs; returns at once."""
+        with self._lock:
+            self._started()
+
+    def ask(self, job: bytes) -> tuple[bytes, str]:
+        """(kind of the answer, text): see sandbox.ANSWERS. A process that dies of the job has refused it."""
+        with self._lock:
+            process, begun = self._started(), time.monotonic()
+            try:
+                _send(process, job)
+                answer = _answer(process)
+                if time.monotonic() - begun > SLOW_SECONDS:  # its priority was lowered, which cannot be taken back
+                    self._running = None
+                    self._end()
+                return answer
+            except (OSError, EOFError):
+                self._running = None
+                self._end()
+                limits = f"{sandbox.LIMIT_SECONDS:.0f} s or {sandbox.LIMIT_BYTES >> 20} MiB"
+                return sandbox.REFUSED, f"it was stopped after {limits}"
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._running is not None and self._running.poll() is None:
+            return self._running
+        self._end()
+        command = [sys.executable, "-I", "-S", sandbox.__file__]
+        pipe = subprocess.PIPE
+        try:
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+        except OSError as error:
+            raise ConfigError(f"the process for the chat template cannot be started: {error.strerror}") from error
+        self._end = weakref.finalize(self, _end, process)
+        with contextlib.suppress(OSError):  # it died at once: the question after it says so
+            _send(process, marshal.dumps((sys.path, dict(self._sources))))
+        self._running = process
+        return process
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    with contextlib.suppress(OSError):  # what could not be written to it
+        process.communicate()
+
+
+def _send(process: subprocess.Popen[bytes], body: bytes) -> None:
+    assert process.stdin is not None
+    process.stdin.write(sandbox.HEAD.pack(b"j", len(body)) + body)
+    process.stdin.flush()
+
+
+def _answer(process: subprocess.Popen[bytes]) -> tuple[bytes, str]:
+    """The next answer. EOFError when the process ends, or says nothing for too long."""
+    assert process.stdout is not None
+    ready = select.poll()  # select.select knows 1024 descriptors, of which a server may have more
+    ready.register(process.stdout, select.POLLIN)
+    if not ready.poll(SLOW_SECONDS * 1000):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            os.setpriority(os.PRIO_PROCESS, process.pid, SLOW_PRIORITY)
+        if not ready.poll(WAIT_SECONDS * 1000):
+            raise EOFError
+    head = process.stdout.read(sandbox.HEAD.size)
+    if len(head) < sandbox.HEAD.size:
+        raise EOFError
+    kind, size = sandbox.HEAD.unpack(head)
+    if kind not in sandbox.ANSWERS or size > 4 * sandbox.LIMIT_CHARACTERS:
+        raise EOFError
+    text = process.stdout.read(size)
+    if len(text) < size:
+        raise EOFError
+    return kind, text.decode("utf-8", "surrogatepass")
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:

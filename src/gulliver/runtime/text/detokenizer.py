@@ -11,7 +11,7 @@ import codecs
 import json
 import re
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import tokenizers
 from tokenizers.decoders import DecodeStream
@@ -105,20 +105,34 @@ class Detokenizer:
 
 
 class StopFinder:
-    """Holds back text that may turn out to be the beginning of a stop text."""
+    """Holds back text that may turn out to be the beginning of a stop text. The time is that of reading each character
+
+    once for every stop, however nearly they are met (Knuth, Morris and Pratt, Fast pattern matching in strings, 1977).
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
+        self._stops = tuple((stop, _borders(stop)) for stop in stops)
+        self._met = [0] * len(self._stops)  # characters at the end of what came with which each stop begins
         self._held = ""
 
     def add(self, text: str) -> tuple[str, bool]:
         """(text that is certain, whether a stop text was met); what follows the earliest stop text is dropped."""
         held = self._held + text
-        places = [place for stop in self._stops if (place := held.find(stop)) >= 0]
+        places = []
+        for index, (stop, borders) in enumerate(self._stops):
+            met = self._met[index]
+            for end, character in enumerate(text, len(self._held) + 1):
+                while met and stop[met] != character:
+                    met = borders[met - 1]
+                met += stop[met] == character
+                if met == len(stop):
+                    places.append(end - met)
+                    break
+            self._met[index] = met
         if places:
             self._held = ""
             return held[: min(places)], True
-        keep = max(_overlap(held, stop) for stop in self._stops)
+        keep = max(self._met)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep], False
 
@@ -128,9 +142,13 @@ class StopFinder:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0
+@lru_cache(maxsize=256)
+def _borders(stop: str) -> tuple[int, ...]:
+    """For every beginning of `stop`: the length of the longest shorter beginning with which it ends."""
+    borders, met = [0], 0
+    for character in stop[1:]:
+        while met and stop[met] != character:
+            met = borders[met - 1]
+        met += stop[met] == character
+        borders.append(met)
+    return tuple(borders)

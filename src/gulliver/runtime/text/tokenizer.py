@@ -7,6 +7,7 @@ Face layout folder, and gives what transformers gives, without loading it.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -15,15 +16,17 @@ from typing import Any
 
 import tokenizers
 
-from gulliver.core.errors import ArtifactError, ConfigError
+from gulliver.core.errors import ArtifactError, ConfigError, first_line
 from gulliver.runtime.text.chat_template import ChatTemplate
 from gulliver.runtime.text.detokenizer import Detokenizer, TokenBytes
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 LOSSY_CHARACTERS = 1024  # a token of a tokenizer that changes texts first, and may drop some, counts for so many
-SHORT_CHARACTERS = 4096
-"""Beyond, a text is tokenized by the call that lets Python's other threads run meanwhile, as `encode` does not."""
+SHORT_CHARACTERS = 4096  # to here, nothing is asked of a text's length before it is tokenized
+PIECE_CHARACTERS = 16_384  # a text that is far longer than its context is counted in pieces of this length
+CUT_TOKENS = 256  # that a piece may have more than its part of the whole text: a word is cut at each of its ends
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # texts come one by one; the library's threads could be lost
 
 
 class Text:
@@ -42,23 +45,41 @@ class Text:
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Tokens of `text`, with those that the tokenizer puts around every text (like <s>) when `special`.
 
-        Special tokens that are spelled out in the text are read as such. ConfigError, before it is tokenized, for one
-        that is longer than `context` tokens of the greatest length.
+        Special tokens that are spelled out in the text are read as such. ConfigError for one that does not fit
+        `context`, before it is tokenized whole. ArtifactError when the tokenizer fails on it.
         """
-        long = len(text) > SHORT_CHARACTERS
-        if long and self.context is not None and len(text) > self._longest * self.context:
+        if self.context is not None and len(text) > SHORT_CHARACTERS and not self._may_fit(text, self.context):
             raise ConfigError(
                 f"{len(text)} characters do not fit the context of {self.context} tokens; shorten the text"
             )
+        return self._encoded(text, special)
+
+    def _may_fit(self, text: str, context: int) -> bool:
+        """False for a text that has surely more than `context` tokens."""
+        if len(text) > self.longest * context:
+            return False
+        if len(text) <= max(4 * context, PIECE_CHARACTERS):
+            return True
+        count = 0
+        for start in range(0, len(text), PIECE_CHARACTERS):
+            count += len(self._encoded(text[start : start + PIECE_CHARACTERS], False)) - CUT_TOKENS
+            if count > context:
+                return False
+        return True
+
+    def _encoded(self, text: str, special: bool) -> list[int]:
         try:
-            if not long:
-                return self.tokenizer.encode(text, add_special_tokens=special).ids
+            # Of the library's calls, this one lets Python's other threads run meanwhile; `encode` does not.
             return self.tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
         except (UnicodeEncodeError, TypeError) as error:
             raise ConfigError(f"the text holds half a character (a lone surrogate): {str(error)[:200]}") from error
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # what the library's own language calls a panic is no Exception
+            raise ArtifactError(f"the model's tokenizer fails on this text: {first_line(error)}") from error
 
     @cached_property
-    def _longest(self) -> int:
+    def longest(self) -> int:
         """Most characters of a text that become one token."""
         return max(LOSSY_CHARACTERS if self.tokenizer.normalizer else 1, *map(len, self.tokenizer.get_vocab()))
 
@@ -70,7 +91,7 @@ class Text:
     def has_chat_template(self) -> bool:
         return bool(self.template.sources)
 
-    @property
+    @cached_property
     def shows_tools(self) -> bool:
         """Whether the chat template tells the model about tools."""
         return any(re.search(r"\btools\b", source) for source in self.template.sources.values())
@@ -78,7 +99,12 @@ class Text:
     # ---- out ----
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens` without the special ones."""
-        return self.tokenizer.decode(list(tokens))
+        try:
+            return self.tokenizer.decode(list(tokens))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # as above
+            raise ArtifactError(f"the model's tokenizer fails on these tokens: {first_line(error)}") from error
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes one token writes, which may be a part of a character; a special token gives its name."""
@@ -117,10 +143,10 @@ def _open(folder: Path, settings: Mapping[str, Any], tokens: Mapping[str, str]) 
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path)) if path.is_file() else _converted(folder)
         _complete(tokenizer, settings, tokens)
-    except ArtifactError:
+    except (ArtifactError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise ArtifactError(f"{path} is not a usable tokenizer: {str(error).splitlines()[0][:300]}") from error
+    except BaseException as error:  # the tokenizers library raises bare Exceptions, and panics, which are none
+        raise ArtifactError(f"{path} is not a usable tokenizer: {first_line(error)}") from error
     return tokenizer
 
 

@@ -13,13 +13,13 @@ from starlette.types import Receive
 
 from gulliver.core.errors import GulliverError
 from gulliver.serve.errors import gone, refused, timed_out
-from gulliver.serve.state import RequestRecord, State
+from gulliver.serve.state import RequestRecord, ServedModel, State
 
 
 async def result_of(
-    submit: Callable[[Event], Future[Any]], request: HttpRequest, state: State, call: RequestRecord
+    submit: Callable[[Event], Future[Any]], request: HttpRequest, state: State, model: ServedModel, call: RequestRecord
 ) -> Any:
-    """What the future of `submit` gives, which is called in a thread.
+    """What the future of `submit` gives, which is called in a thread of the model.
 
     The event given to it is set when nothing waits for the result. ApiError when the model refuses the request
     or fails on it, at the server's time limit, and when the client disconnected before.
@@ -29,7 +29,7 @@ async def result_of(
     future: asyncio.Future[Any] | None = None
     try:
         async with asyncio.timeout(state.settings.timeout_seconds):
-            future = asyncio.wrap_future(await state.in_thread(submit, stop))
+            future = asyncio.wrap_future(await asyncio.wrap_future(model.threads.submit(submit, stop)))
             await asyncio.wait((future, watch), return_when=asyncio.FIRST_COMPLETED)
         if not future.done():
             call.finish = "gone"

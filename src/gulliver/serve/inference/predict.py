@@ -15,7 +15,7 @@ from starlette.responses import Response
 from gulliver.serve.errors import from_validation
 from gulliver.serve.inference.future import result_of
 from gulliver.serve.json_route import JsonRoute
-from gulliver.serve.openai.request_schemas import Body, ModelName
+from gulliver.serve.openai.request_schemas import Body, ModelName, first_unknown
 from gulliver.serve.state import RequestRecord, State, record_of
 from gulliver.tasks.answerer import Answerer
 
@@ -38,21 +38,23 @@ def router(state: State) -> APIRouter:
         model = state.model(body.model, "predict")
         call = record_of(request)
         call.model, call.choices = model.name, 1
-        response = await result_of(partial(_submitted, model.answerer, body.input), request, state, call)
+        submit = partial(_submitted, model.answerer, body.input, call.owner)
+        response = await result_of(submit, request, state, model, call)
         return Response(await state.in_thread(_written, response, call), media_type="application/json")
 
     return routes
 
 
-def _submitted(answerer: Answerer, given: dict[str, Any], stop: Event) -> Future[Any]:
+def _submitted(answerer: Answerer, given: dict[str, Any], owner: str, stop: Event) -> Future[Any]:
     """Check a request and hand it over. In a thread: a picture is decoded here, a long text tokenized."""
     try:
-        asked = answerer.request_model.model_validate(given)
+        wanted = answerer.request_model
+        asked = wanted.model_validate(first_unknown(given, wanted.model_fields))
     except ValidationError as error:
         problems: list[Any] = error.errors(include_url=False, include_input=False)
         problems = [{**problem, "loc": ("input", *problem["loc"])} for problem in problems]
         raise from_validation(problems, answerer.request_model.model_fields) from None
-    return answerer.submit(asked, stop)
+    return answerer.submit(asked, stop, owner)
 
 
 def _written(response: BaseModel, call: RequestRecord) -> bytes:

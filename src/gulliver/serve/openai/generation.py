@@ -17,7 +17,7 @@ from typing import Any
 
 from starlette.types import Receive
 
-from gulliver.core.errors import GulliverError
+from gulliver.core.errors import GulliverError, first_line
 from gulliver.runtime.batching.grammar import STUCK
 from gulliver.runtime.batching.records import EngineClosed, Piece, QueueFull, Request
 from gulliver.serve.errors import ApiError, bad_request, draining, engine_failed, refused, timed_out
@@ -25,6 +25,7 @@ from gulliver.serve.inference.future import disconnected
 
 IN_FLIGHT = 16  # completions of one HTTP request with the engine at one time: a long list must not fill the queue
 RETRY_SECONDS = 0.2
+LATE_SECONDS = 1.0  # how long after its time an engine may take to say that a request is over; then it is over here
 
 
 class Bridge:
@@ -89,12 +90,16 @@ class Generation:
     async def take(self) -> list[tuple[int, Piece]]:
         """Every (index, piece) that arrived since the last call; waits for one, or without a stream for the end of all.
 
-        Empty only at the end.
+        Empty only at the end. An engine that says nothing, because its thread died or hangs, cannot hold it past the
+        time limit.
         """
         if self._left and not (self.streamed and self._arrived):
             self._waiter = asyncio.get_running_loop().create_future()
             try:
-                await self._waiter
+                async with asyncio.timeout(max(self._end + LATE_SECONDS - time.monotonic(), 0.0)):
+                    await self._waiter
+            except TimeoutError:
+                self._abandon()
             finally:
                 self._waiter = None
         arrived, self._arrived = self._arrived, []
@@ -124,6 +129,8 @@ class Generation:
 
     def arrive(self, index: int, piece: Piece) -> None:
         """A piece has come over to the event loop."""
+        if self.last[index] is not None:
+            return  # it came after it was given up
         self._arrived.append((index, piece))
         if piece.finish is not None:
             self._tickets.pop(index, None)
@@ -159,8 +166,17 @@ class Generation:
             asyncio.get_running_loop().call_later(RETRY_SECONDS, self._submit_more)
         except EngineClosed:
             self._give_up("cancelled")
-        except GulliverError as error:
-            self._give_up(f"error: {error}")
+        except BaseException as error:  # a library's too: whoever waits for this completion must be told
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            self._give_up(f"error: {first_line(error)}")
+
+    def _abandon(self) -> None:
+        """End what the engine did not end in time."""
+        self.cancel()
+        for index, piece in enumerate(self.last):
+            if piece is None:
+                self.arrive(index, Piece("", finish="timeout"))
 
     def _give_up(self, reason: str) -> None:
         """End what was never submitted."""

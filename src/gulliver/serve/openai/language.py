@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,7 @@ from gulliver.serve.openai.answers import STREAMS, ChatAnswer, CompletionAnswer,
 from gulliver.serve.openai.generation import Bridge, Generation
 from gulliver.serve.openai.request_schemas import MAX_PROMPTS, ChatRequest, CompletionRequest, GenerationFields, Tool
 from gulliver.serve.openai.response_schemas import ChatCompletion, Completion
-from gulliver.serve.state import ServedModel, State, record_of
+from gulliver.serve.state import RequestRecord, ServedModel, State, record_of
 
 DEFAULT_TOKENS = 16
 LARGEST_SEED = 2**63 - 1
@@ -31,7 +32,9 @@ SMALLEST_TOP_P = 1e-9  # what top_p = 0, which OpenAI allows, means: the likelie
 def router(state: State) -> APIRouter:
     """The routes, for one server."""
     routes, bridge = APIRouter(route_class=JsonRoute, tags=["text"], responses=STREAMS), Bridge()
-    timeout = state.settings.timeout_seconds
+
+    def left(call: RequestRecord) -> float:
+        return call.arrived + state.settings.timeout_seconds - time.monotonic()
 
     @routes.post("/v1/chat/completions", operation_id="create_chat_completion", response_model=ChatCompletion)
     async def chat(body: ChatRequest, request: HttpRequest) -> Response:
@@ -40,10 +43,10 @@ def router(state: State) -> APIRouter:
         call = record_of(request)
         call.model = model.name
         _check_chat(body)
-        slow = bool(body.tools or body.response_format)
-        size = 1 << 30 if slow else sum(message.characters for message in body.messages)
-        asked = await state.prepared(size, _chat_request, body, model)
-        run = Generation(model.engine, _repeated([asked], body.n or 1), bridge, bool(body.stream), timeout)
+        asked = await state.prepared(model.threads, _chat_request, body, model, call.owner)
+        if tools.forced(body) or (body.response_format is not None and body.response_format.type != "text"):
+            asked = replace(asked, grammar=await state.prepared(model.compilers, _grammar, body, model))
+        run = Generation(model.engine, _repeated([asked], body.n or 1), bridge, bool(body.stream), left(call))
         return await answered(run, request, ChatAnswer(model, call, body))
 
     @routes.post("/v1/completions", operation_id="create_completion", response_model=Completion)
@@ -57,9 +60,9 @@ def router(state: State) -> APIRouter:
         if len(rows) * times > MAX_PROMPTS:
             message = f"{len(rows) * times} completions were requested; a request may ask for at most {MAX_PROMPTS}"
             raise bad_request(message, "n")
-        prompts = await state.prepared(sum(map(len, rows)), _prompts, rows, model, bool(body.echo))
-        asked = [_completion_request(body, tokens, model) for tokens, _ in prompts]
-        run = Generation(model.engine, _repeated(asked, times), bridge, bool(body.stream), timeout)
+        prompts = await state.prepared(model.threads, _completion_requests, body, rows, model, call.owner)
+        asked = _repeated([one for one, _ in prompts], times)
+        run = Generation(model.engine, asked, bridge, bool(body.stream), left(call))
         echoes = [text for _, text in prompts for _ in range(times)]
         return await answered(run, request, CompletionAnswer(model, call, body, echoes))
 
@@ -87,8 +90,8 @@ def _check_chat(body: ChatRequest) -> None:
         raise bad_request(f"tool_choice names {name!r}, which is not among the tools", "tool_choice")
 
 
-def _chat_request(body: ChatRequest, model: ServedModel) -> Request:
-    """Render and tokenize, and compile the grammar. ApiError when template or schema refuse."""
+def _chat_request(body: ChatRequest, model: ServedModel, owner: str) -> Request:
+    """Render and tokenize. ApiError when the template refuses."""
     text = model.engine.text
     messages = list(map(tools.template_message, body.messages))
     usable = tools.usable(body)
@@ -107,10 +110,9 @@ def _chat_request(body: ChatRequest, model: ServedModel) -> Request:
         raise bad_request("the prompt is empty; give at least one token", "messages")
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     return replace(
-        _engine_request(body, tokens, model),
+        _engine_request(body, tokens, model, owner),
         max_tokens=_fitted(tokens, asked, model, "messages"),
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        grammar=_grammar(body, model),
     )
 
 
@@ -157,18 +159,26 @@ def _prompts(rows: Sequence[str | list[int]], model: ServedModel, echo: bool) ->
     return found
 
 
-def _completion_request(body: CompletionRequest, tokens: Sequence[int], model: ServedModel) -> Request:
+def _completion_requests(
+    body: CompletionRequest, rows: Sequence[str | list[int]], model: ServedModel, owner: str
+) -> list[tuple[Request, str]]:
+    """(request, text of the prompt) of every prompt; the text of tokens where they are repeated."""
+    prompts = _prompts(rows, model, bool(body.echo))
+    return [(_completion_request(body, tokens, model, owner), text) for tokens, text in prompts]
+
+
+def _completion_request(body: CompletionRequest, tokens: Sequence[int], model: ServedModel, owner: str) -> Request:
     asked = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
     only_prompt = asked == 0  # an engine gives no answer of no tokens; then the prompt's logprobs are all it does
     return replace(
-        _engine_request(body, tokens, model),
+        _engine_request(body, tokens, model, owner),
         max_tokens=_fitted(tokens, asked, model, "prompt"),
         top_logprobs=0 if body.logprobs is None and only_prompt else body.logprobs,
         echo_logprobs=bool(body.echo) and (body.logprobs is not None or only_prompt),
     )
 
 
-def _engine_request(body: GenerationFields, prompt: Sequence[int], model: ServedModel) -> Request:
+def _engine_request(body: GenerationFields, prompt: Sequence[int], model: ServedModel, owner: str) -> Request:
     """What chats and completions state alike. ApiError for a bias on a token that does not exist."""
     biases, vocabulary = [], model.engine.decoder.vocabulary
     for token, bias in (body.logit_bias or {}).items():
@@ -194,6 +204,7 @@ def _engine_request(body: GenerationFields, prompt: Sequence[int], model: Served
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         stop_tokens=tuple(body.stop_token_ids or ()),
         ignore_end=bool(body.ignore_eos),
+        owner=owner,
     )
 
 

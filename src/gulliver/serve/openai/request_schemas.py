@@ -1,21 +1,29 @@
 """What may be asked: the bodies of OpenAI's requests, checked strictly.
 
+Every list and object has a greatest length, and checking stops at the first fault in it: pydantic makes an error of a
+kilobyte for each of a million wrong elements otherwise.
+
 A field that OpenAI defines and that has no meaning here is accepted and ignored, or refused where ignoring it would
 change the answer. Unknown fields are rejected, naming the nearest. docs/serving.md has the tables.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 2048
 MAX_STOPS = 16
+MAX_TOOLS = 128
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 2**31 - 1
-MESSAGE_CHARACTERS = 16  # what a template writes around a message, about
+MAX_MESSAGES = 4096
+MAX_PARTS = 4096  # of a message
+MAX_CALLS = 256  # in a message
+MAX_BIASES = 1024
 
 Ignored = Annotated[Any, Field(description="accepted and ignored")]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
@@ -24,10 +32,30 @@ ModelName = Annotated[str, Field(max_length=512, description="a name that /v1/mo
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
+def first_unknown(given: Any, known: Collection[str]) -> Any:
+    """An object without its unknown fields but the first, which is enough to refuse it; anything else as it is."""
+    if not isinstance(given, dict) or len(given) <= len(known):
+        return given
+    unknown = next((name for name in given if name not in known), None)
+    return {name: value for name, value in given.items() if name in known or name == unknown}
+
+
+def _few_biases(given: Any) -> Any:
+    """Pydantic looks at every entry of an object before it counts them."""
+    if isinstance(given, dict) and len(given) > MAX_BIASES:
+        raise ValueError(f"at most {MAX_BIASES} tokens can be biased")
+    return given
+
+
 class Body(BaseModel):
     """Strict: no text where a number belongs, no unknown fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_unknown(cls, given: Any) -> Any:
+        return first_unknown(given, cls.model_fields)
 
 
 class Lenient(BaseModel):
@@ -54,10 +82,14 @@ class GenerationFields(Body):
     repetition_penalty: float | None = Field(None, ge=0.01, le=10, description="extra field; default 1")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, BeforeValidator(_few_biases)] = (
+        Field(None, max_length=MAX_BIASES)
+    )
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOPS, description="extra field")
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS, fail_fast=True)] | None = Field(
+        None, description="extra field"
+    )
     ignore_eos: bool | None = Field(None, description="extra field: continue past the end token, for benchmarks")
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
@@ -92,9 +124,9 @@ class Message(Lenient):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
     tool_call_id: str | None = None
 
     @property
@@ -102,12 +134,6 @@ class Message(Lenient):
         """The content as one text."""
         parts = self.content or ""
         return parts if isinstance(parts, str) else "".join(part.text or part.refusal or "" for part in parts)
-
-    @property
-    def characters(self) -> int:
-        """How much there is to read; a message costs something even when it is empty."""
-        calls = sum(len(call.function.arguments) for call in self.tool_calls or ())
-        return MESSAGE_CHARACTERS + len(self.text) + calls
 
 
 class Function(Lenient):
@@ -151,16 +177,18 @@ class JsonSchemaFormat(Lenient):
 class ChatRequest(GenerationFields):
     """The body of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, max_length=4096)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS, description="the older name")
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS, description="default: the rest of the context")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: Annotated[PlainFormat | JsonSchemaFormat, Field(discriminator="type")] | None = None
-    tools: list[Tool] | None = Field(None, max_length=128)
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | Tool | None = None
     parallel_tool_calls: bool | None = None
-    modalities: list[Literal["text"]] | None = Field(None, description="text only")
+    modalities: Annotated[list[Literal["text"]], Field(max_length=4, fail_fast=True)] | None = Field(
+        None, description="text only"
+    )
     metadata: Ignored = None
     moderation: Ignored = None
     prediction: Ignored = None

@@ -8,6 +8,7 @@ answer that is nothing but {"name": …, "parameters": {…}} (Llama). All are r
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from gulliver.serve.openai.request_schemas import Called, ChatRequest, Message, 
 MARKS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
 BEGINNINGS = [mark[:size] for mark in MARKS for size in range(1, len(mark))]
 CLOSE = "</tool_call>"
+_OPEN = re.compile(r"[{\[]")
 
 
 class ToolReader:
@@ -67,7 +69,8 @@ def read_calls(text: str, names: Collection[str]) -> tuple[str, list[Called]]:
     kept: list[str] = []
     position = 0
     while position < len(text):
-        start = min((place for sign in "{[" if (place := text.find(sign, position)) >= 0), default=len(text))
+        opened = _OPEN.search(text, position)
+        start = opened.start() if opened else len(text)
         mark = next((mark for mark in MARKS if text.startswith(mark, start)), None)
         if mark is not None:
             kept.append(text[position:start])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gulliver.core.errors import ConfigError
 from gulliver.runtime.batching.queue import BatchQueue
-from gulliver.runtime.text.tokenizer import Text
+from gulliver.runtime.text.tokenizer import SHORT_CHARACTERS, Text
 from gulliver.tasks.answerer import Can, Embedding, OpenOptions, then
 from gulliver.tasks.encoder.pooling import cut, read_pooling
 
@@ -53,7 +53,7 @@ class EncoderAnswerer(Embedding):
         """Every word is a text."""
         return self.request_model(texts=list(words))
 
-    def submit(self, request: TextsRequest, stop: Event | None = None) -> Future[Any]:
+    def submit(self, request: TextsRequest, stop: Event | None = None, owner: str = "") -> Future[Any]:
         rows = [self.tokens(text, truncate=request.truncate) for text in request.texts]
         made, count = self.response_model, sum(map(len, rows))
 
@@ -63,7 +63,7 @@ class EncoderAnswerer(Embedding):
         return then(self.embed(rows, stop), response)
 
     def tokens(self, row: str | Sequence[int], *, truncate: bool) -> tuple[int, ...]:
-        tokens = self.text.encode(row) if isinstance(row, str) else list(row)
+        tokens = self._encoded(row, truncate) if isinstance(row, str) else list(row)
         if not tokens:
             raise ConfigError("a text is empty; give at least one token")
         if max(tokens) >= self.vocabulary:
@@ -74,6 +74,14 @@ class EncoderAnswerer(Embedding):
                 raise ConfigError(f"{told}. Cut it, or set truncate to true")
             tokens = cut(tokens, self.context)
         return tuple(tokens)
+
+    def _encoded(self, text: str, truncate: bool) -> list[int]:
+        """The tokens of a text. What is cut off later need not be tokenized: a text of megabytes would take seconds."""
+        most = max(SHORT_CHARACTERS, 2 * self.text.longest * self.context)
+        if len(text) > most and not truncate:
+            told = f"a text has {len(text)} characters; this model reads {self.context} tokens"
+            raise ConfigError(f"{told}. Cut it, or set truncate to true")
+        return self.text.encode(text[:most])
 
     def show(self, response: Any) -> list[str]:
         """The first numbers of each vector, and how near each text is to the first."""

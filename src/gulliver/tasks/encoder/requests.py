@@ -10,7 +10,7 @@ class TextsRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    texts: list[str] = Field(min_length=1, max_length=2048, description="texts, one vector each")
+    texts: list[str] = Field(min_length=1, max_length=2048, fail_fast=True, description="texts, one vector each")
     truncate: bool = Field(False, description="cut texts that are too long instead of refusing them")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -35,7 +36,7 @@ class LanguageAnswerer(Generating):
         """All words together are the prompt."""
         return self.request_model(prompt=" ".join(words))
 
-    def submit(self, request: TextRequest, stop: Event | None = None) -> Future[Any]:
+    def submit(self, request: TextRequest, stop: Event | None = None, owner: str = "") -> Future[Any]:
         prompt: Prompt = request.prompt if request.prompt is not None else request.messages or ""
         sampling = Sampling(**{name: getattr(request, name) for name in SAMPLING})
         asked = self.request(
@@ -44,7 +45,7 @@ class LanguageAnswerer(Generating):
             max_tokens=request.max_tokens,
             stop=request.stop,
         )
-        return _collected(self.engine, asked, self.response_model, stop)
+        return _collected(self.engine, replace(asked, owner=owner), self.response_model, stop)
 
     def show(self, response: Any) -> list[str]:
         """The text."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -15,7 +15,9 @@ class TextRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     prompt: str | None = Field(None, min_length=1, description="the text to answer or, when raw, to continue")
-    messages: list[dict[str, Any]] | None = Field(None, min_length=1, description="a chat: role and content each")
+    messages: list[dict[str, Any]] | None = Field(
+        None, min_length=1, max_length=4096, fail_fast=True, description="a chat: role and content each"
+    )
     system: str | None = Field(None, description="the system message, for a model with a chat template")
     raw: bool = Field(False, description="continue the prompt itself, without the chat template")
     max_tokens: int = Field(MAX_TOKENS, ge=1, description="longest answer in tokens")
@@ -25,7 +27,9 @@ class TextRequest(BaseModel):
     min_p: float = Field(0.0, ge=0, le=1, description="keep tokens this fraction as likely as the likeliest")
     repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False, description="above 1: repeats are less likely")
     seed: int | None = Field(None, description="the same seed gives the same answer")
-    stop: list[str] = Field(default_factory=list, max_length=16, description="texts that end the answer")
+    stop: list[Annotated[str, Field(max_length=1000)]] = Field(
+        default_factory=list, max_length=16, fail_fast=True, description="texts that end the answer"
+    )
 
     @model_validator(mode="after")
     def _one_of(self) -> TextRequest:

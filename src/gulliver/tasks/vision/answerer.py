@@ -63,7 +63,7 @@ class VisionAnswerer(Batched):
             told = f"{words[0][:80]!r} is neither the path of a picture nor a JSON list of pixels"
             raise DataError(f"{told}; give a PNG, JPEG, WebP, GIF or BMP file") from None
 
-    def submit(self, request: ImageRequest, stop: Event | None = None) -> Future[Any]:
+    def submit(self, request: ImageRequest, stop: Event | None = None, owner: str = "") -> Future[Any]:
         from gulliver.tasks.vision.pictures import decoded, from_numbers
 
         image = request.image
