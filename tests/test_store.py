@@ -20,7 +20,7 @@ from artifact_samples import make
 from postgres import postgres_server, postgres_url  # noqa: F401 - fixtures
 
 from gulliver.core.context import Context
-from gulliver.core.errors import ArtifactError, ConfigError, MissingExtra
+from gulliver.core.errors import ArtifactError, ConfigError, MissingExtra, StorageError
 from gulliver.core.evidence.evidence import measured
 from gulliver.core.progress import Progress
 from gulliver.core.store import migrations
@@ -192,15 +192,26 @@ def test_a_context_fills_in_what_a_step_need_not_know(store: Store) -> None:
     assert (item.machine, item.command) == ("m", "gulliver x") and ctx.recorded == {artifact.id}
 
 
+OLD_ROW = (
+    "INSERT INTO evidence (recorded_at, metric, value, low, high, unit, direction, n, seed, data_hash, artifact_id,"
+    f" machine, command, detail) VALUES ('', 'accuracy', 0.5, 0.5, 0.5, 'fraction', 'higher', 1, 0, '', '{'a' * 64}',"
+    " '', '', '{}')"
+)
+"""As a Gulliver of the first schema wrote it."""
+
+
 # ---- schema -------------------------------------------------------------------------------------------------------
 def test_migrations_apply_once_and_go_on_from_where_they_were(reopen: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     known = migrations.MIGRATIONS
     monkeypatch.setattr(migrations, "MIGRATIONS", known[:1])
     old = reopen()
-    old.record([replace(measured("accuracy", 0.5), artifact_id="a" * 64)])
+    with old._engine.begin() as connection:
+        connection.exec_driver_sql(OLD_ROW)
     monkeypatch.setattr(migrations, "MIGRATIONS", known)
     new = reopen()
     assert len(new.evidence("a" * 64)) == 1 and new.runs() == []
+    new.record([replace(measured("accuracy", 0.5), artifact_id="a" * 64)])
+    new.verify()
     with new._engine.connect() as connection:
         numbers = connection.exec_driver_sql("SELECT number FROM schema_history ORDER BY number").scalars().all()
     assert list(numbers) == list(range(1, len(known) + 1))
@@ -226,21 +237,21 @@ def test_a_database_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: py
         ("sqlite://", "cannot be opened: give a file"),
         (f"postgresql://nobody@/none?host={tmp_path}", "cannot be opened"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises((ConfigError, StorageError), match=message):
             Store(tmp_path / "home", url)
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(MissingExtra, match=r"gulliver\[postgres\]"):
         Store(tmp_path / "home", "postgresql://user@host/name")
     (tmp_path / "file").write_text("x")
     (tmp_path / "home" / "gulliver.db").write_bytes(b"not a database " * 100)
-    with pytest.raises(ConfigError, match="not a database"):
+    with pytest.raises(StorageError, match=r"not a database.*doctor --repair"):
         Store(tmp_path / "home")
     with pytest.raises(ConfigError, match="give another with --home"):
         Store(tmp_path / "file")
 
 
 def test_a_password_is_not_shown(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(StorageError) as error:
         Store(tmp_path / "home", f"postgresql://me:hunter2@/none?host={tmp_path}")
     assert "hunter2" not in str(error.value)
 
