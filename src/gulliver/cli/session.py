@@ -88,6 +88,7 @@ def evidence_table(evidence: list[dict[str, Any]]) -> list[str]:
         value, low, high = (_number(item[name]) for name in ("value", "low", "high"))
         about = item["detail"].get("data")
         name = f"{item['metric']} ({about})" if about else item["metric"]
+        name += ", measured elsewhere" if item["detail"].get("measured") == "elsewhere" else ""
         rows.append((name, value, f"{low} … {high}", item["unit"], str(item["n"])))
     return table(rows)
 

@@ -28,6 +28,8 @@ from gulliver.core.store.files import file_lock
 from gulliver.core.store.locks import Wait, lock_holders, named
 from gulliver.core.store.migrations import applied, check_known, migrate, tables
 
+DATABASE = "gulliver.db"
+"""The SQLite database in a home."""
 BUSY_S = 20.0
 """How long a database is waited for that another program locks."""
 SCHEMA_IDLE_S = 10.0
@@ -49,7 +51,7 @@ def open_database(home: Path, database_url: str | None) -> Engine:
     StorageError for a database that is damaged, locked, out of reach, or another program's. Safe when several processes
     open a new database at once.
     """
-    engine = _engine(f"sqlite:///{home / 'gulliver.db'}" if database_url is None else database_url)
+    engine = _engine(f"sqlite:///{home / DATABASE}" if database_url is None else database_url)
     with database_errors(engine):
         if not _is_current(engine, home if database_url is None else None):
             with _schema_lock(engine.url):
