@@ -26,7 +26,7 @@ from gulliver.core.store import chain
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.database import DATABASE, DamagedDatabase, open_database, read, write
 from gulliver.core.store.files import file_lock, hash_file
-from gulliver.core.store.manifest import EVIDENCE, read_json
+from gulliver.core.store.manifest import EVIDENCE, canonical_json, read_json
 from gulliver.core.store.store import Store, home_folder
 
 MAX_EVIDENCE_BYTES = 64 * 2**20
@@ -131,7 +131,7 @@ def _evidence_in(artifact: Artifact) -> list[Evidence]:
         beside = artifact.path / EVIDENCE
         if artifact.kind == "model" and beside.is_file() and beside.stat().st_size <= MAX_EVIDENCE_BYTES:
             body = read_json(beside.read_bytes(), str(beside))
-            items = TypeAdapter(list[Evidence]).validate_python(body["evidence"])
+            items = TypeAdapter(list[Evidence]).validate_json(canonical_json(body["evidence"]))
             found += [item for item in items if item.artifact_id == artifact.id]
     for record in (QualityReport, SpeedReport, HarnessReport):
         with contextlib.suppress(ArtifactError, OSError):

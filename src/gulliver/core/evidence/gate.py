@@ -107,6 +107,7 @@ class Gate:
         return margin if self.at_least is None else -margin
 
     def _why_no_data(self, evidence: Sequence[Evidence], artifact_id: str) -> str:
+        remedy = f"run `gulliver audit {artifact_id[:12]}`"
         if any(item.metric == self.metric and item.elsewhere for item in evidence if item.artifact_id == artifact_id):
             return (
                 f"{self.metric} was measured elsewhere, which passes no gate; run `gulliver audit {artifact_id[:12]}`"

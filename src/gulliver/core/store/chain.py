@@ -8,8 +8,9 @@ hash has no key: it shows a change by one who does not rewrite all rows after it
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, text
@@ -48,31 +49,32 @@ def append(connection: Connection, table: str, rows: Sequence[Mapping[str, Any]]
     connection.execute(text(f"INSERT INTO {table} ({', '.join(names)}) VALUES ({values})"), chained)
 
 
-def rows_in_order(connection: Connection, table: str) -> Iterator[tuple[int, str, dict[str, Any], bool]]:
+def rows_in_order(connection: Connection, table: str) -> Generator[tuple[int, str, dict[str, Any], bool]]:
     """(number, chain, columns, whether it fits) of each row, oldest first; `fits` compares with the row before."""
     columns = TABLES[table]
     query = text(f"SELECT id, chain, {', '.join(columns)} FROM {table} ORDER BY id")
-    found = connection.execute(query, execution_options={"yield_per": 1000})
     last = ""
-    for number, chain, *values in found:
-        row = dict(zip(columns, values, strict=True))
-        try:
-            fits = chain == link(last, row)
-        except (TypeError, ValueError, ConfigError):  # a value of another type than was ever written
-            fits = False
-        yield number, chain, row, fits
-        last = chain
+    with contextlib.closing(connection.execute(query, execution_options={"yield_per": 1000})) as found:
+        for number, chain, *values in found:
+            row = dict(zip(columns, values, strict=True))
+            try:
+                fits = chain == link(last, row)
+            except (TypeError, ValueError, ConfigError):  # a value of another type than was ever written
+                fits = False
+            yield number, chain, row, fits
+            last = chain
 
 
 def first_misfit(connection: Connection) -> str | None:
     """What is wrong with the first row that is not what was written; None when every row of every table fits."""
     for table in TABLES:
         number = 0
-        for number, _, row, fits in rows_in_order(connection, table):
-            if not fits:
-                what = row["metric"] if table == "evidence" else row["step"]
-                told = f"row {number} of {table} ({what} of {str(row['artifact_id'])[:12]}) does not fit the row before"
-                return f"{told}: one of the two was changed, or rows between them were removed or inserted"
+        with contextlib.closing(rows_in_order(connection, table)) as rows:
+            for number, _, row, fits in rows:
+                if not fits:
+                    what = f"{row['metric' if table == 'evidence' else 'step']} of {str(row['artifact_id'])[:12]}"
+                    told = f"row {number} of {table} ({what}) does not fit the row before"
+                    return f"{told}: one of the two was changed, or rows between them were removed or inserted"
         newest = _newest_number(connection, table)
         if newest is not None and newest > number:
             return f"{table} ends with row {number}, but row {newest} was written once: the last rows were removed"
