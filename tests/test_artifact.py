@@ -24,10 +24,10 @@ from gulliver.core.store.artifact import (
     create,
     hash_file,
     open_artifact,
-    sweep,
     verify,
     write_annotation,
 )
+from gulliver.core.store.files import sweep
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------

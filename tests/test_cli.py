@@ -283,7 +283,8 @@ def test_what_a_parser_reads_is_what_the_model_holds(row: Command) -> None:
         else:
             assert value == (tuple(record.default) if record.many else record.default)
             given = {"int": "19", "float": "9.5", "switch": None, "text": "9"}[record.kind]
-            again = parsed([row.name, *words, record.flag, *([given] if given else [])])
+            flag = [] if record.positional else [record.flag]
+            again = parsed([row.name, *words, *flag, *([given] if given else [])])
             assert named(row.options)(**again.given) != options
     assert set(line.everywhere) == {"home", "database", "json_", "quiet"}
 

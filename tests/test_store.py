@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -20,11 +21,12 @@ from artifact_samples import make
 from postgres import postgres_server, postgres_url  # noqa: F401 - fixtures
 
 from gulliver.core.context import Context
-from gulliver.core.errors import ArtifactError, ConfigError, MissingExtra
+from gulliver.core.errors import ArtifactError, ConfigError, MissingExtra, StorageError
 from gulliver.core.evidence.evidence import measured
 from gulliver.core.progress import Progress
-from gulliver.core.store import migrations
+from gulliver.core.store import database, locks, migrations
 from gulliver.core.store.artifact import Artifact, create
+from gulliver.core.store.files import file_lock
 from gulliver.core.store.store import Store
 
 Opener = Callable[[], Store]
@@ -149,6 +151,130 @@ def test_what_was_recorded_cannot_be_changed(reopen: Opener) -> None:
     assert store.evidence("a" * 64)[0].value == 0.5 and store.runs()[0].seconds == 1.0
 
 
+COPIED = "(id, recorded_at, metric, unit, direction, n, seed, data_hash, artifact_id, machine, command, detail, chain)"
+AS_IT_WAS = f"INSERT INTO evidence {COPIED} SELECT {COPIED[1:-1]} FROM evidence WHERE id = 2"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE evidence SET value = 1 WHERE id = 3",
+        "UPDATE runs SET id = 9",
+        "DELETE FROM runs",
+        "DELETE FROM schema_history",
+        "UPDATE schema_history SET number = number + 10",
+        f"{AS_IT_WAS} ON CONFLICT (id) DO UPDATE SET value = 0",
+        f"{AS_IT_WAS} ON CONFLICT (id) DO NOTHING",
+        AS_IT_WAS.replace("SELECT id", "SELECT -1"),
+        AS_IT_WAS.replace("SELECT id", "SELECT 99").replace("detail, chain FROM", "detail, '' FROM"),
+    ],
+)
+def test_no_statement_changes_the_past(reopen: Opener, statement: str) -> None:
+    _refuses(_three_of_each(reopen()), statement)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        AS_IT_WAS.replace("INSERT", "INSERT OR REPLACE"),
+        AS_IT_WAS.replace("INSERT", "REPLACE"),
+        AS_IT_WAS.replace("INSERT", "REPLACE").replace("id = 2", "id = 3"),
+        AS_IT_WAS.replace("INSERT", "REPLACE").replace("SELECT id", "SELECT '2'"),
+        AS_IT_WAS.replace("INSERT", "INSERT OR IGNORE"),
+        "UPDATE OR REPLACE evidence SET id = 1 WHERE id = 2",
+        "REPLACE INTO runs SELECT * FROM runs",
+        "REPLACE INTO schema_history VALUES (1)",
+    ],
+)
+@pytest.mark.parametrize("recursive", ["ON", "OFF"])
+def test_sqlite_replaces_nothing(store: Store, statement: str, recursive: str) -> None:
+    """INSERT OR REPLACE deletes what it replaces without asking the triggers on DELETE."""
+    _refuses(_three_of_each(store), f"PRAGMA recursive_triggers={recursive}", statement)
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize(
+    "statement",
+    ["TRUNCATE evidence", "TRUNCATE runs CASCADE", "TRUNCATE schema_history", "MERGE INTO runs USING evidence e ON"
+     " runs.id = e.id WHEN MATCHED THEN DELETE"],
+)  # fmt: skip
+def test_postgresql_truncates_nothing(tmp_path: Path, postgres_url: str, statement: str) -> None:  # noqa: F811
+    store = _three_of_each(Store(tmp_path / "home", postgres_url))
+    _refuses(store, statement)
+    _refuses(store, "SET session_replication_role = replica", statement)
+
+
+def _three_of_each(store: Store) -> Store:
+    for number in range(3):
+        store.record([replace(measured("accuracy", 0.5, seed=number), artifact_id="a" * 64)])
+        store.finish_run(f"k{number}", "pull", {}, {}, "a" * 64, 1, 1)
+    return store
+
+
+def _refuses(store: Store, *statements: str) -> None:
+    before = repr(store.evidence("a" * 64)), store.runs()
+    with pytest.raises(sqlalchemy.exc.DBAPIError, match="append-only"), store._engine.begin() as connection:
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+    assert (repr(store.evidence("a" * 64)), store.runs()) == before
+    assert store.verify() == {"evidence": 3, "runs": 3}
+
+
+def _unguarded(store: Store, *statements: str) -> None:
+    """What one does who owns the database and takes its guards away first."""
+    with store._engine.begin() as connection:
+        if connection.dialect.name == "sqlite":
+            names = connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'trigger'").scalars().all()
+            for name in names:
+                connection.exec_driver_sql(f"DROP TRIGGER {name}")
+        else:
+            for table in ("evidence", "runs"):
+                connection.exec_driver_sql(f"ALTER TABLE {table} DISABLE TRIGGER ALL")
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+
+
+@pytest.mark.parametrize(
+    ("statement", "named"),
+    [
+        ("UPDATE evidence SET value = 0.51 WHERE id = 2", "row 2 of evidence"),
+        ("UPDATE evidence SET detail = '{\"a\":1}' WHERE id = 1", "row 1 of evidence"),
+        ("UPDATE evidence SET parent_id = 'x' WHERE id = 3", "row 3 of evidence"),
+        ("DELETE FROM evidence WHERE id = 1", "row 2 of evidence"),
+        ("DELETE FROM runs WHERE id = 2", "row 3 of runs"),
+        ("UPDATE runs SET seconds = 2.5 WHERE id = 3", "row 3 of runs"),
+        ("UPDATE runs SET id = 10 WHERE id = 1", "row 2 of runs"),
+        (AS_IT_WAS.replace("SELECT id", "SELECT 9"), "row 9 of evidence"),
+    ],
+)
+def test_a_changed_past_is_seen(reopen: Opener, statement: str, named: str) -> None:
+    store = _three_of_each(reopen())
+    _unguarded(store, statement)
+    with pytest.raises(StorageError, match=f"was changed: {named}"):
+        store.verify()
+
+
+def test_rows_cut_off_at_the_end_are_seen_on_sqlite(store: Store) -> None:
+    _unguarded(_three_of_each(store), "DELETE FROM evidence WHERE id >= 2")
+    with pytest.raises(StorageError, match="evidence ends with row 1, but row 3 was written once"):
+        store.verify()
+
+
+def test_what_an_older_gulliver_left_is_chained(reopen: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = migrations.MIGRATIONS
+    monkeypatch.setattr(migrations, "MIGRATIONS", known[:3])
+    with reopen()._engine.begin() as connection:
+        for _ in range(3):
+            connection.exec_driver_sql(OLD_ROW)
+    monkeypatch.setattr(migrations, "MIGRATIONS", known)
+    store = reopen()
+    assert store.verify() == {"evidence": 3, "runs": 0}
+    with pytest.raises(sqlalchemy.exc.DBAPIError, match="append-only"), store._engine.begin() as connection:
+        connection.exec_driver_sql(OLD_ROW)  # an older one that still runs
+    with pytest.raises(sqlalchemy.exc.DBAPIError, match="append-only"), store._engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE evidence SET value = 1")
+
+
 def test_runs_are_found_by_key_and_the_newest_counts(reopen: Opener) -> None:
     store = reopen()
     assert store.find_run("key") is None
@@ -192,15 +318,26 @@ def test_a_context_fills_in_what_a_step_need_not_know(store: Store) -> None:
     assert (item.machine, item.command) == ("m", "gulliver x") and ctx.recorded == {artifact.id}
 
 
+OLD_ROW = (
+    "INSERT INTO evidence (recorded_at, metric, value, low, high, unit, direction, n, seed, data_hash, artifact_id,"
+    f" machine, command, detail) VALUES ('', 'accuracy', 0.5, 0.5, 0.5, 'fraction', 'higher', 1, 0, '', '{'a' * 64}',"
+    " '', '', '{}')"
+)
+"""As a Gulliver of the first schema wrote it."""
+
+
 # ---- schema -------------------------------------------------------------------------------------------------------
 def test_migrations_apply_once_and_go_on_from_where_they_were(reopen: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     known = migrations.MIGRATIONS
     monkeypatch.setattr(migrations, "MIGRATIONS", known[:1])
     old = reopen()
-    old.record([replace(measured("accuracy", 0.5), artifact_id="a" * 64)])
+    with old._engine.begin() as connection:
+        connection.exec_driver_sql(OLD_ROW)
     monkeypatch.setattr(migrations, "MIGRATIONS", known)
     new = reopen()
     assert len(new.evidence("a" * 64)) == 1 and new.runs() == []
+    new.record([replace(measured("accuracy", 0.5), artifact_id="a" * 64)])
+    new.verify()
     with new._engine.connect() as connection:
         numbers = connection.exec_driver_sql("SELECT number FROM schema_history ORDER BY number").scalars().all()
     assert list(numbers) == list(range(1, len(known) + 1))
@@ -226,21 +363,40 @@ def test_a_database_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: py
         ("sqlite://", "cannot be opened: give a file"),
         (f"postgresql://nobody@/none?host={tmp_path}", "cannot be opened"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises((ConfigError, StorageError), match=message):
             Store(tmp_path / "home", url)
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(MissingExtra, match=r"gulliver\[postgres\]"):
         Store(tmp_path / "home", "postgresql://user@host/name")
     (tmp_path / "file").write_text("x")
     (tmp_path / "home" / "gulliver.db").write_bytes(b"not a database " * 100)
-    with pytest.raises(ConfigError, match="not a database"):
+    with pytest.raises(StorageError, match=r"not a database.*doctor --repair"):
         Store(tmp_path / "home")
     with pytest.raises(ConfigError, match="give another with --home"):
         Store(tmp_path / "file")
+    write(Store(tmp_path / "emptied"))
+    (tmp_path / "emptied" / "gulliver.db").write_bytes(b"")
+    with pytest.raises(StorageError, match=r"it is empty.*doctor --repair"):
+        Store(tmp_path / "emptied")
+    (tmp_path / "foreign").mkdir()
+    other = sqlite3.connect(tmp_path / "foreign" / "gulliver.db")
+    other.execute("CREATE TABLE moz_places (x)")
+    other.close()
+    with pytest.raises(StorageError, match=r"tables of another program \(moz_places\)"):
+        Store(tmp_path / "foreign")
+
+
+def test_damaged_pages_are_told(store: Store) -> None:
+    _three_of_each(store)
+    file = store.home / "gulliver.db"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:4096] + b"\xa5" * (len(whole) - 4096))
+    with pytest.raises(StorageError, match=r"gulliver.db is damaged.*doctor --repair"):
+        Store(store.home).runs()
 
 
 def test_a_password_is_not_shown(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(StorageError) as error:
         Store(tmp_path / "home", f"postgresql://me:hunter2@/none?host={tmp_path}")
     assert "hunter2" not in str(error.value)
 
@@ -287,6 +443,7 @@ def test_processes_that_open_a_new_home_at_once_lose_nothing(reopen: Opener, req
     for first, second in zip(evidence[::2], evidence[1::2], strict=True):
         assert (first.n, first.seed) == (second.n, second.seed)  # a record() is one transaction: nobody stands between
     assert len({run.key for run in store.runs()}) == len(store.runs()) == workers * rounds
+    assert store.verify() == {"evidence": 2 * workers * rounds, "runs": workers * rounds}  # one chain, no fork
     assert len(store.artifacts()) == rounds + workers * rounds and store.damaged() == []
     assert all(store.has(artifact.id) for artifact in store.artifacts())
     assert len(list(store.artifacts_folder.iterdir())) == len(store.artifacts())
@@ -325,6 +482,99 @@ def test_a_lock_excludes_and_dies_with_its_process(store: Store) -> None:
     assert subprocess.run([sys.executable, "-c", script, str(store.home)], check=False).returncode == -signal.SIGKILL
     with store.lock("key", timeout_s=0):
         pass
+
+
+HOLDS = """
+import sys, time
+from gulliver.core.store.store import Store
+store = Store(sys.argv[1])
+if sys.argv[2] == "database":
+    connection = store._engine.connect().execution_options(gulliver_write=True)
+    connection.begin()
+else:
+    held = store.lock("key")
+    held.__enter__()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("what", ["lock", "database"])
+def test_a_stopped_process_that_holds_a_lock_is_named_and_given_up_on(
+    what: str, store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(locks, "STOPPED_S", 1.5)
+    monkeypatch.setattr(locks, "SAY_AFTER_S", 0.5)
+    holder = subprocess.Popen([sys.executable, "-c", HOLDS, str(store.home), what], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        holder.send_signal(signal.SIGSTOP)
+        with pytest.raises(StorageError, match=rf"process {holder.pid} \(stopped\).*kill -CONT {holder.pid}"):
+            if what == "lock":
+                store.lock("key").__enter__()
+            else:
+                _three_of_each(store)
+        assert f"waiting for process {holder.pid} (stopped)" in capsys.readouterr().err
+        assert store.runs() == []  # reading waits for nobody
+    finally:
+        holder.kill()
+        holder.communicate()
+    with store.lock("key", timeout_s=5):
+        assert len(_three_of_each(store).runs()) == 3
+
+
+def test_the_lock_of_the_schema_holds_up_no_home_that_is_up_to_date(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "SCHEMA_IDLE_S", 0.5)
+    with file_lock(store.home / "gulliver.db.lock"):
+        assert Store(store.home).runs() == []
+    (tmp_path / "new").mkdir()
+    with open(tmp_path / "new" / "gulliver.db.lock", "w") as other:
+        holder = subprocess.Popen(
+            [sys.executable, "-c", f"import fcntl, time; fcntl.flock({other.fileno()}, 2); print(1, flush=True);"
+             " time.sleep(60)"], pass_fds=[other.fileno()], stdout=subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == b"1\n"
+            with pytest.raises(StorageError, match=f"process {holder.pid} .*then repeat the command"):
+                Store(tmp_path / "new")
+        finally:
+            holder.kill()
+            holder.communicate()
+
+
+@pytest.mark.postgres
+def test_the_advisory_lock_of_postgresql_is_not_waited_for_without_an_end(
+    tmp_path: Path,
+    postgres_url: str,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = Store(tmp_path / "home", postgres_url)
+    monkeypatch.setattr(database, "BUSY_S", 0.5)
+    with database.write(store._engine), pytest.raises(StorageError, match=f"gulliver, process {os.getpid()} on "):
+        _three_of_each(store)
+    assert len(_three_of_each(store).runs()) == 3
+
+
+@pytest.mark.postgres
+def test_postgresql_that_refuses_says_what_to_do(
+    tmp_path: Path,
+    postgres_url: str,  # noqa: F811
+) -> None:
+    store = Store(tmp_path / "home", postgres_url)
+    with store._engine.begin() as connection:
+        connection.exec_driver_sql("DROP ROLE IF EXISTS reader")
+        connection.exec_driver_sql("CREATE ROLE reader LOGIN")
+        connection.exec_driver_sql("GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader")
+    reader = Store(tmp_path / "home", postgres_url.replace("gulliver@", "reader@"))
+    assert reader.runs() == []
+    with pytest.raises(StorageError, match=r"may not be written.*permission denied"):
+        _three_of_each(reader)
+    for url in (postgres_url.replace("/test_", "/none_"), postgres_url.replace("gulliver@", "nobody@")):
+        with pytest.raises(StorageError, match=r"cannot be opened.*does not exist.*check that it runs") as told:
+            Store(tmp_path / "home", url)
+        assert "\n" not in str(told.value)
 
 
 def test_a_lock_excludes_threads_too(store: Store) -> None:

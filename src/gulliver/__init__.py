@@ -22,9 +22,11 @@ FUNCTIONS = {
     "fit": "gulliver.pipeline.fit:fit",
     "generate": "gulliver.pipeline.generate:generate",
     "list_artifacts": "gulliver.pipeline.api:list_artifacts",
+    "repair": "gulliver.core.repair:repair",
     "run": "gulliver.pipeline.run:run_recipe",
     "show": "gulliver.pipeline.api:show",
     "verify": "gulliver.pipeline.api:verify",
+    "verify_home": "gulliver.pipeline.api:verify_home",
 }
 """Public functions that are not steps: name -> "module:function"."""
 

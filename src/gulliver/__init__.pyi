@@ -6,10 +6,12 @@ from typing import Literal
 
 from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import Artifact
+from gulliver.core.repair import repair as repair
 from gulliver.pipeline.api import audit as audit
 from gulliver.pipeline.api import list_artifacts as list_artifacts
 from gulliver.pipeline.api import show as show
 from gulliver.pipeline.api import verify as verify
+from gulliver.pipeline.api import verify_home as verify_home
 from gulliver.pipeline.ask import ask as ask
 from gulliver.pipeline.bench import bench as bench
 from gulliver.pipeline.fit import fit as fit
@@ -17,7 +19,7 @@ from gulliver.pipeline.generate import generate as generate
 from gulliver.pipeline.run import run_recipe as run
 
 __version__: str
-__all__ = ["ask", "audit", "bench", "calibrate", "distill", "export", "fit", "generate", "harness", "list_artifacts", "plan", "pull", "quality", "quantize", "read", "run", "sample", "show", "speed", "train", "verify"]
+__all__ = ["ask", "audit", "bench", "calibrate", "distill", "export", "fit", "generate", "harness", "list_artifacts", "plan", "pull", "quality", "quantize", "read", "repair", "run", "sample", "show", "speed", "train", "verify", "verify_home"]
 
 _Source = str | Path | Artifact
 """An artifact, its id, its folder, or what `pull` and `read` take."""

@@ -18,8 +18,9 @@ from typing import Any
 
 from gulliver.cli.commands import Command
 from gulliver.cli.parser import Parsed, parsed
-from gulliver.core.errors import GulliverError
-from gulliver.core.stdout import open_standard_streams, stdout_into
+from gulliver.core.errors import GulliverError, StorageError
+from gulliver.core.stdout import abandon_stdout, ready_streams, stdout_into
+from gulliver.core.store.disk import storage_errors
 from gulliver.core.store.files import named_path
 from gulliver.pipeline.steps import INPUT_KINDS, Step
 from gulliver.tasks import foreign_files
@@ -27,9 +28,25 @@ from gulliver.tasks import foreign_files
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    open_standard_streams()
+    ready_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    as_json = "--json" in words
+    try:
+        code = _run(words, "--json" in words)
+        sys.stdout.flush()  # now, and not when Python ends, where a failure has no words
+        return code
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+        abandon_stdout()
+        return 0
+    except StorageError as failure:  # standard output itself
+        abandon_stdout()
+        print(f"error: {failure}", file=sys.stderr)
+        return failure.exit_code
+
+
+def _run(words: list[str], as_json: bool) -> int:
     try:
         line = parsed(words)
     except GulliverError as failure:
@@ -41,20 +58,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if as_json or not getattr(line.row, "streams", False):
                 stack.enter_context(stdout_into(2))
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            home = line.everywhere["home"] or os.path.expanduser("~/.gulliver")
+            stack.enter_context(storage_errors(home, line.given.get("out")))
             document, lines = _act(line, words)
-        if as_json:
-            lines = [json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False)]
-        if lines:
-            print("\n".join(lines), flush=True)
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output has left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's last flush has somewhere to go
-        return 0
+    except BrokenPipeError:
+        raise
     except Exception as failure:
         return _failed(failure, as_json)
+    if as_json:
+        lines = [_json(document)]
+    if lines:
+        print("\n".join(lines), flush=True)
+    return 0
 
 
 def _act(line: Parsed, words: list[str]) -> tuple[Any, list[str]]:
@@ -97,6 +112,11 @@ def _failed(failure: Exception, as_json: bool) -> int:
     else:
         traceback.print_exception(failure)
     if as_json:
-        document = {"error": type(failure).__name__, "message": str(failure), "exit_code": code}
-        print(json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False))
+        print(_json({"error": type(failure).__name__, "message": str(failure), "exit_code": code}))
     return code
+
+
+def _json(document: Any) -> str:
+    """One JSON document; in ASCII where the terminal's encoding is not UTF-8."""
+    plain = (getattr(sys.stdout, "encoding", None) or "utf-8").lower() not in ("utf-8", "utf8")
+    return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=plain)

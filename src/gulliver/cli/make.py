@@ -19,21 +19,24 @@ if TYPE_CHECKING:
 def run_step(row: Step, given: Mapping[str, Any], session: Session) -> tuple[Any, list[str]]:
     """Call the step with what was given on the command line: its inputs, its options, `seed` and `out`."""
     from gulliver.core.quantities import checked_seed
-    from gulliver.core.store.artifact import check_target
+    from gulliver.core.store.artifact import another_artifact, check_target, held_artifact
     from gulliver.pipeline.call import Call, call
     from gulliver.pipeline.resolve import resolve_inputs
 
     checked_seed(given.get("seed", 0))
-    if given.get("out") is not None:
-        check_target(given["out"])
+    out = given.get("out")
+    if out is not None:
+        there = held_artifact(check_target(out, session.home_folder))
+        if there is not None and there.step["name"] != row.name:
+            raise another_artifact(there)
     fields = fields_of(named(row.options))
     config = {name: _value(given[name], info.annotation) for name, info in fields.items() if name in given}
     roles = {role: given[role] for role in (*row.needs, *row.optional) if role in given}
     inputs = resolve_inputs(row, roles, config, session.store, session.progress)
     log: list[Call] = []
     shared: dict[str, Any] = {"store": session.store, "progress": session.progress, "command": session.command}
-    made = call(row.name, config, inputs, seed=given.get("seed", 0), log=log, **shared)
-    return described(made, session, given.get("out"), reused=log[-1].reused)
+    made = call(row.name, config, inputs, seed=given.get("seed", 0), log=log, out=out, **shared)
+    return described(made, session, out, reused=log[-1].reused)
 
 
 def _value(text: Any, annotation: Any) -> Any:

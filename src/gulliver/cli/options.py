@@ -45,13 +45,30 @@ class Making(Options):
 
 
 class NoOptions(Options):
-    """Nothing beside what every command takes: `list`, `doctor`."""
+    """Nothing beside what every command takes: `list`."""
 
 
 class OneArtifact(Options):
-    """Options of `show` and `verify`."""
+    """Options of `show`."""
 
     id: str = option(..., "the id of an artifact, its first 6 or more digits, or its folder")
+
+
+class VerifyOptions(Options):
+    """Options of `verify`."""
+
+    id: str | None = option(
+        None,
+        "the id of an artifact, its first 6 or more digits, or its folder (default: the whole home, all artifacts and "
+        "every row of its database)",
+        positional=True,
+    )
+
+
+class DoctorOptions(Options):
+    """Options of `doctor`."""
+
+    repair: bool = option(False, "restore a database that is damaged or gone from what the artifacts hold")
 
 
 class FitOptions(Options):

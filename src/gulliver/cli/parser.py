@@ -98,6 +98,8 @@ def _fill(parser: argparse.ArgumentParser, records: Sequence[Argument], *, as_te
                 settings["type"] = _reader(record)
         if record.many and not as_text:
             settings |= {"nargs": "+"} if record.positional else {"action": "append"}
+        if record.positional and not record.required and not record.many:
+            settings["nargs"] = "?"
         if not record.positional:
             settings |= {"dest": record.name, "required": record.required}
         groups[record.group].add_argument(record.name if record.positional else record.flag, **settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gulliver.core.progress import Progress
@@ -24,6 +25,13 @@ class Session:
     progress: Progress
     command: str
     json: bool = False
+
+    @property
+    def home_folder(self) -> Path:
+        """Where the store lies, whether or not it is open."""
+        from gulliver.core.store.store import home_folder
+
+        return home_folder(self.home)
 
     @cached_property
     def store(self) -> Store:
@@ -80,6 +88,7 @@ def evidence_table(evidence: list[dict[str, Any]]) -> list[str]:
         value, low, high = (_number(item[name]) for name in ("value", "low", "high"))
         about = item["detail"].get("data")
         name = f"{item['metric']} ({about})" if about else item["metric"]
+        name += ", measured elsewhere" if item["detail"].get("measured") == "elsewhere" else ""
         rows.append((name, value, f"{low} … {high}", item["unit"], str(item["n"])))
     return table(rows)
 

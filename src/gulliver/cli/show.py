@@ -6,7 +6,7 @@ from dataclasses import asdict
 from importlib import import_module
 from typing import Any
 
-from gulliver.cli.options import AuditOptions, BenchOptions, NoOptions, OneArtifact
+from gulliver.cli.options import AuditOptions, BenchOptions, DoctorOptions, NoOptions, OneArtifact, VerifyOptions
 from gulliver.cli.session import Session, evidence_table, listed, megabytes, table
 
 
@@ -42,10 +42,14 @@ def _ancestor(manifest: dict[str, Any]) -> tuple[str, ...]:
     return manifest["id"][:12], manifest["kind"], manifest["step"]["name"], ", ".join(made_from)
 
 
-def verify(options: OneArtifact, session: Session) -> tuple[Any, list[str]]:
-    """Every hash, derived again. ArtifactError names the first file that differs."""
-    from gulliver.pipeline.api import verify
+def verify(options: VerifyOptions, session: Session) -> tuple[Any, list[str]]:
+    """Every hash, derived again. ArtifactError names the first file that differs, StorageError the first row."""
+    from gulliver.pipeline.api import verify, verify_home
 
+    if options.id is None:
+        counts = verify_home(store=session.store)
+        told = ", ".join(f"{count} {name}" for name, count in counts.items())
+        return {"home": str(session.store.home), **counts, "verified": True}, [f"{session.store.home}: {told}: all fit"]
     found = verify(options.id, store=session.store)
     document = {"id": found.id, "path": str(found.path), "files": len(found.files), "verified": True}
     return document, [f"{found.id}: all {len(found.files)} files are what they were"]
@@ -66,15 +70,30 @@ def list_all(options: NoOptions, session: Session) -> tuple[Any, list[str]]:
     return document, table(rows) if document else ["nothing yet"]
 
 
-def doctor(options: NoOptions, session: Session) -> tuple[Any, list[str]]:
-    """Cores, memory, instruction set, measured bandwidth and peaks, which kernels run and why."""
+def doctor(options: DoctorOptions, session: Session) -> tuple[Any, list[str]]:
+    """Cores, memory, instruction set, measured bandwidth and peaks, which kernels run and why; or a repair."""
     from gulliver.core.machine import describe
 
-    del options
+    if options.repair:
+        return _repaired(session)
     document = asdict(describe(session.store.home))
     document["kernels"] = kernels = _kernels()
     rows = [(name, str(value)) for name, value in document.items() if name != "kernels"]
     return document, table([*rows, *((f"kernels {row['name']}", f"{row['state']}: {row['why']}") for row in kernels)])
+
+
+def _repaired(session: Session) -> tuple[Any, list[str]]:
+    """What `--repair` did, in lines."""
+    from gulliver.core.repair import repair
+
+    done = repair(session.home, session.database)
+    aside = None if done.aside is None else str(done.aside)
+    document = {**asdict(done), "home": str(done.home), "aside": aside, "unreadable": list(done.unreadable)}
+    lines = [f"{done.reason}; it is kept as {aside}"] if aside else ["the database is whole"]
+    if aside:
+        lines.append(f"{done.kept} of its rows could be read and fit, and are in the new one")
+    lines.append(f"{done.entered} pieces of evidence entered again from {done.artifacts} artifacts, measured elsewhere")
+    return document, [*lines, *(f"not readable: {one}" for one in done.unreadable)]
 
 
 def _kernels() -> list[dict[str, str]]:

@@ -4,6 +4,7 @@ GulliverError            exit 1
   ConfigError            exit 2   a wrong option, key or value
   DataError              exit 2   data that cannot be read, or must not be used as asked
   ArtifactError          exit 2   an artifact that is damaged, hostile or missing
+  StorageError           exit 2   a disk, a database or a lock that cannot be used now
   MissingExtra           exit 2   an optional package is needed; prints the pip command
   GateRefused            exit 3   evidence did not meet a gate, or there is none
   BudgetError            exit 4   no model meets the budget; names the nearest that is feasible
@@ -44,6 +45,12 @@ class DataError(GulliverError):
 
 class ArtifactError(GulliverError):
     """An artifact that is damaged, hostile or missing."""
+
+    exit_code = 2
+
+
+class StorageError(GulliverError):
+    """A disk, a database or a lock that cannot be used now; the same command may succeed later."""
 
     exit_code = 2
 

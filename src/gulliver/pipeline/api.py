@@ -144,6 +144,22 @@ def verify(spec: str | Path | Artifact, *, home: Path | str | None = None, store
     return found
 
 
+def verify_home(home: Path | str | None = None, *, store: Store | None = None) -> dict[str, int]:
+    """Derive every hash of a home again: each row of its database against the one before, then each artifact.
+
+    Returns the numbers of rows by table and of artifacts. StorageError names the first row that is not as it was
+    written, ArtifactError the first file.
+    """
+    store = store or Store(home)
+    counts = store.verify()
+    for problem in store.damaged():
+        raise problem
+    found = store.artifacts()
+    for one in found:
+        artifacts.verify(one)
+    return {**counts, "artifacts": len(found)}
+
+
 def list_artifacts(*, home: Path | str | None = None, store: Store | None = None) -> list[Artifact]:
     """All artifacts in the store."""
     return (store or Store(home)).artifacts()

@@ -12,6 +12,7 @@ import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gulliver.core import machine, memory
@@ -20,8 +21,18 @@ from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.names import did_you_mean, named
 from gulliver.core.progress import Progress
 from gulliver.core.quantities import checked_seed
-from gulliver.core.store.artifact import Artifact, canonical_json, hash_file, open_artifact, renew_annotations
-from gulliver.core.store.files import named_path
+from gulliver.core.store.artifact import (
+    Artifact,
+    another_artifact,
+    canonical_json,
+    check_target,
+    hash_file,
+    held_artifact,
+    open_artifact,
+    renew_annotations,
+)
+from gulliver.core.store.disk import storage_errors
+from gulliver.core.store.files import named_path, sweep
 from gulliver.core.store.store import RunRecord, Store
 from gulliver.pipeline.steps import INPUT_KINDS, Step, checked_config, find
 from gulliver.tasks import options_of
@@ -58,12 +69,14 @@ def call(
     command: str = "",
     log: list[Call] | None = None,
     call_id: str = "",
+    out: Path | str | None = None,
 ) -> Artifact:
     """The artifact of one step: found when the same call was made before, made now otherwise.
 
     `inputs` are artifacts or their ids by role, a sequence of them where the step's row allows several. What was done
-    is appended to `log`. Raises ConfigError for a wrong config or input, BudgetError for a memory limit that was not
-    held, and whatever the step raises.
+    is appended to `log`. `out`, where the caller will copy it, is checked before the work. Raises ConfigError for a
+    wrong config or input, BudgetError for a memory limit that was not held, StorageError for a disk that is full or
+    refuses, and whatever the step raises.
     """
     row = find(name)
     checked_seed(seed)
@@ -73,10 +86,13 @@ def call(
     key = reuse_key(row, cfg, given, seed)
     limit = asked.model_dump().get(LIMIT)
     started = time.monotonic()
-    with store.lock(key):
+    with storage_errors(store.home), store.lock(key):
         run = store.find_run(key, limit)
         reused = run is not None and store.has(run.artifact_id)  # which may be gone, or damaged
+        if out is not None:
+            _check_out(out, store, row, cfg, _ids(given), seed, run.artifact_id if run is not None and reused else None)
         if run is None or not reused:
+            sweep(store.work(key))
             if limit is not None and noted_peak(store.work(key)) > limit:
                 store.clear_work(key)  # what a killed call left there took more memory than is allowed now
             context = Context(
@@ -122,6 +138,25 @@ def _recorded(row: Step, key: str, asked: Any, artifact: Artifact, context: Cont
     if limit is not None and run.peak_rss_bytes > limit:
         raise beyond(limit, run.peak_rss_bytes, f"in step {row.name}")
     return run
+
+
+def _check_out(
+    out: Path | str, store: Store, row: Step, cfg: Any, ids: Mapping[str, list[str]], seed: int, known: str | None
+) -> None:
+    """ArtifactError when `out` holds another artifact than this call will make: `known`, or one that was asked so."""
+    there = held_artifact(check_target(out, store.home))
+    if there is None:
+        return
+    asked = {name: value for name, value in cfg.model_dump(mode="json").items() if name not in row.reads}
+    other = [
+        name
+        for name, value in asked.items()
+        if isinstance(value, int | float | str) and value != "auto" and there.config.get(name, value) != value
+    ]
+    made_so = there.step == {"name": row.name, "version": row.version} and there.seed == seed and not other
+    inputs = {role: list(several) for role, several in there.inputs.items()}
+    if there.id != known if known is not None else not (made_so and inputs == ids):
+        raise another_artifact(there)
 
 
 def renew_cards(artifact_ids: Iterable[str], store: Store, progress: Progress) -> None:

@@ -18,9 +18,16 @@ from gulliver.core.machine import describe
 from gulliver.core.progress import Progress
 from gulliver.core.quantities import MOST_BYTES, checked_seed, parse_fraction, parse_size
 from gulliver.core.records import Plan, Point
-from gulliver.core.store.artifact import Artifact, check_target, copy_artifact, write_annotation
+from gulliver.core.store.artifact import (
+    Artifact,
+    another_artifact,
+    check_target,
+    copy_artifact,
+    held_artifact,
+    write_annotation,
+)
 from gulliver.core.store.manifest import REPORT
-from gulliver.core.store.store import Store
+from gulliver.core.store.store import Store, home_folder
 from gulliver.pipeline.answers import answer_pairs
 from gulliver.pipeline.call import renew_cards
 from gulliver.pipeline.fitting import COMPRESSING, EFFORTS, TARGETS, Fit
@@ -74,7 +81,7 @@ def fit(
     if eval_data is not None and data is None:
         raise ConfigError(f"--eval-data {eval_data} needs --data beside it: what is calibrated on")
     if out is not None:
-        check_target(out)
+        check_target(out, home_folder(home) if store is None else store.home)
     store, progress, began = store or Store(home), progress or Progress(), time.monotonic()
     for spec in (data, eval_data):
         if spec is not None:
@@ -91,8 +98,24 @@ def fit(
     work = Fit(parent, dataset, None, budget, effort, shared, for_, beside)
     if dry_run:
         return forecast(work, domain_only, began)
+    if out is not None:
+        _check_out(out, work)
     fitted = _fitted(work, domain_only, began)
     return fitted if out is None else copy_artifact(fitted, out)
+
+
+def _check_out(out: Path | str, work: Fit) -> None:
+    """ArtifactError when `out` holds another artifact than one that this home fitted to the same budget before."""
+    there = held_artifact(check_target(out, work.store.home))
+    asked = {"effort": work.effort, **work.budget.to_json()}
+    if there is not None and not any(
+        found.step["name"] == "fit"
+        and found.config == asked
+        and found.inputs.get("parent") == (work.parent.id,)
+        and there.id in found.inputs["model"]
+        for found in work.store.artifacts()
+    ):
+        raise another_artifact(there)
 
 
 def _fitted(work: Fit, domain_only: bool, began: float) -> Artifact:

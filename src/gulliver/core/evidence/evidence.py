@@ -77,6 +77,10 @@ MUST_BEAT: Mapping[str, float] = {
 """A model whose interval does not lie strictly on the better side of these values passes no gate (core/gate.py)."""
 
 
+ELSEWHERE: Mapping[str, Any] = {"measured": "elsewhere"}
+"""In the detail of evidence that was read from a folder: nothing shows that it was recorded in this home."""
+
+
 def metric(name: str) -> Metric:
     """The row of METRICS. ConfigError naming the nearest metric when there is none."""
     if name not in METRICS:
@@ -136,6 +140,11 @@ class Evidence:
     def is_number(self) -> bool:
         """False when the value or an end of its interval is NaN."""
         return not any(math.isnan(number) for number in (self.value, self.low, self.high))
+
+    @property
+    def elsewhere(self) -> bool:
+        """True for evidence that was read from a folder (see `doctor --repair`); it passes no gate."""
+        return ELSEWHERE.items() <= self.detail.items()
 
     @property
     def worse_end(self) -> float:

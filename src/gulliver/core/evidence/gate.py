@@ -78,7 +78,7 @@ class Gate:
         Only evidence about `artifact_id` counts. On each data set the newest measurement counts; with several data
         sets the worst of them decides. A model that does not beat its simplest baseline fails every gate.
         """
-        own = [item for item in evidence if item.artifact_id == artifact_id]
+        own = [item for item in evidence if item.artifact_id == artifact_id and not item.elsewhere]
         newest = {item.data_hash: item for item in own if item.metric == self.metric}
         if not newest:
             return self._verdict("NO_DATA", self._why_no_data(evidence, artifact_id))
@@ -107,9 +107,14 @@ class Gate:
         return margin if self.at_least is None else -margin
 
     def _why_no_data(self, evidence: Sequence[Evidence], artifact_id: str) -> str:
+        remedy = f"run `gulliver audit {artifact_id[:12]}`"
+        if any(item.metric == self.metric and item.elsewhere for item in evidence if item.artifact_id == artifact_id):
+            return (
+                f"{self.metric} was measured elsewhere, which passes no gate; run `gulliver audit {artifact_id[:12]}`"
+            )
         if any(item.metric == self.metric for item in evidence):
             return f"{self.metric} was measured on other artifacts only, which does not count for {artifact_id[:12]}"
-        return f"{self.metric} was not measured; run `gulliver audit {artifact_id[:12]}`"
+        return f"{self.metric} was not measured; {remedy}"
 
     def _verdict(self, outcome: Outcome, reason: str, evidence: Evidence | None = None) -> Verdict:
         return Verdict(self.metric, self.at_most, self.at_least, outcome=outcome, reason=reason, evidence=evidence)

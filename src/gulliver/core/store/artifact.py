@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import secrets
 import shutil
@@ -18,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from gulliver.core.errors import ArtifactError
+from gulliver.core.store.disk import check_room
 from gulliver.core.store.files import (
     TEMPORARY,
     hash_file,
     named_path,
     sync_file,
     sync_folder,
+    unfinished,
+    unfinished_folder,
     whole_folder,
     write_atomic,
 )
@@ -136,11 +138,7 @@ def create(
     parse(canonical_json({**body, "files": {}, "id": manifest_id({**body, "files": {}})}), "new artifact")
     parent = Path(parent_folder)
     parent.mkdir(parents=True, exist_ok=True)
-    path, lock = parent, None
-    while lock is None:
-        path = parent / f"{TEMPORARY}{secrets.token_hex(8)}"
-        path.mkdir()
-        lock = _lock_folder(path)
+    path, lock = unfinished(lambda: parent / f"{TEMPORARY}{secrets.token_hex(8)}")
     writer = ArtifactWriter(path, body, lock)
     try:
         yield writer
@@ -188,15 +186,17 @@ def copy_artifact(artifact: Artifact, folder: Path | str) -> Artifact:
     an ArtifactError.
     """
     target = check_target(folder)
-    if target.is_dir() and any(target.iterdir()):
-        there = open_artifact(target)
+    if (there := held_artifact(target)) is not None:
         if there.id != artifact.id:
-            raise ArtifactError(f"{target} holds another artifact ({there.id[:12]}); give a new or empty folder")
+            raise another_artifact(there)
         verify(there)
         renew_annotations(artifact, there)
         return there
+    listed = [*artifact.files, MANIFEST, *_annotations(artifact.path)]
+    size = sum((artifact.path / name).stat().st_size for name in listed if (artifact.path / name).is_file())
+    check_room(target, size, "the copy")
     with whole_folder(target) as temporary:
-        for name in [*artifact.files, MANIFEST, *_annotations(artifact.path)]:
+        for name in listed:
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             source = artifact.file(name) if name in artifact.files else artifact.path / name
             shutil.copyfile(source, temporary / name)
@@ -205,23 +205,47 @@ def copy_artifact(artifact: Artifact, folder: Path | str) -> Artifact:
     return open_artifact(target)
 
 
-def check_target(folder: Path | str) -> Path:
+def check_target(folder: Path | str, home: Path | None = None) -> Path:
     """The folder that a copy is to go to; the one around it is made. Asked before long work, and again before the copy.
 
-    ArtifactError for a file, for a folder that holds something else than an artifact, and where none can be made.
+    ArtifactError for a file, for a folder that holds something else than an artifact, for one within `home`, and where
+    none can be made, which is tried. What a killed copy to the same folder left is deleted.
     """
     target = named_path(folder)
+    remedy = "give another folder"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_symlink() and not target.exists():
+            raise ArtifactError(f"{target} is a symbolic link to nothing; {remedy}")
+        target = target.resolve() if target.is_symlink() else target
         if target.exists() and not target.is_dir():
             raise ArtifactError(f"{target} is a file; give a new or empty folder")
         if target.is_dir() and any(target.iterdir()) and not _is_artifact(target):
             raise ArtifactError(f"{target} is not empty and is not an artifact; give a new or empty folder")
+        if home is not None and target.resolve().is_relative_to(home.resolve()):
+            raise ArtifactError(f"{target} lies in the home {home}, where artifacts are kept already; {remedy}")
+        if home is not None and home.resolve().is_relative_to(target.resolve()):
+            raise ArtifactError(f"the home {home} lies in {target}; {remedy}")
+        if target.is_mount():
+            raise ArtifactError(f"{target} is a disk of its own, which no folder can take the place of; {remedy} in it")
         if not os.access(target if target.is_dir() else target.parent, os.W_OK):
-            raise ArtifactError(f"{target} may not be written into; give another folder")
+            raise ArtifactError(f"{target} may not be written into; {remedy}")
+        with unfinished_folder(target) as trial:
+            (trial / MANIFEST).touch()
     except OSError as failure:
-        raise ArtifactError(f"{target} cannot be made: {failure.strerror}; give another folder") from None
+        raise ArtifactError(f"{target} cannot be made: {failure.strerror}; {remedy}") from None
     return target
+
+
+def held_artifact(target: Path) -> Artifact | None:
+    """The artifact that a target of `check_target` holds; None for one that is new or empty."""
+    return open_artifact(target) if target.is_dir() and any(target.iterdir()) else None
+
+
+def another_artifact(there: Artifact) -> ArtifactError:
+    """The error for a target that holds something else than what is to be copied there."""
+    told = f"{there.path} holds another artifact ({there.step['name']}, {there.id[:12]})"
+    return ArtifactError(f"{told}; give a new or empty folder")
 
 
 def _is_artifact(folder: Path) -> bool:
@@ -237,36 +261,6 @@ def write_annotation(artifact: Artifact, name: str, content: bytes | str) -> Pat
     assert name in ANNOTATIONS, f"{name} is not one of {ANNOTATIONS}"
     write_atomic(artifact.path / name, content)
     return artifact.path / name
-
-
-def sweep(parent_folder: Path) -> list[Path]:
-    """Delete temporary folders whose writer is dead. Returns what was deleted; touches nothing a live process owns."""
-    swept = []
-    for folder in sorted(parent_folder.glob(f"{TEMPORARY}*")):
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-                swept.append(folder)
-            except BlockingIOError:
-                continue
-            finally:
-                os.close(descriptor)
-    return swept
-
-
-def _lock_folder(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock, or None when a sweep took the folder before it was locked."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
-        return None
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    if os.fstat(descriptor).st_nlink == 0 or not folder.is_dir():
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 def _walk(folder: Path) -> Iterator[str]:

@@ -1,4 +1,7 @@
-"""Files that are either whole or absent: write under a temporary name in the same folder, fsync, rename. And locks."""
+"""Files that are either whole or absent: write under a temporary name in the same folder, fsync, rename.
+
+Unfinished work is locked while its process lives, so that the next one can tell it from the leavings of a killed one.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ import hashlib
 import os
 import secrets
 import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from gulliver.core.errors import ConfigError
+from gulliver.core.store.locks import IDLE_S, acquire
 
 TEMPORARY = ".tmp-"
 """Names that contain this are unfinished work: never listed, never part of an artifact."""
@@ -43,17 +46,25 @@ def temporary_name(path: Path) -> Path:
 
 
 def write_atomic(path: Path | str, content: bytes | str) -> None:
-    """Write `content` (text as UTF-8) so that a reader, or a crash, sees the old file or the new one, never half."""
+    """Write `content` (text as UTF-8) so that a reader, or a crash, sees the old file or the new one, never half.
+
+    What a killed process left of the same write is deleted.
+    """
     target = Path(path)
     data = content.encode() if isinstance(content, str) else content
-    temporary = temporary_name(target)
+    sweep(target.parent, f"{target.name}{TEMPORARY}")
+    temporary, descriptor = unfinished(lambda: temporary_name(target), folder=False)
     try:
-        with open(temporary, "xb") as stream:
+        with os.fdopen(os.dup(descriptor), "wb") as stream:
             stream.write(data)
             stream.flush()
-            os.fsync(stream.fileno())
+            os.fsync(descriptor)
         os.replace(temporary, target)
+    except OSError as failure:
+        failure.filename, failure.filename2 = str(target), None  # which a failing write does not say
+        raise
     finally:
+        os.close(descriptor)
         temporary.unlink(missing_ok=True)
     sync_folder(target.parent)
 
@@ -64,14 +75,67 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
     Files are the caller's to sync (`sync_file`).
     """
-    temporary = temporary_name(target)
-    try:
-        temporary.mkdir()
+    with unfinished_folder(target) as temporary:
         yield temporary
         os.rename(temporary, target)
         sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def unfinished_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target`, deleted at the end. What a killed process left of the same is deleted."""
+    sweep(target.parent, f"{target.name}{TEMPORARY}")
+    temporary, descriptor = unfinished(lambda: temporary_name(target))
+    try:
+        yield temporary
     finally:
+        os.close(descriptor)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def unfinished(name: Callable[[], Path], *, folder: bool = True) -> tuple[Path, int]:
+    """A new folder or file for work in progress under a fresh `name()`, and a descriptor that holds its lock.
+
+    The lock tells `sweep` that its process lives. A sweep that comes between making and locking takes it away; then
+    there is another.
+    """
+    while True:
+        path = name()
+        if folder:
+            path.mkdir()
+        try:
+            flags = os.O_RDONLY | os.O_DIRECTORY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL
+            descriptor = os.open(path, flags, 0o666)
+        except FileNotFoundError:
+            continue
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink and path.exists():
+            return path, descriptor
+        os.close(descriptor)
+
+
+def sweep(folder: Path, prefix: str = "") -> list[Path]:
+    """Delete unfinished folders and files in `folder` whose process is dead; returns what was deleted.
+
+    `prefix`: only those whose names begin so.
+
+    What a living process owns is locked, and stays; a folder that may not be read or changed is left as it is.
+    """
+    swept = []
+    try:
+        found = sorted(entry.name for entry in os.scandir(folder) if entry.name.startswith(prefix))
+    except OSError:
+        return []
+    for path in (folder / name for name in found if TEMPORARY in name):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                swept.append(path)
+            finally:
+                os.close(descriptor)
+    return swept
 
 
 def sync_file(path: Path) -> None:
@@ -88,29 +152,19 @@ sync_folder = sync_file
 
 
 @contextlib.contextmanager
-def file_lock(path: Path, timeout_s: float | None = None) -> Iterator[None]:
-    """Hold an exclusive lock between processes and threads. ConfigError when it is not free within `timeout_s`.
+def file_lock(path: Path, timeout_s: float | None = None, idle_s: float = IDLE_S) -> Iterator[None]:
+    """Hold an exclusive lock between processes and threads; the kernel frees it when the process dies, however it dies.
 
-    The kernel frees it when the process dies, however it dies; the file itself stays.
+    Without `timeout_s` a holder is waited for as long as it works; StorageError, naming it, when it does nothing for
+    `idle_s`, or is stopped. ConfigError when the lock is not free within `timeout_s`. The file stays, and holds the
+    process id of its last holder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        if timeout_s is None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        else:
-            _wait_for(descriptor, path, time.monotonic() + timeout_s)
+        acquire(descriptor, path, timeout_s, idle_s)
+        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
+            os.pwrite(descriptor, f"{os.getpid():<20}\n".encode(), 0)
         yield
     finally:
         os.close(descriptor)
-
-
-def _wait_for(descriptor: int, path: Path, deadline: float) -> None:
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise ConfigError(f"another process holds {path}; wait for it to finish, or stop it") from None
-            time.sleep(0.05)

@@ -22,11 +22,12 @@ from typing import Any
 
 from sqlalchemy import text
 
-from gulliver.core.errors import ArtifactError, ConfigError
+from gulliver.core.errors import ArtifactError, ConfigError, StorageError
 from gulliver.core.evidence.evidence import Evidence
-from gulliver.core.store.artifact import Artifact, open_artifact, sweep
-from gulliver.core.store.database import open_database, write
-from gulliver.core.store.files import file_lock, named_path
+from gulliver.core.store import chain
+from gulliver.core.store.artifact import Artifact, open_artifact
+from gulliver.core.store.database import open_database, read, write
+from gulliver.core.store.files import file_lock, named_path, sweep
 from gulliver.core.store.manifest import MANIFEST, MAX_INTEGER, canonical_json, check_id
 
 MIN_PREFIX = 6
@@ -54,9 +55,9 @@ _EVIDENCE_FIELDS = tuple(item.name for item in fields(Evidence))
 _RUN_FIELDS = tuple(item.name for item in fields(RunRecord))
 
 
-def default_home() -> Path:
-    """Where a store lies when no home is given: ~/.gulliver."""
-    return Path.home() / ".gulliver"
+def home_folder(home: Path | str | None) -> Path:
+    """Where the store of a home lies: ~/.gulliver when none is given. It need not exist."""
+    return named_path("~/.gulliver" if home is None else home).absolute()
 
 
 class Store:
@@ -66,7 +67,7 @@ class Store:
     """
 
     def __init__(self, home: Path | str | None = None, database_url: str | None = None) -> None:
-        self.home = named_path(home).absolute() if home is not None else default_home()
+        self.home = home_folder(home)
         self.artifacts_folder, self.cache = self.home / "artifacts", self.home / "cache"
         self.database_url = database_url
         self.copies: dict[str, Path] = {}  # content id -> the folder outside that the user named; its card keeps up
@@ -78,6 +79,7 @@ class Store:
                 f"the home {self.home} cannot be used: {error.strerror}; give another with --home"
             ) from None
         self._engine = open_database(self.home, database_url)
+        sweep(self.home)
         sweep(self.artifacts_folder)
 
     # ---- artifacts --------------------------------------------------------------------------------------------
@@ -85,6 +87,8 @@ class Store:
         """The full id of the one artifact here whose id begins so. ArtifactError if none or several do."""
         if not re.fullmatch(r"[0-9a-f]{6,64}", id_or_prefix):
             raise ArtifactError(f"{id_or_prefix!r} is not an artifact id; give at least {MIN_PREFIX} of its hex digits")
+        if len(id_or_prefix) == 64 and (self.artifacts_folder / id_or_prefix).is_dir():
+            return id_or_prefix
         found = sorted(folder.name for folder in self._folders() if folder.name.startswith(id_or_prefix))
         if not found:
             raise ArtifactError(f"no artifact {id_or_prefix} in {self.home}; `gulliver list` shows what is there")
@@ -150,12 +154,12 @@ class Store:
             rows.append({**vars(item), **known, "detail": canonical_json(item.detail).decode(), "recorded_at": _now()})
         if rows:
             with write(self._engine) as connection:
-                connection.execute(_insert("evidence", (*_EVIDENCE_FIELDS, "recorded_at")), rows)
+                chain.append(connection, "evidence", rows)
 
     def evidence(self, artifact_id: str) -> list[Evidence]:
         """All evidence about this exact artifact (full id), in the order in which it was recorded."""
         query = text(f"SELECT {', '.join(_EVIDENCE_FIELDS)} FROM evidence WHERE artifact_id = :artifact ORDER BY id")
-        with self._engine.connect() as connection:
+        with read(self._engine) as connection:
             rows = connection.execute(query, {"artifact": artifact_id}).mappings().all()
         return [_evidence(row) for row in rows]
 
@@ -181,7 +185,7 @@ class Store:
         run = RunRecord(key, step, config, inputs, artifact_id, seconds, peak_rss_bytes, _now())
         row = {**vars(run), "config": canonical_json(config).decode(), "inputs": canonical_json(inputs).decode()}
         with write(self._engine) as connection:
-            connection.execute(_insert("runs", _RUN_FIELDS), row)
+            chain.append(connection, "runs", [row])
         return run
 
     def runs(self) -> list[RunRecord]:
@@ -190,8 +194,17 @@ class Store:
 
     def _runs(self, which: str, **values: Any) -> list[RunRecord]:
         query = text(f"SELECT {', '.join(_RUN_FIELDS)} FROM runs {which}")
-        with self._engine.connect() as connection:
+        with read(self._engine) as connection:
             return [_run(row) for row in connection.execute(query, values).mappings().all()]
+
+    def verify(self) -> dict[str, int]:
+        """The number of rows by table, every one as it was written. StorageError names the first that is not."""
+        with read(self._engine) as connection:
+            misfit = chain.first_misfit(connection)
+            counts = {table: chain.count(connection, table) for table in chain.TABLES}
+        if misfit is not None:
+            raise StorageError(f"the database {self._engine.url.render_as_string()} was changed: {misfit}")
+        return counts
 
     # ---- work -------------------------------------------------------------------------------------------------
     def lock(self, key: str, timeout_s: float | None = None) -> AbstractContextManager[None]:
@@ -225,10 +238,6 @@ class Store:
 def _check_key(key: str) -> str:
     assert _KEY.fullmatch(key), f"{key!r} cannot name a lock or a work folder"
     return key
-
-
-def _insert(table: str, names: Sequence[str]) -> Any:
-    return text(f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join(f':{name}' for name in names)})")
 
 
 def _run(row: Any) -> RunRecord:
