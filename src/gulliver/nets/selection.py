@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gulliver.core.errors import ArtifactError
+from gulliver.core.foreign import foreign
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -116,11 +117,9 @@ def _read_index(path: Path) -> dict[str, str]:
     """Tensor -> file. ArtifactError for what is not an index, or names a file outside its folder."""
     if path.stat().st_size > MAX_HEADER_BYTES:
         raise ArtifactError(f"{path} has {path.stat().st_size} bytes; at most {MAX_HEADER_BYTES} are allowed")
-    try:
+    with foreign(f"{path} is not a safetensors index"):
         places = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"].items())
         plain = all(isinstance(name, str) and Path(name).name == name for name in places.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not a safetensors index: {error}") from error
     if not plain:
         raise ArtifactError(f"{path} names a file outside its folder; do not use it")
     if not places:
