@@ -212,13 +212,13 @@ def test_weights_without_a_place_are_named(family: str, tmp_path: Path, ctx: Any
 
 # ---- data and recipes -----------------------------------------------------------------------------------------------
 def once(path: Path, **how: Any) -> None:
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a" * 2_000_000] * 300}), path, compression="zstd", **how)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a" * 1_000_000] * 100}), path, compression="zstd", **how)
 
 
 BOMBS: dict[str, Callable[[Path], None]] = {
     "dictionary": once,
     "prefixes": lambda path: once(path, use_dictionary=False, column_encoding={"text": "DELTA_BYTE_ARRAY"}),
-    "pages": lambda path: once(path, use_dictionary=False, data_page_size=2**28),
+    "pages": lambda path: once(path, use_dictionary=False, data_page_size=2**27),
 }
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gulliver.core.errors import ArtifactError
-from gulliver.core.foreign import foreign
+from gulliver.core.foreign import foreign, read_bytes
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -101,8 +101,8 @@ def _chosen(
 def _named(folder: Path) -> str | None:
     """The file that config.json names for the weights, before all others; None where it names none."""
     try:
-        named = json.loads((folder / "config.json").read_text(encoding="utf-8"))[NAMED]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        named = json.loads(read_bytes(folder / "config.json", MAX_HEADER_BYTES))[NAMED]
+    except (ArtifactError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if named is None:
         return None
@@ -164,9 +164,9 @@ def of_adapter(names: Collection[str]) -> bool:
 def adapter(folder: Path) -> str:
     """What to say of a folder that holds an adapter and not its base model."""
     try:
-        raw = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        raw = json.loads(read_bytes(folder / ADAPTER, MAX_HEADER_BYTES))
         base, kind = str(raw.get("base_model_name_or_path") or ""), str(raw.get("peft_type") or "")
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (ArtifactError, ValueError, AttributeError, RecursionError):
         base, kind = "", ""
     return (
         f"{folder} holds an adapter ({kind or 'LoRA'}), not a whole model: its base model is {base or 'not named'}; "

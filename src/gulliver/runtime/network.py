@@ -31,7 +31,10 @@ from gulliver.nets.weights import (
 from gulliver.runtime.packing import is_packed, read_packing
 from gulliver.runtime.reference import read_tensors
 
-COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids|token_type_ids|masked_bias|attn\.bias|attention\.bias)$")
+COMPUTED = re.compile(
+    r"(^|\.)(inv_freq|(cos|sin)_cached|(position|token_type)_ids|relative_position_index|embed_positions\.weights|"
+    r"masked_bias|causal_mask|(attn|attention)\.bias)$"
+)
 """How the names of buffers end that older files store, and networks compute."""
 
 
