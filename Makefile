@@ -1,4 +1,4 @@
-# make quickstart | test | check | docs | bench | fuzz | attack. PIP_ARGS goes to pip, for instance to take torch's small CPU build:
+# make quickstart | test | check | docs | bench | fuzz | fuzz-readers | attack. PIP_ARGS goes to pip, for instance to take torch's small CPU build:
 #   make quickstart PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 # make bench measures what has no row in benchmarks/results yet, and draws the tables. It takes hours on an otherwise idle
 # machine. Its halves: make bench-compress (compress.json) and make bench-runtime (runtime.json), which needs make bench-peers once.
@@ -10,6 +10,8 @@
 #   PART     one part instead of all:  make bench-compress PARENT=… DATA=… PART="fit --effort high --size 84MB"
 #                                      make bench-runtime PARENT=… DATA=… PART="decode --rounds 9"
 # make fuzz runs the native kernels on COUNT random packed tensors under the sanitizers (default 1000000; minutes).
+# make fuzz-readers changes COUNT valid files for each of the six readers of strangers' files and reads them; faults are kept
+# in SCRATCH/fuzz. A thousand of each take minutes, a million days.
 # make attack serves a random tiny model on loopback and runs every attack of tests/attack/rows.py on it, SECONDS each
 # (default 3; minutes in all); ATTACK="--only grammar" takes some, ATTACK="--serve MODEL" another model.
 PYTHON ?= python3
@@ -30,7 +32,7 @@ RUNTIME = $(BIN)/python benchmarks/runtime.py --model "$(MODEL)" --parent "$(PAR
   --home "$(SCRATCH)" --peers "$(PEERS)"
 GIVEN = test -n "$(PARENT)" && test -n "$(DATA)" || { echo "usage: make $@ PARENT=FOLDER DATA=FOLDER"; exit 2; }
 
-.PHONY: quickstart venv test check docs bench bench-compress bench-peers bench-runtime fuzz attack clean
+.PHONY: quickstart venv test check docs bench bench-compress bench-peers bench-runtime fuzz fuzz-readers attack clean
 
 quickstart: .venv/installed
 	$(BIN)/gulliver fit catalog:smollm2-135m-instruct --size 84MB --effort fast --data catalog:shakespeare --out $(SMALL)
@@ -82,6 +84,9 @@ bench-runtime: .venv/installed-dev
 
 fuzz:
 	$(MAKE) -C tests/native run COUNT=$(COUNT)
+
+fuzz-readers: .venv/installed-dev
+	$(BIN)/python benchmarks/fuzz_readers.py --count $(COUNT) --keep $(SCRATCH)/fuzz --out benchmarks/results/fuzz_readers.json
 
 attack: .venv/installed-dev
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m attack --seconds $(SECONDS) $(ATTACK)

@@ -12,17 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 from gulliver.cli.session import Session, opening
 from gulliver.core.errors import ConfigError
+from gulliver.core.foreign import read_bytes
 from gulliver.core.store.files import named_path
 
 if TYPE_CHECKING:
     from gulliver.cli.options import AnswerOptions, AskOptions, ChatOptions, GenerateOptions
+
+MAX_PROMPT_BYTES = 2**26
+"""Most of a file of prompts, or of what comes by a pipe, which might have no end."""
 
 
 def ask(options: AskOptions, session: Session) -> tuple[Any, list[str]]:
     """One answer of a model of any family. ConfigError or DataError for an input that it does not understand."""
     from gulliver.pipeline.ask import answered, open_answerer, shown_name
 
-    given = _given([sys.stdin.read()] if options.input == ("-",) else list(options.input))
+    given = _given([_piped()] if options.input == ("-",) else list(options.input))
     how = opening(options, slots=1)
     with open_answerer(options.model, how, store=lambda: session.store, progress=session.progress) as answerer:
         response = answered(answerer, given)
@@ -138,12 +142,20 @@ def _schema(path: str | None) -> dict[str, Any] | None:
     return found
 
 
+def _piped() -> str:
+    """The text of standard input."""
+    text = sys.stdin.read(MAX_PROMPT_BYTES + 1)
+    if len(text) > MAX_PROMPT_BYTES:
+        raise ConfigError(f"standard input has more than the {MAX_PROMPT_BYTES:,} characters that are allowed")
+    return text
+
+
 def _read(path: str, option: str) -> str:
     """The text of a file; of standard input for "-"."""
     try:
-        return sys.stdin.read() if path == "-" else named_path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{option} {path} cannot be read: {error.strerror}") from None
+        if path == "-":
+            return _piped()
+        return read_bytes(named_path(path), MAX_PROMPT_BYTES, ConfigError).decode()
     except UnicodeDecodeError as error:
         raise ConfigError(f"the text is not UTF-8 (byte {error.start}); convert it first") from None
 

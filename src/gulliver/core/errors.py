@@ -21,8 +21,10 @@ FOREIGN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, Ari
 
 
 def first_line(error: BaseException) -> str:
-    """What another's error says, as one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    """What another's error says, as one line that a terminal only shows."""
+    line, *more = (str(error).strip() or type(error).__name__).splitlines()
+    line = " ".join([line, *(more[:1] if line.endswith(":") else ())])[:200]
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
 class GulliverError(Exception):

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from gulliver.core.options import MaxRam, Options
 from gulliver.core.store.files import named_path
+from gulliver.nets.kinds import model_config
 from gulliver.tasks import DEFAULT, foreign_files
 from gulliver.tasks.options import KnownTask
 
@@ -22,8 +23,10 @@ class PullOptions(Options):
     )
 
     def resolved(self, inputs: Mapping[str, Any]) -> Self:
-        """These options; a foreign model that cannot be converted is refused here, before its bytes are read."""
+        """These options; a model that cannot be converted, or whose config cannot be one, is refused here, at once."""
         self.files("source")
+        if (path := named_path(self.source)).is_dir() and (path / "config.json").exists():
+            model_config(path)
         return self
 
     def files(self, field: str) -> Any:

@@ -18,6 +18,7 @@ import pyarrow.parquet
 from gulliver.core import catalog
 from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError, DataError
+from gulliver.core.foreign import files_below
 from gulliver.core.overlap import MAX_SHARED, excerpt, fingerprints, first_overlap, shared_phrases
 from gulliver.core.progress import Bar
 from gulliver.core.records import EXAMPLES, Sources, SplitSource
@@ -107,5 +108,5 @@ def locate(name: str, task: str, ctx: Context) -> Path:
 
 def _files(path: Path) -> dict[str, str]:
     base = path.parent if path.is_file() else path
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    files = [path] if path.is_file() else files_below(path, DataError)
     return {file.relative_to(base).as_posix(): hash_file(file) for file in files}

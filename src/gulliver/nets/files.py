@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gulliver.core.errors import ArtifactError
+from gulliver.core.foreign import foreign
 from gulliver.core.store.manifest import EVIDENCE, MANIFEST, read_json
 from gulliver.nets.selection import ADAPTER, INDEX, MAX_HEADER_BYTES, adapter, of_adapter, select
 
@@ -20,6 +21,8 @@ ITEM_BYTES = {
 """Code of a type in a header -> bytes of one number. Types of less than a byte are not here."""
 MAX_DIMENSIONS = 16
 COMPARED_BYTES = 2**20
+MAX_TOKENIZER_BYTES = 2**26
+"""Twice what the largest vocabulary (262,144 tokens with their merges) takes."""
 POOLING = "1_Pooling/config.json"
 COMPANIONS = (".json", ".jinja", ".txt", ".model")
 """How the names of configs, tokenizers and chat templates end."""
@@ -89,7 +92,7 @@ def not_finite(name: str, path: Path) -> ArtifactError:
 
 def _header(path: Path) -> dict[str, Stored]:
     size = path.stat().st_size
-    with open(path, "rb") as stream:
+    with foreign(f"{path} cannot be read"), open(path, "rb") as stream:
         first = stream.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else MAX_HEADER_BYTES + 1
         if length > min(MAX_HEADER_BYTES, size - 8):
@@ -134,6 +137,14 @@ def plain_files(folder: Path) -> dict[str, Path]:
     """Name -> path of the files of a Hugging Face layout folder: its own and the pooling's config."""
     found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()} if folder.is_dir() else {}
     return found | ({POOLING: folder / POOLING} if (folder / POOLING).is_file() else {})
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """ArtifactError for a file beside the weights that is larger than any tokenizer's, before a library reads it."""
+    for name, path in plain_files(folder).items():
+        if name.endswith(COMPANIONS) and name != INDEX and path.stat().st_size > MAX_TOKENIZER_BYTES:
+            told = f"{path} has {path.stat().st_size:,} bytes; at most {MAX_TOKENIZER_BYTES:,} are allowed"
+            raise ArtifactError(f"{told} for a config or tokenizer")
 
 
 def copy_companions(files: Mapping[str, Path], folder: Path, left_out: Collection[str] = ()) -> None:

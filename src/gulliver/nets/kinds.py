@@ -7,13 +7,15 @@ has one kind of network for that type alone. Nothing is guessed by elimination.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from gulliver.core.errors import ArtifactError
+from gulliver.core.foreign import check_folder, foreign, read_bytes
 from gulliver.nets.selection import holds_adapter, without_weights
 
 CAUSAL = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "GenerationDecoder")
@@ -71,18 +73,50 @@ TOOLS = {
 
 
 # ---- config.json ----------------------------------------------------------------------------------------------------
+MAX_CONFIG_BYTES = 4 * 2**20
+"""Several times what the names of twenty thousand classes take."""
+MOST = (
+    (re.compile(r"(.*_)?(layers?|blocks?|depths?|stages?)"), 10_000),
+    (re.compile(r"(.*_)?(experts|heads)"), 65_536),
+    (re.compile(r"(.*_)?(labels|classes)|id2label|label2id"), 32_768),
+    (re.compile(r".*(positions?|position_embeddings|seq_len|seq_length|sequence_length|context_length)"), 2**24),
+)
+"""How keys end that say how often or for how many a library builds something, before it looks at any weight -> the most
+
+that is read. What the numbers come to is held against the weights where the network is built (`nets.weights.Room`).
+"""
+
+
 def model_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder. ArtifactError that says what the folder holds where there is none."""
+    """config.json of a model folder, whose files are plain files and whose counts can be built.
+
+    ArtifactError that says what the folder holds where there is none.
+    """
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is not a folder with a config.json; give a Hugging Face layout folder")
+    check_folder(folder)
+    if not path.exists():
+        raise ArtifactError(_without_config(folder))
+    with foreign(f"{path} is not a JSON object"):
+        config = json.loads(read_bytes(path, MAX_CONFIG_BYTES))
         if not isinstance(config, dict):
             raise ValueError(f"it holds a {type(config).__name__}")
-        return config
-    except FileNotFoundError as error:
-        raise ArtifactError(_without_config(folder)) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not a JSON object: {error}") from error
+        for key, value in _numbers(config):
+            most = next((most for name, most in MOST if name.fullmatch(key)), None)
+            if most is not None and value > most:
+                raise ArtifactError(f"{path}: {key[:80]} is {str(value)[:40]}; at most {most} can be read")
+    return config
+
+
+def _numbers(config: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """(key, number) of every number in a config, in its parts and its lists; of a part the number of its keys, too."""
+    for name, value in config.items() if isinstance(config, dict) else ((key, one) for one in config):
+        if isinstance(value, dict | list):
+            yield name, len(value)
+            yield from _numbers(value, name)
+        elif isinstance(value, int | float):
+            yield name, value
 
 
 def _without_config(folder: Path) -> str:
@@ -188,10 +222,8 @@ def _settings(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | No
             return {**part["quantization"], "quant_method": "mlx"}
     for name, method in BESIDE.items():
         if (folder / name).is_file():
-            try:
-                found = json.loads((folder / name).read_text(encoding="utf-8"))
-            except (OSError, ValueError, RecursionError) as error:
-                raise ArtifactError(f"{folder / name} is not a JSON object: {error}") from error
+            with foreign(f"{folder / name} is not a JSON object"):
+                found = json.loads(read_bytes(folder / name, MAX_CONFIG_BYTES))
             if isinstance(found, dict):
                 return {"quant_method": method, **found}
     return None

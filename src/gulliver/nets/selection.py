@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gulliver.core.errors import ArtifactError
+from gulliver.core.foreign import foreign, read_bytes
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -100,8 +101,8 @@ def _chosen(
 def _named(folder: Path) -> str | None:
     """The file that config.json names for the weights, before all others; None where it names none."""
     try:
-        named = json.loads((folder / "config.json").read_text(encoding="utf-8"))[NAMED]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        named = json.loads(read_bytes(folder / "config.json", MAX_HEADER_BYTES))[NAMED]
+    except (ArtifactError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if named is None:
         return None
@@ -116,11 +117,9 @@ def _read_index(path: Path) -> dict[str, str]:
     """Tensor -> file. ArtifactError for what is not an index, or names a file outside its folder."""
     if path.stat().st_size > MAX_HEADER_BYTES:
         raise ArtifactError(f"{path} has {path.stat().st_size} bytes; at most {MAX_HEADER_BYTES} are allowed")
-    try:
+    with foreign(f"{path} is not a safetensors index"):
         places = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"].items())
         plain = all(isinstance(name, str) and Path(name).name == name for name in places.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not a safetensors index: {error}") from error
     if not plain:
         raise ArtifactError(f"{path} names a file outside its folder; do not use it")
     if not places:
@@ -165,9 +164,9 @@ def of_adapter(names: Collection[str]) -> bool:
 def adapter(folder: Path) -> str:
     """What to say of a folder that holds an adapter and not its base model."""
     try:
-        raw = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        raw = json.loads(read_bytes(folder / ADAPTER, MAX_HEADER_BYTES))
         base, kind = str(raw.get("base_model_name_or_path") or ""), str(raw.get("peft_type") or "")
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (ArtifactError, ValueError, AttributeError, RecursionError):
         base, kind = "", ""
     return (
         f"{folder} holds an adapter ({kind or 'LoRA'}), not a whole model: its base model is {base or 'not named'}; "

@@ -9,13 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gulliver.core.errors import ArtifactError
+from gulliver.core.foreign import foreign
 from gulliver.nets.files import Stored, not_finite, stored_tensors
 
 CODES = {
@@ -26,24 +30,96 @@ CODES = {
 """Type -> how a safetensors header spells it."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of weights as a header spells them, every value of which must be finite."""
+DAMAGED = "; download or make it again"
+OTHER = "the config and the weights are of different models"
+
+
+@dataclass(frozen=True)
+class Room:
+    """The most that a network may have for the bytes of its weights: parameters, and numbers in them.
+
+    A number takes an eighth of a byte at least, and a network gives no stored tensor more than a few names. A constant
+    part is for buffers and for what is not stored. Without weights, a network is of the largest size there is.
+    """
+
+    parameters: int = 2**20
+    numbers: int = 2**40
+
+    @classmethod
+    def of(cls, tensors: int, size_bytes: int) -> Self:
+        """The room of so many stored tensors with so many bytes."""
+        return cls(1000 + 4 * tensors, SPARE_NUMBERS + 8 * size_bytes)
+
+    def check(self, parameters: int, numbers: int) -> None:
+        """ArtifactError for a network that has more."""
+        if parameters > self.parameters or numbers > self.numbers:
+            raise ArtifactError(
+                f"config.json describes a network of {parameters} parameters or more, with {numbers} numbers: far more "
+                f"than the weight files hold; {OTHER}"
+            )
+
+
+def room_of(folder: Path) -> Room:
+    """The room for a network by the weight files of a folder; the largest for a folder without any."""
+    if not any(folder.glob("*.safetensors")):
+        return Room()
+    stored = stored_tensors(folder)
+    return Room.of(len(stored), sum(tensor.length for tensor in stored.values()))
+
+
+SPARE_NUMBERS = 2**22
+MADE_NUMBERS, COUNTED_NUMBERS = 2**25, 2**21
+"""The most numbers of a buffer (a causal mask of 5792 positions) and of a range that any network makes of itself."""
+MADE = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye)
+COUNTED = (torch.arange, torch.linspace, torch.range)
+
+
+class _Bounded(TorchFunctionMode):
+    """Inside, a tensor that is made from sizes alone has at most so many numbers. ArtifactError, before it is made."""
+
+    def __init__(self, room: Room) -> None:
+        super().__init__()
+        self.room = room
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in MADE or func in COUNTED:
+            sizes = kwargs.get("size", args[0] if args and isinstance(args[0], tuple | list) else args)
+            numbers = [abs(one) for one in sizes if isinstance(one, int | float)]
+            if func in COUNTED:
+                wanted, most = max([0, *numbers, kwargs.get("end", 0), kwargs.get("steps", 0)]), COUNTED_NUMBERS
+            else:
+                wanted, most = math.prod(numbers), max(MADE_NUMBERS, self.room.numbers)
+                wanted = wanted**2 if func is torch.eye and len(numbers) == 1 else wanted
+            if wanted > most:
+                raise ArtifactError(f"config.json asks for a table of {wanted} numbers, which no file holds; {OTHER}")
+        return func(*args, **kwargs)
 
 
 @contextmanager
-def empty_parameters() -> Iterator[None]:
+def empty_parameters(room: Room | None = None) -> Iterator[None]:
     """Networks built inside have parameters on the meta device (no data), while their buffers are real.
 
-    Buffers hold what a constructor computes (rotary frequencies, position ids) and what no file contains.
+    Buffers hold what a constructor computes (rotary frequencies, position ids) and what no file contains. ArtifactError
+    as soon as what is built does not fit into `room`, or is larger than any network.
     """
+    most = room or Room()
     register = nn.Module.register_parameter
+    parameters = numbers = 0
 
     def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal parameters, numbers
+        if parameter is not None:
+            parameters, numbers = parameters + 1, numbers + parameter.numel()
+            most.check(parameters, numbers)
         if parameter is not None and not parameter.is_meta:
             parameter = nn.Parameter(parameter.data.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
     nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
     try:
-        yield
+        with _Bounded(most):
+            yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
@@ -77,8 +153,7 @@ def assign(
         place = buffers[name] if name in buffers else model.get_parameter(name)
         if place.shape != tensor.shape:
             raise ArtifactError(
-                f"{name} has shape {list(tensor.shape)}, but config.json makes it {list(place.shape)}; "
-                "the config and the weights are of different models"
+                f"{name} has shape {list(tensor.shape)}, but config.json makes it {list(place.shape)}; {OTHER}"
             )
         value = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         if name in buffers:
@@ -141,15 +216,12 @@ def read_safetensors(
         if only is None or only(name):
             files.setdefault(place.path, []).append(name)
     for path, names in files.items():
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in names:
-                    tensor = file.get_tensor(name)
-                    if stored[name].dtype in FLOATS and not all_finite(tensor):
-                        raise not_finite(name, path)
-                    yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        except SafetensorError as error:
-            raise ArtifactError(f"{path} is damaged: {error}; download or make it again") from error
+        with foreign(f"{path} is damaged", remedy=DAMAGED), safe_open(path, framework="pt") as file:
+            for name in names:
+                tensor = file.get_tensor(name)
+                if stored[name].dtype in FLOATS and not all_finite(tensor):
+                    raise not_finite(name, path)
+                yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 def read_tensor(stored: Mapping[str, Stored], name: str) -> Tensor:
@@ -157,11 +229,8 @@ def read_tensor(stored: Mapping[str, Stored], name: str) -> Tensor:
     if name not in stored:
         raise ArtifactError(f"the weight files lack {name}; the model is damaged: download or make it again")
     path = stored[name].path
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensor = file.get_tensor(name)
-    except SafetensorError as error:
-        raise ArtifactError(f"{path} is damaged: {error}; download or make it again") from None
+    with foreign(f"{path} is damaged", remedy=DAMAGED), safe_open(path, framework="pt") as file:
+        tensor = file.get_tensor(name)
     ends = torch.aminmax(tensor) if stored[name].dtype in FLOATS and tensor.numel() else ()
     if not all(math.isfinite(float(end)) for end in ends):
         raise not_finite(name, path)

@@ -18,6 +18,7 @@ from typing import Any
 from gulliver.core import machine, memory
 from gulliver.core.context import LIMIT, Context, beyond, noted_peak
 from gulliver.core.errors import ArtifactError, ConfigError
+from gulliver.core.foreign import files_below
 from gulliver.core.names import did_you_mean, named
 from gulliver.core.progress import Progress
 from gulliver.core.quantities import checked_seed
@@ -251,7 +252,7 @@ def _contents(value: Any) -> Any:
     try:
         if path.is_file():
             return hash_file(path)
-        files = sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else None
+        files = files_below(path, None) if path.is_dir() else None
         return files and {part.relative_to(path).as_posix(): hash_file(part) for part in files}
     except OSError as failure:
         raise ConfigError(f"{failure.filename} cannot be read: {failure.strerror}") from None

@@ -14,12 +14,15 @@ from typing import Any
 
 from gulliver.core.errors import ConfigError
 from gulliver.core.evidence.gate import Gate
+from gulliver.core.foreign import foreign, read_bytes
 from gulliver.core.names import did_you_mean
 from gulliver.core.quantities import checked_seed
 from gulliver.core.store.files import named_path
 from gulliver.pipeline.steps import INPUT_KINDS, Step, WrongKey, checked_config, find
 
 MAX_RECIPE_BYTES = 1_000_000
+MAX_KEY_PARTS, MAX_VALUES = 32, 20_000
+"""Parts of a key, or brackets inside each other, whose square TOML's reader takes in time; and of all values."""
 TOP_KEYS = ("name", "home", "seed", "step", "gate")
 CALL_KEYS = ("id", "use", "inputs", "seed")
 LIMITS = ("at_most", "at_least")
@@ -62,17 +65,16 @@ def load(path: Path | str) -> Recipe:
     if path.stat().st_size > MAX_RECIPE_BYTES:
         raise ConfigError(f"{path} has {path.stat().st_size} bytes; a recipe has at most {MAX_RECIPE_BYTES}")
     try:
-        return parse(path.read_bytes().decode("utf-8"), str(path))
+        return parse(read_bytes(path, MAX_RECIPE_BYTES, ConfigError).decode("utf-8"), str(path))
     except UnicodeDecodeError as failure:
         raise ConfigError(f"{path} is not UTF-8 text (byte {failure.start}); save it as UTF-8") from None
 
 
 def parse(text: str, source: str = "recipe") -> Recipe:
     """A checked Recipe from TOML text; `source` is its name in error messages."""
-    try:
+    with foreign(f"{source} is not valid TOML", ConfigError):
+        _check_depth(text)
         document, lines = tomllib.loads(text), key_lines(text)
-    except (ValueError, RecursionError) as failure:  # a number of 5000 digits, 2000 brackets
-        raise ConfigError(f"{source} is not valid TOML: {failure}") from None
     return _Checker(source, lines, document).recipe()
 
 
@@ -188,13 +190,15 @@ class _Checker:
         """The message with the file and the line of the key, or of the closest table around it."""
         while at and at not in self.lines:
             at = at[:-1]
-        return ConfigError(f"{self.source}, line {self.lines.get(at, 1)}: {message}")
+        return ConfigError(f"{self.source}, line {self.lines.get(at, 1)}: {message[:600]}")
 
 
 # ---- the line of each key (tomllib does not tell) -----------------------------------------------------------------
 
 _OPAQUE = re.compile(r'"""(?:\\.|[^\\])*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|#[^\n]*', re.DOTALL)
 """Strings and comments: brackets and line ends in them end nothing."""
+_STEP = re.compile(r"[\[\]{}]|[^\[\]{},=\n]+")
+"""A bracket, or what may be a key."""
 
 
 def key_lines(text: str) -> dict[tuple[Any, ...], int]:
@@ -213,14 +217,32 @@ def key_lines(text: str) -> dict[tuple[Any, ...], int]:
     return lines
 
 
+def _check_depth(text: str) -> None:
+    """ValueError for a key of too many parts, for too many brackets inside each other, and for too many values."""
+    bare, depth = _OPAQUE.sub(lambda found: "\n" * found[0].count("\n"), text), 0
+    for count, found in enumerate(_STEP.finditer(bare)):
+        if count > 2 * MAX_VALUES:
+            raise ValueError(f"it has more than {MAX_VALUES} keys and values")
+        depth += 1 if found[0] in "[{" else -1 if found[0] in "]}" else 0
+        if depth > MAX_KEY_PARTS or found[0].count(".") >= MAX_KEY_PARTS:
+            line = bare.count("\n", 0, found.start()) + 1
+            raise ValueError(
+                f"more than {MAX_KEY_PARTS} parts of a key, or brackets, are inside each other (line {line})"
+            )
+
+
 def _statements(text: str) -> Iterator[tuple[int, str]]:
     """(line, text) of every statement: a header, or a key with its value over as many lines as that takes."""
     start, end, depth, line = 0, 0, 0, 1
+    empty = True
     for bare in _OPAQUE.sub(lambda found: " " * len(found[0]), text).split("\n"):
         end += len(bare) + 1
+        empty = empty and not bare.strip()
         depth += sum(map(bare.count, "[{")) - sum(map(bare.count, "]}"))
         if depth == 0:
-            yield line, text[start:end]
+            if not empty:
+                yield line, text[start:end]
+            empty = True
             line += text.count("\n", start, end)
             start = end
 

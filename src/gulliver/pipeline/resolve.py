@@ -8,6 +8,7 @@ from typing import Any
 
 from gulliver.core import catalog
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
+from gulliver.core.foreign import foreign
 from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import Artifact, copy_artifact, open_artifact, verify
 from gulliver.core.store.files import named_path
@@ -122,8 +123,13 @@ def check_data(spec: str | Path | Artifact, store: Store) -> None:
         if not ID.fullmatch(str(spec)):
             raise DataError(f"{spec} does not exist; give a file, a folder or catalog:NAME")
         store.get(str(spec))
-    elif not (path.stat().st_size if path.is_file() else any(path.iterdir())):
-        raise DataError(f"{spec} is empty; give a file, a folder or catalog:NAME with data in it")
+    elif not path.is_file() and not path.is_dir():
+        raise DataError(f"{spec} is a pipe, a socket or a device; give a file, a folder or catalog:NAME")
+    else:
+        with foreign(f"{spec} cannot be read", DataError):
+            empty = not (path.stat().st_size if path.is_file() else any(path.iterdir()))
+        if empty:
+            raise DataError(f"{spec} is empty; give a file, a folder or catalog:NAME with data in it")
 
 
 def resolve_any(spec: str | Path | Artifact, store: Store) -> Artifact:

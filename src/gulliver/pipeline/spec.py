@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from gulliver.core.errors import ConfigError
+from gulliver.core.foreign import check_folder
 from gulliver.core.store.artifact import MANIFEST, Artifact, open_artifact
 from gulliver.core.store.files import named_path
 from gulliver.runtime.packing import is_packed
@@ -27,6 +28,7 @@ def local_folder(spec: Spec) -> tuple[Path, str] | None:
     if isinstance(spec, Artifact) or (path / MANIFEST).is_file():
         artifact = spec if isinstance(spec, Artifact) else open_artifact(path)
         check_model(artifact, spec)
+        check_folder(path)
         return None if is_foreign(path) else (path, artifact.task)
     if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
         foreign_files(path)  # one that cannot be converted is refused here, before the store is imported

@@ -2,42 +2,49 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from gulliver.core.errors import FOREIGN, ArtifactError, first_line
+from gulliver.core.errors import ArtifactError
+from gulliver.core.foreign import foreign
 from gulliver.nets.files import Stored, same_bytes, stored_tensors
+from gulliver.nets.kinds import model_config
 from gulliver.nets.quiet import quiet
 from gulliver.nets.selection import select
-from gulliver.nets.weights import aliases, assign, canonical_names, empty_parameters, read_tensor, unfilled, untie
+from gulliver.nets.weights import (
+    aliases,
+    assign,
+    canonical_names,
+    empty_parameters,
+    read_tensor,
+    room_of,
+    unfilled,
+    untie,
+)
 from gulliver.runtime.packing import is_packed, read_packing
 from gulliver.runtime.reference import read_tensors
+
+COMPUTED = re.compile(
+    r"(^|\.)(inv_freq|(cos|sin)_cached|(position|token_type)_ids|relative_position_index|embed_positions\.weights|"
+    r"masked_bias|causal_mask|(attn|attention)\.bias)$"
+)
+"""How the names of buffers end that older files store, and networks compute."""
 
 
 def read_config(folder: Path) -> transformers.PretrainedConfig:
     """The config in `folder`. ArtifactError when there is none or transformers does not know the architecture."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ArtifactError(f"{folder} has no config.json; give a Hugging Face layout folder (or a .gguf file)")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError("it is not a JSON object")
+    raw = model_config(folder)
+    with foreign(f"{folder / 'config.json'} is not a usable model config"), quiet():
         if "auto_map" in raw and not _known(raw):
             raise ValueError("it asks to run code from the folder (auto_map), which Gulliver never does")
-        with quiet():
-            return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except (StrictDataclassError, OSError, *FOREIGN) as error:
-        raise ArtifactError(f"{path} is not a usable model config: {str(error).splitlines()[0]}") from error
+        return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
 
 
 def _known(raw: Mapping[str, Any]) -> bool:
@@ -53,15 +60,13 @@ def network_of(config: Any, folder: Path, auto: Any = transformers.AutoModelForC
 
     `folder` is named in the ArtifactError for a config that describes none.
     """
-    try:
-        with quiet(), empty_parameters(), no_init_weights():
-            # one expert after another: no faster way of a CPU is as exact, and calibration sees each one's products
-            options = {"dtype": torch.float32, "experts_implementation": "eager"}
+    with foreign(f"{folder / 'config.json'} describes no network"), quiet(), no_init_weights():
+        # one expert after another: no faster way of a CPU is as exact, and calibration sees each one's products
+        options = {"dtype": torch.float32, "experts_implementation": "eager"}
+        with empty_parameters(room_of(folder)):
             named = _named(config, auto)
             model = named._from_config(config, **options) if named else auto.from_config(config, **options)
             model.tie_weights()
-    except (StrictDataclassError, *FOREIGN) as error:
-        raise ArtifactError(f"{folder / 'config.json'} describes no network: {str(error).splitlines()[0]}") from error
     return model.eval()
 
 
@@ -158,24 +163,26 @@ def _translated(model: nn.Module, folder: Path, auto: Any) -> nn.Module:
     Weights that are missing are an error; a pooler, which mean pooling never reads, is filled with zeros.
     """
     options = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
-    try:
-        with quiet():
-            loaded, report = (_named(model.config, auto) or auto).from_pretrained(
-                str(folder), ignore_mismatched_sizes=True, **options
-            )
-    except (OSError, SafetensorError, *FOREIGN) as error:
-        told = first_line(error).split(" For details")[0]  # the details are in a table that is silenced
-        raise ArtifactError(
-            f"{folder} cannot be loaded: {told}; download it again, with all its .json files"
-        ) from error
+    with foreign(f"{folder} cannot be loaded", remedy="; download it again, with all its .json files"), quiet():
+        loaded, report = (_named(model.config, auto) or auto).from_pretrained(
+            str(folder), ignore_mismatched_sizes=True, **options
+        )
     missing = sorted(report["missing_keys"])
     spare = [name for name in missing if auto is transformers.AutoModel and name.startswith("pooler.")]
     wrong = [name for name in missing if name not in spare] + sorted(key[0] for key in report["mismatched_keys"])
     left_out = sorted(map(str, report["unexpected_keys"]))
     head, table = loaded.get_output_embeddings(), loaded.get_input_embeddings()
+    unused = _unused(loaded, left_out, folder, auto)
     if wrong:
         of_head = head is not None and wrong == [name for name in missing if loaded.get_parameter(name) is head.weight]
         raise ArtifactError(_unusable(folder, wrong, left_out, of_head))
+    if unused:
+        listed = ", ".join(name[:200] for name in unused[:3]) + (" …" if unused[3:] else "")
+        raise ArtifactError(
+            f"a {type(loaded).__name__} as config.json describes it has no place for {listed} "
+            f"({len(unused)} of {len(stored_tensors(folder))} tensors of {folder}): the config is of another model, or "
+            "they are of another tool; download config.json again, or write the weights without them"
+        )
     for name in spare:
         torch.nn.init.zeros_(loaded.get_parameter(name))
     if head is not None and table is not None and head.weight is not table.weight:
@@ -183,6 +190,19 @@ def _translated(model: nn.Module, folder: Path, auto: Any) -> nn.Module:
     loaded.source_folder = model.source_folder
     loaded.left_out = left_out
     return loaded.eval()
+
+
+def _unused(model: Any, left_out: Sequence[str], folder: Path, auto: Any) -> list[str]:
+    """Of the stored tensors that a network has no place for, those that may change what it computes.
+
+    Not those that it computes itself, and not those of the heads on top of an encoder, whose last hidden state is used:
+    they are outside the prefix that its other tensors have.
+    """
+    unused = [name for name in left_out if not COMPUTED.search(name)]
+    prefix = f"{model.base_model_prefix}."
+    if auto is transformers.AutoModel and any(name.startswith(prefix) for name in stored_tensors(folder)):
+        return [name for name in unused if name.startswith(prefix)]
+    return unused
 
 
 def _unusable(folder: Path, wrong: Sequence[str], left_out: Sequence[str], of_head: bool) -> str:

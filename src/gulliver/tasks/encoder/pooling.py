@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gulliver.core.errors import ArtifactError
+from gulliver.core.foreign import foreign, read_bytes
+from gulliver.nets.kinds import MAX_CONFIG_BYTES
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -35,15 +37,17 @@ class Pooling:
 def read_pooling(folder: Path) -> Pooling:
     """What the folder's files say; mean and normalized where they say nothing. ArtifactError for what is not known."""
     modules = _read(folder / "modules.json")
+    if not isinstance(modules or [], list) or not all(isinstance(row, dict) for row in modules):
+        raise ArtifactError(f"{folder / 'modules.json'} is not a list of modules; it is damaged")
     normalize = not modules or any(str(row.get("type", "")).endswith("Normalize") for row in modules)
-    settings = _read(folder / "1_Pooling" / "config.json")
+    settings = _object(folder / "1_Pooling" / "config.json")
     modes = [name for name, on in settings.items() if name.startswith("pooling_mode_") and on is True]
     unknown = [name for name in modes if name not in POOLINGS]
     if unknown or len(modes) > 1:
         told = f"{folder / '1_Pooling'} asks for {', '.join(modes)}"
         raise ArtifactError(f"{told}; one at a time is supported, of {', '.join(POOLINGS)}")
-    positions = _positive(_read(folder / "config.json").get("max_position_embeddings"), POSITIONS)
-    longest = _positive(_read(folder / "sentence_bert_config.json").get("max_seq_length"), positions)
+    positions = _positive(_object(folder / "config.json").get("max_position_embeddings"), POSITIONS)
+    longest = _positive(_object(folder / "sentence_bert_config.json").get("max_seq_length"), positions)
     return Pooling(POOLINGS[modes[0]] if modes else "mean", normalize, min(longest, positions))
 
 
@@ -51,14 +55,20 @@ def _positive(value: Any, default: int) -> int:
     return value if type(value) is int and value > 0 else default
 
 
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one when there is no file."""
+    found = _read(path)
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{path} is not a JSON object; it is damaged")
+    return found
+
+
 def _read(path: Path) -> Any:
     """A JSON file; an empty object when there is none."""
     if not path.is_file():
         return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not JSON: {error}; it is damaged") from error
+    with foreign(f"{path} is not JSON", remedy="; it is damaged"):
+        return json.loads(read_bytes(path, MAX_CONFIG_BYTES))
 
 
 def cut(tokens: Sequence[int], longest: int) -> Sequence[int]:

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from gulliver.core.errors import ArtifactError
+from gulliver.core.foreign import foreign
 from gulliver.nets.kinds import SECTIONS
 from gulliver.nets.quiet import quiet
 
@@ -63,10 +64,9 @@ def text_part(folder: Path, config: Mapping[str, Any]) -> TextPart | None:
 def _text_config(folder: Path, config: Mapping[str, Any]) -> Any:
     """The text part's config as transformers reads it, as a config of a causal language model; None without one."""
     model_type = config.get("model_type")
-    try:
+    with foreign(f"{folder / 'config.json'} is not a usable model config"), quiet():
         if model_type in transformers.CONFIG_MAPPING:
-            with quiet():
-                whole = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+            whole = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
             found = whole.get_text_config(decoder=True)
             if found is whole:
                 return None
@@ -76,9 +76,6 @@ def _text_config(folder: Path, config: Mapping[str, Any]) -> Any:
                 return None
             found = transformers.AutoConfig.for_model(**section)
         return _as_equal(found) if found.model_type in EQUAL else found
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, ArithmeticError) as error:
-        told = str(error).splitlines()[0]
-        raise ArtifactError(f"{folder / 'config.json'} is not a usable model config: {told}") from error
 
 
 def _section(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
-import pyarrow.parquet
 
 from gulliver.core.errors import ArtifactError, DataError
+from gulliver.core.foreign import files_below, foreign
 from gulliver.core.records import EXAMPLES
 from gulliver.core.store.artifact import Artifact, open_artifact
 from gulliver.core.store.manifest import MANIFEST
 from gulliver.tasks.options import TextOptions
+from gulliver.tasks.parquet import rows_of
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SCHEMA = pyarrow.schema([("text", pyarrow.string()), ("source", pyarrow.string())])
 BATCH_ROWS = 1024
+MAX_LINE = 2**26
+"""Characters of one line of JSON."""
 MIN_CHARACTERS = 200
 """Shorter passages occur in many texts by chance (headings, set phrases)."""
 PHRASE_END = re.compile(r"[\r\n\v\f\x85\u2028\u2029]+|(?<=[.!?…])[\"'”’)\]]*\s+|(?<=[。！？])")
@@ -78,7 +81,7 @@ def _part(file: Path, split: str, options: TextOptions) -> Iterator[str]:
 def text_files(path: Path) -> list[Path]:
     """The file itself, or the text files inside a folder, sorted by name. DataError when there is none."""
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        files = [file for file in files_below(path, DataError) if file.suffix in SUFFIXES]
         if not files:
             raise DataError(f"{path} holds no {', '.join(SUFFIXES)} file")
         return files
@@ -99,56 +102,56 @@ def _cut(text: str, holdout: float) -> tuple[str, str]:
 
 
 def _texts(path: Path, column: str) -> Iterator[str]:
+    if path.suffix == ".parquet":
+        yield from _parquet(path, column)
+        return
     try:
         if path.suffix == ".txt":
             with open(path, encoding="utf-8") as stream:
                 yield stream.read()
-        elif path.suffix == ".jsonl":
-            yield from _jsonl(path, column)
         else:
-            yield from _parquet(path, column)
+            yield from _jsonl(path, column)
     except UnicodeDecodeError as error:
         raise DataError(f"{path.name} is not UTF-8 text (byte {error.start}); convert it first") from error
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path.name} is not a readable Parquet file: {error}") from error
 
 
 def _parquet(path: Path, column: str) -> Iterator[str]:
-    names = pyarrow.parquet.read_schema(path).names
-    if column not in names:
-        raise DataError(f"{path.name} has no column {column!r}; it has {', '.join(names)}; say which by text_column")
-    with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(BATCH_ROWS, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                if not isinstance(value, str):
-                    raise DataError(f"{path.name}: column {column!r} holds values that are not text")
-                yield value
+    for row in rows_of(path, [column]):
+        if not isinstance(row[column], str):
+            told = f"{path.name}: column {column!r} holds values that are not text"
+            raise DataError(f"{told}; say which column does by text_column")
+        yield row[column]
 
 
 def _jsonl(path: Path, column: str) -> Iterator[str]:
     with open(path, encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
+        for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE), ""), 1):
             if not line.strip():
                 continue
-            try:
+            if len(line) == MAX_LINE:
+                raise DataError(f"{path.name} line {number} has more than {MAX_LINE:,} characters; cut its text")
+            with foreign(f"{path.name} line {number} is not JSON", DataError):
                 row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path.name} line {number} is not JSON: {error}") from error
             if not isinstance(row, dict) or not isinstance(row.get(column), str):
-                known = ", ".join(row) if isinstance(row, dict) else "no keys"
+                known = ", ".join(map(repr, row))[:300] if isinstance(row, dict) else "no keys"
                 raise DataError(f"{path.name} line {number} has no text {column!r} (it has {known}); set text_column")
+            if not row[column].isascii():
+                with foreign(f"{path.name} line {number} holds half a character (a lone surrogate)", DataError):
+                    row[column].encode()
             yield row[column]
 
 
 def _artifact_rows(dataset: Artifact, split: str) -> Iterator[dict[str, Any]]:
+    path = dataset.file(EXAMPLES)
     try:
-        with pyarrow.parquet.ParquetFile(dataset.file(EXAMPLES)) as file:
-            for batch in file.iter_batches(BATCH_ROWS, columns=["text", "split", "source"]):
-                for row in batch.to_pylist():
-                    if split in ("all", row.pop("split")):
-                        yield row
-    except (pyarrow.ArrowException, KeyError, OSError) as error:
-        raise ArtifactError(f"{EXAMPLES} of dataset {dataset.id[:12]} is not a table of text, split, source") from error
+        for row in rows_of(path, ["text", "split", "source"], ArtifactError):
+            if not all(isinstance(value, str) for value in row.values()):
+                raise ArtifactError("a value is not text")
+            if split in ("all", row.pop("split")):
+                yield row
+    except ArtifactError as error:
+        told = f"{EXAMPLES} of dataset {dataset.id[:12]} is not a table of text, split, source"
+        raise ArtifactError(f"{told}: {error}") from error
 
 
 # ---- what may not be in two parts -----------------------------------------------------------------------------------

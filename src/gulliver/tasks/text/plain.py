@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from gulliver.core.errors import ArtifactError
+from gulliver.core.foreign import foreign, read_bytes
 from gulliver.nets.dequantize import Recipe, read, recipes
 from gulliver.nets.files import copy_companions, plain_files, stored_tensors
-from gulliver.nets.kinds import model_config, quantization
+from gulliver.nets.kinds import MAX_CONFIG_BYTES, model_config, quantization
 from gulliver.nets.selection import NAMED, select
 from gulliver.runtime.network import network_of
 from gulliver.runtime.packing import order_of_use
@@ -94,9 +95,7 @@ def _keep_chat_template(source: Path, folder: Path) -> None:
     path = source / "chat_template.json"
     if not path.is_file() or (folder / "chat_template.jinja").is_file():
         return
-    try:
-        template = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not a chat template: {error}") from error
+    with foreign(f"{path} is not a chat template"):
+        template = json.loads(read_bytes(path, MAX_CONFIG_BYTES))["chat_template"]
     if isinstance(template, str):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

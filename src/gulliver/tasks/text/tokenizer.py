@@ -13,7 +13,8 @@ import transformers
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from gulliver.core.errors import ArtifactError
+from gulliver.core.foreign import foreign
+from gulliver.nets.files import check_tokenizer_files
 from gulliver.nets.quiet import quiet
 
 END_OF_TEXT = "<|end|>"
@@ -34,11 +35,11 @@ def load_tokenizer(folder: Path) -> Any:
 
 @lru_cache(maxsize=4)
 def _tokenizer(folder: str, stamp: int) -> Any:
-    try:
-        with quiet():
-            return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise ArtifactError(f"{folder} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+    check_tokenizer_files(Path(folder))
+    with foreign(f"{folder} has no usable tokenizer"), quiet():
+        found = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        found("a")  # some settings are looked at only now
+        return found
 
 
 def tokens_of(tokenizer: Any, text: str) -> Tensor:
@@ -48,10 +49,11 @@ def tokens_of(tokenizer: Any, text: str) -> Tensor:
     pieces are joined where the tokens of both are the same from there on, for hundreds of characters; where they
     nowhere are, the whole is tokenized at once.
     """
-    parts = _parts(tokenizer, text) if tokenizer.is_fast and len(text) > PIECE + OVERLAP else None
-    if parts is None:
-        return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
-    return torch.cat([torch.from_numpy(part).long() for part in parts])
+    with foreign("the model's tokenizer fails"):
+        parts = _parts(tokenizer, text) if tokenizer.is_fast and len(text) > PIECE + OVERLAP else None
+        if parts is None:
+            return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+        return torch.cat([torch.from_numpy(part).long() for part in parts])
 
 
 def _parts(tokenizer: Any, text: str) -> list[np.ndarray] | None:

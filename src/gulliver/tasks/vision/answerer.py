@@ -12,6 +12,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gulliver.core.errors import DataError
+from gulliver.core.foreign import read_bytes
 from gulliver.core.store.files import named_path
 from gulliver.runtime.batching.queue import BatchQueue
 from gulliver.tasks.answerer import Batched, Can, OpenOptions, then
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 MAX_BATCH = 32
 SHOWN = 5
 """Classes shown on a terminal."""
+
+MAX_FILE_BYTES = 2**28
+"""A picture of the most pixels that are read, stored as they are."""
 
 
 class VisionAnswerer(Batched):
@@ -57,11 +61,10 @@ class VisionAnswerer(Batched):
             raise DataError(f"one picture is classified at a time; {len(words)} were given")
         with contextlib.suppress(ValueError, RecursionError):
             return self.request_model(image=json.loads(words[0]))
-        try:
-            return self.request_model(image=base64.b64encode(named_path(words[0]).read_bytes()).decode())
-        except OSError:
+        if not (path := named_path(words[0])).is_file():
             told = f"{words[0][:80]!r} is neither the path of a picture nor a JSON list of pixels"
-            raise DataError(f"{told}; give a PNG, JPEG, WebP, GIF or BMP file") from None
+            raise DataError(f"{told}; give a PNG, JPEG, WebP, GIF or BMP file")
+        return self.request_model(image=base64.b64encode(read_bytes(path, MAX_FILE_BYTES, DataError)).decode())
 
     def submit(self, request: ImageRequest, stop: Event | None = None, owner: str = "") -> Future[Any]:
         from gulliver.tasks.vision.pictures import decoded, from_numbers

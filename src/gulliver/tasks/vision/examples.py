@@ -10,22 +10,27 @@ are ordered by the SHA-256 of seed and bytes, and the first 30 % of each label's
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from gulliver.core.errors import DataError
+from gulliver.core.foreign import foreign
 from gulliver.core.records import EXAMPLES, SPLITS
 from gulliver.core.store.artifact import MANIFEST, open_artifact
+from gulliver.tasks.parquet import read_table
 
 EVAL_FRACTION = 0.3
 SPLIT_SEED = 0
 DIGITS_PIXELS, DIGITS_LEVELS = 64, 16
+MAX_CSV_BYTES = 2**26
+"""A hundred times what the digits take."""
 
 
 @dataclass(frozen=True)
@@ -102,19 +107,14 @@ def _read(path: Path) -> tuple[Examples, np.ndarray | None]:
 
 
 def _read_parquet(path: Path) -> tuple[Examples, np.ndarray | None]:
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as parquet: {error}") from error
+    table = read_table(path, ("image", "label"))
     for column in ("image", "label"):
-        if column not in table.column_names:
-            raise DataError(f"{path} has no column {column!r}; it has {', '.join(table.column_names) or 'none'}")
         if table[column].null_count:
             raise DataError(f"{path}: column {column!r} has empty cells; leave those rows out")
     examples = _checked(_pixels(table["image"], path), table["label"], path)
     if "split" not in table.column_names:
         return examples, None
-    names = np.asarray(table["split"].to_pylist(), dtype=object)
+    names = np.asarray([str(name)[:40] for name in table["split"].to_pylist()], dtype=object)
     strange = sorted({repr(name) for name in names} - {repr(name) for name in SPLITS})
     if strange:
         raise DataError(f"{path}: column 'split' holds {strange[0]}; it may hold {' and '.join(SPLITS)}")
@@ -137,10 +137,12 @@ def _pixels(column: pa.ChunkedArray, path: Path) -> np.ndarray:
 
 
 def _read_digits(path: Path) -> Examples:
-    try:
-        table = np.loadtxt(path, delimiter=",", ndmin=2)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{path} cannot be read as csv: {error}") from error
+    unpacked = gzip.open if path.name.endswith(".gz") else open
+    with foreign(f"{path} cannot be read as csv", DataError), unpacked(path, "rb") as whole:
+        text = whole.read(MAX_CSV_BYTES + 1)
+        if len(text) > MAX_CSV_BYTES:
+            raise DataError(f"{path} unpacks to more than {MAX_CSV_BYTES:,} bytes; give a .parquet of the images")
+        table = np.loadtxt(io.BytesIO(text), delimiter=",", ndmin=2)
     if table.shape[1] != DIGITS_PIXELS + 1:
         raise DataError(f"{path} has {table.shape[1]} columns; a digits csv has {DIGITS_PIXELS} pixels and a label")
     labels = table[:, -1]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from gulliver.core.errors import DataError
+from gulliver.core.foreign import foreign
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000
@@ -23,19 +24,15 @@ def decoded(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     from PIL import Image, ImageOps
 
     channels, height, width = shape
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
-            if picture.width * picture.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            picture = ImageOps.exif_transpose(picture)
-            picture = picture.convert("L" if channels == 1 else "RGB")
-    except Image.DecompressionBombError:
-        raise DataError(f"the picture has more than {MAX_PIXELS:,} pixels; make it smaller") from None
-    except Exception as error:  # decoders of many formats raise what they like
-        known = ", ".join(FORMATS)
-        raise DataError(f"the picture cannot be read ({type(error).__name__}); give a {known} file") from None
+    known = f"; give a {', '.join(FORMATS)} file"
+    with foreign("the picture cannot be read", DataError, known), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        if picture.width * picture.height > MAX_PIXELS:
+            raise DataError(f"the picture has more than {MAX_PIXELS:,} pixels; make it smaller")
+        ImageOps.exif_transpose(picture, in_place=True)
+        mode = "L" if channels == 1 else "RGB"
+        picture = picture if picture.mode == mode else picture.convert(mode)
     if picture.size != (width, height):
         picture = picture.resize((width, height), Image.Resampling.BILINEAR)
     pixels = np.asarray(picture, np.float32) / 255

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from gulliver.core.errors import ArtifactError, ConfigError, DataError
 from gulliver.core.evidence.evidence import Evidence
+from gulliver.core.foreign import foreign
 from gulliver.core.records import SPLITS
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import write_atomic
 from gulliver.nets.inception import Inception, InceptionConfig
-from gulliver.nets.weights import assign, empty_parameters, unfilled
+from gulliver.nets.kinds import model_config
+from gulliver.nets.weights import assign, empty_parameters, room_of, unfilled
 from gulliver.runtime.reference import read_tensors
 from gulliver.runtime.shards import write_file
 from gulliver.tasks.base import Advance, Batch, Block, Task, packable
@@ -131,13 +133,14 @@ class VisionTask(Task):
 def read_config(folder: Path) -> InceptionConfig:
     """The network's shape from `folder`/config.json. ArtifactError when it is missing or says something else."""
     path = folder / "config.json"
+    raw = model_config(folder)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict) or raw.pop("architectures", None) != [ARCHITECTURE]:
-            raise ValueError(f"its architectures are not [{ARCHITECTURE!r}]")
-        raw.pop("model_type", None)
-        return InceptionConfig(**raw)
-    except (OSError, ValueError, TypeError, RecursionError, ConfigError) as error:
+        with foreign(f"{path} does not describe a vision network"):
+            if raw.pop("architectures", None) != [ARCHITECTURE]:
+                raise ValueError(f"its architectures are not [{ARCHITECTURE!r}]")
+            raw.pop("model_type", None)
+            return InceptionConfig(**raw)
+    except ConfigError as error:  # a size beyond the network's own limits
         raise ArtifactError(f"{path} does not describe a vision network: {error}") from error
 
 
@@ -172,7 +175,7 @@ def _forward(stage: nn.Module, first: bool) -> Callable[[Any, int], Tensor]:
 def load_inception(folder: Path, empty: bool = False) -> Inception:
     """The network of a folder; without weights when `empty`. ArtifactError for a folder that lacks some."""
     config = read_config(folder)
-    with empty_parameters():
+    with empty_parameters(room_of(folder)):
         model = Inception(config)
     if empty:
         return model

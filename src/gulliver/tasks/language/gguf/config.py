@@ -5,12 +5,14 @@ The rules are those of llama.cpp's converter and of its loader (src/models), whi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gulliver.core.errors import ArtifactError
+from gulliver.core.foreign import foreign
 from gulliver.core.names import did_you_mean
 from gulliver.tasks.language.gguf.header import Header, TensorInfo, Texts, read_header
 from gulliver.tasks.language.gguf.keys import Metadata, refuse_parts
@@ -377,14 +379,19 @@ def _rope(meta: Metadata, options: Mapping[str, Any], row: Reading) -> dict[str,
 
 def rope_factor_tensors(header: Header) -> dict[str, TensorInfo]:
     """The tensors of FACTORS that a file has."""
-    return {name: header.tensors[name] for name in FACTORS if name in header.tensors}
+    found = {name: header.tensors[name] for name in FACTORS if name in header.tensors}
+    for name, tensor in found.items():
+        if math.prod(tensor.shape) > 65_536:  # rotated pairs of a head, many times over
+            raise ArtifactError(f"{header.path}: {name} has shape {list(tensor.shape)}; the file is damaged")
+    return found
 
 
 def checked(path: Path) -> tuple[Header, dict[str, Any]]:
     """Header and config of a file that can be read. ArtifactError, within milliseconds, for any other."""
-    header = read_header(path)
-    options = config_of(header)
-    check_tokenizer(header)
+    with foreign(f"{path} is not a readable GGUF file", remedy="; download it again"):
+        header = read_header(path)
+        options = config_of(header)
+        check_tokenizer(header)
     return header, options
 
 

@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from gulliver.core.errors import ArtifactError, ConfigError
+from gulliver.core.foreign import check_file, check_folder
 from gulliver.nets.selection import MMPROJ
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_DIMENSIONS = 4
 MAX_NAME_BYTES = 65535
+MAX_VALUES = 2**22
+"""Of an array in the metadata: ten times the largest vocabulary. Each takes some fifty bytes of memory."""
 DEFAULT_ALIGNMENT = 32
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)?", re.IGNORECASE | re.DOTALL)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
@@ -147,6 +150,7 @@ def model_file(path: Path) -> Path | None:
         return path if is_gguf(path) or path.suffix.lower() == ".gguf" else None
     if not path.is_dir() or (path / "config.json").is_file():
         return None
+    check_folder(path)
     files = [file for file in sorted(path.iterdir()) if file.is_file() and is_gguf(file)]
     files = [file for file in files if not file.name.lower().startswith(MMPROJ)]
     models = [file for file in files if not (found := _PART.fullmatch(file.name)) or int(found[2]) == 1]
@@ -172,6 +176,9 @@ def parts_of(path: Path) -> tuple[Path, ...]:
             f" ({len(missing)} parts in all)" if missing[1:] else ""
         )
         raise ArtifactError(f"{told}; a split GGUF needs all of its {count} parts in one folder")
+    for name in names:
+        if name != path.name:
+            check_file(path.parent / name, path.parent)
     return tuple(path.parent / name for name in names)
 
 
@@ -243,6 +250,8 @@ class _Reader:
         least = 8 if kind == _STRING else struct.calcsize(_SCALARS.get(kind, "x"))
         if kind == _ARRAY or (kind != _STRING and kind not in _SCALARS):
             raise self.broken(f"{key} is an array of type {kind}, which cannot be in one")
+        if count > MAX_VALUES:
+            raise self.broken(f"{key} is an array of {count} values; no model has more than {MAX_VALUES}")
         if count * least > self.size - self.at:
             raise self.broken(f"{key} is an array of {count} values, more than the file has bytes for")
         if kind == _STRING:

@@ -21,10 +21,11 @@ import transformers
 from torch import Tensor, nn
 
 from gulliver.core.errors import ArtifactError
+from gulliver.core.foreign import foreign
 from gulliver.core.records import PackedPart, PackedWeight, Packing
 from gulliver.core.store.manifest import rows_of
 from gulliver.nets.quiet import quiet
-from gulliver.nets.weights import empty_parameters
+from gulliver.nets.weights import Room, empty_parameters
 from gulliver.runtime.formats import ALIGNMENT, TILE_ROWS, Format
 from gulliver.runtime.packing import order_of_use
 from gulliver.runtime.shards import write_tensors
@@ -46,8 +47,6 @@ from gulliver.tasks.language.gguf.kept import format_of, holds, keep
 from gulliver.tasks.language.gguf.tokenizer import write_tokenizer
 from gulliver.tasks.text.network import write_config
 
-DEFECTS = (ValueError, TypeError, RuntimeError, ArithmeticError, KeyError, AttributeError, IndexError)
-"""What transformers raises for a config that describes no network."""
 NEAR = 0.2
 """Two tensors whose difference is below this share of their size are one tensor, rounded twice."""
 
@@ -57,6 +56,11 @@ def convert_gguf(path: Path, folder: Path) -> Converted:
 
     ArtifactError for a damaged file, another architecture, or a tensor that has no place.
     """
+    with foreign(f"{path} cannot be converted", remedy="; the file is damaged, or of a kind that is not known here"):
+        return _converted(path, folder)
+
+
+def _converted(path: Path, folder: Path) -> Converted:
     header, options = checked(path)
     row = READ[header.metadata["general.architecture"]]
     note = _settle_head(header, options)
@@ -133,14 +137,11 @@ def _with_factors(header: Header, rope: Mapping[str, Any]) -> dict[str, Any]:
 
 def _empty(header: Header, options: Mapping[str, Any]) -> nn.Module:
     """The network that the options describe, its parameters without data."""
-    try:
-        given = {key: value for key, value in options.items() if key != "model_type"}
-        with quiet(), empty_parameters():
-            config = transformers.AutoConfig.for_model(options["model_type"], **given)
-            return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except DEFECTS as error:
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        raise ArtifactError(f"{header.path} describes no network: {told[0][:200]}") from error
+    given = {key: value for key, value in options.items() if key != "model_type"}
+    room = Room.of(len(header.tensors), sum(tensor.length for tensor in header.tensors.values()))
+    with foreign(f"{header.path} describes no network"), quiet(), empty_parameters(room):
+        config = transformers.AutoConfig.for_model(options["model_type"], **given)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def _settle_head(header: Header, options: dict[str, Any]) -> str:

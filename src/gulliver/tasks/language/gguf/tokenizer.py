@@ -15,6 +15,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from gulliver.core.errors import ArtifactError
 from gulliver.tasks.language.gguf.header import Header
 from gulliver.tasks.language.gguf.pre_tokenizers import BEGINS, COMPOSED, RULES, pre_of
 
@@ -23,6 +24,8 @@ ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": 
 """Role of a special token -> how its key spells it (the third is spelled wrong everywhere)."""
 ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>", "<|return|>", "<|call|>")
 """Texts of control tokens that end an answer, whether or not the file says so; llama.cpp has such a list, too."""
+MAX_SPLIT_CHARACTERS = 2**28
+"""Of all ways to split all tokens; 262,144 tokens of ten characters have a tenth of it."""
 PHI3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
 """Control tokens of Phi 3 that do not take the spaces behind them."""
 
@@ -101,6 +104,8 @@ def _pieces(meta: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int]
     vocabulary, scores = _vocabulary(tokens, kinds), meta["tokenizer.ggml.scores"]
     apart = {text for text, kind in zip(tokens, kinds, strict=True) if kind not in (NORMAL, UNUSED)}
     known = {text: number for text, number in vocabulary.items() if text not in apart}
+    if sum(len(text) ** 2 for text in known) > MAX_SPLIT_CHARACTERS:
+        raise ArtifactError("its tokens are too long: their ways to be split are more than any vocabulary's")
     ranked = sorted(known, key=lambda text: (-scores[known[text]], known[text]))
     pairs = []
     for text in ranked:
