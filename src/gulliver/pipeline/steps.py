@@ -38,7 +38,8 @@ class Step:
     `function` is "module:function", `options` "module:class"; `needs` and `optional` name inputs (keys of INPUT_KINDS);
     `makes` lists the kinds the step may return; `reads` names options that may hold paths of local files, whose
     contents are then part of the reuse key; `several` names inputs that may be more than one artifact. `compresses`
-    says that a model it makes is judged against the one that went in. Raise `version` whenever the same config and
+    says that a model it makes is judged against the one that went in, `here` that its result holds for this machine and
+    the cores that may be used alone. Raise `version` whenever the same config and
     inputs would give another result.
     """
 
@@ -52,6 +53,7 @@ class Step:
     reads: tuple[str, ...] = ()
     several: tuple[str, ...] = ()
     compresses: bool = False
+    here: bool = False
     version: int = 1
 
 
@@ -95,7 +97,7 @@ STEPS = (
          needs=("model",), optional=("parent",), makes=("report",), reads=("include_path",),
          help="score a language model on tasks of lm-eval, paired against its parent by item"),
     Step("speed", "gulliver.audit.speed:run", "gulliver.audit.options:SpeedOptions",
-         needs=("model",), makes=("report",), version=2,
+         needs=("model",), makes=("report",), here=True, version=2,
          help="measure a model's speed, memory and size on this machine"),
     Step("export", "gulliver.compress.export:run", "gulliver.compress.options:ExportOptions",
          needs=("model",), makes=("model",), compresses=True, version=2,
