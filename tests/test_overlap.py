@@ -15,6 +15,7 @@ from gulliver.core.calibration import SeenRow
 from gulliver.core.overlap import (
     FULL,
     KEPT,
+    KEPT_WHOLE,
     MAX_SHARED,
     RUN,
     excerpt,
@@ -122,7 +123,7 @@ CHANGED = {
 
 def seen_in(text, seen):
     """Whether a text is refused as one that was seen."""
-    share, least = shared_runs(phrases(text), seen)
+    share, least = shared_runs(remember(phrases(text), KEPT_WHOLE), seen)
     assert 0 <= least <= share <= 1
     return shared_lines(phrases(text), seen).share > MAX_SHARED or seen.is_text_of(share, least)
 
@@ -170,7 +171,8 @@ def test_what_is_remembered_is_bounded_and_finds_the_same():
     assert len(seen.runs.hashes) == most < len(whole.runs.hashes) <= KEPT or whole.runs.bound < FULL
     assert seen.runs.hashes.tolist() == whole.runs.hashes[:most].tolist()
     part = other_words(long[:30_000], 10)
-    assert shared_runs(phrases(part), seen)[0] == pytest.approx(shared_runs(phrases(part), whole)[0], abs=0.06)
+    ours = remember(phrases(part))
+    assert shared_runs(ours, seen)[0] == pytest.approx(shared_runs(ours, whole)[0], abs=0.06)
     assert seen_in(part, seen) and not seen_in(prose(600, 4), seen)
     row = SeenRow.of(seen)
     kept = SeenRow.model_validate_json(row.model_dump_json()).seen()

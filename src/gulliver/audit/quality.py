@@ -16,7 +16,15 @@ from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.evidence.evidence import Evidence, measured
 from gulliver.core.evidence.gate import suspicion, too_good
 from gulliver.core.options import Options
-from gulliver.core.overlap import MAX_SHARED, excerpt, first_overlap, shared_lines, shared_runs
+from gulliver.core.overlap import (
+    KEPT_WHOLE,
+    MAX_SHARED,
+    excerpt,
+    first_overlap,
+    remember,
+    shared_lines,
+    shared_runs,
+)
 from gulliver.core.records import Calibration, Measured, QualityReport
 from gulliver.core.store.artifact import Artifact
 from gulliver.tasks import get_task, same_examples
@@ -85,23 +93,26 @@ def refuse_seen_data(task: Task, model: Artifact, dataset: Artifact, ctx: Contex
     """DataError when the eval part of a dataset is text that the model, or one it was made from, was made with."""
     lineage = ctx.store.lineage(model.id)[1:] if ctx.store.has(model.id) else []
     models = [row["id"] for row in lineage if row.get("kind") == "model" and ctx.store.has(row["id"])]
-    for owner in (model, *(ctx.store.get(one) for one in models)):
-        if Calibration.name_in(owner.files) is None:
-            continue
-        known, verb = Calibration.of(owner), "trained" if owner.step["name"] == "train" else "calibrated"
-        told, remedy = f"{owner.id[:12]} was {verb} on text of the eval part", "Measure on other data: --eval-data"
-        found = first_overlap(task.units_of(dataset.path, "eval"), known.fingerprints)
-        if found is not None:
-            raise DataError(f'{told}: "{excerpt(found)}". {remedy}, or a dataset that holds nothing of it')
-        for seen in (row.seen() for row in known.seen):
-            lines = shared_lines(task.phrases_of(dataset.path, "eval"), seen)
+    owners = (model, *(ctx.store.get(one) for one in models))
+    known = [(one, Calibration.of(one)) for one in owners if Calibration.name_in(one.files) is not None]
+    units = list(task.units_of(dataset.path, "eval")) if known else []
+    texts = list(task.phrases_of(dataset.path, "eval")) if any(record.seen for _, record in known) else []
+    whole = remember(texts, KEPT_WHOLE)
+    for owner, record in known:
+        found = first_overlap(units, record.fingerprints)
+        told = None if found is None else f'"{excerpt(found)}"'
+        for seen in (row.seen() for row in record.seen if told is None):
+            lines, (share, least) = shared_lines(texts, seen), shared_runs(whole, seen)
             if lines.share > MAX_SHARED:
-                told += f': {lines.share:.0%} of it is lines of that, such as "{excerpt(lines.longest)}"'
-                raise DataError(f"{told}. {remedy}, or a dataset that holds nothing of it")
-            share, least = shared_runs(task.phrases_of(dataset.path, "eval"), seen)
-            if seen.is_text_of(share, least):
-                told += f": {share:.0%} of it is in that letter by letter, and {seen.run_limit:.0%} may be"
-                raise DataError(f"{told}. {remedy}, or a dataset that holds nothing of it")
+                told = f'{lines.share:.0%} of it is lines of that, such as "{excerpt(lines.longest)}"'
+            elif seen.is_text_of(share, least):
+                told = f"{share:.0%} of it is in that letter by letter, and {seen.run_limit:.0%} may be"
+        if told is not None:
+            verb = "trained" if owner.step["name"] == "train" else "calibrated"
+            raise DataError(
+                f"{owner.id[:12]} was {verb} on text of the eval part: {told}. "
+                "Measure on other data: --eval-data, or a dataset that holds nothing of it"
+            )
 
 
 def refuse_other_reader(task: Task, model: Artifact, parent: Artifact, dataset: Artifact) -> None:

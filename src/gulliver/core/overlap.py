@@ -229,9 +229,9 @@ def _codes(text: str) -> NDArray[np.uint32]:
 
 
 # ---- what is shared -------------------------------------------------------------------------------------------------
-def shared_runs(phrases: Iterable[str], seen: Seen) -> tuple[float, float]:
+def shared_runs(text: Seen, seen: Seen) -> tuple[float, float]:
     """(share of a text's different runs that are runs of the other, the lower end of its interval)."""
-    return _share(remember(phrases, KEPT_WHOLE).runs, seen.runs)[:2]
+    return _share(text.runs, seen.runs)[:2]
 
 
 def shared_lines(phrases: Iterable[str], seen: Seen) -> Shared:

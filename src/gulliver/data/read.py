@@ -81,7 +81,7 @@ def _refuse_shared(task: Task, parts: Mapping[str, tuple[Path, str]], options: A
         raise DataError(
             f"{told}. A measurement on them would prove nothing; keep each line once (sort -u), or give other eval_data"
         )
-    share, least = shared_runs(task.phrases_of(path, name, options), seen)
+    share, least = shared_runs(remember(task.phrases_of(path, name, options), KEPT_WHOLE), seen)
     if seen.is_text_of(share, least):
         raise DataError(
             f"{share:.0%} of the eval part's text is in the train part, letter by letter; {seen.run_limit:.0%} may be. "
