@@ -7,7 +7,7 @@ Text is compared besides by its letters alone, so that case, blanks, line breaks
 
 - lines: the share of a part's letters in lines (cut into sentences) that are in the other part too;
 - runs: the share of a part's different runs of RUN letters (WIDE_RUN of a script that writes words as signs) that
-  occur in the other. Where one word in ten is another, a seventh of the runs is left. Text that shares much with
+  occur in the other. Where one word in ten is another, an eighth of the runs is left. Text that shares much with
   itself (a toy grammar, forms) shares as much with any part of it, so the limit grows with what it shares with itself.
 
 Of a long text the lowest hashes stand for all: a run is in the sample of one text exactly if it is in that of another
@@ -36,16 +36,17 @@ MAX_SHARED = 0.5
 """
 RUN, WIDE_RUN = 32, 8
 """Letters of a run; signs of a run in Chinese, Japanese and Korean."""
-MAX_RUNS, OWN_FACTOR, MOST_RUNS = 0.1, 1.5, 0.98
+MAX_RUNS, OWN_FACTOR, MOST_RUNS = 0.05, 1.5, 0.98
 """Most runs that may be shared, in other text; times as many as a text shares with itself; and in any text.
 
-Measured (docs/log.md): honest parts share 0 to 8 %; copies with one word in ten changed 14 to 43 %.
+Measured (docs/log.md): honest parts share 0 to 4 %, and 14 % where a text has 18 % in common with itself; copies with
+one word in ten changed 13 % and more.
 """
 FULL = 2**63 - 1
 KEPT, KEPT_WHOLE = 2**14, 2**22
 """Hashes that a sample keeps: in a record, and where two parts are compared at once."""
 _WIDE_FROM = 0x2E80
-_BLOCK, _EVERY = 512, 10  # every tenth block of letters stands for a part that was held out
+_BLOCK, _EVERY = 64, 10  # every tenth block of letters stands for a part that was held out
 _CHUNK = 2**20
 _BASE, _SPREAD = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9
 
