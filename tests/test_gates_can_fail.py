@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import replace
 
 import pytest
 
 from gulliver.core.errors import GateRefused
-from gulliver.core.evidence.evidence import METRICS, MUST_BEAT, Evidence, measured
-from gulliver.core.evidence.gate import Budget, Gate, require
+from gulliver.core.evidence.evidence import AS_GOOD, METRICS, MUST_BEAT, Evidence, measured, paired_interval
+from gulliver.core.evidence.gate import Budget, Gate, Meant, require, suspicion, too_good
 
 ID, OTHER = "a" * 64, "b" * 64
 GATED = [name for name, row in METRICS.items() if row.direction != "none"]
@@ -21,8 +22,10 @@ def gate_at_one(name: str) -> Gate:
 
 def good(name: str, artifact_id: str = ID) -> Evidence:
     """Evidence that passes `gate_at_one`, so that each refusal below has one cause."""
-    value = 0.5 if METRICS[name].direction == "lower" else 2.0
-    return replace(measured(name, value, low=value - 0.1, high=value + 0.1, n=24), artifact_id=artifact_id)
+    value, width = (0.5, 0.1) if METRICS[name].direction == "lower" else (2.0, 0.1)
+    if name == "perplexity_ratio":  # half of the parent's perplexity is too good to be true
+        value, width = 0.996, 0.004
+    return replace(measured(name, value, low=value - width, high=value + width, n=24), artifact_id=artifact_id)
 
 
 def worse(name: str, by: float) -> Evidence:
@@ -127,3 +130,81 @@ def test_every_gate_of_a_budget_can_fail() -> None:
         changed = {**evidence, name: replace(measured(name, value), artifact_id=ID)}
         with pytest.raises(GateRefused, match=f"FAIL  {name}"):
             require([gate.judge(list(changed.values()), ID) for gate in budget.gates()])
+
+
+# ---- evidence that is talked up -------------------------------------------------------------------------------------
+PARENT, HERE = "c" * 64, "a CPU, 2 cores, avx2, 8 GB"
+COMPARED = [name for name in GATED if METRICS[name].beside == "parent"]
+TIMED = [name for name in GATED if METRICS[name].beside == "machine"]
+
+
+def test_metrics_say_what_they_say_nothing_without() -> None:
+    assert {"quality_loss", "perplexity_ratio", "accuracy_drop", "cosine_similarity", "size_ratio"} <= set(COMPARED)
+    assert {name for name, row in METRICS.items() if row.unit.endswith("/s") or row.unit == "s"} <= set(TIMED)
+    assert set(AS_GOOD) <= set(COMPARED)
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_only_the_comparison_with_the_parent_that_was_meant_counts(name: str) -> None:
+    gate, meant = gate_at_one(name), Meant(parent_id=PARENT)
+    right = replace(good(name), parent_id=PARENT)
+    assert gate.judge([right], ID, meant).passed
+    for other in (ID, OTHER, None):  # itself, another model, nothing
+        verdict = gate.judge([replace(right, parent_id=other)], ID, meant)
+        assert verdict.outcome == "NO_DATA" and f"the parent is {PARENT[:12]}" in verdict.reason
+    assert gate.judge([right], ID, Meant()).outcome == "NO_DATA", "no parent is known"
+    turned = replace(right, artifact_id=PARENT, parent_id=ID)  # the parent, compared with the model
+    assert gate.judge([turned], ID, meant).outcome == "NO_DATA"
+    bad = replace(worse(name, 0.5), parent_id=PARENT)
+    assert gate.judge([bad, replace(right, parent_id=OTHER)], ID, meant).outcome == "FAIL", "a newer one hides nothing"
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_comparison_with_itself_counts_nowhere(name: str) -> None:
+    """Where nobody says what was meant either; and of several parents the worst comparison decides."""
+    gate, itself = gate_at_one(name), replace(good(name), parent_id=ID)
+    verdict = gate.judge([itself], ID)
+    assert verdict.outcome == "NO_DATA" and "against itself" in verdict.reason
+    bad = replace(worse(name, 0.5), parent_id=PARENT)
+    assert gate.judge([bad, itself, replace(good(name), parent_id=OTHER)], ID).outcome == "FAIL"
+
+
+@pytest.mark.parametrize("name", TIMED)
+def test_a_time_counts_on_its_machine_with_its_cores_and_backend_alone(name: str) -> None:
+    gate, meant = gate_at_one(name), Meant(machine=HERE, threads=2, native=True)
+    right = replace(good(name), machine=HERE, detail={"threads": 2, "native": True})
+    assert gate.judge([right], ID, meant).passed
+    for change, told in (
+        ({"machine": HERE.replace("2 cores", "16 cores")}, "16 cores"),
+        ({"machine": ""}, "without a name"),
+        ({"detail": {"threads": 16, "native": True}}, "by 16 threads; 2 are asked about"),
+        ({"detail": {"threads": 2, "native": False}}, "without the native backend"),
+    ):
+        verdict = gate.judge([replace(right, **change)], ID, meant)
+        assert verdict.outcome == "NO_DATA" and told in verdict.reason
+        slow = replace(worse(name, 0.5), machine=HERE, detail=right.detail)
+        assert gate.judge([slow, replace(right, **change)], ID, meant).outcome == "FAIL"
+    slow = replace(worse(name, 0.5), machine=HERE)
+    assert gate.judge([slow, replace(good(name), machine="another")], ID).outcome == "FAIL", "the worst machine decides"
+
+
+@pytest.mark.parametrize("name", AS_GOOD)
+def test_a_loss_that_is_too_good_refuses(name: str) -> None:
+    as_good, gate = AS_GOOD[name], Gate(name, at_most=2.0)
+
+    def found(low: float, high: float) -> Evidence:
+        return replace(measured(name, (low + high) / 2 + as_good, low + as_good, high + as_good, n=24), artifact_id=ID)
+
+    for fine in (found(-0.3, 0.2), found(-0.012, -0.008), found(0.1, 0.2)):
+        assert not too_good(fine) and gate.judge([fine], ID).passed
+    doubtful = found(-0.3, -0.02)
+    verdict = gate.judge([doubtful], ID)
+    assert too_good(doubtful) and verdict.outcome == "FAIL" and verdict.reason == suspicion(doubtful)
+    assert "better than its parent by more than chance" in verdict.reason
+
+
+def test_one_window_twenty_times_is_one_observation() -> None:
+    """What a task gives to one window, which is all that copies of it are, passes no gate."""
+    low, high = (end(paired_interval([0.01])) for end in (operator.itemgetter(1), operator.itemgetter(2)))
+    one = replace(measured("quality_loss", 0.01, low, high, n=1), artifact_id=ID, parent_id=PARENT)
+    assert Gate("quality_loss", at_most=1.0).judge([one], ID, Meant(parent_id=PARENT)).outcome == "FAIL"

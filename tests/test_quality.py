@@ -6,19 +6,22 @@ import json
 
 import pytest
 from language_samples import text, write_causal, write_dataset
-from safetensors import SafetensorError
 from test_vision import DIGITS, make_dataset
 
 from gulliver.audit import measure, speed
 from gulliver.audit.options import QualityOptions, SpeedOptions
 from gulliver.audit.quality import run
+from gulliver.core import machine
+from gulliver.core.calibration import SeenRow
 from gulliver.core.context import Context
 from gulliver.core.errors import ArtifactError, ConfigError, DataError, GulliverError
-from gulliver.core.overlap import fingerprints
-from gulliver.core.records import Calibration, QualityReport, SpeedReport
+from gulliver.core.evidence.gate import Gate
+from gulliver.core.overlap import fingerprints, remember
+from gulliver.core.records import EXAMPLES, Calibration, QualityReport, SpeedReport
 from gulliver.core.store.artifact import canonical_json, create, verify
 from gulliver.nets.weights import unfilled
 from gulliver.pipeline import steps
+from gulliver.pipeline.call import call, meant
 from gulliver.runtime.decode import native_reason
 from gulliver.tasks import get_task
 from gulliver.tasks.language import outputs
@@ -115,9 +118,14 @@ def test_packed_weights_are_measured_a_block_at_a_time(language, monkeypatch):
         for one, other in zip(whole, found, strict=True):
             assert one.metric == other.metric and other.value == pytest.approx(one.value, rel=0.02, abs=1e-3)
     (file,) = kept.iterdir()
-    file.write_bytes(b"no outputs")  # is read, not made again
-    with pytest.raises(SafetensorError):
-        task.score(empty[0], language.dataset, empty[1], folder=packed.path, options=options, kept=kept)
+    stamp = file.stat().st_mtime_ns
+    again = task.score(empty[0], language.dataset, empty[1], folder=packed.path, options=options, kept=kept)
+    assert again == found and file.stat().st_mtime_ns == stamp, "it is read, not made again"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)  # a damaged file is not believed
+    again = task.score(empty[0], language.dataset, empty[1], folder=packed.path, options=options, kept=kept)
+    assert again == found and file.stat().st_mtime_ns != stamp
 
 
 def test_calibration_data_is_never_measured_on(store, ctx, dataset):
@@ -143,6 +151,138 @@ def test_damaged_fingerprints_refuse(store, ctx, dataset, content):
     model = add_model(store, calibration=content)
     with pytest.raises(ArtifactError, match=Calibration.file):
         run(SMALL, {"model": model, "dataset": dataset}, ctx)
+
+
+def remembered(train, name="calibrated"):
+    """The record of a model that was calibrated on a text."""
+    seen = remember(get_task("language").phrases({"text": train}))
+    return Calibration(dataset=name, fingerprints=(), seen=(SeenRow.of(seen),)).model_dump_json().encode()
+
+
+@pytest.mark.parametrize(
+    "change", [str.upper, lambda text: text.replace(" ", "\n"), lambda text: text.replace(".", "")]
+)
+def test_text_that_was_seen_is_not_measured_on_in_another_form(store, ctx, dataset, change):
+    """No line of it has 200 characters; an older model, which remembers fingerprints alone, is judged by those."""
+    train = text(600, 5)
+    other = write_dataset(store.artifacts_folder, [text(100, 1)], [change(train[4000:9000])])
+    seen, older = add_model(store, calibration=remembered(train)), add_model(store, calibration=listed(train))
+    for model in (seen, add_model(store, parents=[seen.id], note="distilled")):
+        with pytest.raises(DataError, match=f"{seen.id[:12]} was calibrated on text of the eval part"):
+            run(SMALL, {"model": model, "dataset": other}, ctx)
+        assert store.evidence(model.id) == []
+    run(SMALL, {"model": seen, "dataset": dataset}, ctx)
+    run(SMALL, {"model": older, "dataset": other}, ctx)
+
+
+def test_a_window_that_repeats_is_one_observation(store, ctx):
+    whole, model = text(300, 7), add_model(store)
+    window = whole[:64]
+
+    def measure(held_out):
+        data = write_dataset(store.artifacts_folder, [text(100, 1)], [held_out])
+        cfg = QualityOptions(family={"windows": 4, "context": 64, "questions": 0})
+        report = QualityReport.of(run(cfg, {"model": model, "dataset": data}, ctx))
+        return next(item for item in report.evidence if item.metric == "perplexity")
+
+    with pytest.raises(DataError, match=r"repeats one window of 64 tokens 20 times, which is one observation"):
+        measure(window * 20)
+    with pytest.raises(DataError, match="which is one observation"):
+        measure(f"{window[13:]}{window * 20}")
+    few = measure(window * 3 + whole[64:128] + window * 9 + whole[128:192] + window * 9)
+    assert few.n == 3 and few.detail["repeats"] == 20
+    assert measure(whole).n == 4 and "repeats" not in measure(whole).detail
+    once = measure(window + whole[64:192])
+    assert (few.value, few.low, few.high) == pytest.approx((once.value, once.low, once.high), rel=1e-6)
+
+
+def test_a_parent_that_reads_other_tokens_is_refused(store, ctx, dataset):
+    model, parent = add_model(store), add_model(store, seed=1, note="parent")
+
+    def with_tokenizer(change):
+        with create(
+            store.artifacts_folder, kind="model", task="language", step={"name": "pull", "version": 1}, config={}
+        ) as writer:
+            for name, path in parent.paths().items():
+                body = path.read_bytes()
+                (writer.path / name).write_bytes(change(json.loads(body)) if name == "tokenizer.json" else body)
+            return writer.commit()
+
+    def turned(body):
+        names = sorted((name for name, number in body["model"]["vocab"].items() if number < 256))
+        numbers = [body["model"]["vocab"][name] for name in names]
+        body["model"]["vocab"] |= dict(zip(names, [*numbers[7:], *numbers[:7]], strict=True))
+        return json.dumps(body).encode()
+
+    with pytest.raises(ConfigError, match="turn the same text into different tokens"):
+        run(SMALL, {"model": model, "dataset": dataset, "parent": with_tokenizer(turned)}, ctx)
+    assert store.evidence(model.id) == []
+    spaced = with_tokenizer(lambda body: json.dumps(body, indent=8).encode())  # another file, the same tokens
+    run(SMALL, {"model": model, "dataset": dataset, "parent": spaced}, ctx)
+
+
+def damage(artifact, name):
+    """One bit of a file is another; its length is not."""
+    content = bytearray((artifact.path / name).read_bytes())
+    content[-1] ^= 1
+    (artifact.path / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("step", ["quality", "speed", "export", "calibrate"])
+@pytest.mark.parametrize("role", ["model", "parent", "dataset"])
+def test_damaged_bytes_are_not_measured_nor_packed(store, quiet, dataset, step, role):
+    model, parent = add_model(store), add_model(store, seed=1, note="parent")
+    inputs = {"model": model, "dataset": dataset, "parent": parent}
+    row = steps.find(step)
+    inputs = {name: one for name, one in inputs.items() if name in (*row.needs, *row.optional)}
+    if role not in inputs:
+        return
+    damage(inputs[role], EXAMPLES if role == "dataset" else "model.safetensors")
+    config = {"quality": {"windows": 3, "context": 32}, "export": {"format": "safetensors"}}.get(step, {})
+    before = len(store.artifacts())
+    with pytest.raises(ArtifactError, match=r"differs; SHA-256 .* delete the folder and make or get it again"):
+        call(step, config, inputs, store=store, progress=quiet)
+    assert store.evidence(model.id) == [] and len(store.artifacts()) == before
+
+
+def test_bytes_that_change_while_they_are_measured_leave_no_evidence(store, quiet, dataset, monkeypatch):
+    model, kind = add_model(store), type(get_task("language"))
+    honest = kind._score
+
+    def swapped(self, *args, **options):
+        damage(model, "model.safetensors")
+        return honest(self, *args, **options)
+
+    monkeypatch.setattr(kind, "_score", swapped)
+    with pytest.raises(ArtifactError, match="was changed while it was read"):
+        call(
+            "quality", {"windows": 3, "context": 32}, {"model": model, "dataset": dataset}, store=store, progress=quiet
+        )
+    assert store.evidence(model.id) == []
+
+
+def test_a_speed_is_measured_again_on_other_cores(store, quiet, monkeypatch):
+    model, log = add_model(store), []
+
+    def measured_here():
+        call("speed", {"repeats": 2}, {"model": model}, store=store, progress=quiet, log=log)
+        gate = Gate("decode_tokens_per_s", at_least=0)
+        return gate.judge(store.evidence(model.id), model.id, meant(store, None))
+
+    def fake(request):
+        names = ("load_seconds", "load_ram_bytes", "peak_ram_bytes")
+        found = {"backend": "avx2", "why": "", "native": native_reason() is None, "threads": machine.usable_cores()}
+        return {**dict.fromkeys(names, 1.0), **found, "rates": {"decode_tokens_per_s": [5.0, 6.0]}}
+
+    monkeypatch.setattr(speed, "in_fresh_process", fake)
+    assert measured_here().passed and measured_here().passed
+    assert [entry.reused for entry in log] == [False, True]
+    gate, before = Gate("decode_tokens_per_s", at_least=0), store.evidence(model.id)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 64)
+    verdict = gate.judge(before, model.id, meant(store, None))
+    assert verdict.outcome == "NO_DATA" and "64 cores" in verdict.reason
+    assert measured_here().passed and not log[-1].reused
+    assert {item.detail["threads"] for item in store.evidence(model.id)} == {64, before[0].detail["threads"]}
 
 
 @pytest.fixture

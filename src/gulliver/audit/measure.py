@@ -65,7 +65,7 @@ def measure(
     streams: tuple[int, ...] = (),
     bandwidth: bool = False,
 ) -> dict[str, Any]:
-    """{"load_seconds", "load_ram_bytes", "peak_ram_bytes", "threads", "backend", "why", "rates", "streams", …}.
+    """{"load_seconds", "load_ram_bytes", "peak_ram_bytes", "threads", "backend", "why", "native", "rates", "streams"…}.
 
     "rates": {metric: [units per second]}; "streams": {how many at once: [tokens per second of all together]}, empty on
     the reference backend. Every workload runs once unmeasured, then `repeats` times. With `bandwidth`, on the native
@@ -88,6 +88,7 @@ def measure(
     work = timed()
     rates = _rates(work, repeats)
     found |= {"peak_ram_bytes": peak_rss_bytes(), "threads": threads, "backend": backend, "why": why}
+    found["native"] = native_reason() is None
     found["streams"] = {str(count): rates.pop(str(count)) for count in streams}
     if bandwidth:
         found["bytes_per_token"] = bytes_per_token(path)

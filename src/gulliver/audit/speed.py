@@ -3,7 +3,7 @@
 Decoders that the native backend runs are measured there, all other models on the reference backend; the detail of the
 evidence says which one and why. What a unit of work is (prompt tokens, generated tokens, examples) is the task's
 affair. Everything is measured in a fresh process. The interval of a rate is Student's over repeats; it says how this
-machine was at that moment.
+machine was at that moment, with the cores that the process may use: on others it is measured again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def run(cfg: SpeedOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifac
     model = inputs["model"]
     with ctx.progress.stage("speed", unit="model"):
         found = in_fresh_process({"folder": str(model.path), "task": model.task, "repeats": cfg.repeats})
-    detail = {"backend": found["backend"], "why": found["why"], "threads": found["threads"], "repeats": cfg.repeats}
+    detail = {name: found[name] for name in ("backend", "why", "threads", "native")} | {"repeats": cfg.repeats}
     names = ("load_seconds", "load_ram_bytes", "peak_ram_bytes")
     evidence = [measured(name, found[name], detail=detail) for name in names]
     for metric, rates in sorted(found["rates"].items()):

@@ -23,8 +23,7 @@ from gulliver.compress.observe import Moments, output_gradients
 from gulliver.compress.options import CalibrateOptions
 from gulliver.core.context import Context
 from gulliver.core.errors import FOREIGN, ConfigError, DataError, first_line
-from gulliver.core.overlap import fingerprints
-from gulliver.core.records import Calibration, StatisticsTable
+from gulliver.core.records import StatisticsTable
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import temporary_name
 from gulliver.nets.linear_kl import chunk_rows
@@ -34,6 +33,7 @@ from gulliver.runtime.shards import save
 from gulliver.runtime.streamed import filled, narrow_weights
 from gulliver.tasks import get_task, same_examples
 from gulliver.tasks.base import Batch, Block, Task, packed_names
+from gulliver.tasks.remembered import calibration_of
 
 BROAD_TURNS = 2
 """Batches of the broad set for each of the user's data."""
@@ -71,7 +71,6 @@ def run(cfg: CalibrateOptions, inputs: dict[str, Artifact], ctx: Context) -> Art
             chosen = _sensitivity(network, task, model, blocks, some, ctx)
         except FOREIGN as error:
             notes.append(f"outputs count by their power, because no gradient passes back: {first_line(error)}")
-    known = fingerprints(unit for part in datasets for unit in task.units_of(part.path, "train"))
     with ctx.writer(kind="report", task=task.name, config=cfg) as writer:
         kept = Collector(network, chosen, ctx.work, writer.path).collect(blocks)
         if not kept.weights:
@@ -86,7 +85,7 @@ def run(cfg: CalibrateOptions, inputs: dict[str, Artifact], ctx: Context) -> Art
             sensitivity=cfg.sensitivity,
             examples=sum(next(iter(batch.values())).shape[0] for batch in batches),
         ).write(writer.path)
-        Calibration(dataset=dataset.id, fingerprints=tuple(known)).write(writer.path)
+        calibration_of(task, datasets).write(writer.path)
         for line in (*notes, *(f"{name}: {told}" for name, told in list(kept.unreached.items())[:TOLD])):
             ctx.progress.print(f"calibrate: {line}")
         return writer.commit()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,8 @@ class Context:
 
     `inputs` are ids by role. `work` is scratch keyed by the reuse key: it outlives a kill, so a step resumes from what
     it finds there, and is deleted after success. `max_ram_bytes` is the limit in the step's options, `command` repeats
-    the call; `recorded` collects the ids of artifacts about which evidence was recorded.
+    the call; `recorded` collects the ids of artifacts about which evidence was recorded. `untouched` raises
+    ArtifactError when an input is no longer what it was when the call began.
     """
 
     store: Store
@@ -45,6 +46,7 @@ class Context:
     max_ram_bytes: int | None = None
     machine_name: str = ""
     recorded: set[str] = field(default_factory=set)
+    untouched: Callable[[], None] = lambda: None
 
     def writer(
         self, *, kind: str, task: str, config: BaseModel | Mapping[str, Any]
@@ -64,6 +66,7 @@ class Context:
 
     def record(self, evidence: list[Evidence]) -> None:
         """Record evidence for good. Fields `machine` and `command` that are empty are filled in from this context."""
+        self.untouched()
         self.store.record([item.filled(machine=self.machine_name, command=self.command) for item in evidence])
         self.recorded.update(item.artifact_id for item in evidence)
 

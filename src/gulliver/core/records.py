@@ -13,6 +13,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AliasChoices, BeforeValidator, Field, PlainSerializer, StringConstraints, model_validator
 
+from gulliver.core.calibration import Calibration
 from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.evidence.gate import Verdict
 from gulliver.core.record import Record, Row
@@ -110,19 +111,6 @@ class Distillation(Record):
 
 
 # ---- compression ----------------------------------------------------------------------------------------------------
-class Calibration(Record):
-    """What a model was calibrated on: the first data set, and sorted fingerprints of all units (core/overlap.py)."""
-
-    file = "calibration.json"
-    remedy = "calibrate again"
-    max_bytes = 2**30
-
-    dataset: str
-    fingerprints: tuple[Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")], ...] = Field(
-        validation_alias=AliasChoices("fingerprints", "paragraph_sha256_16")
-    )
-
-
 class WeightRow(Row):
     """One weight that may be packed: shape, block, and (file, moment key, rows key) of each of its uses.
 

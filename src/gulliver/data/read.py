@@ -2,7 +2,7 @@
 
 Which part is which: with `eval_data`, all of `data` trains and all of `eval_data` judges; without it the family holds a
 part of `data` out. What is in both parts is refused, because a measurement on it would be worthless: one long passage,
-or short lines that make up most of what is held out.
+short lines that make up most of what is held out, or as much of its text as no other text would share by chance.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ from gulliver.core import catalog
 from gulliver.core.context import Context
 from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.foreign import files_below
-from gulliver.core.overlap import MAX_SHARED, excerpt, fingerprints, first_overlap, shared_phrases
+from gulliver.core.overlap import (
+    KEPT_WHOLE,
+    MAX_SHARED,
+    excerpt,
+    fingerprints,
+    first_overlap,
+    remember,
+    shared_lines,
+    shared_runs,
+)
 from gulliver.core.progress import Bar
 from gulliver.core.records import EXAMPLES, Sources, SplitSource
 from gulliver.core.store.artifact import Artifact, hash_file
@@ -54,20 +63,30 @@ def run(cfg: ReadOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifact
 
 
 def _refuse_shared(task: Task, parts: Mapping[str, tuple[Path, str]], options: Any, ctx: Context) -> None:
-    """DataError when the parts share a passage, or when most of the eval part is short lines of the train part."""
+    """DataError when the parts share a passage, when most of the eval part is short lines of the train part, or when
+
+    more of its text is in that than could be by chance.
+    """
     train, judging = (task.units_of(path, name, options) for path, name in parts.values())
     if (found := first_overlap(judging, fingerprints(train))) is not None:
         raise DataError(
             f'the train and eval parts share a passage: "{excerpt(found)}". A measurement on it would prove '
             "nothing; remove it from one of them, or give other eval_data"
         )
-    train, judging = (task.phrases_of(path, name, options) for path, name in parts.values())
-    shared = shared_phrases(judging, train)
+    (train_path, train), (path, name) = parts.values()
+    seen = remember(task.phrases_of(train_path, train, options), KEPT_WHOLE)
+    shared = shared_lines(task.phrases_of(path, name, options), seen)
     told = f"{shared.share:.0%} of the eval part repeats short lines of the train part, such as"
     told += f' "{excerpt(shared.longest)}"'
     if shared.share > MAX_SHARED:
         raise DataError(
             f"{told}. A measurement on them would prove nothing; keep each line once (sort -u), or give other eval_data"
+        )
+    share, least = shared_runs(remember(task.phrases_of(path, name, options), KEPT_WHOLE), seen)
+    if seen.is_text_of(share, least):
+        raise DataError(
+            f"{share:.0%} of the eval part's text is in the train part, letter by letter; {seen.run_limit:.0%} may be. "
+            "A measurement on it would prove nothing; give other eval_data, or data that do not repeat"
         )
     if shared.share >= TOLD_SHARE:
         ctx.progress.print(f"read: {told}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gulliver.core.errors import ConfigError, DataError
-from gulliver.core.evidence.evidence import Evidence
+from gulliver.core.evidence.evidence import METRICS, Evidence
 from gulliver.core.names import named
 from gulliver.core.progress import Progress
 from gulliver.core.quantities import checked_seed
@@ -112,9 +112,14 @@ def _check_audit(harness: Mapping[str, Any], data: Any, eval_data: str | None, s
 
 
 def newest(evidence: list[Evidence]) -> list[Evidence]:
-    """The last measurement of each metric on each data set against each parent, in order of the metrics' names."""
-    last = {(item.metric, item.data_hash, item.parent_id): item for item in evidence}
-    return [last[key] for key in sorted(last, key=lambda key: (key[0], key[1], key[2] or ""))]
+    """The last measurement of each metric on each data set, against each parent and on each machine, by metric."""
+    last = {(item.metric, item.data_hash, item.parent_id or "", _place(item)): item for item in evidence}
+    return [last[key] for key in sorted(last)]
+
+
+def _place(item: Evidence) -> str:
+    """The machine, where a number says nothing without it."""
+    return item.machine if METRICS[item.metric].beside == "machine" else ""
 
 
 def show(spec: str | Path | Artifact, *, home: Path | str | None = None, store: Store | None = None) -> dict[str, Any]:

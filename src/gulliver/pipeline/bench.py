@@ -16,6 +16,9 @@ from typing import Any
 from gulliver.audit.measure import in_fresh_process, printed
 from gulliver.core.errors import ConfigError
 from gulliver.core.progress import Progress
+from gulliver.core.store.artifact import open_artifact
+from gulliver.core.store.intact import require_intact
+from gulliver.core.store.manifest import MANIFEST
 from gulliver.nets.files import weight_files
 from gulliver.pipeline.ask import open_store, resolved
 from gulliver.pipeline.spec import Spec, local_folder
@@ -51,6 +54,8 @@ def bench(
     check_forced("auto", isa)
     progress = progress or Progress()
     folder, task = local_folder(model) or resolved(model, store or (lambda: open_store(home)), progress)
+    if (folder / MANIFEST).is_file():
+        require_intact(open_artifact(folder))
     with progress.stage("speed", 1, "model") as bar:
         request = {"folder": str(folder), "task": task, "repeats": repeats, "threads": threads, "isa": isa}
         found = in_fresh_process({**request, "streams": STREAMS, "bandwidth": True})

@@ -4,13 +4,16 @@ The reuse key of a call is the hash of step, version, resolved config, ids of it
 reads, and seed; never the mere existence of a file. A memory limit is not in the key: what it decides is resolved into
 the config before, and a run is found again only if the memory that it held is within the limit asked now. Scratch work
 lives under the key, so a call that was killed resumes.
+
+The bytes of every input are hashed before a step runs, and none may have been touched when it ends or records
+evidence: what is written down under an id is true of that content.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from typing import Any
 from gulliver.core import machine, memory
 from gulliver.core.context import LIMIT, Context, beyond, noted_peak
 from gulliver.core.errors import ArtifactError, ConfigError
+from gulliver.core.evidence.gate import Meant
 from gulliver.core.foreign import files_below
 from gulliver.core.names import did_you_mean, named
 from gulliver.core.progress import Progress
@@ -34,6 +38,7 @@ from gulliver.core.store.artifact import (
 )
 from gulliver.core.store.disk import storage_errors
 from gulliver.core.store.files import named_path, sweep
+from gulliver.core.store.intact import require_intact, require_untouched
 from gulliver.core.store.store import RunRecord, Store
 from gulliver.pipeline.steps import INPUT_KINDS, Step, checked_config, find
 from gulliver.tasks import options_of
@@ -84,7 +89,7 @@ def call(
     asked = checked_config(row, config)
     given = checked_inputs(row, inputs, store)
     cfg = resolved(asked, given)
-    key = reuse_key(row, cfg, given, seed)
+    key = reuse_key(row, cfg, given, seed, _here(store) if row.here else "")
     limit = asked.model_dump().get(LIMIT)
     started = time.monotonic()
     with storage_errors(store.home), store.lock(key):
@@ -96,6 +101,7 @@ def call(
             sweep(store.work(key))
             if limit is not None and noted_peak(store.work(key)) > limit:
                 store.clear_work(key)  # what a killed call left there took more memory than is allowed now
+            untouched = _untouched(given)
             context = Context(
                 store=store,
                 progress=progress or Progress(),
@@ -107,10 +113,12 @@ def call(
                 command=command or f"gulliver {name}",
                 max_ram_bytes=limit,
                 machine_name=machine.describe(store.home, measure=False).name,
+                untouched=untouched,
             )
             memory.reset_peak_rss()
             begun = time.monotonic()
             made = named(row.function)(cfg, given, context)
+            untouched()
             run = _recorded(row, key, asked, made, context, time.monotonic() - begun)
         else:
             store.clear_work(key)  # left by a call that was killed just after it was recorded
@@ -119,6 +127,18 @@ def call(
         seconds = time.monotonic() - started
         log.append(Call(call_id or name, name, artifact, reused, seconds, run.peak_rss_bytes, run.seconds))
     return artifact
+
+
+def _untouched(inputs: Inputs) -> Callable[[], None]:
+    """ArtifactError unless every input holds the bytes of its id; what is returned raises it for one touched since."""
+    given = [one for value in inputs.values() for one in (value if isinstance(value, tuple) else (value,))]
+    stamps = [(one, require_intact(one)) for one in given]
+
+    def check() -> None:
+        for one, before in stamps:
+            require_untouched(one, before)
+
+    return check
 
 
 def _recorded(row: Step, key: str, asked: Any, artifact: Artifact, context: Context, seconds: float) -> RunRecord:
@@ -195,11 +215,31 @@ def resolved(asked: Any, inputs: Inputs) -> Any:
     return cfg.model_copy(update={"family": family.model_dump(mode="json")})
 
 
-def reuse_key(row: Step, cfg: Any, inputs: Inputs, seed: int) -> str:
-    """SHA-256 over all that decides the result of a call; `cfg` is resolved."""
+def _here(store: Store) -> str:
+    """What a time depends on beside the model: this machine, the cores that may be used, and what runs models here."""
+    return f"{machine.describe(store.home, measure=False).name}; native: {has_native()}"
+
+
+def has_native() -> bool:
+    """Whether there is native code here to run models."""
+    from gulliver.runtime.decode import native_reason  # here, because most calls time nothing
+
+    return native_reason() is None
+
+
+def meant(store: Store, parent: Artifact | None) -> Meant:
+    """What evidence must have been measured against and on to count here."""
+    found = machine.describe(store.home, measure=False)
+    return Meant(None if parent is None else parent.id, found.name, found.cores, has_native())
+
+
+def reuse_key(row: Step, cfg: Any, inputs: Inputs, seed: int, place: str = "") -> str:
+    """SHA-256 over all that decides the result of a call; `cfg` is resolved, `place` where that holds."""
     values = cfg.model_dump(mode="json", exclude={LIMIT})
     parts = {"step": row.name, "version": row.version, "config": values, "inputs": _ids(inputs), "seed": seed}
     parts["files"] = {field: _contents(cfg.files(field)) for field in row.reads}
+    if place:
+        parts["place"] = place
     return hashlib.sha256(canonical_json(parts)).hexdigest()
 
 

@@ -53,7 +53,7 @@ def figures_that_would_do(verdicts: Sequence[Verdict]) -> str:
             continue
         if item is None or item.metric != verdict.metric or not math.isfinite(item.worse_end):
             return ""
-        if item.metric == "quality_loss" and item.worse_end > 1:
+        if item.metric == "quality_loss" and not 0 <= item.worse_end <= 1:
             return ""  # no budget allows that
         found.append(_option(verdict, item.worse_end))
     return " ".join(found)

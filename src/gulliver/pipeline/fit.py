@@ -29,7 +29,7 @@ from gulliver.core.store.artifact import (
 from gulliver.core.store.manifest import REPORT
 from gulliver.core.store.store import Store, home_folder
 from gulliver.pipeline.answers import answer_pairs
-from gulliver.pipeline.call import renew_cards
+from gulliver.pipeline.call import meant, renew_cards
 from gulliver.pipeline.fitting import COMPRESSING, EFFORTS, TARGETS, Fit
 from gulliver.pipeline.forecast import forecast
 from gulliver.pipeline.outcome import infeasible, record
@@ -283,7 +283,8 @@ def _round(work: Fit, calibration: Artifact, size_bytes: int) -> tuple[Plan, Art
     drops = [_measured_drop(work, candidate) for candidate in candidates]
     drop = min(drops)  # distilling must show on held-out data, or it is not kept
     fitted = candidates[drops.index(drop)]
-    work.verdicts = [gate.judge(work.store.evidence(fitted.id), fitted.id) for gate in work.budget.gates()]
+    known, asked = work.store.evidence(fitted.id), meant(work.store, work.parent)
+    work.verdicts = [gate.judge(known, fitted.id, asked) for gate in work.budget.gates()]
     work.frontier = in_drops(planned, drop)
     predicted = drop_at(work.frontier, planned.size_bytes)
     work.rounds.append(Point(size_bytes=fitted.weight_bytes, predicted_drop=predicted, measured_drop=drop))
@@ -322,5 +323,6 @@ def _measured_drop(work: Fit, fitted: Artifact) -> float:
         here = describe(work.store.home, measure=False).name
         work.store.record([item.filled(artifact_id=fitted.id, machine=here, command=work.shared["command"])])
         renew_cards([fitted.id], work.store, work.shared["progress"])
-    losses = (item for item in work.store.evidence(fitted.id) if item.metric == "quality_loss")
-    return max({item.data_hash: item.value for item in losses}.values())
+    found = (item for item in work.store.evidence(fitted.id) if item.metric == "quality_loss")
+    losses = {item.data_hash: item.value for item in found if item.parent_id == work.parent.id}
+    return max(losses.values())

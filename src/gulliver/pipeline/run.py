@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import named_path, write_atomic
 from gulliver.core.store.manifest import REPORT
 from gulliver.core.store.store import Store
-from gulliver.pipeline.call import Call, call
-from gulliver.pipeline.recipe import StepCall, load
+from gulliver.pipeline.call import Call, call, meant
+from gulliver.pipeline.recipe import Recipe, StepCall, load
+from gulliver.pipeline.resolve import original
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,24 @@ def run_recipe(
                 made[item.id] = call(item.use, options, inputs, seed=item.seed, log=log, call_id=item.id, **shared)
             else:
                 target = made[item.on]
-                judged.append((target, item.gate.judge(store.evidence(target.id), target.id)))
+                asked = meant(store, original(target, store) or _compared_with(recipe, item.on, made))
+                judged.append((target, item.gate.judge(store.evidence(target.id), target.id, asked)))
                 require([judged[-1][1]])
     except GateRefused:
         _write_report(log, judged, store, progress, report)
         raise
     written = _write_report(log, judged, store, progress, report)
     return RecipeRun(recipe.name, tuple(log), tuple(verdict for _, verdict in judged), written)
+
+
+def _compared_with(recipe: Recipe, name: str, made: Mapping[str, Artifact]) -> Artifact | None:
+    """The parent that a recipe itself compares the model `name` with; for models that were made from no other."""
+    for item in recipe.calls:
+        if isinstance(item, StepCall) and item.id in made and item.inputs.get("model") == name:
+            parent = item.inputs.get("parent")
+            if isinstance(parent, str) and made[parent].id != made[name].id:
+                return made[parent]
+    return None
 
 
 def _write_report(

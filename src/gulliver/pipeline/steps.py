@@ -38,7 +38,8 @@ class Step:
     `function` is "module:function", `options` "module:class"; `needs` and `optional` name inputs (keys of INPUT_KINDS);
     `makes` lists the kinds the step may return; `reads` names options that may hold paths of local files, whose
     contents are then part of the reuse key; `several` names inputs that may be more than one artifact. `compresses`
-    says that a model it makes is judged against the one that went in. Raise `version` whenever the same config and
+    says that a model it makes is judged against the one that went in, `here` that its result holds for this machine and
+    the cores that may be used alone. Raise `version` whenever the same config and
     inputs would give another result.
     """
 
@@ -52,6 +53,7 @@ class Step:
     reads: tuple[str, ...] = ()
     several: tuple[str, ...] = ()
     compresses: bool = False
+    here: bool = False
     version: int = 1
 
 
@@ -74,10 +76,10 @@ STEPS = (
          needs=("model",), makes=("dataset",), version=2,
          help="let a model write data of its own, for calibration that favours no domain"),
     Step("train", "gulliver.train.train:run", "gulliver.train.options:TrainOptions",
-         needs=("dataset",), makes=("model",),
+         needs=("dataset",), makes=("model",), version=2,
          help="train a new network on a dataset"),
     Step("calibrate", "gulliver.compress.calibrate:run", "gulliver.compress.options:CalibrateOptions",
-         needs=("model", "dataset"), optional=("samples",), makes=("report",), version=4,
+         needs=("model", "dataset"), optional=("samples",), makes=("report",), version=5,
          help="stream calibration data through a model, block by block, and keep each layer's statistics"),
     Step("plan", "gulliver.compress.plan:run", "gulliver.compress.options:PlanOptions",
          needs=("model", "calibration"), makes=("report",), version=4,
@@ -86,16 +88,16 @@ STEPS = (
          needs=("model", "calibration"), optional=("plan",), makes=("model",), compresses=True, version=3,
          help="pack a model's weights into few bits, by the plan or in one format"),
     Step("distill", "gulliver.train.distill:run", "gulliver.train.options:DistillOptions",
-         needs=("model", "parent", "dataset"), optional=("samples",), makes=("model",), compresses=True, version=3,
+         needs=("model", "parent", "dataset"), optional=("samples",), makes=("model",), compresses=True, version=4,
          help="train a model, packed or dense, to answer like its parent"),
     Step("quality", "gulliver.audit.quality:run", "gulliver.audit.options:QualityOptions",
-         needs=("model", "dataset"), optional=("parent",), makes=("report",),
+         needs=("model", "dataset"), optional=("parent",), makes=("report",), version=2,
          help="measure a model on held-out data, paired against its parent"),
     Step("harness", "gulliver.audit.harness:run", "gulliver.audit.options:HarnessOptions",
          needs=("model",), optional=("parent",), makes=("report",), reads=("include_path",),
          help="score a language model on tasks of lm-eval, paired against its parent by item"),
     Step("speed", "gulliver.audit.speed:run", "gulliver.audit.options:SpeedOptions",
-         needs=("model",), makes=("report",), version=2,
+         needs=("model",), makes=("report",), here=True, version=2,
          help="measure a model's speed, memory and size on this machine"),
     Step("export", "gulliver.compress.export:run", "gulliver.compress.options:ExportOptions",
          needs=("model",), makes=("model",), compresses=True, version=2,

@@ -129,8 +129,9 @@ def gather(
     fit.json then names the `nearest` point.
     """
     manifests = oldest_first(store.lineage(model.id))
-    evidence = tuple(store.evidence(model.id))
-    parent_id = _parent_id(model, manifests, evidence)
+    recorded = store.evidence(model.id)
+    parent_id = _parent_id(model, manifests, recorded, fit)
+    evidence = _about(recorded, parent_id)
     parent = store.get(parent_id) if parent_id is not None and store.has(parent_id) else None
     plans = [str(row["id"]) for row in reversed(manifests) if Plan.file in row.get("files", {})]
     plan = Plan.of(store.get(plans[0])) if plans else None
@@ -234,13 +235,29 @@ def _data_names(store: Store, evidence: Sequence[Evidence]) -> dict[str, str]:
     return names
 
 
-def _parent_id(model: Artifact, manifests: Sequence[Mapping[str, Any]], evidence: Sequence[Evidence]) -> str | None:
-    """The model that this one was measured against; else its nearest ancestor that is a model."""
-    named = [row.parent_id for row in evidence if row.parent_id]
-    if named:
-        return named[-1]
+def _parent_id(
+    model: Artifact, manifests: Sequence[Mapping[str, Any]], evidence: Sequence[Evidence], fit: Artifact | None
+) -> str | None:
+    """The model that this one stands for: the parent of the fit that made it; else, of those that it was made from,
+
+    the one that it was measured against last, or the nearest; where it was made from none, any that it was measured
+    against. Never itself.
+    """
+    meant = fit.inputs.get("parent", ()) if fit is not None else ()
     models = [str(row["id"]) for row in reversed(manifests) if row.get("kind") == "model" and row["id"] != model.id]
-    return models[0] if models else None
+    named = [row.parent_id for row in evidence if row.parent_id and row.parent_id != model.id]
+    own = [one for one in named if one in models]
+    return next((one for one in (*meant, *own[-1:], *models[:1], *named[-1:]) if one != model.id), None)
+
+
+def _about(evidence: Sequence[Evidence], parent_id: str | None) -> tuple[Evidence, ...]:
+    """Evidence without comparisons with other models, and without times of other machines than that of the newest."""
+    times = [row.machine for row in evidence if METRICS[row.metric].beside == "machine"]
+    beside = {"parent": parent_id, "machine": times[-1] if times else ""}
+    found = ((row, METRICS[row.metric].beside) for row in evidence)
+    return tuple(
+        row for row, kind in found if not kind or (row.parent_id if kind == "parent" else row.machine) == beside[kind]
+    )
 
 
 def _origin(manifests: Sequence[Mapping[str, Any]], store: Store) -> tuple[Origin | None, str]:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gulliver.core.evidence.evidence import METRICS, Evidence
-from gulliver.core.evidence.gate import Verdict
+from gulliver.core.evidence.gate import Verdict, suspicion, too_good
 from gulliver.report.gather import DRY_RUN, INFEASIBLE, NOT_JUDGED, ReportData
-from gulliver.report.rows import measured_texts
+from gulliver.report.rows import latest_evidence, measured_texts
 from gulliver.report.units import NOT_MEASURED, format_limit, format_measured, format_seconds, format_value, short_id
 
 _RAM_TILES = {"peak_ram_bytes": "Memory to answer", "compress_peak_ram_bytes": "Memory to compress"}
@@ -57,6 +57,7 @@ def sentences(data: ReportData) -> list[str]:
         judged += [(where, gate) for gate in other.verdicts]
     refused = [(where, gate) for where, gate in judged if not gate.passed]
     lines += [f"Gate refused: {gate_rule(gate)}{where}; {gate_reason(gate)}." for where, gate in refused]
+    lines += [f"To be doubted: {suspicion(row)}." for row in latest_evidence(data.evidence) if too_good(row)][:1]
     if data.fit.reason:
         lines.append(data.fit.reason)
     return lines
@@ -112,7 +113,8 @@ def gate_reason(gate: Verdict) -> str:
     found = gate.evidence
     if gate.passed:
         return ""
-    if gate.outcome == "NO_DATA" or found is None or found.metric != gate.metric or not found.is_number:
+    judged = found is not None and found.metric == gate.metric and found.is_number and not too_good(found)
+    if gate.outcome == "NO_DATA" or found is None or not judged:
         return gate.reason or gate.outcome
     value, bounds = format_measured(found.value, found.low, found.high, found.unit)
     if bounds == "single value":

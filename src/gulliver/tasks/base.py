@@ -157,6 +157,10 @@ class DataContract(ABC):
         for example in self.rows(source, split, options):
             yield from self.phrases(example)
 
+    def reads_alike(self, model: Artifact, parent: Artifact, dataset: Artifact) -> bool:
+        """Whether a model turns the eval part of a dataset into what its parent does: the same tokens."""
+        return True
+
     @final
     def batches(
         self,

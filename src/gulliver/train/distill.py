@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from gulliver.core.context import Context
 from gulliver.core.errors import FOREIGN, BudgetError, ConfigError
-from gulliver.core.overlap import fingerprints
-from gulliver.core.records import NOT_COPIED, Calibration, Distillation, LossIncrease, PackedWeight, Packing
+from gulliver.core.records import NOT_COPIED, Distillation, LossIncrease, PackedWeight, Packing
 from gulliver.core.store.artifact import Artifact
 from gulliver.learning.batches import in_turns
 from gulliver.learning.latent import LatentTensor
@@ -36,6 +35,7 @@ from gulliver.runtime.reference import packing_entry, read_stored, stored_form
 from gulliver.runtime.shards import PACKED_SHARD_BYTES, SHARD_BYTES, ShardWriter
 from gulliver.tasks import family, get_task, same_examples
 from gulliver.tasks.base import Batch, Task
+from gulliver.tasks.remembered import calibration_of
 from gulliver.train.options import DistillOptions
 
 COPIES = 6
@@ -94,8 +94,7 @@ def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
         if is_compressed(model.path):
             Packing(tensors=entries).write(writer.path)
         Distillation(losses=tuple(result.losses)).write(writer.path)
-        known = fingerprints(unit for part in datasets for unit in task.units_of(part.path, "train"))
-        Calibration(dataset=datasets[0].id, fingerprints=tuple(known)).write(writer.path)
+        calibration_of(task, datasets).write(writer.path)
         copy_companions(model.paths(), writer.path, NOT_COPIED)
         if LossIncrease.name_in(model.files):
             LossIncrease.of(model).write(writer.path)

@@ -12,6 +12,7 @@ from gulliver.learning.batches import in_turns
 from gulliver.learning.loop import run_loop
 from gulliver.learning.optim import OptimizerConfig, Schedule, parameter_groups
 from gulliver.tasks import get_task, same_examples
+from gulliver.tasks.remembered import calibration_of
 from gulliver.train.options import TrainOptions
 
 
@@ -48,6 +49,7 @@ def run(cfg: TrainOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifac
     with ctx.writer(kind="model", task=task.name, config=resolved) as writer:
         task.save(model.eval(), writer.path)
         Training(losses=tuple(result.losses)).write(writer.path)
+        calibration_of(task, [dataset]).write(writer.path)
         return writer.commit()
 
 

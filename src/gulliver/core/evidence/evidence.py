@@ -16,33 +16,50 @@ from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.names import unknown
 
 Direction = Literal["lower", "higher", "none"]
+Beside = Literal["", "parent", "machine"]
 
 
 class Metric(NamedTuple):
-    """What a metric's numbers mean: their unit, which way is better, and one line of help."""
+    """What a metric's numbers mean: their unit, which way is better, and one line of help.
+
+    `beside`: what they say nothing without: the parent that was compared with, or the machine that was measured on.
+    """
 
     unit: str
     direction: Direction
     help: str
+    beside: Beside = ""
 
 
 METRICS: Mapping[str, Metric] = {
     # quality
     "perplexity": Metric("ppl", "lower", "exp of the mean cross-entropy per token on held-out text"),
-    "perplexity_ratio": Metric("ratio", "lower", "perplexity divided by the parent's on the same windows"),
+    "perplexity_ratio": Metric("ratio", "lower", "perplexity divided by the parent's on the same windows", "parent"),
     "cross_entropy": Metric("nat", "lower", "mean negative log-likelihood per predicted token or example"),
-    "kl_divergence": Metric("nat", "lower", "mean KL(parent || model) of the output distributions"),
-    "top1_agreement": Metric("fraction", "higher", "how often model and parent rank the same answer first"),
+    "kl_divergence": Metric("nat", "lower", "mean KL(parent || model) of the output distributions", "parent"),
+    "top1_agreement": Metric("fraction", "higher", "how often model and parent rank the same answer first", "parent"),
     "accuracy": Metric("fraction", "higher", "fraction of held-out examples answered right"),
-    "accuracy_drop": Metric("fraction", "lower", "the parent's accuracy minus the model's, paired by example"),
+    "accuracy_drop": Metric(
+        "fraction", "lower", "the parent's accuracy minus the model's, paired by example", "parent"
+    ),
     "cloze_accuracy": Metric("fraction", "higher", "fraction of held-out passages whose last word is written"),
-    "cloze_accuracy_drop": Metric("fraction", "lower", "the parent's cloze accuracy minus the model's, by question"),
+    "cloze_accuracy_drop": Metric(
+        "fraction", "lower", "the parent's cloze accuracy minus the model's, by question", "parent"
+    ),
     "choice_accuracy": Metric("fraction", "higher", "fraction of passages told from three false continuations"),
-    "choice_accuracy_drop": Metric("fraction", "lower", "the parent's choice accuracy minus the model's, by question"),
+    "choice_accuracy_drop": Metric(
+        "fraction", "lower", "the parent's choice accuracy minus the model's, by question", "parent"
+    ),
     "task_score": Metric("fraction", "higher", "mean score of the items of one of lm-eval's tasks"),
-    "task_score_drop": Metric("fraction", "lower", "the parent's score on the task minus the model's, by item"),
-    "cosine_similarity": Metric("cosine", "higher", "mean cosine between the model's and the parent's embeddings"),
-    "quality_loss": Metric("fraction", "lower", "fraction of the parent's quality given up; what --max-drop limits"),
+    "task_score_drop": Metric(
+        "fraction", "lower", "the parent's score on the task minus the model's, by item", "parent"
+    ),
+    "cosine_similarity": Metric(
+        "cosine", "higher", "mean cosine between the model's and the parent's embeddings", "parent"
+    ),
+    "quality_loss": Metric(
+        "fraction", "lower", "fraction of the parent's quality given up; what --max-drop limits", "parent"
+    ),
     # against the simplest baseline
     "baseline_perplexity": Metric("ppl", "none", "perplexity of the unigram distribution of the training text"),
     "baseline_accuracy": Metric("fraction", "none", "accuracy of always answering the most frequent class"),
@@ -52,22 +69,31 @@ METRICS: Mapping[str, Metric] = {
     "perplexity_vs_baseline": Metric("ratio", "lower", "perplexity divided by that of the unigram baseline"),
     "accuracy_vs_baseline": Metric("fraction", "higher", "accuracy minus that of the majority class"),
     "cosine_similarity_vs_baseline": Metric(
-        "cosine", "higher", "cosine to the parent minus that of unrelated examples"
+        "cosine", "higher", "cosine to the parent minus that of unrelated examples", "parent"
     ),
     # size and memory
     "size_bytes": Metric("bytes", "lower", "bytes of all weight files, embeddings included"),
-    "size_ratio": Metric("ratio", "lower", "size_bytes divided by the parent's"),
+    "size_ratio": Metric("ratio", "lower", "size_bytes divided by the parent's", "parent"),
     "bits_per_weight": Metric("bits", "lower", "8 x size_bytes divided by the number of weights"),
     "parameter_count": Metric("count", "none", "number of weights"),
-    "peak_ram_bytes": Metric("bytes", "lower", "highest resident memory of a process that answers requests"),
-    "load_ram_bytes": Metric("bytes", "lower", "resident memory after the model is loaded, before the first request"),
+    "peak_ram_bytes": Metric("bytes", "lower", "highest resident memory of a process that answers requests", "machine"),
+    "load_ram_bytes": Metric(
+        "bytes", "lower", "resident memory after the model is loaded, before the first request", "machine"
+    ),
     "compress_peak_ram_bytes": Metric("bytes", "lower", "highest resident memory of the process that compressed it"),
     # speed, always of the machine named in the evidence
-    "decode_tokens_per_s": Metric("tokens/s", "higher", "generated tokens per second, one sequence"),
-    "prefill_tokens_per_s": Metric("tokens/s", "higher", "prompt tokens per second, one sequence"),
-    "examples_per_s": Metric("examples/s", "higher", "examples answered per second"),
-    "load_seconds": Metric("s", "lower", "time from the command to a model that can answer"),
+    "decode_tokens_per_s": Metric("tokens/s", "higher", "generated tokens per second, one sequence", "machine"),
+    "prefill_tokens_per_s": Metric("tokens/s", "higher", "prompt tokens per second, one sequence", "machine"),
+    "examples_per_s": Metric("examples/s", "higher", "examples answered per second", "machine"),
+    "load_seconds": Metric("s", "lower", "time from the command to a model that can answer", "machine"),
 }
+
+AS_GOOD: Mapping[str, float] = {
+    "perplexity_ratio": 1.0,
+    "quality_loss": 0.0,
+    **dict.fromkeys(("accuracy_drop", "cloze_accuracy_drop", "choice_accuracy_drop", "task_score_drop"), 0.0),
+}
+"""What a model that is as good as its parent has; a model made from it is hardly better (core/evidence/gate.py)."""
 
 MUST_BEAT: Mapping[str, float] = {
     "perplexity_vs_baseline": 1.0,

@@ -3,7 +3,7 @@
 A gate that finds no evidence refuses, and so does one whose evidence is only hopeful: the worse end of the interval
 must meet the limit. That is the upper bound, `high <= at_most`, where lower is better, and the lower bound,
 `low >= at_least`, where higher is. Evidence belongs to one content id; a changed artifact has another, so its evidence
-expired.
+expired. A comparison belongs to one parent, and a time to one machine.
 """
 
 from __future__ import annotations
@@ -16,10 +16,45 @@ from typing import Any, Literal
 from pydantic import ConfigDict
 
 from gulliver.core.errors import ConfigError, GateRefused
-from gulliver.core.evidence.evidence import METRICS, MUST_BEAT, Evidence, metric
+from gulliver.core.evidence.evidence import AS_GOOD, METRICS, MUST_BEAT, Evidence, metric
 
 Outcome = Literal["PASS", "FAIL", "NO_DATA"]
 _WORST_FIRST: tuple[Outcome, ...] = ("NO_DATA", "FAIL", "PASS")
+TOO_GOOD = 0.01
+"""A model made from another is better than it by chance, or by so little (a perplexity of 0.99 times its own), but by
+
+more only where something is wrong with the comparison.
+"""
+
+
+@dataclass(frozen=True)
+class Meant:
+    """What evidence must have been measured against and on to count: a comparison against `parent_id` (None: against
+
+    nothing, so that none counts), a time or memory on `machine`, by `threads` and with or without the `native` backend
+    where the evidence says which.
+    """
+
+    parent_id: str | None = None
+    machine: str = ""
+    threads: int | None = None
+    native: bool | None = None
+
+    def missed_by(self, item: Evidence) -> str:
+        """What the evidence was measured against or on instead; "" where it counts."""
+        beside = METRICS[item.metric].beside
+        if beside == "parent" and (item.parent_id is None or item.parent_id != self.parent_id):
+            return f"against {(item.parent_id or 'nothing')[:12]}; the parent is {(self.parent_id or 'not known')[:12]}"
+        if beside != "machine":
+            return ""
+        if item.machine != self.machine:
+            return f"on {item.machine or 'a machine without a name'}; this is {self.machine or 'not known'}"
+        threads, native = item.detail.get("threads"), item.detail.get("native")
+        if threads is not None and self.threads is not None and threads != self.threads:
+            return f"by {threads} threads; {self.threads} are asked about"
+        if native is not None and self.native is not None and native != self.native:
+            return f"{'with' if native else 'without'} the native backend, which is {'' if self.native else 'not '}here"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -72,16 +107,20 @@ class Gate:
         """The gate as a person writes it: "perplexity_ratio <= 1.05"."""
         return f"{self.metric} {'>=' if self.at_most is None else '<='} {self.threshold:g}"
 
-    def judge(self, evidence: Sequence[Evidence], artifact_id: str) -> Verdict:
+    def judge(self, evidence: Sequence[Evidence], artifact_id: str, meant: Meant | None = None) -> Verdict:
         """The verdict on one artifact, from evidence in the order in which it was recorded.
 
-        Only evidence about `artifact_id` counts. On each data set the newest measurement counts; with several data
-        sets the worst of them decides. A model that does not beat its simplest baseline fails every gate.
+        Only evidence about `artifact_id` counts, and of it what was measured as `meant`; without that against any
+        parent but itself and on any machine. The newest measurement on each data set (against each parent, on each
+        machine) counts, and the worst of them decides. A model that does not beat its simplest baseline fails every
+        gate.
         """
-        own = [item for item in evidence if item.artifact_id == artifact_id and not item.elsewhere]
-        newest = {item.data_hash: item for item in own if item.metric == self.metric}
+        own = [
+            item for item in evidence if item.artifact_id == artifact_id and not item.elsewhere and _counts(item, meant)
+        ]
+        newest = {_measured_as(item): item for item in own if item.metric == self.metric}
         if not newest:
-            return self._verdict("NO_DATA", self._why_no_data(evidence, artifact_id))
+            return self._verdict("NO_DATA", self._why_no_data(evidence, artifact_id, meant))
         judged = [(self._refusal(item), item) for item in newest.values()]
         (outcome, reason), item = min(judged, key=lambda pair: (_WORST_FIRST.index(pair[0][0]), self._margin(pair[1])))
         below = _below_baseline(own) if outcome == "PASS" else None
@@ -94,6 +133,8 @@ class Gate:
             return "NO_DATA", f"{self.metric} was measured on 0 examples"
         if not item.is_number:
             return "FAIL", f"{self.metric} is not a number; the measurement itself failed"
+        if too_good(item):
+            return "FAIL", suspicion(item)
         met, bound = self._margin(item) >= 0, "lower" if self.at_most is None else "upper"
         verb = "meets" if met else "misses"
         reason = f"{_describe(item)}; its {bound} bound {item.worse_end:g} {verb} {self.threshold:g}"
@@ -106,13 +147,16 @@ class Gate:
         margin = self.threshold - item.worse_end
         return margin if self.at_least is None else -margin
 
-    def _why_no_data(self, evidence: Sequence[Evidence], artifact_id: str) -> str:
+    def _why_no_data(self, evidence: Sequence[Evidence], artifact_id: str, meant: Meant | None) -> str:
         remedy = f"run `gulliver audit {artifact_id[:12]}`"
-        if any(item.metric == self.metric and item.elsewhere for item in evidence if item.artifact_id == artifact_id):
-            return (
-                f"{self.metric} was measured elsewhere, which passes no gate; run `gulliver audit {artifact_id[:12]}`"
-            )
-        if any(item.metric == self.metric for item in evidence):
+        found = [item for item in evidence if item.metric == self.metric]
+        own = [item for item in found if item.artifact_id == artifact_id]
+        if own and own[-1].elsewhere:
+            return f"{self.metric} was measured elsewhere, which passes no gate; {remedy}"
+        if own:
+            missed = meant.missed_by(own[-1]) if meant else "against itself"
+            return f"{self.metric} was measured {missed}. Measure it again: `gulliver audit {artifact_id[:12]}`"
+        if found:
             return f"{self.metric} was measured on other artifacts only, which does not count for {artifact_id[:12]}"
         return f"{self.metric} was not measured; {remedy}"
 
@@ -204,13 +248,39 @@ def below_baseline(evidence: Sequence[Evidence], artifact_id: str) -> str | None
 
 def _below_baseline(own: Sequence[Evidence]) -> Evidence | None:
     """The newest evidence, per data set, that the model is no better than its baseline."""
-    newest = {(item.metric, item.data_hash): item for item in own if item.metric in MUST_BEAT}
+    newest = {_measured_as(item): item for item in own if item.metric in MUST_BEAT}
     for item in newest.values():
         limit = MUST_BEAT[item.metric]
         better = item.worse_end < limit if item.direction == "lower" else item.worse_end > limit
         if not (item.is_number and better):
             return item
     return None
+
+
+def too_good(item: Evidence) -> bool:
+    """Whether a comparison says that a model is better than its parent by more than chance and TOO_GOOD allow."""
+    return item.metric in AS_GOOD and item.is_number and item.high < AS_GOOD[item.metric] - TOO_GOOD
+
+
+def suspicion(item: Evidence) -> str:
+    """What such a comparison means."""
+    return (
+        f"{_describe(item)}: better than its parent by more than chance allows, as no model made from it can "
+        "be. Either it was made with text of the eval part, or the parent is damaged, ill read or another one"
+    )
+
+
+def _counts(item: Evidence, meant: Meant | None) -> bool:
+    """Whether evidence was measured as meant; where nothing is meant, against anything but the model itself."""
+    if meant is None:
+        return METRICS[item.metric].beside != "parent" or item.parent_id != item.artifact_id
+    return not meant.missed_by(item)
+
+
+def _measured_as(item: Evidence) -> tuple[str | None, ...]:
+    """What two measurements of one metric have in common when the newer replaces the older."""
+    beside = {"parent": item.parent_id, "machine": item.machine, "": None}[METRICS[item.metric].beside]
+    return item.metric, item.data_hash, beside
 
 
 def _describe(item: Evidence) -> str:

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.evidence.evidence import Evidence, measured, paired_interval
+from gulliver.core.overlap import letters
 from gulliver.core.records import EXAMPLES
 from gulliver.core.store.artifact import Artifact, open_artifact
 from gulliver.runtime.network import load_network
@@ -79,9 +80,9 @@ class EncoderTask(TextTask):
 
         `share` of the `texts` is scored; at least two.
         """
-        found = passages(dataset, "eval")[: max(2, round(share * options.texts))]
+        found = different(passages(dataset, "eval"))[: max(2, round(share * options.texts))]
         if len(found) < 2:
-            raise DataError(f"the eval split has {len(found)} lines of text to embed; at least two are needed")
+            raise DataError(f"the eval split has {len(found)} different lines of text to embed; two are needed")
         ours = embeddings(model, found, folder)
         theirs = ours if parent is None else embeddings(parent, found, folder)
         unrelated = cosine_similarity(theirs, theirs.roll(len(found) // 2 or 1, 0)).tolist()
@@ -132,6 +133,14 @@ def passages(dataset: Artifact, split: str) -> list[str]:
     """The lines of a split's texts that are long enough to mean something."""
     found = (line.strip() for text in dataset_texts(open_artifact(dataset.path), split) for line in text.splitlines())
     return [line for line in found if len(line) >= MIN_PASSAGE_CHARACTERS]
+
+
+def different(lines: Sequence[str]) -> list[str]:
+    """Each line once, whatever its case, blanks and marks: the same text again is no further observation."""
+    found: dict[str, str] = {}
+    for line in lines:
+        found.setdefault(letters(line.casefold()) or line, line)
+    return list(found.values())
 
 
 def encode_texts(texts: Sequence[str], folder: Path, tokens: int) -> Batch:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gulliver.core.errors import FOREIGN, ConfigError
-from gulliver.core.store.files import temporary_name
+from gulliver.core.store.files import hash_file, temporary_name
 from gulliver.nets.linear_kl import chunk_rows
 from gulliver.nets.precision import attempts, products_in
 from gulliver.nets.weights import unfilled
@@ -31,15 +31,20 @@ from gulliver.tasks.base import Block
 from gulliver.tasks.language.network import logits_of, vocabulary_of
 from gulliver.tasks.text.streaming import Stream
 
+DIGITS = 32
+"""Of the hash in the name of a file that is kept."""
+
 
 class Outputs:
     """A causal network's outputs on `batches` of tokens, [rows, tokens] each.
 
-    `kept`: a file in which what enters the head lies between measurements; written when it is not there.
+    `kept`: the beginning of the name of a file in which what enters the head lies between measurements; the rest of its
+    name is the hash of its bytes. Written when it is not there, or damaged.
     """
 
     def __init__(self, network: nn.Module, batches: Sequence[Tensor], kept: Path | None = None) -> None:
         self.network, self.batches, self.kept = network, batches, kept
+        self.found: Path | None = None
         self.folder = Path(str(getattr(network, "source_folder", "")))
         self.blocks: list[Block] = []
         self.mixes_types = False
@@ -60,7 +65,8 @@ class Outputs:
 
     def run_layers(self, advance: Callable[[float], None]) -> None:
         """Run all but the head, unless what it left is kept; `advance` gets the share of the layers that are done."""
-        if not self.blocks or (self.kept is not None and self.kept.is_file()):
+        self.found = self._undamaged()
+        if not self.blocks or self.found is not None:
             advance(1.0)
             return
         passing: list[Any] = [{"tokens": tokens} for tokens in self.batches]
@@ -90,7 +96,16 @@ class Outputs:
             return
         temporary = temporary_name(self.kept)
         save_file({str(number): x.contiguous() for number, x in enumerate(passing)}, str(temporary))
-        temporary.rename(self.kept)
+        self.found = self.kept.with_name(f"{self.kept.name}-{hash_file(temporary)[:DIGITS]}")
+        temporary.rename(self.found)
+
+    def _undamaged(self) -> Path | None:
+        """The file of an earlier measurement; one whose bytes are not those that were written is deleted."""
+        for file in sorted(self.kept.parent.glob(f"{self.kept.name}-*")) if self.kept is not None else ():
+            if file.name.endswith(f"-{hash_file(file)[:DIGITS]}"):
+                return file
+            file.unlink(missing_ok=True)
+        return None
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -129,7 +144,7 @@ class Outputs:
 
     def _entering(self, number: int) -> Tensor:
         """What enters the head for batch `number`, float32 [rows, tokens, width]."""
-        if self.kept is None:
+        if self.found is None:
             return self.entering[number]
-        with safe_open(self.kept, framework="pt") as opened:
+        with safe_open(self.found, framework="pt") as opened:
             return opened.get_tensor(str(number))

@@ -50,7 +50,7 @@ def make_questions(text: str, count: int, seed: int = 0) -> list[Question]:
     asked = [_cloze(text, place) for place, cloze in zip(places, kinds, strict=True) if cloze]
     passages = [_passage(text, place) for place, cloze in zip(places, kinds, strict=True) if not cloze]
     asked += _choices([passage for passage in passages if passage is not None], generator)
-    found = [question for question in asked if question is not None]
+    found = list(dict.fromkeys(question for question in asked if question is not None))  # the same twice says no more
     return found if len(found) >= LEAST else []
 
 

@@ -7,18 +7,21 @@ Student's interval for that mean of paired differences, which is far narrower th
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gulliver.core.errors import DataError
 from gulliver.core.evidence.evidence import Evidence, measured, paired_interval
+from gulliver.core.overlap import gram_hashes
 from gulliver.core.records import EXAMPLES
 from gulliver.core.store.artifact import Artifact
 from gulliver.nets.precision import has_bfloat16
@@ -26,13 +29,15 @@ from gulliver.tasks.base import Advance
 from gulliver.tasks.language.network import positions_of, vocabulary_of
 from gulliver.tasks.language.outputs import Outputs
 from gulliver.tasks.language.question_scores import QuestionSheet
-from gulliver.tasks.language.questions import digest, make_questions
+from gulliver.tasks.language.questions import make_questions
 from gulliver.tasks.language.text import joined, token_stream
 from gulliver.tasks.text.files import dataset_texts
 from gulliver.tasks.text.tokenizer import load_tokenizer
 
 FEWEST_WINDOWS, FEWEST_TOKENS = 8, 64
 """Where a text is too short for so many windows they are shorter, but of so many tokens at least."""
+RUN_TOKENS, MOST_REPEATED = 64, 0.5
+"""A window repeats others when more than this share of its runs of so many tokens are theirs."""
 LAYERS = 0.6
 """Share of the time that the layers take, about; the heads take the rest."""
 
@@ -60,18 +65,24 @@ def score_causal(
 ) -> list[Evidence]:
     """Evidence on the first `windows` windows of `context` tokens of the eval split and on its questions; `Task.score`.
 
-    A model that reads fewer tokens at once, and a shorter text, get shorter windows; the evidence says which.
+    Windows that repeat others are left out, since they are no further observation. A model that reads fewer tokens at
+    once, and a shorter text, get shorter windows; the evidence says which. DataError where no two windows are left.
     """
     if parent is not None and vocabulary_of(parent) != vocabulary_of(model):
         raise DataError("model and parent have different vocabularies; they cannot be compared token by token")
     stream = token_stream(dataset, "eval", folder)
     context = window_length(len(stream), windows, min(context, positions_of(model)))
-    count = min(windows, len(stream) // context)
-    rows = stream[: count * context].view(count, context)
+    rows, repeats = distinct_windows(stream, context, windows)
+    count = len(rows)
+    if count < 2:
+        raise DataError(
+            f"the eval split repeats one window of {context} tokens {repeats + 1} times, which is one observation; "
+            "give more text"
+        )
     sheet = _sheet(dataset, folder, questions, positions_of(model))
     kind = "bfloat16" if has_bfloat16() else "float32"
-    name = f"{dataset.id[:32]}-{count}-{context}-{digest(sheet.questions)[:16]}-{kind}"
     layers, batches = LAYERS if parent is None else LAYERS / 2, [*rows[:, None], *sheet.batches]
+    name = f"{_digest(batches)}-{kind}"
     with torch.no_grad():
         # the parent's layers run first, then the model's, then both heads side by side
         theirs = None if parent is None else Outputs(parent, batches, kept and kept / name)
@@ -88,6 +99,7 @@ def score_causal(
     precision = f"products in {kind}"
     precision += ", float32 where the network mixes types" if ours.mixes_types else ""
     detail = {"windows": count, "context": context, "precision": precision}
+    detail |= {"repeats": repeats} if repeats else {}
     common: dict[str, Any] = {"n": count, "data_hash": dataset.files[EXAMPLES].sha256, "detail": detail}
     evidence = [measured("perplexity", *_exp(window.nll for window in found), **common)]
     evidence += _against_unigrams(found, rows, token_stream(dataset, "train", folder), model, common)
@@ -101,6 +113,33 @@ def window_length(tokens: int, windows: int, context: int) -> int:
     if tokens < 2 * length:
         raise DataError(f"the eval split has {tokens} tokens, too few for two windows of {length}; give more text")
     return length
+
+
+def distinct_windows(stream: Tensor, context: int, windows: int) -> tuple[Tensor, int]:
+    """The first `windows` windows of a stream int64 [tokens] that repeat none before, int64 [n, context]; and how many
+
+    that do were left out on the way: those of which most runs of tokens, wherever they begin, occurred already.
+    """
+    kept: list[Tensor] = []
+    seen, repeats = np.empty(0, np.uint64), 0
+    for row in stream[: len(stream) // context * context].view(-1, context):
+        runs = np.unique(gram_hashes(row.numpy(), min(RUN_TOKENS, context)))
+        if np.isin(runs, seen).mean() > MOST_REPEATED:
+            repeats += 1
+            continue
+        kept.append(row)
+        if len(kept) == windows:
+            break
+        seen = np.concatenate([seen, runs])
+    return torch.stack(kept), repeats
+
+
+def _digest(batches: Sequence[Tensor]) -> str:
+    """Of token ids, int64 [rows, tokens] each, in hex."""
+    found = hashlib.sha256()
+    for tokens in batches:
+        found.update(f"{tuple(tokens.shape)}".encode() + tokens.numpy().tobytes())
+    return found.hexdigest()[:32]
 
 
 def _sheet(dataset: Artifact, folder: Path, count: int, positions: int) -> QuestionSheet:

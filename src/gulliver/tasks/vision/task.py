@@ -109,7 +109,7 @@ class VisionTask(Task):
     ) -> list[Evidence]:
         """`share` of the images is scored; at least two."""
         config = read_config(folder)
-        examples = _fitting(dataset, "eval", config)
+        examples = _different(_fitting(dataset, "eval", config))
         examples = examples.take(np.arange(min(len(examples), max(2, round(share * len(examples))))))
         trained = read_split(dataset.path, "train").labels
         majority = int(np.bincount(trained if len(trained) else examples.labels).argmax())
@@ -161,6 +161,16 @@ def _fitting(dataset: Artifact, split: str, config: InceptionConfig) -> Examples
     if examples.labels.max() >= config.classes:
         raise DataError(f"{dataset.path} has label {examples.labels.max()}; the network knows {config.classes} classes")
     return examples
+
+
+def _different(examples: Examples) -> Examples:
+    """Each image once, in order: the same again is no further observation. DataError where there are no two."""
+    first: dict[bytes, int] = {}
+    for place, image in enumerate(examples.images):
+        first.setdefault(image.tobytes(), place)
+    if len(first) < 2:
+        raise DataError(f"the eval split repeats one image {len(examples)} times; at least two are needed")
+    return examples.take(np.array(list(first.values())))
 
 
 def _batch(examples: Examples, config: InceptionConfig) -> Batch:
