@@ -271,7 +271,9 @@ def suspicion(item: Evidence) -> str:
 
 
 def _counts(item: Evidence, meant: Meant | None) -> bool:
-    """Whether evidence was measured as meant; where nothing is meant, against anything but the model itself."""
+    """Whether evidence was measured in this home and as meant; where nothing is, against any model but itself."""
+    if item.elsewhere:
+        return False
     if meant is None:
         return METRICS[item.metric].beside != "parent" or item.parent_id != item.artifact_id
     return not meant.missed_by(item)
