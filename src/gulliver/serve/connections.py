@@ -47,7 +47,6 @@ class Crowd:
         self.idle: dict[Connection, None] = {}
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.most = min(self.settings.max_connections, descriptors * 3 // 4)
-        self.longest = self.settings.max_head_bytes + self.settings.max_body_bytes + MARKS_BYTES  # a whole message
         self._ticking = False
 
     def protocol(self, **given: Any) -> Connection:
@@ -122,7 +121,7 @@ class Connection(HttpToolsProtocol):
         self.end = self.stalled = math.inf
         self.origin: Any = None  # the client's address; of IPv6 the half that is given to one customer
         self.taken = 0  # bytes of the message that arrives now, but for what came with the end of the one before
-        self.pieces = 0  # of the body that arrives now
+        self.pieces = self.carried = 0  # of its body: parts and bytes
         self.in_head = True  # no head is whole
         self.refusal: ApiError | None = None  # why the parser was stopped
         self.deaf = False  # what still comes is not read
@@ -176,7 +175,7 @@ class Connection(HttpToolsProtocol):
             self.refuse(self._head_too_long())
         elif self.in_head and not self._answers() and self not in self.crowd.half_open:
             self.crowd.waits(self)
-        elif self.taken > self.crowd.longest:
+        elif self.taken - min(self.carried, settings.max_body_bytes) > settings.max_head_bytes + MARKS_BYTES:
             self.refuse(_too_long("the body and the marks of its chunks are too long"))
 
     def pause_writing(self) -> None:
@@ -205,12 +204,14 @@ class Connection(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self.pieces += 1
+        self.carried += len(body)
         if self.pieces > MAX_PIECES:
             raise self._stop(_too_long("the body comes in too many chunks; send it in larger ones"))
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self.in_head, self.taken, self.pieces = True, 0, 0
+        self.in_head = True
+        self.taken = self.pieces = self.carried = 0
         super().on_message_complete()
         if self.cycle.response_complete:
             self._rest()
