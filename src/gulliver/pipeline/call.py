@@ -101,7 +101,6 @@ def call(
             sweep(store.work(key))
             if limit is not None and noted_peak(store.work(key)) > limit:
                 store.clear_work(key)  # what a killed call left there took more memory than is allowed now
-            untouched = _untouched(given)
             context = Context(
                 store=store,
                 progress=progress or Progress(),
@@ -113,13 +112,9 @@ def call(
                 command=command or f"gulliver {name}",
                 max_ram_bytes=limit,
                 machine_name=machine.describe(store.home, measure=False).name,
-                untouched=untouched,
+                untouched=_untouched(given),
             )
-            memory.reset_peak_rss()
-            begun = time.monotonic()
-            made = named(row.function)(cfg, given, context)
-            untouched()
-            run = _recorded(row, key, asked, made, context, time.monotonic() - begun)
+            run = _run(row, key, asked, cfg, given, context)
         else:
             store.clear_work(key)  # left by a call that was killed just after it was recorded
     artifact = store.get(run.artifact_id)
@@ -141,9 +136,14 @@ def _untouched(inputs: Inputs) -> Callable[[], None]:
     return check
 
 
-def _recorded(row: Step, key: str, asked: Any, artifact: Artifact, context: Context, seconds: float) -> RunRecord:
-    """The record that a step ran and what it made. BudgetError when it took more memory than its limit."""
+def _run(row: Step, key: str, asked: Any, cfg: Any, inputs: Inputs, context: Context) -> RunRecord:
+    """Run a step; the record of it and of what it made. BudgetError when it took more memory than its limit."""
     store, limit = context.store, context.max_ram_bytes
+    memory.reset_peak_rss()
+    begun = time.monotonic()
+    artifact = named(row.function)(cfg, inputs, context)
+    context.untouched()
+    seconds = time.monotonic() - begun
     assert artifact.kind in row.makes, f"step {row.name} made a {artifact.kind}; the table says {row.makes}"
     run = store.finish_run(
         key,
