@@ -71,8 +71,7 @@ class Engine:
         self._queue = queue
         self._waiting: deque[Running] = deque()
         self._begin()
-        self.context = self._scheduler.context  # longest prompt + completion, in tokens
-        self.text.context = self.context
+        self.context = text.context = self._scheduler.context  # longest prompt + completion, in tokens
         self._changed = threading.Condition()  # guards _waiting's growth, _draining, _closing
         self._draining = False
         self._closing = False
