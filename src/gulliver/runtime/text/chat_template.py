@@ -24,8 +24,8 @@ from gulliver.runtime.text import sandbox
 Objects = Sequence[Mapping[str, Any]]
 LIMIT_SOURCE = 2_000_000  # characters of all templates of a model; the longest known have 30,000
 SLOW_SECONDS = 2.0  # an answer that takes longer no longer competes with those that are being written
-SLOW_PRIORITY = 10
-WAIT_SECONDS = 60.0  # for an answer, whose processor time is limited: longer on a machine that is overloaded
+SLOW_PRIORITY = 5
+WAIT_SECONDS = 600.0  # for an answer, whose processor time is limited: longer on a machine that is overloaded
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which a message's reasoning comes; templates read the first, some the second."""
 
