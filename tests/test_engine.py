@@ -560,3 +560,61 @@ def test_the_text_folder_is_needed_for_nothing_else(tmp_path: Path) -> None:
     engine = Engine(FakeDecoder(), text, "name")
     assert engine.name == "name" and engine.text is text and engine.context == 512
     engine.close()
+
+
+def test_what_one_owner_asked_is_found_by_that_owner_alone(make: Any) -> None:
+    (engine, _), prompt = make(), tuple(range(64))
+
+    def cached(owner: str) -> int:
+        return engine.complete([Request(prompt, max_tokens=2, owner=owner)])[0][-1].cached_tokens
+
+    assert [cached(owner) for owner in ("ann", "bob", "ann", "bob", "", "")] == [0, 0, 48, 48, 0, 48]
+
+
+def test_owners_that_come_together_share_nothing(make: Any) -> None:
+    (engine, _), prompt = make(), tuple(range(64))
+    answers = engine.complete(
+        [Request(prompt, 4, Sampling(temperature=0), owner=owner) for owner in ("ann", "bob", "ann")]
+    )
+    assert len({tuple(ids(pieces)) for pieces in answers}) == 1
+    assert sorted(pieces[-1].cached_tokens for pieces in answers) == [0, 0, 48]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("ours"), SystemExit(3), BaseException("a panic")])
+def test_a_failure_that_no_request_can_be_blamed_for_ends_them_and_the_thread_begins_anew(
+    make: Any, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, _ = make()
+    monkeypatch.setattr(engine._stepper, "sweep", lambda: (_ for _ in ()).throw(error))
+    finish = engine.complete([Request((1, 2), max_tokens=4)])[0][-1].finish
+    assert finish is not None and finish.startswith("error: the engine failed")
+    assert engine.complete([Request((1, 2), max_tokens=4)])[0][-1].finish == "length"
+    stats = engine.stats()
+    assert engine.alive and (stats["restarts"], stats["finished_error"], stats["requests_running"]) == (1, 1, 0)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_who_waits_for_a_thread_that_has_died_is_told(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = make()
+
+    def fail(*given: Any) -> None:
+        raise SystemExit(1)  # which a thread ends by without a word
+
+    monkeypatch.setattr(engine._stepper, "sweep", fail)
+    monkeypatch.setattr(engine._stepper, "lose", fail)
+    with pytest.raises(EngineClosed, match="lost its thread"):
+        list(engine.stream(Request((1, 2), max_tokens=4)))
+    assert not engine.alive
+    with pytest.raises(EngineClosed, match="lost its thread"):
+        engine.stream(Request((1, 2), max_tokens=4))
+
+
+def test_a_deliver_that_raises_past_exception_ends_its_request_alone(make: Any) -> None:
+    (engine, _), others = make(), Collected()
+
+    def deliver(piece: Any) -> None:
+        raise BaseException("a panic")
+
+    engine.submit(Request((1, 2), max_tokens=20), deliver)
+    engine.submit(Request((1, 2), max_tokens=20), others)
+    assert others.wait()[-1].finish == "length" and engine.stats()["restarts"] == 0

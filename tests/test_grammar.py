@@ -15,7 +15,8 @@ from engine_samples import END, VOCABULARY, Collected, FakeDecoder, answer, ids,
 
 from gulliver.core.errors import ConfigError
 from gulliver.runtime.batching.engine import Engine, Request, Sampling
-from gulliver.runtime.batching.grammar import KEPT, Grammar, Grammars
+from gulliver.runtime.batching.grammar import BYTES_PER_TOKEN, KEPT, KEPT_BYTES, Grammar, Grammars
+from gulliver.runtime.batching.refusals import QueueFull
 from gulliver.runtime.text.tokenizer import Text
 
 PERSON = {
@@ -200,3 +201,48 @@ def test_a_request_whose_grammar_fails_ends_alone(error: BaseException, text: Te
 def test_a_schema_that_only_refers_to_itself_is_refused_when_it_is_compiled(grammars: Grammars) -> None:
     with pytest.raises(ConfigError, match="grammar allows no next token"):
         grammars.json_schema({"$ref": "#"})
+
+
+def test_what_is_kept_is_bounded_in_bytes(text: Text) -> None:
+    grammars = Grammars(text.tokenizer, VOCABULARY, text.end_tokens)
+    large = grammars.json_schema({"enum": [f"{number:060}" for number in range(5000)]})
+    assert large.size_bytes > KEPT_BYTES and not grammars._kept
+    small = grammars.json_object()
+    assert grammars.json_object() is small
+    small.tokens = KEPT_BYTES // BYTES_PER_TOKEN + 1  # what its answers visited is kept with it
+    again = grammars.json_object()
+    assert grammars.json_object() is not again and drawn(again, 1) is not None
+
+
+def test_grammars_under_way_are_bounded_in_bytes(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gulliver.runtime.batching.grammar.IN_USE_BYTES", 20_000)
+    grammars = Grammars(text.tokenizer, VOCABULARY, text.end_tokens)
+    held = grammars.json_schema({"enum": [f"{number:03}" for number in range(20)]})
+    with pytest.raises(QueueFull):
+        grammars.json_schema({"const": "a" * 150})
+    grammars._kept.clear()
+    del held
+    assert grammars.json_schema({"const": "a" * 150}) is not None
+
+
+@pytest.mark.parametrize(
+    ("step", "fits"),
+    [(0.01, True), (5, True), (1e-6, True), (86400, True), (999_983, False), (1e22, False)],
+)
+def test_steps_of_numbers_are_bounded(grammars: Grammars, step: float, fits: bool) -> None:
+    if fits:
+        assert grammars.json_schema({"type": "array", "items": {"type": "number", "multipleOf": step}}) is not None
+        return
+    with pytest.raises(ConfigError, match=r"multipleOf|not JSON"):
+        grammars.json_schema({"type": "array", "items": {"type": "integer", "multipleOf": step}})
+
+
+def test_a_panic_of_the_library_is_one_line(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars = Grammars(text.tokenizer, VOCABULARY, text.end_tokens)
+
+    def panic(schema: str) -> None:
+        raise BaseException("index out of bounds\nstack")
+
+    monkeypatch.setattr(grammars, "_compile", panic)
+    with pytest.raises(ConfigError, match=r"not supported: index out of bounds$"):
+        grammars.json_object()

@@ -12,16 +12,19 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
-from http_samples import FakeEngine, Running, serving
+from http_samples import FakeEngine, Running, served, serving
 
 from gulliver.runtime.batching.records import EngineClosed, Piece, Request
-from gulliver.serve import logs, process
+from gulliver.serve import app, json_route, logs, process
+from gulliver.serve.errors import ApiError
 from gulliver.serve.keys import KeyRing, add_key, remove_key
 from gulliver.serve.openai.generation import IN_FLIGHT, Bridge, Generation
 from gulliver.serve.state import Settings
@@ -340,3 +343,73 @@ def test_httpx_knows_the_streams_end(slow: FakeEngine) -> None:
     slow.answer = lambda request: "ok"
     with serving(slow) as server, httpx.Client() as client:
         assert client.post(f"{server.url}/v1/completions", json={**BODY, "stream": True}).text.count("data:") == 4
+
+
+BOMBS = {
+    "content": b'{"model":"fake","messages":[{"role":"user","content":[' + b",".join([b"0"] * 100_000) + b"]}]}",
+    "parts": b'{"model":"fake","messages":[{"role":"user","content":[' + b",".join([b"{}"] * 400_000) + b"]}]}",
+    "calls": b'{"model":"fake","messages":[{"role":"user","tool_calls":[' + b",".join([b"[]"] * 100_000) + b"]}]}",
+    "tools": b'{"model":"fake","tools":[' + b",".join([b"0"] * 100_000) + b"]}",
+    "unknown": b'{"model":"fake",' + b",".join(b'"k%d":0' % number for number in range(60_000)) + b"}",
+    "nested": b'{"model":"fake","stream_options":{' + b",".join(b'"k%d":0' % n for n in range(60_000)) + b"}}",
+    "biases": b'{"model":"fake","logit_bias":{' + b",".join(b'"%d":"x"' % n for n in range(60_000)) + b"}}",
+    "modalities": b'{"model":"fake","modalities":[' + b",".join([b'"a"'] * 100_000) + b"]}",
+    "values": b'{"model":"fake","messages":[' + b",".join([b"0"] * 1_100_000) + b"]}",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_body_of_faults_is_refused_by_its_first(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    first = app.from_validation
+    monkeypatch.setattr(
+        app, "from_validation", lambda problems, fields: counts.append(len(problems)) or first(problems, fields)
+    )
+    with serving(FakeEngine()) as server, server.client() as client:
+        headers = {"content-type": "application/json"}
+        answer = client.post("/v1/chat/completions", content=BOMBS[name], headers=headers)
+    assert answer.status_code == 400 and len(answer.content) < 1000
+    assert all(count < 10 for count in counts), counts
+
+
+def test_what_a_long_body_holds_is_counted_as_a_parser_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_route, "PIECE_BYTES", 5)
+    value = {'a"\\': ["\\", '\\"[{,', [], {}, 1, 2, {"é": "[,{"}], "b": "\\\\\\"}
+    parts, items = 12, 7  # texts with keys, lists and objects; commas
+    for most, fits in (((parts, items), True), ((parts - 1, items), False), ((parts, items - 1), False)):
+        monkeypatch.setattr(json_route, "MAX_PARTS", most[0])
+        monkeypatch.setattr(json_route, "MAX_ITEMS", most[1])
+        with contextlib.nullcontext() if fits else pytest.raises(ApiError):
+            json_route.check_size(json.dumps(value, ensure_ascii=False).encode())
+
+
+def test_a_model_that_never_reads_its_requests_holds_up_no_other() -> None:
+    stuck, go = FakeEngine(name="stuck"), threading.Event()
+    stuck.text.encode_chat = lambda *given, **options: [1] * (1 + go.wait(60))
+    models = [served(stuck, "stuck"), served(FakeEngine(), "fake")]
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    try:
+        with (
+            serving(models=models, settings=Settings(timeout_seconds=1.0)) as server,
+            server.client() as client,
+            ThreadPoolExecutor(6) as pool,
+        ):
+            post = partial(client.post, "/v1/chat/completions")
+            asked = [pool.submit(post, json={**body, "model": "stuck"}) for _ in range(6)]
+            time.sleep(0.3)
+            assert post(json={**body, "model": "fake"}).status_code == 200
+            assert client.get("/healthz").status_code == 200
+            assert [one.result().status_code for one in asked] == [504] * 6
+    finally:
+        go.set()
+
+
+def test_an_engine_that_says_nothing_cannot_hold_a_request_past_its_time() -> None:
+    engine = FakeEngine()
+    engine.submit = lambda request, deliver: SimpleNamespace(cancel=lambda: None)
+    with serving(engine, settings=Settings(timeout_seconds=0.3)) as server, server.client() as client:
+        assert client.post("/v1/completions", json=BODY).status_code == 504
+        streamed = client.post("/v1/completions", json={**BODY, "stream": True}).text
+        assert "timed out" in streamed and streamed.endswith("data: [DONE]\n\n")
+        engine.alive = False
+        assert client.get("/readyz").status_code == 503 and client.get("/healthz").status_code == 200

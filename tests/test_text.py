@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from gulliver.core.errors import ArtifactError, ConfigError
+from gulliver.runtime.text import sandbox
 from gulliver.runtime.text.chat_template import ChatTemplate
 from gulliver.runtime.text.detokenizer import StopFinder
 from gulliver.runtime.text.tokenizer import SHORT_CHARACTERS, Text
@@ -233,9 +234,53 @@ def test_a_hostile_template_reaches_nothing(source: str) -> None:
         ChatTemplate({"default": source}, {}).render(CHATS[0])
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(9999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set n = namespace(a=[1], b=[1]) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}"
+        "{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a == n.b }}",
+        "{{ 'a' | center(10**9) }}",
+        "{{ '%1000000000d' % 1 }}",
+    ],
+    ids=["loops", "one comparison", "filter", "format"],
+)
+def test_a_template_that_takes_all_it_can_is_stopped_and_others_run(
+    source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "LIMIT_SECONDS", 0.5)
+    template, ticks, ended = (
+        ChatTemplate({"default": "{% if tools %}" + source + "{% endif %}fine"}, {}),
+        [],
+        threading.Event(),
+    )
+    assert template.render(CHATS[0]) == "fine"
+
+    def tick() -> None:
+        while not ended.wait(0.001):
+            ticks.append(True)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(tick)
+        with pytest.raises(ConfigError, match=r"stopped after|more than 512 MiB") as caught:
+            template.render(CHATS[0], tools=TOOLS)
+        ended.set()
+    assert len(ticks) > 10 or "of memory" in str(caught.value)
+    assert template.render(CHATS[0]) == "fine"
+
+
+def test_a_long_conversation_is_rendered() -> None:
+    chat = [{"role": role, "content": "so it goes " * 40} for _ in range(2000) for role in ("user", "assistant")]
+    template = ChatTemplate({"default": CHATML}, {"bos_token": "<s>", "eos_token": "</s>"})
+    assert template.render([{"role": "system", "content": "be brief"}, *chat]).count("so it goes") == 160_000
+
+
 def test_a_template_that_cannot_be_read_is_named() -> None:
-    with pytest.raises(ArtifactError, match="chat template 'default'"):
-        ChatTemplate({"default": "{% if %}"}, {})
+    for source in ("{% if %}", "{{ " + "9" * 5000 + " }}", "{{ " + "(" * 20_000 + " }}", " " * 2_000_001):
+        with pytest.raises(ArtifactError, match="chat template"):
+            ChatTemplate({"default": source}, {})
+    with pytest.raises(ArtifactError, match="No filter named 'nosuch'"):
+        ChatTemplate({"default": "{{ 1 | nosuch }}"}, {}).render(CHATS[0])
 
 
 def test_objects_of_the_caller_are_not_shown_to_a_template() -> None:
@@ -265,6 +310,18 @@ def test_texts_are_encoded_as_by_transformers(folder: Path) -> None:
     text.context = SHORT_CHARACTERS // max(1024 if text.tokenizer.normalizer else 1, *map(len, tokenizer.get_vocab()))
     with pytest.raises(ConfigError, match=f"characters do not fit the context of {text.context} tokens"):
         text.encode("a" * 2 * SHORT_CHARACTERS)
+
+
+def test_a_text_that_is_too_long_is_not_tokenized_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, sizes = Text(folder), []
+    encoded = text._encoded
+    monkeypatch.setattr(text, "_encoded", lambda part, special: sizes.append(len(part)) or encoded(part, special))
+    text.context = 8000
+    with pytest.raises(ConfigError, match="do not fit the context of 8000 tokens"):
+        text.encode("a b " * 300_000)
+    assert sum(sizes) < 200_000
+    text.context = 400_000
+    assert len(text.encode("a b " * 50_000)) > 90_000
 
 
 def test_a_long_text_holds_up_no_other_thread(folder: Path) -> None:

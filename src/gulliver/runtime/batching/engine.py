@@ -71,8 +71,7 @@ class Engine:
         self._queue = queue
         self._waiting: deque[Running] = deque()
         self._begin()
-        self.context = self._scheduler.context  # longest prompt + completion, in tokens
-        self.text.context = self.context
+        self.context = text.context = self._scheduler.context  # longest prompt + completion, in tokens
         self._changed = threading.Condition()  # guards _waiting's growth, _draining, _closing
         self._draining = False
         self._closing = False
@@ -104,7 +103,7 @@ class Engine:
     def stream(self, request: Request) -> Iterator[Piece]:
         """Submit, then yield the pieces as they come; leaving the loop early cancels."""
         pieces: SimpleQueue[Piece] = SimpleQueue()
-        return self._pieces(self.submit(request, pieces.put), pieces)
+        return _pieces(self, self.submit(request, pieces.put), pieces)
 
     def complete(self, requests: Sequence[Request]) -> list[list[Piece]]:
         """All pieces of each request. Waits where the queue is full, so any number may be given."""
@@ -116,7 +115,7 @@ class Engine:
                 while len(self._waiting) >= self._queue and not self._draining and self.alive:
                     self._changed.wait(ALIVE_SECONDS)
                 self._enqueue(running)
-            under_way.append(self._pieces(running, pieces))
+            under_way.append(_pieces(self, running, pieces))
         return [list(answer) for answer in under_way]
 
     def _checked(self, request: Request, deliver: Callable[[Piece], None]) -> Running:
@@ -143,22 +142,6 @@ class Engine:
         self.counters.requests += 1
         self._waiting.append(running)
         self._changed.notify_all()
-
-    def _pieces(self, ticket: Running, pieces: SimpleQueue[Piece]) -> Iterator[Piece]:
-        """Pieces from a queue up to the one that ends their request; leaving early cancels it."""
-        try:
-            while True:
-                try:
-                    piece = pieces.get(timeout=ALIVE_SECONDS)
-                except Empty:
-                    if not self.alive and pieces.empty():
-                        raise EngineClosed(f"{self.name} has lost its thread; the answer does not come") from None
-                    continue
-                yield piece
-                if piece.finish is not None:
-                    return
-        finally:
-            ticket.cancel()
 
     def _wake(self) -> None:
         with self._changed:
@@ -213,10 +196,8 @@ class Engine:
             self._draining = self._closing = True
             self._changed.notify_all()
         self._thread.join(CLOSE_SECONDS)
-        if self.alive:
-            log.error("%s is still in a step; its memory is left to it", self.name)
-            return
-        self.decoder.close()
+        if not self.alive:  # else it is still in a step, which needs the decoder's memory
+            self.decoder.close()
 
     def _idle(self) -> bool:
         return not self._waiting and not self._scheduler.running
@@ -279,3 +260,20 @@ def load_engine(
     text.template.start()  # on another core, while the weights are opened
     decoder = open_decoder(folder, slots=slots, **options)
     return Engine(decoder, text, name or folder.name, slots=slots, queue=queue, lookup=lookup, reuse=reuse)
+
+
+def _pieces(engine: Engine, ticket: Running, pieces: SimpleQueue[Piece]) -> Iterator[Piece]:
+    """Pieces from a queue up to the one that ends their request; leaving early cancels it."""
+    try:
+        while True:
+            try:
+                piece = pieces.get(timeout=ALIVE_SECONDS)
+            except Empty:
+                if not engine.alive and pieces.empty():
+                    raise EngineClosed(f"{engine.name} has lost its thread; the answer does not come") from None
+                continue
+            yield piece
+            if piece.finish is not None:
+                return
+    finally:
+        ticket.cancel()

@@ -72,6 +72,14 @@ def _next_batch(jobs: deque[_Job], most: int) -> tuple[_Batch, deque[_Job]]:
     return batch, deque([*waiting, *begun])
 
 
+def _lose(name: str, jobs: Sequence[_Job], error: BaseException) -> None:
+    """End jobs of a queue that does not know any more what became of them."""
+    log.error("%s failed and begins anew", name, exc_info=error)
+    for job in jobs:
+        if not job.future.done():
+            job.future.set_exception(RuntimeError(f"the queue failed ({type(error).__name__})"))
+
+
 class BatchQueue(Generic[Item, Answer]):
     """Answers items through `run`, a function from items to as many answers, called in one thread.
 
@@ -194,13 +202,10 @@ class BatchQueue(Generic[Item, Answer]):
                 self._batches()
                 return
             except BaseException as error:  # a fault of ours, or of who waits for an answer
-                log.error("%s failed and begins anew", self.name, exc_info=error)
                 with self._changed:
-                    lost = {id(job): job for job in (*self._jobs, *self._running)}
+                    lost = [*self._jobs, *self._running]
                     self._jobs.clear()
-                for job in lost.values():
-                    if not job.future.done():
-                        job.future.set_exception(RuntimeError(f"the queue failed ({type(error).__name__})"))
+                _lose(self.name, lost, error)
 
     def _batches(self) -> None:
         """Batch after batch until the queue is closed."""

@@ -7,7 +7,7 @@ values alone, is limited in memory and time, and is replaced when it dies.
 from __future__ import annotations
 
 import contextlib
-import marshal
+import json
 import os
 import select
 import subprocess
@@ -24,8 +24,8 @@ from gulliver.runtime.text import sandbox
 Objects = Sequence[Mapping[str, Any]]
 LIMIT_SOURCE = 2_000_000  # characters of all templates of a model; the longest known have 30,000
 SLOW_SECONDS = 2.0  # an answer that takes longer no longer competes with those that are being written
-SLOW_PRIORITY = 10
-WAIT_SECONDS = 60.0  # for an answer, whose processor time is limited: longer on a machine that is overloaded
+SLOW_PRIORITY = 5
+WAIT_SECONDS = 600.0  # for an answer, whose processor time is limited: longer on a machine that is overloaded
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which a message's reasoning comes; templates read the first, some the second."""
 
@@ -69,7 +69,7 @@ class ChatTemplate:
         values = self._tokens | variables | {"add_generation_prompt": add_generation_prompt, "documents": None}
         try:
             values |= {"messages": [_message(message) for message in messages], "tools": _plain(tools)}
-            job = marshal.dumps((name, values))
+            job = json.dumps((name, values)).encode()
         except (ValueError, RecursionError) as error:
             raise _refused(sandbox.reason_of(error)) from error
         kind, text = self._process.ask(job)
@@ -127,7 +127,7 @@ class _Process:
             raise ConfigError(f"the process for the chat template cannot be started: {error.strerror}") from error
         self._end = weakref.finalize(self, _end, process)
         with contextlib.suppress(OSError):  # it died at once: the question after it says so
-            _send(process, marshal.dumps((sys.path, dict(self._sources))))
+            _send(process, json.dumps((sys.path, self._sources, sandbox.LIMIT_SECONDS)).encode())
         self._running = process
         return process
 

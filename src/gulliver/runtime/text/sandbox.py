@@ -6,14 +6,13 @@ never ends. So it is compiled and run here, under a limit of memory for the proc
 past which the kernel kills it, whatever it is doing. The server's process only waits (chat_template.py), and others run
 meanwhile. This file is run by its path, so that nothing but Jinja is imported.
 
-Messages to it are a length and marshalled plain values: first `sys.path` and the sources by name, then (name, values)
+Messages to it are a length and JSON: first `sys.path`, the sources by name and the limit of time, then (name, values)
 for every text. Each is answered by one letter, a length and text: see ANSWERS.
 """
 
 from __future__ import annotations
 
 import json
-import marshal
 import resource
 import signal
 import struct
@@ -110,7 +109,7 @@ def _to_json(
 def receive(stream: BinaryIO) -> Any:
     """The next message; None at the end."""
     head = stream.read(HEAD.size)
-    return marshal.loads(stream.read(HEAD.unpack(head)[1])) if len(head) == HEAD.size else None
+    return json.loads(stream.read(HEAD.unpack(head)[1])) if len(head) == HEAD.size else None
 
 
 def reason_of(error: BaseException) -> str:
@@ -119,9 +118,9 @@ def reason_of(error: BaseException) -> str:
     return text.splitlines()[0][:300] if text else type(error).__name__
 
 
-def _limited(work: Callable[..., Any], *arguments: Any) -> Any:
+def _limited(seconds: float, work: Callable[..., Any], *arguments: Any) -> Any:
     """What `work` gives for the arguments; past its processor time the kernel ends the process."""
-    signal.setitimer(signal.ITIMER_PROF, LIMIT_SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         return work(*arguments)
     finally:
@@ -149,7 +148,7 @@ def main() -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process; the parent may have ignored or blocked it
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     given, answer = sys.stdin.buffer, sys.stdout.buffer
-    path, sources = receive(given)
+    path, sources, seconds = receive(given)
     sys.path[:] = path
     datetime.now().astimezone()  # reads the time zone's file
     for limit, most in ((resource.RLIMIT_AS, LIMIT_BYTES), (resource.RLIMIT_CORE, 0)):
@@ -161,9 +160,9 @@ def main() -> None:
         kind = UNREADABLE
         try:
             if not templates:
-                templates = _limited(_compiled, sources)
+                templates = _limited(seconds, _compiled, sources)
             kind = REFUSED
-            text = _limited(_text, templates[name], values).encode("utf-8", "surrogatepass")
+            text = _limited(seconds, _text, templates[name], values).encode("utf-8", "surrogatepass")
             kind = TEXT
         except MemoryError:
             text = f"it takes more than {LIMIT_BYTES >> 20} MiB of memory".encode()
