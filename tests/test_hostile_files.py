@@ -23,7 +23,7 @@ from gulliver.data.options import PullOptions, ReadOptions
 from gulliver.data.pull import run as pull
 from gulliver.data.read import run as read
 from gulliver.pipeline import recipe
-from gulliver.tasks import get_task
+from gulliver.tasks import detect_task, get_task
 from gulliver.tasks.vision.examples import read_split
 
 SECRET = "TOP-SECRET-KEY-42"
@@ -198,6 +198,21 @@ def test_layers_are_held_against_the_weights_while_they_are_built(value: int, tm
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": value, "layer_types": None}))
     with pytest.raises(ArtifactError, match="far more than the weight files hold"):
         get_task("language").load(folder)
+
+
+@pytest.mark.parametrize("value", [["bert"], {"a": 1}, 7, None], ids=str)
+@pytest.mark.parametrize("key", ["model_type", "architectures", "quantization_config", "is_encoder_decoder"])
+def test_a_key_of_another_type_is_no_traceback(key: str, value: Any, tmp_path: Path) -> None:
+    folder = write_encoder(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "modules.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    try:
+        get_task(detect_task(folder)).load(folder)
+    except ArtifactError as refused:
+        assert "\n" not in str(refused)
+    else:
+        assert key in ("quantization_config", "is_encoder_decoder", "architectures")
 
 
 # ---- weights that are not used --------------------------------------------------------------------------------------

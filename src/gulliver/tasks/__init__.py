@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gulliver.core.errors import ConfigError
+from gulliver.core.foreign import foreign
 from gulliver.core.names import named, unknown
 from gulliver.nets.kinds import model_config, quantization, refusal
 from gulliver.nets.selection import select
@@ -159,11 +160,12 @@ def bytes_beside(name: str, task: str, folder: Path) -> int:
 def detect_task(folder: Path) -> str:
     """The family of the model in a folder, from its config.json. ArtifactError when there is none that reads it."""
     config = model_config(folder)
-    for name, row in reversed(list(TASKS.items())):
-        if named(row.claims)(folder, config):
-            quantization(folder, config)  # which refuses what cannot be dequantized
-            return name
-    raise refusal(folder, config)
+    with foreign(f"{folder / 'config.json'} is not a usable model config"):
+        for name, row in reversed(list(TASKS.items())):
+            if named(row.claims)(folder, config):
+                quantization(folder, config)  # which refuses what cannot be dequantized
+                return name
+        raise refusal(folder, config)
 
 
 def rewriter(folder: Path) -> Callable[[Path, Path], Rewritten] | None:
@@ -173,6 +175,7 @@ def rewriter(folder: Path) -> Callable[[Path, Path], Rewritten] | None:
     model that Gulliver packed is plain too. ArtifactError for a folder without weights.
     """
     config = model_config(folder)
-    usual = select(folder).usual and quantization(folder, config) is None
-    part = named("gulliver.tasks.language.config:is_part")(folder, config)
+    with foreign(f"{folder / 'config.json'} is not a usable model config"):
+        usual = select(folder).usual and quantization(folder, config) is None
+        part = named("gulliver.tasks.language.config:is_part")(folder, config)
     return None if usual and not part else named("gulliver.tasks.text.plain:write_plain")
