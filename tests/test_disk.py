@@ -176,6 +176,11 @@ def test_half_copies_of_a_killed_process_are_cleaned_by_the_next(tmp_path: Path)
     assert sweep(tmp_path) == [path]
 
 
+def test_a_file_in_a_folder_that_is_gone_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_atomic(tmp_path / "gone" / "file", "x")
+
+
 def test_a_new_store_sweeps_its_own_folder_and_follows_no_link(store: Store, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (store.home / "machine.json.tmp-1").write_text("{")

@@ -13,10 +13,10 @@ from gguf_samples import model_folder
 from toy_language import write_text
 
 import gulliver
-from gulliver.core.errors import BudgetError, ConfigError, DataError
+from gulliver.core.errors import ArtifactError, BudgetError, ConfigError, DataError
 from gulliver.core.progress import Progress
 from gulliver.core.records import FitResult, PlainTensors
-from gulliver.core.store.artifact import Artifact
+from gulliver.core.store.artifact import Artifact, copy_artifact
 from gulliver.tasks.language import writing
 
 __all__ = ["small_efforts"]
@@ -92,6 +92,17 @@ def test_a_model_that_gguf_cannot_hold_is_refused_at_once(
     with pytest.raises(ConfigError, match=rf"cannot be fitted for gguf: .*{told}.*Leave --for out"):
         gulliver.fit(folder, size="60%", store=language.store, progress=QUIET, **options)
     assert set(steps_run(language)[before:]) <= {"pull"}
+
+
+def test_an_out_that_holds_another_artifact_is_told_at_once(language: Lab, tmp_path: Path) -> None:
+    copy_artifact(language.model, tmp_path / "out")
+    before = steps_run(language)
+    given: dict[str, Any] = {"data": language.dataset, "effort": "fast", "store": language.store, "progress": QUIET}
+    with pytest.raises(ArtifactError, match="holds another artifact"):
+        gulliver.fit(language.model, size=100_000, out=tmp_path / "out", **given)
+    with pytest.raises(ArtifactError, match="lies in the home"):
+        gulliver.fit(language.model, size=100_000, out=language.store.home / "out", **given)
+    assert steps_run(language) == before
 
 
 def test_wrong_data_are_found_before_a_model_is_looked_for(tmp_path: Path) -> None:

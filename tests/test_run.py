@@ -284,6 +284,15 @@ def test_a_refused_gate_on_an_earlier_model_refuses_the_page(store: Store, quiet
     assert "<strong>REFUSED</strong>" in text and "perplexity ratio at most 1.01 on small (" in text
 
 
+def test_a_report_that_cannot_be_written_is_told_before_the_work(store: Store, quiet: Progress, tmp_path: Path) -> None:
+    path = tmp_path / "life.toml"
+    path.write_text(RECIPE)
+    for report in ("/proc/report.html", tmp_path / ("x" * 250)):
+        with pytest.raises(ConfigError, match=r"--report .* cannot be written"):
+            run_recipe(path, store=store, progress=quiet, report=report)
+    assert store.runs() == []
+
+
 def test_a_gate_without_evidence_refuses(store: Store, quiet: Progress, tmp_path: Path, written: list[Path]) -> None:
     path = tmp_path / "life.toml"
     path.write_text(RECIPE.replace('metric = "perplexity_ratio"', 'metric = "kl_divergence"'))

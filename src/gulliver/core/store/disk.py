@@ -29,6 +29,8 @@ REMEDIES = {
     errno.EACCES: f"change its permissions, or {_ELSEWHERE}",
     errno.EPERM: f"change its permissions, or {_ELSEWHERE}",
     errno.EIO: f"check the disk (`dmesg`), or {_ELSEWHERE}",
+    errno.ENOLCK: f"the file system has no locks; {_ELSEWHERE}",
+    errno.ESTALE: f"the network's file system lost it; {_KEPT}",
     errno.ENAMETOOLONG: "give a shorter name",
     errno.ELOOP: "give a name that does not lead to itself",
 }

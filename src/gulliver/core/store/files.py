@@ -69,6 +69,16 @@ def write_atomic(path: Path | str, content: bytes | str) -> None:
     sync_folder(target.parent)
 
 
+def check_writable(path: Path, what: str) -> None:
+    """ConfigError, before long work, when a file could not be written at `path`, which is tried; `what` names it."""
+    try:
+        trial, descriptor = unfinished(lambda: temporary_name(path), folder=False)
+        os.close(descriptor)
+        trial.unlink()
+    except OSError as failure:
+        raise ConfigError(f"{what} {path} cannot be written: {failure.strerror}; give another place") from None
+
+
 @contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """A temporary folder to fill, which becomes `target` (absent or empty) when the block ends well, else is deleted.
@@ -107,7 +117,9 @@ def unfinished(name: Callable[[], Path], *, folder: bool = True) -> tuple[Path, 
             flags = os.O_RDONLY | os.O_DIRECTORY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL
             descriptor = os.open(path, flags, 0o666)
         except FileNotFoundError:
-            continue
+            if folder:  # it was there a moment ago
+                continue
+            raise
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.fstat(descriptor).st_nlink and path.exists():
             return path, descriptor
