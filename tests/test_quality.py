@@ -24,6 +24,7 @@ from gulliver.pipeline import steps
 from gulliver.pipeline.call import call, meant
 from gulliver.runtime.decode import native_reason
 from gulliver.tasks import get_task
+from gulliver.tasks.encoder.task import different
 from gulliver.tasks.language import outputs
 
 PASSAGE = "the giant measures every island and the queen counts the lanterns. " * 4
@@ -304,6 +305,24 @@ def test_another_family_is_measured_by_the_same_step(store, ctx, vision):
     assert recorded["accuracy_drop"].value == 0 and recorded["size_ratio"].value == 1
     with pytest.raises(ConfigError, match=r"context|windows"):
         run(SMALL, {"model": model, "dataset": data}, ctx)
+
+
+def test_an_image_or_a_line_that_repeats_is_one_observation(store, ctx, vision):
+    model, data = vision
+    rows = get_task("vision").rows(data.path, "eval")
+    held_out = [{**row, "split": "eval"} for row in rows]
+    train = [{**row, "split": "train"} for row in get_task("vision").rows(data.path, "train")]
+    found = []
+    for several in (held_out, [row for row in held_out for _ in range(5)], held_out[:1] * 9):
+        copies = make_dataset(store.artifacts_folder, [*train, *several])
+        if len(several) == 9:
+            with pytest.raises(DataError, match="repeats one image 9 times"):
+                run(QualityOptions(), {"model": model, "dataset": copies}, ctx)
+            continue
+        report = QualityReport.of(run(QualityOptions(), {"model": model, "dataset": copies}, ctx))
+        found.append([(one.metric, one.n, one.low, one.high) for one in report.evidence if one.data_hash])
+    assert found[0] == found[1] and found[0][0][1] == len(held_out)
+    assert different(["A line.", "another", "a  LINE", "???", "???"]) == ["A line.", "another", "???"]
 
 
 def test_families_are_not_mixed(store, ctx, dataset, vision):

@@ -50,7 +50,7 @@ def test_it_learns_digits_far_beyond_the_majority_class(home):
     verify(model)
     assert (model.kind, model.task, model.inputs) == ("model", "vision", {"dataset": (dataset.id,)})
     assert model.step["name"] == "train" and model.config["task"] == "vision" and model.config["steps"] == 50
-    assert set(model.files) == {"config.json", "model.safetensors", "training.json"}
+    assert set(model.files) == {"calibration.json", "config.json", "model.safetensors", "training.json"}
     rows = {row.metric: row for row in TASK.score(TASK.load(model.path), dataset, folder=model.path)}
     assert rows["accuracy"].value > 0.75
     assert rows["accuracy_vs_baseline"].low > 0.5
