@@ -78,7 +78,7 @@ def read_recipe(folder: Path) -> None:
 
 def read_data(folder: Path) -> None:
     for split in ("train", "eval"):
-        for batch in text_batches(folder, split, TextOptions()):
+        for batch in text_batches(folder, split, TextOptions.model_validate({})):
             assert batch.num_rows
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gulliver.cli.session import Session, opening
-from gulliver.core.errors import ConfigError
+from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.foreign import read_bytes
 from gulliver.core.store.files import named_path
 
@@ -155,7 +155,9 @@ def _read(path: str, option: str) -> str:
     try:
         if path == "-":
             return _piped()
-        return read_bytes(named_path(path), MAX_PROMPT_BYTES, ConfigError).decode()
+        return read_bytes(named_path(path), MAX_PROMPT_BYTES).decode()
+    except ArtifactError as error:
+        raise ConfigError(f"{option} {error}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"the text is not UTF-8 (byte {error.start}); convert it first") from None
 
