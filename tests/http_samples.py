@@ -246,7 +246,7 @@ class FakeAnswerer(Answerer):
     def read(self, words: Sequence[str]) -> Numbers:
         return Numbers(numbers=[int(word) for word in words])
 
-    def submit(self, request: Numbers, stop: threading.Event | None = None, owner: str = "") -> Future[Any]:
+    def submit(self, request: Numbers, stop: threading.Event | None = None) -> Future[Any]:
         del owner
         if 13 in request.numbers:
             raise DataError("13 cannot be added")

@@ -101,7 +101,7 @@ def test_an_out_that_holds_another_artifact_is_told_at_once(language: Lab, tmp_p
     with pytest.raises(ArtifactError, match="holds another artifact"):
         gulliver.fit(language.model, size=100_000, out=tmp_path / "out", **given)
     with pytest.raises(ArtifactError, match="lies in the home"):
-        gulliver.fit(language.model, size=100_000, out=language.store.home / "out", **given)
+        gulliver.fit(language.model, size=100_000, out=language.store.home / "artifacts" / "out", **given)
     assert steps_run(language) == before
 
 

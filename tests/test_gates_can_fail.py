@@ -197,9 +197,11 @@ def test_a_loss_that_is_too_good_refuses(name: str) -> None:
 
     for fine in (found(-0.3, 0.2), found(-0.012, -0.008), found(0.1, 0.2)):
         assert not too_good(fine) and gate.judge([fine], ID).passed
-    doubtful = found(-0.3, -0.02)
-    verdict = gate.judge([doubtful], ID)
-    assert too_good(doubtful) and verdict.outcome == "FAIL" and verdict.reason == suspicion(doubtful)
+    doubtful = found(-0.12, -0.02)
+    assert too_good(doubtful) and gate.judge([doubtful], ID).passed, "it is told, and not refused"
+    impossible = found(-0.3, -0.11)
+    verdict = gate.judge([impossible], ID)
+    assert verdict.outcome == "FAIL" and verdict.reason == suspicion(impossible)
     assert "better than its parent by more than chance" in verdict.reason
 
 

@@ -229,9 +229,9 @@ def test_keys_are_needed_where_others_reach_the_server(tmp_path: Path, monkeypat
 
 
 SLOW = """
-import sys, time
+import os, sys, time
 from gulliver.cli import main, serve
-serve.opened = lambda *given: (print("loading", file=sys.stderr, flush=True), time.sleep(60))
+serve.opened = lambda *given: (os.write(2, b"loading\\n"), time.sleep(60))
 sys.exit(main.main(["serve", "m={folder}", "--port", "0"]))
 """
 

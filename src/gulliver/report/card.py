@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def write_card(artifact: Artifact, store: Store) -> None:
     """Write README.md and evidence.json into the artifact's folder, atomically; its id stays."""
     data = gather(artifact, store)
-    body = {"format": 1, "artifact_id": artifact.id, "evidence": [row.to_json() for row in data.evidence]}
+    body = {"format": 1, "artifact_id": artifact.id, "evidence": [row.to_json() for row in store.evidence(artifact.id)]}
     text = json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_annotation(artifact, EVIDENCE, text)
     write_annotation(artifact, "README.md", card(data))

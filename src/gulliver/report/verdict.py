@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gulliver.core.evidence.evidence import METRICS, Evidence
-from gulliver.core.evidence.gate import Verdict, suspicion, too_good
+from gulliver.core.evidence.gate import NEVER_SO_GOOD, Verdict, suspicion, too_good
 from gulliver.report.gather import DRY_RUN, INFEASIBLE, NOT_JUDGED, ReportData
 from gulliver.report.rows import latest_evidence, measured_texts
 from gulliver.report.units import NOT_MEASURED, format_limit, format_measured, format_seconds, format_value, short_id
@@ -113,7 +113,9 @@ def gate_reason(gate: Verdict) -> str:
     found = gate.evidence
     if gate.passed:
         return ""
-    judged = found is not None and found.metric == gate.metric and found.is_number and not too_good(found)
+    judged = (
+        found is not None and found.metric == gate.metric and found.is_number and not too_good(found, NEVER_SO_GOOD)
+    )
     if gate.outcome == "NO_DATA" or found is None or not judged:
         return gate.reason or gate.outcome
     value, bounds = format_measured(found.value, found.low, found.high, found.unit)

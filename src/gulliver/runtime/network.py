@@ -33,9 +33,12 @@ from gulliver.runtime.reference import read_tensors
 
 COMPUTED = re.compile(
     r"(^|\.)(inv_freq|(cos|sin)_cached|(position|token_type)_ids|relative_position_index|embed_positions\.weights|"
-    r"masked_bias|causal_mask|(attn|attention)\.bias)$"
+    r"masked_bias|causal_mask|(attn|attention)\.bias)$|^(model\.)?mtp\."
 )
-"""How the names of buffers end that older files store, and networks compute."""
+"""How the names of buffers end that older files store, and networks compute; and how those of layers begin that predict
+
+further tokens beside the next one, which is the same without them.
+"""
 
 
 def read_config(folder: Path) -> transformers.PretrainedConfig:

@@ -101,14 +101,20 @@ class Answerer(AbstractContextManager["Answerer"]):
         """
 
     @abstractmethod
-    def submit(self, request: Any, stop: Event | None = None, owner: str = "") -> Future[Any]:
+    def submit(self, request: Any, stop: Event | None = None) -> Future[Any]:
         """The future response to a checked request. When `stop` is set the work may end early, by an exception.
-
-        `owner`: whose request it is, where a server tells its clients apart; what is kept for one serves no other.
 
         QueueFull when too many wait, EngineClosed at the end, ConfigError or DataError for a request that cannot be
         answered.
         """
+
+    def submit_for(self, owner: str, request: Any, stop: Event | None = None) -> Future[Any]:
+        """The same for a server that tells its clients apart: what is kept for one `owner` must serve no other.
+
+        A family that keeps something of its requests fills this in too.
+        """
+        del owner
+        return self.submit(request, stop)
 
     def answer(self, request: Any) -> Any:
         """The response to a checked request; waits for it."""

@@ -20,10 +20,11 @@ from gulliver.core.evidence.evidence import AS_GOOD, METRICS, MUST_BEAT, Evidenc
 
 Outcome = Literal["PASS", "FAIL", "NO_DATA"]
 _WORST_FIRST: tuple[Outcome, ...] = ("NO_DATA", "FAIL", "PASS")
-TOO_GOOD = 0.01
-"""A model made from another is better than it by chance, or by so little (a perplexity of 0.99 times its own), but by
+TOO_GOOD, NEVER_SO_GOOD = 0.01, 0.1
+"""A model made from another is better than it by chance, or by so little (a perplexity of 0.99 times its own): beyond the
 
-more only where something is wrong with the comparison.
+first the comparison is doubted, since a network that is too sure of itself may gain by rounding; beyond the second it
+is refused.
 """
 
 
@@ -133,7 +134,7 @@ class Gate:
             return "NO_DATA", f"{self.metric} was measured on 0 examples"
         if not item.is_number:
             return "FAIL", f"{self.metric} is not a number; the measurement itself failed"
-        if too_good(item):
+        if too_good(item, NEVER_SO_GOOD):
             return "FAIL", suspicion(item)
         met, bound = self._margin(item) >= 0, "lower" if self.at_most is None else "upper"
         verb = "meets" if met else "misses"
@@ -257,16 +258,16 @@ def _below_baseline(own: Sequence[Evidence]) -> Evidence | None:
     return None
 
 
-def too_good(item: Evidence) -> bool:
-    """Whether a comparison says that a model is better than its parent by more than chance and TOO_GOOD allow."""
-    return item.metric in AS_GOOD and item.is_number and item.high < AS_GOOD[item.metric] - TOO_GOOD
+def too_good(item: Evidence, share: float = TOO_GOOD) -> bool:
+    """Whether a comparison says that a model is better than its parent by more than chance and `share` allow."""
+    return item.metric in AS_GOOD and item.is_number and item.high < AS_GOOD[item.metric] - share
 
 
 def suspicion(item: Evidence) -> str:
     """What such a comparison means."""
     return (
-        f"{_describe(item)}: better than its parent by more than chance allows, as no model made from it can "
-        "be. Either it was made with text of the eval part, or the parent is damaged, ill read or another one"
+        f"{_describe(item)}: better than its parent by more than chance allows, as a model made from it seldom "
+        "is. Look whether it was made with text of the eval part, and whether the parent is damaged or another one"
     )
 
 

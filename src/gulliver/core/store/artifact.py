@@ -46,6 +46,10 @@ WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 """How the names of weight files end."""
 
 
+HOME_FOLDERS = ("artifacts", "work", "cache", "locks")
+"""What a home keeps its own files in."""
+
+
 @dataclass(frozen=True)
 class Artifact(Manifest):
     """One immutable folder. Two artifacts are equal when path and content id are."""
@@ -208,8 +212,8 @@ def copy_artifact(artifact: Artifact, folder: Path | str) -> Artifact:
 def check_target(folder: Path | str, home: Path | None = None) -> Path:
     """The folder that a copy is to go to; the one around it is made. Asked before long work, and again before the copy.
 
-    ArtifactError for a file, for a folder that holds something else than an artifact, for one within `home`, and where
-    none can be made, which is tried. What a killed copy to the same folder left is deleted.
+    ArtifactError for a file, for a folder that holds something else than an artifact, for one within a folder that
+    `home` keeps its own files in, and where none can be made, which is tried. What a killed copy to the same folder left is deleted.
     """
     target = named_path(folder)
     remedy = "give another folder"
@@ -222,7 +226,8 @@ def check_target(folder: Path | str, home: Path | None = None) -> Path:
             raise ArtifactError(f"{target} is a file; give a new or empty folder")
         if target.is_dir() and any(target.iterdir()) and not _is_artifact(target):
             raise ArtifactError(f"{target} is not empty and is not an artifact; give a new or empty folder")
-        if home is not None and target.resolve().is_relative_to(home.resolve()):
+        own = [home.resolve() / name for name in HOME_FOLDERS] if home is not None else []
+        if any(target.resolve().is_relative_to(folder) for folder in own):
             raise ArtifactError(f"{target} lies in the home {home}, where artifacts are kept already; {remedy}")
         if home is not None and home.resolve().is_relative_to(target.resolve()):
             raise ArtifactError(f"the home {home} lies in {target}; {remedy}")

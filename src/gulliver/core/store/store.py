@@ -25,7 +25,7 @@ from sqlalchemy import text
 from gulliver.core.errors import ArtifactError, ConfigError, StorageError
 from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.store import chain
-from gulliver.core.store.artifact import Artifact, open_artifact
+from gulliver.core.store.artifact import HOME_FOLDERS, Artifact, open_artifact
 from gulliver.core.store.database import open_database, read, write
 from gulliver.core.store.files import file_lock, named_path, sweep
 from gulliver.core.store.manifest import MANIFEST, MAX_INTEGER, canonical_json, check_id
@@ -72,7 +72,7 @@ class Store:
         self.database_url = database_url
         self.copies: dict[str, Path] = {}  # content id -> the folder outside that the user named; its card keeps up
         try:
-            for name in ("artifacts", "work", "cache", "locks"):
+            for name in HOME_FOLDERS:
                 (self.home / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(

@@ -54,7 +54,7 @@ def _submitted(answerer: Answerer, given: dict[str, Any], owner: str, stop: Even
         problems: list[Any] = error.errors(include_url=False, include_input=False)
         problems = [{**problem, "loc": ("input", *problem["loc"])} for problem in problems]
         raise from_validation(problems, answerer.request_model.model_fields) from None
-    return answerer.submit(asked, stop, owner)
+    return answerer.submit_for(owner, asked, stop)
 
 
 def _written(response: BaseModel, call: RequestRecord) -> bytes:

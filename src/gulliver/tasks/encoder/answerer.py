@@ -53,7 +53,7 @@ class EncoderAnswerer(Embedding):
         """Every word is a text."""
         return self.request_model(texts=list(words))
 
-    def submit(self, request: TextsRequest, stop: Event | None = None, owner: str = "") -> Future[Any]:
+    def submit(self, request: TextsRequest, stop: Event | None = None) -> Future[Any]:
         rows = [self.tokens(text, truncate=request.truncate) for text in request.texts]
         made, count = self.response_model, sum(map(len, rows))
 

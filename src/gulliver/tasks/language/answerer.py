@@ -36,7 +36,10 @@ class LanguageAnswerer(Generating):
         """All words together are the prompt."""
         return self.request_model(prompt=" ".join(words))
 
-    def submit(self, request: TextRequest, stop: Event | None = None, owner: str = "") -> Future[Any]:
+    def submit(self, request: TextRequest, stop: Event | None = None) -> Future[Any]:
+        return self.submit_for("", request, stop)
+
+    def submit_for(self, owner: str, request: TextRequest, stop: Event | None = None) -> Future[Any]:
         prompt: Prompt = request.prompt if request.prompt is not None else request.messages or ""
         sampling = Sampling(**{name: getattr(request, name) for name in SAMPLING})
         asked = self.request(

@@ -66,7 +66,7 @@ class VisionAnswerer(Batched):
             raise DataError(f"{told}; give a PNG, JPEG, WebP, GIF or BMP file")
         return self.request_model(image=base64.b64encode(read_bytes(path, MAX_FILE_BYTES, DataError)).decode())
 
-    def submit(self, request: ImageRequest, stop: Event | None = None, owner: str = "") -> Future[Any]:
+    def submit(self, request: ImageRequest, stop: Event | None = None) -> Future[Any]:
         from gulliver.tasks.vision.pictures import decoded, from_numbers
 
         image = request.image

@@ -13,6 +13,7 @@ from gulliver.core.foreign import foreign
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000
+TOO_LARGE = f"the picture has more than {MAX_PIXELS:,} pixels; make it smaller"
 """Larger pictures are refused from their header, before anything is decoded."""
 
 
@@ -27,9 +28,12 @@ def decoded(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     known = f"; give a {', '.join(FORMATS)} file"
     with foreign("the picture cannot be read", DataError, known), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        try:
+            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        except Image.DecompressionBombError:
+            raise DataError(TOO_LARGE) from None
         if picture.width * picture.height > MAX_PIXELS:
-            raise DataError(f"the picture has more than {MAX_PIXELS:,} pixels; make it smaller")
+            raise DataError(TOO_LARGE)
         ImageOps.exif_transpose(picture, in_place=True)
         mode = "L" if channels == 1 else "RGB"
         picture = picture if picture.mode == mode else picture.convert(mode)
