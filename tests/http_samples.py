@@ -247,7 +247,6 @@ class FakeAnswerer(Answerer):
         return Numbers(numbers=[int(word) for word in words])
 
     def submit(self, request: Numbers, stop: threading.Event | None = None) -> Future[Any]:
-        del owner
         if 13 in request.numbers:
             raise DataError("13 cannot be added")
         return self.engine.submit(request.numbers, stop)

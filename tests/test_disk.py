@@ -111,7 +111,9 @@ def test_what_is_no_fault_of_a_disk_stays_what_it_is(failure: Exception) -> None
 
 # ---- --out is looked at first ---------------------------------------------------------------------------------------
 @pytest.mark.usefixtures("toy_table")
-@pytest.mark.parametrize("out", ["dangling", "loop/x", "file", "file/x", "full", "x" * 240, "other", "home/x", "."])
+@pytest.mark.parametrize(
+    "out", ["dangling", "loop/x", "file", "file/x", "full", "x" * 240, "other", "home/artifacts/x", "."]
+)
 def test_an_out_that_cannot_be_used_is_told_before_the_work(command: Run, tmp_path: Path, out: str) -> None:
     import toys.make
 

@@ -21,10 +21,9 @@ from gulliver.core.evidence.evidence import AS_GOOD, METRICS, MUST_BEAT, Evidenc
 Outcome = Literal["PASS", "FAIL", "NO_DATA"]
 _WORST_FIRST: tuple[Outcome, ...] = ("NO_DATA", "FAIL", "PASS")
 TOO_GOOD, NEVER_SO_GOOD = 0.01, 0.1
-"""A model made from another is better than it by chance, or by so little (a perplexity of 0.99 times its own): beyond the
+"""A model made from another is better than it by chance or by little. Beyond the first share the comparison is doubted
 
-first the comparison is doubted, since a network that is too sure of itself may gain by rounding; beyond the second it
-is refused.
+(a network that is too sure of itself may gain by rounding), beyond the second it is refused.
 """
 
 

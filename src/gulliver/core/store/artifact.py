@@ -213,7 +213,8 @@ def check_target(folder: Path | str, home: Path | None = None) -> Path:
     """The folder that a copy is to go to; the one around it is made. Asked before long work, and again before the copy.
 
     ArtifactError for a file, for a folder that holds something else than an artifact, for one within a folder that
-    `home` keeps its own files in, and where none can be made, which is tried. What a killed copy to the same folder left is deleted.
+    `home` keeps its own files in, and where none can be made, which is tried. What a killed copy to the same folder
+    left is deleted.
     """
     target = named_path(folder)
     remedy = "give another folder"
