@@ -14,7 +14,6 @@ class Config(Options):
 
 def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
     model = inputs["model"]
-    parent = inputs["parent"].id if "parent" in inputs else next(iter(model.inputs.get("model", ())), None)
     ratio = 1 + 1 / 2 ** model.config.get("bits", 32)
     rows = [
         ("size_bytes", float(model.weight_bytes), 0.0, "bytes"),
@@ -33,7 +32,7 @@ def run(cfg: Config, inputs: dict[str, Artifact], ctx: Context) -> Artifact:
                 seed=ctx.seed,
                 data_hash="",
                 artifact_id=model.id,
-                parent_id=parent,
+                parent_id=inputs["parent"].id if "parent" in inputs else None,
             )
             for metric, value, half, unit in rows
         ]

@@ -253,10 +253,10 @@ def _parent_id(
 def _about(evidence: Sequence[Evidence], parent_id: str | None) -> tuple[Evidence, ...]:
     """Evidence without comparisons with other models, and without times of other machines than that of the newest."""
     times = [row.machine for row in evidence if METRICS[row.metric].beside == "machine"]
-    beside = {"parent": parent_id, "machine": times[-1] if times else ""}
+    beside = {"parent": (parent_id, None), "machine": times[-1:]}
     found = ((row, METRICS[row.metric].beside) for row in evidence)
     return tuple(
-        row for row, kind in found if not kind or (row.parent_id if kind == "parent" else row.machine) == beside[kind]
+        row for row, kind in found if not kind or (row.parent_id if kind == "parent" else row.machine) in beside[kind]
     )
 
 
