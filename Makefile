@@ -10,7 +10,7 @@
 #   PART     one part instead of all:  make bench-compress PARENT=… DATA=… PART="fit --effort high --size 84MB"
 #                                      make bench-runtime PARENT=… DATA=… PART="decode --rounds 9"
 # make fuzz runs the native kernels on COUNT random packed tensors under the sanitizers (default 1000000; minutes).
-# make fuzz-readers changes COUNT valid files for each of the six readers of strangers' files and reads them; faults are kept
+# make fuzz-readers changes FILES (default 1000) valid files for each of the six readers of strangers' files and reads them; faults are kept
 # in SCRATCH/fuzz. A thousand of each take minutes, a million days.
 # make attack serves a random tiny model on loopback and runs every attack of tests/attack/rows.py on it, SECONDS each
 # (default 3; minutes in all); ATTACK="--only grammar" takes some, ATTACK="--serve MODEL" another model.
@@ -24,6 +24,7 @@ MODEL ?= $(SCRATCH)/fit-normal-72MB/fitted
 PEERS ?= $(SCRATCH)/peers
 PART ?= all
 COUNT ?= 1000000
+FILES ?= 1000
 SECONDS ?= 3
 ATTACK ?=
 # The sources of an installation: a change to the native sources reinstalls it.
@@ -86,7 +87,7 @@ fuzz:
 	$(MAKE) -C tests/native run COUNT=$(COUNT)
 
 fuzz-readers: .venv/installed-dev
-	$(BIN)/python benchmarks/fuzz_readers.py --count $(COUNT) --keep $(SCRATCH)/fuzz --out benchmarks/results/fuzz_readers.json
+	$(BIN)/python benchmarks/fuzz_readers.py --count $(FILES) --keep $(SCRATCH)/fuzz --out benchmarks/results/fuzz_readers.json
 
 attack: .venv/installed-dev
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m attack --seconds $(SECONDS) $(ATTACK)

@@ -169,10 +169,10 @@ files.write_atomic(folder / "card.md", "half")
 def test_half_copies_of_a_killed_process_are_cleaned_by_the_next(tmp_path: Path) -> None:
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
     assert killed.returncode == -signal.SIGKILL and len(list(tmp_path.glob("*.tmp-*"))) == 2
-    path, descriptor = unfinished(lambda: tmp_path / "out.tmp-living")
+    path, descriptor = unfinished(lambda: tmp_path / "out.tmp-0123456789ab")
     assert check_target(tmp_path / "out") == tmp_path / "out"
     write_atomic(tmp_path / "card.md", "whole")
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["card.md", "out.tmp-living"]
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["card.md", "out.tmp-0123456789ab"]
     assert sweep(tmp_path) == []
     os.close(descriptor)
     assert sweep(tmp_path) == [path]
@@ -185,11 +185,11 @@ def test_a_file_in_a_folder_that_is_gone_is_an_error(tmp_path: Path) -> None:
 
 def test_a_new_store_sweeps_its_own_folder_and_follows_no_link(store: Store, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    (store.home / "machine.json.tmp-1").write_text("{")
-    (store.artifacts_folder / f"{'a' * 64}.tmp-1").mkdir()
-    (store.home / "link.tmp-1").symlink_to(tmp_path / "mine")
+    (store.home / "machine.json.tmp-0123456789ab").write_text("{")
+    (store.artifacts_folder / f"{'a' * 64}.tmp-0123456789ab").mkdir()
+    (store.home / "link.tmp-ba9876543210").symlink_to(tmp_path / "mine")
     Store(store.home)
-    assert (tmp_path / "mine").is_dir() and list(store.home.glob("*.tmp-*")) == [store.home / "link.tmp-1"]
+    assert (tmp_path / "mine").is_dir() and list(store.home.glob("*.tmp-*")) == [store.home / "link.tmp-ba9876543210"]
     assert list(store.artifacts_folder.iterdir()) == []
 
 

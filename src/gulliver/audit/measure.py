@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gulliver.core.errors import ArtifactError, BudgetError, ConfigError, DataError, GulliverError
+from gulliver.core.errors import ArtifactError, BudgetError, ConfigError, DataError, GulliverError, StorageError
 from gulliver.core.machine import bandwidth_gb_s, identify, usable_cores
 from gulliver.core.memory import current_rss_bytes, peak_rss_bytes
 from gulliver.runtime.decode import NativeDecoder, native_reason
@@ -27,7 +27,7 @@ from gulliver.tasks import family, get_task
 
 BANDWIDTH_BYTES = 2**27
 """Bytes that each core reads to measure the bandwidth."""
-EXPECTED = {kind.__name__: kind for kind in (ArtifactError, BudgetError, ConfigError, DataError)}
+EXPECTED = {kind.__name__: kind for kind in (ArtifactError, BudgetError, ConfigError, DataError, StorageError)}
 """Errors that are the same in this process as in the one that measures."""
 
 

@@ -26,7 +26,7 @@ def ask(options: AskOptions, session: Session) -> tuple[Any, list[str]]:
     """One answer of a model of any family. ConfigError or DataError for an input that it does not understand."""
     from gulliver.pipeline.ask import answered, open_answerer, shown_name
 
-    given = _given([_piped()] if options.input == ("-",) else list(options.input))
+    given = _given([_read("-", "the input")] if options.input == ("-",) else list(options.input))
     how = opening(options, slots=1)
     with open_answerer(options.model, how, store=lambda: session.store, progress=session.progress) as answerer:
         response = answered(answerer, given)

@@ -119,6 +119,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(**given)
         self.crowd = crowd
         self.end = self.stalled = math.inf
+        self.unread = 0  # bytes of an answer that waited when the client began to be slow
         self.origin: Any = None  # the client's address; of IPv6 the half that is given to one customer
         self.taken = 0  # bytes of the message that arrives now, but for what came with the end of the one before
         self.pieces = self.carried = 0  # of its body: parts and bytes
@@ -180,6 +181,7 @@ class Connection(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self.unread = self.transport.get_write_buffer_size()
         self.stalled = self.loop.time() + self.crowd.settings.write_seconds
 
     def resume_writing(self) -> None:
@@ -254,6 +256,10 @@ class Connection(HttpToolsProtocol):
 
     def late(self, now: float) -> None:
         """A time is over."""
+        waiting = self.transport.get_write_buffer_size()
+        if self.stalled < now <= self.end and waiting < self.unread:  # it reads, if slowly
+            self.unread, self.stalled = waiting, now + self.crowd.settings.write_seconds
+            return
         if self.stalled < now or self.deaf or self.transport.is_closing() or not self.in_head:
             self.transport.abort()
         elif self in self.crowd.half_open and self.taken:

@@ -40,8 +40,8 @@ class Server(uvicorn.Server):
         yield
 
 
-class Stopped(BaseException):
-    """A signal came before the server served. No Exception: a library must not take it for a fault of its own."""
+class Stopped(KeyboardInterrupt):
+    """A signal came before the server served. A KeyboardInterrupt: no boundary takes it for a fault of a library."""
 
 
 @contextlib.contextmanager

@@ -153,13 +153,19 @@ class State:
         """Run slow work in a thread, past the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.threads, work, *arguments)
 
-    async def prepared(self, threads: Threads, work: Callable[..., Result], *arguments: Any) -> Result:
+    def left(self, call: RequestRecord) -> float:
+        """Seconds until a request's time is over."""
+        return max(0.0, call.arrived + self.settings.timeout_seconds - time.monotonic())
+
+    async def prepared(
+        self, call: RequestRecord, threads: Threads, work: Callable[..., Result], *arguments: Any
+    ) -> Result:
         """Run `work`, which reads a request to a model, in threads of that model.
 
         ApiError 504 at the time limit, 429 when too many wait for a thread.
         """
         try:
-            async with asyncio.timeout(self.settings.timeout_seconds):
+            async with asyncio.timeout(self.left(call)):
                 return await asyncio.wrap_future(threads.submit(work, *arguments))
         except TimeoutError:
             raise timed_out() from None

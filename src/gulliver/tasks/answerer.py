@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from gulliver.core.errors import ConfigError
 from gulliver.core.names import named
-from gulliver.runtime.batching.records import Request
+from gulliver.runtime.batching.records import EngineClosed, Request
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -119,9 +119,10 @@ class Answerer(AbstractContextManager["Answerer"]):
     def answer(self, request: Any) -> Any:
         """The response to a checked request; waits for it."""
         future = self.submit(request)
-        while not wait([future], timeout=ALIVE_SECONDS).done and self.engine.alive:
-            pass
-        return future.result(timeout=ALIVE_SECONDS)  # which an engine that has died never gives
+        while not wait([future], timeout=ALIVE_SECONDS).done:
+            if not self.engine.alive and not wait([future], timeout=ALIVE_SECONDS).done:
+                raise EngineClosed("the model has lost its thread; the answer does not come")
+        return future.result()
 
     @abstractmethod
     def show(self, response: Any) -> list[str]:

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from gulliver.core.store.locks import IDLE_S, acquire
 
 TEMPORARY = ".tmp-"
 """Names that contain this are unfinished work: never listed, never part of an artifact."""
+_OWN = re.compile(r".*\.tmp-[0-9a-f]{12,16}")
+"""Those that are ours, and may be deleted; a user's folder may have a name like it."""
 
 
 def named_path(name: str | Path) -> Path:
@@ -138,7 +141,7 @@ def sweep(folder: Path, prefix: str = "") -> list[Path]:
         found = sorted(entry.name for entry in os.scandir(folder) if entry.name.startswith(prefix))
     except OSError:
         return []
-    for path in (folder / name for name in found if TEMPORARY in name):
+    for path in (folder / name for name in found if _OWN.fullmatch(name)):
         with contextlib.suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:

@@ -98,9 +98,20 @@ def _holders(path: Path) -> list[int]:
 
 
 def _processor_ticks(pid: int) -> int | None:
-    """The processor time that a process has used, in the kernel's ticks; None where it cannot be seen."""
-    words = _stat(pid)
-    return None if words is None else int(words[11]) + int(words[12])
+    """The processor time that a process and those that it started have used, in the kernel's ticks.
+
+    None where it cannot be seen.
+    """
+    if _stat(pid) is None:
+        return None
+    known = {int(one.name): _stat(int(one.name)) for one in Path("/proc").iterdir() if one.name.isdigit()}
+    found, family = 0, [pid]
+    while family:
+        one = family.pop()
+        family += [child for child, words in known.items() if words is not None and int(words[1]) == one]
+        words = known.get(one)
+        found += 0 if words is None else int(words[11]) + int(words[12])
+    return found
 
 
 def _stat(pid: int) -> list[str] | None:

@@ -151,10 +151,11 @@ class Stepper:
 
     def lose(self, error: BaseException) -> None:
         """End every request by an error when nothing else is certain any more: neither their state nor the cache's."""
-        lost = [running for running in (*self.scheduler.running, *self.waiting) if not running.ended]
-        self.waiting.clear()
+        lost = list(self.scheduler.running)
+        while self.waiting:  # one by one: others come meanwhile
+            lost.append(self.waiting.popleft())
         now = time.monotonic()
-        for running in lost:
+        for running in (one for one in lost if not one.ended):
             running.finish = f"error: the engine failed ({type(error).__name__}) and began anew"
             self.counters.finish(running.finish, now, running.submitted)
             self._deliver(running, Piece("", finish=running.finish, prompt_tokens=running.prompt_length))

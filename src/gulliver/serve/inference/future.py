@@ -28,7 +28,7 @@ async def result_of(
     watch = asyncio.ensure_future(disconnected(request.receive))
     future: asyncio.Future[Any] | None = None
     try:
-        async with asyncio.timeout(state.settings.timeout_seconds):
+        async with asyncio.timeout(state.left(call)):
             future = asyncio.wrap_future(await asyncio.wrap_future(model.threads.submit(submit, stop)))
             await asyncio.wait((future, watch), return_when=asyncio.FIRST_COMPLETED)
         if not future.done():

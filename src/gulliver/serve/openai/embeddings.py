@@ -39,7 +39,7 @@ def router(state: State) -> APIRouter:
         if body.dimensions not in (None, answerer.width):
             width = answerer.width
             raise bad_request(f"this model's vectors have {width} dimensions; leave out dimensions", "dimensions")
-        texts = await state.prepared(model.threads, _tokens, body, answerer)
+        texts = await state.prepared(call, model.threads, _tokens, body, answerer)
         call.choices = len(texts)
         vectors = await result_of(partial(answerer.embed, texts), request, state, model, call)
         call.prompt_tokens = sum(map(len, texts))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +20,7 @@ from gulliver.serve.openai.answers import STREAMS, ChatAnswer, CompletionAnswer,
 from gulliver.serve.openai.generation import Bridge, Generation
 from gulliver.serve.openai.request_schemas import MAX_PROMPTS, ChatRequest, CompletionRequest, GenerationFields, Tool
 from gulliver.serve.openai.response_schemas import ChatCompletion, Completion
-from gulliver.serve.state import RequestRecord, ServedModel, State, record_of
+from gulliver.serve.state import ServedModel, State, record_of
 
 DEFAULT_TOKENS = 16
 LARGEST_SEED = 2**63 - 1
@@ -33,9 +32,6 @@ def router(state: State) -> APIRouter:
     """The routes, for one server."""
     routes, bridge = APIRouter(route_class=JsonRoute, tags=["text"], responses=STREAMS), Bridge()
 
-    def left(call: RequestRecord) -> float:
-        return call.arrived + state.settings.timeout_seconds - time.monotonic()
-
     @routes.post("/v1/chat/completions", operation_id="create_chat_completion", response_model=ChatCompletion)
     async def chat(body: ChatRequest, request: HttpRequest) -> Response:
         """Answer a conversation, whole or streamed."""
@@ -43,10 +39,10 @@ def router(state: State) -> APIRouter:
         call = record_of(request)
         call.model = model.name
         _check_chat(body)
-        asked = await state.prepared(model.threads, _chat_request, body, model, call.owner)
+        asked = await state.prepared(call, model.threads, _chat_request, body, model, call.owner)
         if tools.forced(body) or (body.response_format is not None and body.response_format.type != "text"):
-            asked = replace(asked, grammar=await state.prepared(model.compilers, _grammar, body, model))
-        run = Generation(model.engine, _repeated([asked], body.n or 1), bridge, bool(body.stream), left(call))
+            asked = replace(asked, grammar=await state.prepared(call, model.compilers, _grammar, body, model))
+        run = Generation(model.engine, _repeated([asked], body.n or 1), bridge, bool(body.stream), state.left(call))
         return await answered(run, request, ChatAnswer(model, call, body))
 
     @routes.post("/v1/completions", operation_id="create_completion", response_model=Completion)
@@ -60,9 +56,9 @@ def router(state: State) -> APIRouter:
         if len(rows) * times > MAX_PROMPTS:
             message = f"{len(rows) * times} completions were requested; a request may ask for at most {MAX_PROMPTS}"
             raise bad_request(message, "n")
-        prompts = await state.prepared(model.threads, _completion_requests, body, rows, model, call.owner)
+        prompts = await state.prepared(call, model.threads, _completion_requests, body, rows, model, call.owner)
         asked = _repeated([one for one, _ in prompts], times)
-        run = Generation(model.engine, asked, bridge, bool(body.stream), left(call))
+        run = Generation(model.engine, asked, bridge, bool(body.stream), state.left(call))
         echoes = [text for _, text in prompts for _ in range(times)]
         return await answered(run, request, CompletionAnswer(model, call, body, echoes))
 

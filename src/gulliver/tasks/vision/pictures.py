@@ -13,8 +13,8 @@ from gulliver.core.foreign import foreign
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000
-TOO_LARGE = f"the picture has more than {MAX_PIXELS:,} pixels; make it smaller"
 """Larger pictures are refused from their header, before anything is decoded."""
+TOO_LARGE = f"the picture has more than {MAX_PIXELS:,} pixels; make it smaller"
 
 
 def decoded(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
