@@ -161,7 +161,7 @@ def test_only_the_comparison_with_the_parent_that_was_meant_counts(name: str) ->
 
 @pytest.mark.parametrize("name", COMPARED)
 def test_a_comparison_with_itself_counts_nowhere(name: str) -> None:
-    """Where nobody says what was meant either; and of several parents the worst comparison decides."""
+    """Without `Meant` too; and of several parents the worst comparison decides."""
     gate, itself = gate_at_one(name), replace(good(name), parent_id=ID)
     verdict = gate.judge([itself], ID)
     assert verdict.outcome == "NO_DATA" and "against itself" in verdict.reason

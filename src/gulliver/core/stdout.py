@@ -72,5 +72,5 @@ class _Unfailing(io.FileIO):
     def write(self, data: Any) -> int | None:
         try:
             return super().write(data)
-        except OSError:  # nobody reads what is told, or its disk is full: the work goes on
+        except OSError:  # the stream is closed or its disk is full: the work continues
             return len(data)

@@ -136,7 +136,7 @@ def passages(dataset: Artifact, split: str) -> list[str]:
 
 
 def different(lines: Sequence[str]) -> list[str]:
-    """Each line once, whatever its case, blanks and marks: the same text again is no further observation."""
+    """Each line once, whatever its case, blanks and marks: a repeated text adds no observation."""
     found: dict[str, str] = {}
     for line in lines:
         found.setdefault(letters(line.casefold()) or line, line)

@@ -65,7 +65,7 @@ def score_causal(
 ) -> list[Evidence]:
     """Evidence on the first `windows` windows of `context` tokens of the eval split and on its questions; `Task.score`.
 
-    Windows that repeat others are left out, since they are no further observation. A model that reads fewer tokens at
+    Windows that repeat others are left out, since they add no observation. A model that reads fewer tokens at
     once, and a shorter text, get shorter windows; the evidence says which. DataError where no two windows are left.
     """
     if parent is not None and vocabulary_of(parent) != vocabulary_of(model):

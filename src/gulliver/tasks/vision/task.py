@@ -164,7 +164,7 @@ def _fitting(dataset: Artifact, split: str, config: InceptionConfig) -> Examples
 
 
 def _different(examples: Examples) -> Examples:
-    """Each image once, in order: the same again is no further observation. DataError where there are no two."""
+    """Each image once, in order: a repeated one adds no observation. DataError where there are no two."""
     first: dict[bytes, int] = {}
     for place, image in enumerate(examples.images):
         first.setdefault(image.tobytes(), place)
