@@ -17,7 +17,9 @@ from gulliver.core.evidence.evidence import Evidence, measured
 from gulliver.core.evidence.gate import Gate
 from gulliver.core.records import SpeedReport
 from gulliver.core.repair import repair
+from gulliver.core.store import migrations
 from gulliver.core.store.artifact import Artifact, write_annotation
+from gulliver.core.store.database import open_database
 from gulliver.core.store.store import Store
 
 Damage = Callable[[Path], object]
@@ -169,3 +171,44 @@ def test_a_newer_database_is_not_repaired(store: Store) -> None:
         connection.exec_driver_sql("INSERT INTO schema_history VALUES (99)")
     with pytest.raises(ConfigError, match="upgrade Gulliver"):
         repair(store.home)
+
+
+@pytest.mark.parametrize("step", ["gulliver.core.store.chain.append", "os.replace"])
+def test_a_repair_that_is_cut_short_can_be_repeated(
+    step: str, measured_home: tuple[Store, Artifact, list[Evidence]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, model, _ = measured_home
+    file = store.home / "gulliver.db"
+    with sqlite3.connect(file) as connection:
+        connection.execute("PRAGMA writable_schema = ON")
+        connection.execute("UPDATE sqlite_master SET rootpage = 999 WHERE name = 'evidence_by_artifact'")
+    connection.close()
+    before = file.read_bytes()
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(step, dies)
+        repair(store.home)
+    assert file.read_bytes() == before and not list(store.home.glob("*.tmp-*"))
+    assert repair(store.home).kept == 3
+    assert [item.metric for item in Store(store.home).evidence(model.id)] == ["accuracy", "decode_tokens_per_s"]
+
+
+def test_rows_of_an_older_gulliver_are_taken_over(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows have no chain; an index that leads nowhere is the damage."""
+    file = store.home / "gulliver.db"
+    for name in ("", "-wal", "-shm"):
+        file.with_name(f"gulliver.db{name}").unlink(missing_ok=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(migrations, "MIGRATIONS", migrations.MIGRATIONS[:3])
+        with open_database(store.home, None).begin() as connection:
+            connection.exec_driver_sql(
+                "INSERT INTO runs (finished_at, key, step, config, inputs, artifact_id, seconds, peak_rss_bytes)"
+                " VALUES ('2026-01-01T00:00:00Z', 'k', 'speed', '{}', '{}', 'a', 1.5, 7)"
+            )
+            connection.exec_driver_sql("PRAGMA writable_schema = ON")
+            connection.exec_driver_sql("UPDATE sqlite_master SET rootpage = 999 WHERE name = 'evidence_by_artifact'")
+    done = repair(store.home)
+    assert (done.kept, len(Store(store.home).runs())) == (1, 1) and Store(store.home).verify()["runs"] == 1

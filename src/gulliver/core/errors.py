@@ -20,11 +20,15 @@ FOREIGN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, Ari
 """What code of others raises when it meets what it does not expect: a network of transformers, run another way."""
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException | str) -> str:
     """What another's error says, as one line that a terminal only shows."""
-    line, *more = (str(error).strip() or type(error).__name__).splitlines()
+    line, *more = (str(error).strip() or _nothing_said(error)).splitlines()
     line = " ".join([line, *(more[:1] if line.endswith(":") else ())])[:200]
     return "".join(letter if letter.isprintable() else "?" for letter in line)
+
+
+def _nothing_said(error: BaseException | str) -> str:
+    return "no reason given" if isinstance(error, str) else type(error).__name__
 
 
 class GulliverError(Exception):

@@ -8,6 +8,8 @@ elsewhere, since nothing shows that it was recorded in this home.
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import sqlite3
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
-from sqlalchemy import NullPool, create_engine
+from sqlalchemy import NullPool, create_engine, text
 from sqlalchemy.exc import DBAPIError
 
 from gulliver.core.errors import ArtifactError, ConfigError
@@ -25,11 +27,12 @@ from gulliver.core.records import HarnessReport, QualityReport, SpeedReport
 from gulliver.core.store import chain
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.database import DATABASE, DamagedDatabase, open_database, read, write
-from gulliver.core.store.files import file_lock, hash_file
+from gulliver.core.store.files import file_lock, hash_file, sync_folder, unfinished_folder
 from gulliver.core.store.manifest import EVIDENCE, canonical_json, read_json
 from gulliver.core.store.store import Store, home_folder
 
 MAX_EVIDENCE_BYTES = 64 * 2**20
+_SUFFIXES = ("", "-wal", "-shm")  # the files of an SQLite database
 
 
 @dataclass(frozen=True)
@@ -80,26 +83,46 @@ def _damage(home: Path) -> str:
 
 
 def _begin_again(home: Path) -> tuple[Path, int]:
-    """Move the damaged database aside and fill a new one with its rows that fit: (where it is, how many rows)."""
+    """Keep a copy of the damaged database, and put one with its rows that fit in its place: (the copy, how many rows).
+
+    The new one is complete before it takes the name, so a repair that is killed can be repeated.
+    """
     aside = home / f"{DATABASE}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
-    with file_lock(home / f"{DATABASE}.lock"):
-        for suffix in ("-wal", "-shm", ""):  # the log first: SQLite must not find it beside another database
-            with contextlib.suppress(FileNotFoundError):
-                (home / f"{DATABASE}{suffix}").rename(f"{aside}{suffix}")
     kept = 0
-    with write(open_database(home, None)) as connection:
-        for table in chain.TABLES:
-            rows = list(_whole_rows(aside, table))
-            if rows:
-                chain.append(connection, table, rows)
-            kept += len(rows)
+    with file_lock(home / f"{DATABASE}.lock"), unfinished_folder(home / f"{DATABASE}.repair") as scratch:
+        for suffix in _SUFFIXES:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copy2(home / f"{DATABASE}{suffix}", scratch / f"{aside.name}{suffix}")
+        fresh = open_database(scratch, None)
+        with write(fresh) as connection:
+            for table in chain.TABLES:
+                rows = list(_whole_rows(home / DATABASE, table))
+                if rows:
+                    chain.append(connection, table, rows)
+                kept += len(rows)
+        for suffix in _SUFFIXES:
+            with contextlib.suppress(FileNotFoundError):
+                (scratch / f"{aside.name}{suffix}").rename(f"{aside}{suffix}")
+        for suffix in _SUFFIXES[1:]:  # SQLite must not find the old log beside the new database
+            (home / f"{DATABASE}{suffix}").unlink(missing_ok=True)
+        os.replace(scratch / DATABASE, home / DATABASE)
+        sync_folder(home)
     return aside, kept
 
 
 def _whole_rows(database: Path, table: str) -> Iterator[Mapping[str, Any]]:
-    """The rows of a damaged database from the first one on, until one cannot be read or does not fit."""
+    """The rows of a damaged database from the first one on, until one cannot be read or does not fit.
+
+    What an older Gulliver wrote is not chained: each row that can be read is taken.
+    """
     engine = create_engine(f"sqlite:///{database}", poolclass=NullPool)
     with contextlib.suppress(DBAPIError, sqlite3.Error), engine.connect() as connection:
+        there = {row.name for row in connection.exec_driver_sql(f"PRAGMA table_info({table})")}
+        if "chain" not in there:
+            columns = chain.TABLES[table]
+            found = connection.execute(text(f"SELECT {', '.join(columns)} FROM {table} ORDER BY id"))
+            yield from (dict(zip(columns, values, strict=True)) for values in found)
+            return
         for _, _, row, fits in chain.rows_in_order(connection, table):
             if not fits:
                 return

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from gulliver.core.errors import ConfigError, DataError, GulliverError
 from gulliver.core.names import nearest
-from gulliver.runtime.batching.records import EngineClosed, QueueFull
+from gulliver.runtime.batching.refusals import EngineClosed, EngineLost, GrammarsFull, QueueFull
 
 CLIENT_CLOSED = 499  # the status that is logged when a client went away before its answer
 CLOSING = (  # what is left of the body is not read, or the place is needed
@@ -116,8 +116,11 @@ def from_validation(problems: Any, fields: Mapping[str, Any] | None = None) -> A
 def refused(error: GulliverError, param: str | None = None) -> ApiError:
     """The answer for what a model raises when it does not take a request, or cannot answer it."""
     if isinstance(error, QueueFull):
+        code = "grammars_full" if isinstance(error, GrammarsFull) else "queue_full"
         wait = error.retry_after_seconds
-        return ApiError(HTTPStatus.TOO_MANY_REQUESTS, str(error), code="queue_full", retry_after=wait)
+        return ApiError(HTTPStatus.TOO_MANY_REQUESTS, str(error), code=code, retry_after=wait)
+    if isinstance(error, EngineLost):
+        return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(error), code="engine_lost", retry_after=5)
     if isinstance(error, EngineClosed):
         return draining()
     if isinstance(error, ConfigError | DataError):

@@ -248,8 +248,7 @@ def _changing(path: Path) -> Iterator[Path]:
 def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     text = json.dumps({"format": 1, "keys": rows}, indent=1) + "\n"
     _parsed(text.encode(), path)
-    write_atomic(path, text)
-    os.chmod(path, 0o600)
+    write_atomic(path, text, 0o600)
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

@@ -28,15 +28,16 @@ class Threads:
         self._lock = threading.Lock()
         self._started = 0
         self._idle = 0
+        self._untaken = 0  # calls that no thread has taken yet
 
     def submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """The future of `work(*arguments)`; a cancel while it waits spares the work. QueueFull when too many wait."""
-        waiting = self._calls.qsize()
-        if waiting >= self._waiting:
-            raise QueueFull(waiting, RETRY_SECONDS)
         future: Future[Any] = Future()
         with self._lock:
-            if self._idle <= waiting and self._started < self._count:
+            if self._untaken >= self._waiting:
+                raise QueueFull(self._untaken, RETRY_SECONDS)
+            self._untaken += 1
+            if self._idle < self._untaken and self._started < self._count:
                 self._started += 1
                 threading.Thread(target=self._run, name="gulliver-prepare", daemon=True).start()
             self._calls.put((future, work, arguments))
@@ -49,6 +50,7 @@ class Threads:
             future, work, arguments = self._calls.get()
             with self._lock:
                 self._idle -= 1
+                self._untaken -= 1
             if not future.set_running_or_notify_cancel():
                 continue
             try:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from gulliver.core.errors import ConfigError
 from gulliver.core.names import named
-from gulliver.runtime.batching.records import EngineClosed, Request
+from gulliver.runtime.batching.records import EngineLost, Request
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -121,7 +121,7 @@ class Answerer(AbstractContextManager["Answerer"]):
         future = self.submit(request)
         while not wait([future], timeout=ALIVE_SECONDS).done:
             if not self.engine.alive and not wait([future], timeout=ALIVE_SECONDS).done:
-                raise EngineClosed("the model has lost its thread; the answer does not come")
+                raise EngineLost("the model has lost its thread; the answer does not come")
         return future.result()
 
     @abstractmethod

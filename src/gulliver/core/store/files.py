@@ -48,15 +48,15 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f"{path.name}{TEMPORARY}{secrets.token_hex(6)}")
 
 
-def write_atomic(path: Path | str, content: bytes | str) -> None:
+def write_atomic(path: Path | str, content: bytes | str, mode: int = 0o666) -> None:
     """Write `content` (text as UTF-8) so that a reader, or a crash, sees the old file or the new one, never half.
 
-    What a killed process left of the same write is deleted.
+    `mode`: the rights of the file, less the umask. What a killed process left of the same write is deleted.
     """
     target = Path(path)
     data = content.encode() if isinstance(content, str) else content
     sweep(target.parent, f"{target.name}{TEMPORARY}")
-    temporary, descriptor = unfinished(lambda: temporary_name(target), folder=False)
+    temporary, descriptor = unfinished(lambda: temporary_name(target), folder=False, mode=mode)
     try:
         with os.fdopen(os.dup(descriptor), "wb") as stream:
             stream.write(data)
@@ -106,7 +106,7 @@ def unfinished_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def unfinished(name: Callable[[], Path], *, folder: bool = True) -> tuple[Path, int]:
+def unfinished(name: Callable[[], Path], *, folder: bool = True, mode: int = 0o666) -> tuple[Path, int]:
     """A new folder or file for work in progress under a fresh `name()`, and a descriptor that holds its lock.
 
     The lock tells `sweep` that its process lives. A sweep that comes between making and locking takes it away; then
@@ -118,7 +118,7 @@ def unfinished(name: Callable[[], Path], *, folder: bool = True) -> tuple[Path, 
             path.mkdir()
         try:
             flags = os.O_RDONLY | os.O_DIRECTORY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL
-            descriptor = os.open(path, flags, 0o666)
+            descriptor = os.open(path, flags, mode)
         except FileNotFoundError:
             if folder:  # it was there a moment ago
                 continue

@@ -20,7 +20,7 @@ from typing import Any
 from gulliver.core.errors import ConfigError
 from gulliver.runtime.batching.counters import Counters, Histogram, seconds_for
 from gulliver.runtime.batching.grammar import Grammars
-from gulliver.runtime.batching.records import EngineClosed, Piece, QueueFull, Request, TokenChoice
+from gulliver.runtime.batching.records import EngineClosed, EngineLost, Piece, QueueFull, Request, TokenChoice
 from gulliver.runtime.batching.scheduler import Scheduler
 from gulliver.runtime.batching.sequence import Sequence as Running
 from gulliver.runtime.batching.stepper import Stepper
@@ -137,8 +137,8 @@ class Engine:
 
     def _enqueue(self, running: Running) -> None:
         if self._draining or not self.alive:
-            what = "is shutting down" if self._draining else "has lost its thread"
-            raise EngineClosed(f"{self.name} {what} and takes no new requests")
+            kind, what = (EngineClosed, "is shutting down") if self._draining else (EngineLost, "has lost its thread")
+            raise kind(f"{self.name} {what} and takes no new requests")
         self.counters.requests += 1
         self._waiting.append(running)
         self._changed.notify_all()
@@ -270,7 +270,7 @@ def _pieces(engine: Engine, ticket: Running, pieces: SimpleQueue[Piece]) -> Iter
                 piece = pieces.get(timeout=ALIVE_SECONDS)
             except Empty:
                 if not engine.alive and pieces.empty():
-                    raise EngineClosed(f"{engine.name} has lost its thread; the answer does not come") from None
+                    raise EngineLost(f"{engine.name} has lost its thread; the answer does not come") from None
                 continue
             yield piece
             if piece.finish is not None:

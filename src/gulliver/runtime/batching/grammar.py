@@ -25,7 +25,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from gulliver.core.errors import ConfigError, first_line
-from gulliver.runtime.batching.refusals import QueueFull
+from gulliver.runtime.batching.refusals import GrammarsFull
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -75,7 +75,7 @@ class Matcher:
 
     def _check(self) -> None:
         if self._core.is_error():
-            raise ConfigError(f"{STUCK}: {_first_line(self._core.get_error())}")
+            raise ConfigError(f"{STUCK}: {first_line(self._core.get_error())}")
 
 
 @dataclass(eq=False)
@@ -117,14 +117,14 @@ class Grammars:
     def json_schema(self, schema: dict[str, Any] | bool) -> Grammar:
         """JSON values of `schema`.
 
-        ConfigError when the schema is wrong, too large or uses what is not supported; QueueFull when the grammars of
+        ConfigError when the schema is wrong, too large or uses what is not supported; GrammarsFull when the grammars of
         other requests take too much memory.
         """
         try:
             text = json.dumps(schema, allow_nan=False)
             _check_steps(schema)
         except (TypeError, ValueError, RecursionError) as error:
-            raise ConfigError(f"the JSON schema is not JSON: {_first_line(str(error))}") from error
+            raise ConfigError(f"the JSON schema is not JSON: {first_line(error)}") from error
         with self._lock:
             found = self._kept.pop(text, None)
             if found is None:
@@ -143,14 +143,14 @@ class Grammars:
             return found
 
     def _make_room(self, size_bytes: int) -> None:
-        """QueueFull when a grammar of that size does not fit beside those in use."""
+        """GrammarsFull when a grammar of that size does not fit beside those in use."""
         for sweep in (False, True):
             if sweep:
                 gc.collect()  # requests that ended may not be gone yet
             used = sum(grammar.size_bytes for grammar in list(self._in_use))
             if not used or used + size_bytes <= IN_USE_BYTES:
                 return
-        raise QueueFull(len(self._in_use), RETRY_SECONDS)
+        raise GrammarsFull(len(self._in_use), RETRY_SECONDS)
 
     def _compile(self, schema: str) -> Grammar:
         import llguidance  # a native library of 20 MB, for those requests alone that ask for a form
@@ -161,11 +161,11 @@ class Grammars:
         try:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=LAYOUT)
         except ValueError as error:
-            raise ConfigError(f"the JSON schema is not supported: {_first_line(str(error))}") from error
+            raise ConfigError(f"the JSON schema is not supported: {first_line(error)}") from error
         limits = llguidance.LLParserLimits(max_lexer_states=MOST_STATES)
         core = llguidance.LLMatcher(self._core, grammar, log_level=0, limits=limits)
         if core.is_error():
-            raise ConfigError(f"the JSON schema is not supported: {_first_line(core.get_error())}")
+            raise ConfigError(f"the JSON schema is not supported: {first_line(core.get_error())}")
         compiled = Grammar(core, self._vocabulary, len(schema))
         compiled.matcher().allowed()  # some mistakes ({"$ref": "#"}) show at the first token only
         return compiled
@@ -183,7 +183,3 @@ def _check_steps(schema: Any) -> None:
     if isinstance(schema, dict | list):
         for value in schema.values() if isinstance(schema, dict) else schema:
             _check_steps(value)
-
-
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0][:300] if text.strip() else "no reason given"

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from gulliver.core.errors import ConfigError, GulliverError
 from gulliver.runtime.batching.grammar import Grammar
-from gulliver.runtime.batching.refusals import EngineClosed, QueueFull
+from gulliver.runtime.batching.refusals import EngineClosed, EngineLost, QueueFull
 from gulliver.runtime.sampling import Sampling
 
-__all__ = ["EngineClosed", "Piece", "QueueFull", "Request", "TokenChoice", "check_finish"]
+__all__ = ["EngineClosed", "EngineLost", "Piece", "QueueFull", "Request", "TokenChoice", "check_finish"]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
 from typing import Any
 
-from gulliver.core.errors import ArtifactError, ConfigError
+from gulliver.core.errors import ArtifactError, ConfigError, first_line
 from gulliver.runtime.text import sandbox
 
 Objects = Sequence[Mapping[str, Any]]
@@ -45,7 +45,7 @@ class ChatTemplate:
             try:
                 sandbox.environment().parse(source)  # which runs nothing
             except Exception as error:  # Jinja's own errors, and those of Python on numbers and nesting
-                reason = sandbox.reason_of(error)
+                reason = first_line(error)
                 raise ArtifactError(f"the model's chat template {name!r} cannot be read: {reason}") from error
 
     def start(self) -> None:
@@ -71,7 +71,7 @@ class ChatTemplate:
             values |= {"messages": [_message(message) for message in messages], "tools": _plain(tools)}
             job = json.dumps((name, values)).encode()
         except (ValueError, RecursionError) as error:
-            raise _refused(sandbox.reason_of(error)) from error
+            raise _refused(first_line(error)) from error
         kind, text = self._process.ask(job)
         if kind == sandbox.TEXT:
             return text
