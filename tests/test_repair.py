@@ -30,6 +30,18 @@ def _cut_pages(file: Path) -> None:
     file.write_bytes(whole[:4096] + b"\xa5" * (len(whole) - 4096))
 
 
+def _spoil_index(file: Path) -> None:
+    with sqlite3.connect(file) as connection:
+        (page,) = connection.execute(
+            "SELECT rootpage FROM sqlite_master WHERE name = 'evidence_by_artifact'"
+        ).fetchone()
+        (size,) = connection.execute("PRAGMA page_size").fetchone()
+    connection.close()
+    data = bytearray(file.read_bytes())
+    data[(page - 1) * size : page * size] = b"\xa5" * size
+    file.write_bytes(data)
+
+
 DAMAGES = [
     lambda file: file.write_bytes(b"not a database " * 100),
     lambda file: file.write_bytes(b""),
@@ -101,15 +113,7 @@ def test_rows_that_can_be_read_and_fit_are_taken_over(
     store, model, _ = measured_home
     file = store.home / "gulliver.db"
     before = store.evidence(model.id)
-    with sqlite3.connect(file) as connection:
-        (page,) = connection.execute(
-            "SELECT rootpage FROM sqlite_master WHERE name = 'evidence_by_artifact'"
-        ).fetchone()
-        (size,) = connection.execute("PRAGMA page_size").fetchone()
-    connection.close()
-    data = bytearray(file.read_bytes())
-    data[(page - 1) * size : page * size] = b"\xa5" * size
-    file.write_bytes(data)
+    _spoil_index(file)
     done = repair(store.home)
     assert (done.kept, done.entered) == (3, 0) and done.aside is not None
     assert Store(store.home).evidence(model.id) == before and not before[0].elsewhere
@@ -179,19 +183,16 @@ def test_a_repair_that_is_cut_short_can_be_repeated(
 ) -> None:
     store, model, _ = measured_home
     file = store.home / "gulliver.db"
-    with sqlite3.connect(file) as connection:
-        connection.execute("PRAGMA writable_schema = ON")
-        connection.execute("UPDATE sqlite_master SET rootpage = 999 WHERE name = 'evidence_by_artifact'")
-    connection.close()
-    before = file.read_bytes()
-
+    _spoil_index(file)
     def dies(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(step, dies)
         repair(store.home)
-    assert file.read_bytes() == before and not list(store.home.glob("*.tmp-*"))
+    assert not list(store.home.glob("*.tmp-*"))
+    with pytest.raises(StorageError, match="doctor --repair"):
+        Store(store.home).verify()
     assert repair(store.home).kept == 3
     assert [item.metric for item in Store(store.home).evidence(model.id)] == ["accuracy", "decode_tokens_per_s"]
 
@@ -208,7 +209,6 @@ def test_rows_of_an_older_gulliver_are_taken_over(store: Store, monkeypatch: pyt
                 "INSERT INTO runs (finished_at, key, step, config, inputs, artifact_id, seconds, peak_rss_bytes)"
                 " VALUES ('2026-01-01T00:00:00Z', 'k', 'speed', '{}', '{}', 'a', 1.5, 7)"
             )
-            connection.exec_driver_sql("PRAGMA writable_schema = ON")
-            connection.exec_driver_sql("UPDATE sqlite_master SET rootpage = 999 WHERE name = 'evidence_by_artifact'")
+    _spoil_index(file)
     done = repair(store.home)
     assert (done.kept, len(Store(store.home).runs())) == (1, 1) and Store(store.home).verify()["runs"] == 1

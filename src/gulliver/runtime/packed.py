@@ -156,15 +156,11 @@ def pack(part: RowGroup | BlockRows) -> Tensor:
     tiles, groups = -(-rows // TILE_ROWS), fmt.groups(columns)
     padding = (0, groups * fmt.group_size - columns, 0, tiles * TILE_ROWS - rows)
     codes = torch.nn.functional.pad(part.codes, padding) if any(padding) else part.codes.contiguous()
-    fours = codes.view(torch.int32)  # codes of four columns at a time, which stay together
+    # codes of four columns at a time, which stay together: int32 [tiles, groups, fours, rows of a tile]
+    fours = codes.view(torch.int32).view(tiles, TILE_ROWS, groups, -1).permute(0, 2, 3, 1).contiguous()
     planes, shift = [], 0
     for width in PLANES[fmt.bits]:
-        fields = 8 // width
-        plane = ((fours >> shift) & _each_byte((1 << width) - 1)).view(tiles, TILE_ROWS, groups, -1, fields)
-        packed = plane[..., 0]
-        for field in range(1, fields):
-            packed = packed | plane[..., field] << (width * field)
-        planes.append(packed.permute(0, 2, 3, 1).contiguous().view(torch.uint8).view(tiles, groups, -1))
+        planes.append(_plane(fours, width, shift).view(torch.uint8).view(tiles, groups, -1))
         shift += width
     columns_of_tile = [torch.cat(planes, 2).reshape(tiles, -1), _by_tile(part.scales, tiles)]
     columns_of_tile += [_by_tile(side, tiles) for side in (part.zeros, part.minimums) if side is not None]
@@ -173,6 +169,23 @@ def pack(part: RowGroup | BlockRows) -> Tensor:
     columns_of_tile.append(factors.view(torch.uint8).view(tiles, -1))
     packed = torch.cat(columns_of_tile, 1)
     return torch.nn.functional.pad(packed, (0, fmt.tile_bytes(columns) - packed.shape[1])).contiguous()
+
+
+def _plane(fours: Tensor, width: int, shift: int) -> Tensor:
+    """The `width` bits from `shift` on of codes int32 [tiles, groups, fours, rows], as many side by side as a byte has
+
+    room for: int32 [tiles, groups, bytes of four columns, rows].
+    """
+    if width == 8:
+        return fours
+    packed, fields = None, fours.unflatten(2, (-1, 8 // width))
+    for field, codes in enumerate(fields.unbind(3)):
+        ups = width * field - shift
+        moved = codes << ups if ups >= 0 else codes >> -ups
+        moved &= _each_byte(((1 << width) - 1) << width * field)
+        packed = moved if packed is None else packed.bitwise_or_(moved)
+    assert packed is not None, "a byte has a field"
+    return packed
 
 
 def unpack(tiles: Tensor, fmt: Format, rows: int, columns: int, codebook: Tensor | None) -> RowGroup | BlockRows:

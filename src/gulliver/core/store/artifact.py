@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,12 +96,14 @@ class ArtifactWriter:
         """
         assert self._lock is not None, "commit() belongs inside the writer's with block, once"
         files: dict[str, dict[str, Any]] = {}
-        for name in sorted(_walk(self.path)):
-            if name in ANNOTATIONS:
-                continue
-            path = self.path / name
-            sync_file(path)
-            files[name] = {"sha256": hash_file(path), "size_bytes": path.stat().st_size}
+        with ThreadPoolExecutor(1) as disk:
+            for name in sorted(_walk(self.path)):
+                if name in ANNOTATIONS:
+                    continue
+                path = self.path / name
+                written = disk.submit(sync_file, path)
+                files[name] = {"sha256": hash_file(path), "size_bytes": path.stat().st_size}
+                written.result()
         body = {**self._body, "files": files}
         body["id"] = manifest_id(body)
         data = canonical_json(body)

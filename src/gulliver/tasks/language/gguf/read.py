@@ -1,4 +1,4 @@
-"""A GGUF file (or its parts) as a Hugging Face layout folder: config, tokenizer, weights; one tensor in memory at once.
+"""A GGUF file (or its parts) as a Hugging Face layout folder: config, tokenizer, weights; two tensors in memory at once.
 
 Which parameter a tensor is, gguf's own table of names says, asked with the names of the empty network. What differs
 besides: llama.cpp's order of the rows of q and k (architectures.py); norms that hold 1 + w; experts, whose gates and
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def _converted(path: Path, folder: Path) -> Converted:
 
 
 def _write_weights(places: Sequence[Place], folder: Path) -> None:
-    """model.safetensors, and packing.json where weights stay packed; one tensor is in memory at a time."""
+    """model.safetensors, and packing.json where weights stay packed; two tensors are in memory at a time."""
     order = sorted(places, key=lambda place: order_of_use(place.name))
     kept = {place.name: fmt for place in order if (fmt := place.kept_as()) is not None}
     packing = {
@@ -104,14 +105,25 @@ def _write_weights(places: Sequence[Place], folder: Path) -> None:
             rows[f"{place.name}.tiles.0"] = (torch.uint8, place.tiled(kept[place.name]))
         else:
             rows[place.name] = (place.dtype, place.shape)
-    tensors = (
-        (f"{place.name}.tiles.0", place.tiles()) if place.name in kept else (place.name, place.read())
-        for place in order
-    )
+    names = [f"{place.name}.tiles.0" if place.name in kept else place.name for place in order]
+    tensors = _one_ahead(place.tiles if place.name in kept else place.read for place in order)
     with open(folder / "model.safetensors", "wb") as stream:
-        write_tensors(stream, rows, tensors, alignment=ALIGNMENT)
+        write_tensors(stream, rows, zip(names, tensors, strict=True), alignment=ALIGNMENT)
     if packing:
         Packing(tensors=packing).write(folder)
+
+
+def _one_ahead(work: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
+    """What each of `work` gives, in order; the next is made while one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        before = None
+        for one in work:
+            after = pool.submit(one)
+            if before is not None:
+                yield before.result()
+            before = after
+        if before is not None:
+            yield before.result()
 
 
 def name_of(header: Header) -> str | None:
