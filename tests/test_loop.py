@@ -12,8 +12,10 @@ from torch import nn
 
 from gulliver.core.errors import ConfigError, GulliverError
 from gulliver.learning.checkpoint import open_checkpoint
-from gulliver.learning.loop import run_loop
-from gulliver.learning.optim import OptimizerConfig, Schedule
+from gulliver.learning.clip import Clipping
+from gulliver.learning.loop import LoopConfig, run_loop
+from gulliver.learning.optim import OptimizerConfig
+from gulliver.learning.schedule import Schedule
 
 STEPS = 12
 
@@ -33,24 +35,43 @@ class Toy:
         generator = torch.Generator().manual_seed(1000 + index)
         x = torch.randn(20, 8, generator=generator)
         y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
-        return nn.functional.cross_entropy(self.model(x), y, reduction="none")
+        return nn.functional.cross_entropy(self.model(x), y, reduction="none"), torch.ones(20, dtype=torch.int64)
 
     def run(self, optimizer="adamw", **dials):
         groups = [
             {"params": list(self.model[0].parameters()), "learning_rate": 0.02},
             {"params": [*self.model[1].parameters(), *self.model[4].parameters()], "weight_decay": 0.1},
         ]
-        dials = {"loss": self.loss, "steps": STEPS, "max_grad_norm": 1.0, "accumulate": 2, "state": self.state} | dials
-        config = OptimizerConfig(optimizer, learning_rate=0.01)
-        return run_loop(parameters=groups, optimizer=config, schedule=Schedule(warmup_steps=3), **dials)
+        config = {"steps": STEPS, "accumulate": 2, "clipping": Clipping("norm", 1.0)}
+        config |= {"schedule": Schedule(warmup_steps=3), "optimizer": OptimizerConfig(optimizer, learning_rate=0.01)}
+        config |= {name: dials.pop(name) for name in list(dials) if name in LoopConfig.__dataclass_fields__}
+        return run_loop(parameters=groups, config=LoopConfig(**config), **{"loss": self.loss, "state": self.state} | dials)
 
     def weights(self):
         return {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
 
-def assert_same(one, other):
-    assert set(one) == set(other)
-    assert all(torch.equal(one[name], other[name]) for name in one), "not bitwise equal"
+def assert_same(first, other):
+    assert set(first) == set(other)
+    assert all(torch.equal(first[name], other[name]) for name in first), "not bitwise equal"
+
+
+def one(value):
+    """A scalar as the loss of one example of one position."""
+    return each(value[None])
+
+
+def each(values):
+    """Losses of examples of one position each."""
+    return values, torch.ones(len(values), dtype=torch.int64)
+
+
+def simple(parameters, loss, **dials):
+    """A run of one step of plain gradient descent at rate 1, or as the dials say."""
+    plain = OptimizerConfig("sgd", learning_rate=1.0, momentum=0.0)
+    config = {"steps": 1, "optimizer": plain, "schedule": Schedule(name="constant")} | dials
+    rest = {name: config.pop(name) for name in list(config) if name not in LoopConfig.__dataclass_fields__}
+    return run_loop(parameters=[{"params": parameters}], loss=loss, config=LoopConfig(**config), **rest)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -155,14 +176,7 @@ def test_it_learns_and_clipping_bounds_the_update():
     result = toy.run(steps=60)
     assert sum(result.losses[-5:]) < 0.7 * sum(result.losses[:5])
     weight = nn.Parameter(torch.zeros(4))
-    run_loop(
-        parameters=[{"params": [weight]}],
-        loss=lambda index: (weight * 100.0).sum(),
-        steps=1,
-        optimizer=OptimizerConfig("sgd", learning_rate=1.0),
-        schedule=Schedule(),
-        max_grad_norm=0.5,
-    )
+    simple([weight], lambda index: one((weight * 100.0).sum()), clipping=Clipping("norm", 0.5))
     assert weight.detach().norm().item() == pytest.approx(0.5, rel=1e-4)
 
 
@@ -171,15 +185,8 @@ def test_accumulation_equals_one_large_batch():
         weight = nn.Parameter(torch.linspace(-1, 1, 4))
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(3))
         chunks = x.chunk(parts)
-        run_loop(
-            parameters=[{"params": [weight]}],
-            loss=lambda index: ((chunks[index % parts] @ weight) - 1.0).square(),
-            steps=5,
-            accumulate=parts,
-            optimizer=OptimizerConfig("sgd", learning_rate=0.05),
-            schedule=Schedule(),
-            max_grad_norm=None,
-        )
+        dials = {"steps": 5, "accumulate": parts, "optimizer": OptimizerConfig("sgd", learning_rate=0.05)}
+        simple([weight], lambda index: each(((chunks[index % parts] @ weight) - 1.0).square()), **dials)
         return weight.detach()
 
     torch.testing.assert_close(train(4), train(1))
@@ -190,27 +197,22 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_last_good_o
     toy = Toy()
 
     def loss(index):
-        return toy.loss(index) * (bad if index == 10 else 1.0)
+        values, counts = toy.loss(index)
+        return values * (bad if index == 11 else 1.0), counts
 
     path = tmp_path / "loop"
-    with pytest.raises(GulliverError, match="at step 5; lower the learning rate"):
+    told = rf"the loss is {bad} at step 5 \(batch 11\); the last good checkpoint is .*loop. Lower the learning rate"
+    with pytest.raises(GulliverError, match=told):
         toy.run(loss=loss, checkpoint=path, checkpoint_every=1)
     found = open_checkpoint(path)
-    assert len(found.meta["losses"]) == 5
+    assert len(found.meta["history"]["losses"]) == 5
     assert all(torch.isfinite(tensor.float()).all() for _, tensor in found.tensors())
 
 
 def test_a_gradient_that_is_not_finite_stops():
     weight = nn.Parameter(torch.zeros(2))
     with pytest.raises(GulliverError, match="gradient's norm is"):
-        run_loop(
-            parameters=[{"params": [weight]}],
-            loss=lambda index: weight.sqrt().sum(),
-            steps=1,
-            optimizer=OptimizerConfig(),
-            schedule=Schedule(),
-            max_grad_norm=None,
-        )
+        simple([weight], lambda index: one(weight.sqrt().sum()))
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
@@ -222,7 +224,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         Toy().run("sgd", checkpoint=path)
 
 
-@pytest.mark.parametrize("dials", [{"steps": 0}, {"accumulate": 0}, {"max_grad_norm": 0.0}, {"checkpoint_every": 0}])
+@pytest.mark.parametrize("dials", [{"steps": 0}, {"accumulate": 0}, {"checkpoint_every": 0}])
 def test_wrong_dials_are_refused(dials):
     with pytest.raises(ConfigError):
         Toy().run(**dials)

@@ -63,7 +63,7 @@ def test_an_interrupted_run_ends_with_the_same_id(home, monkeypatch, optimizer):
     real, seen = loop_module._update, []
 
     def stop_at_five(*args):
-        seen.append(args[2])
+        seen.append(args[3])
         if len(seen) == 6:
             raise KeyboardInterrupt
         return real(*args)
@@ -88,7 +88,7 @@ CHILD = """
     real = loop._update
 
     def update(*args):
-        if args[2] == kill_at:
+        if args[3] == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args)
 
@@ -138,7 +138,7 @@ def test_an_option_of_another_family_is_refused(home):
 def test_a_rate_that_explodes_stops_and_makes_nothing(home):
     dataset = dataset_in(home)
     cfg = TOY.model_copy(update={"learning_rate": 1e30, "optimizer": "sgd"})
-    with pytest.raises(GulliverError, match="lower the learning rate"):
+    with pytest.raises(GulliverError, match="Lower the learning rate"):
         run(cfg, {"dataset": dataset}, make_context(home))
     assert [artifact.kind for artifact in Store(home).artifacts()] == ["dataset"]
 

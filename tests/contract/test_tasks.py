@@ -25,7 +25,8 @@ from gulliver.nets.weights import assign, read_safetensors, release, unfilled
 from gulliver.runtime.batching.records import EngineClosed
 from gulliver.tasks import FOREIGN, TASKS, detect_task, get_task, open_model
 from gulliver.tasks.answerer import OpenOptions
-from gulliver.tasks.base import Batch, packed_names
+from gulliver.tasks.base import Batch
+from gulliver.tasks.blocks import packed_names
 
 
 @dataclass(frozen=True)

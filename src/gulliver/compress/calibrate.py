@@ -32,7 +32,8 @@ from gulliver.runtime.packing import is_compressed
 from gulliver.runtime.shards import save
 from gulliver.runtime.streamed import filled, narrow_weights
 from gulliver.tasks import get_task, same_examples
-from gulliver.tasks.base import Batch, Block, Task, packed_names
+from gulliver.tasks.base import Batch, Block, Task
+from gulliver.tasks.blocks import packed_names
 from gulliver.tasks.remembered import calibration_of
 
 BROAD_TURNS = 2
@@ -156,7 +157,7 @@ def _sensitivity(
             bar.advance(note=block.name)
     examples = sum(next(iter(batch.values())).shape[0] for batch in batches)
     stored = (load_file(ctx.work / f"gradient-{number:04}.safetensors") for number in range(len(blocks)))
-    scale = task.positions(batches[0]) / examples
+    scale = float(task.positions(batches[0]).double().mean()) / examples
     return {name: scale * total for sums in stored for name, total in sums.items()}
 
 

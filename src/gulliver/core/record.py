@@ -10,14 +10,16 @@ import json
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.files import write_atomic
-from gulliver.core.store.manifest import read_json
+from gulliver.core.store.manifest import MAX_INTEGER, read_json
+
+Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 
 
 class Row(BaseModel):

@@ -16,14 +16,14 @@ from pydantic import AliasChoices, BeforeValidator, Field, PlainSerializer, Stri
 from gulliver.core.calibration import Calibration
 from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.evidence.gate import Verdict
-from gulliver.core.record import Record, Row
+from gulliver.core.record import Count, Record, Row
 from gulliver.core.store.manifest import MAX_INTEGER, ORIGIN, PACKING, rows_of
+from gulliver.core.training import Training
 
 EXAMPLES = "examples.parquet"
 """A dataset: one row each, with the columns `split` and `source` (text) and those of the family."""
 SPLITS = ("train", "eval")  # what its column `split` holds
 
-Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 Id = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 FormatName = Annotated[str, StringConstraints(pattern=r"^(?:[uchms][1-9]g[1-9][0-9]{0,4}|I?Q[1-9]_[0-9A-Z]{1,2})$")]
 """Of a packed format: "u4g64" is uniform, 4 bits, groups of 64; artifact.md lists the others."""
@@ -90,15 +90,6 @@ class Origin(Record):
     original_bytes: Count | None = None
     bfloat16_bytes: Count | None = None
     notes: str | None = None
-
-
-class Training(Record):
-    """Mean training loss of every step, in nats."""
-
-    file = "training.json"
-    remedy = "train again"
-
-    losses: tuple[float, ...]
 
 
 class Distillation(Record):

@@ -1,172 +1,211 @@
 """The only training loop. Training, distillation and hardening differ in the loss they hand it, not in the loop.
 
-For step t of T:  loss of `accumulate` micro-batches -> gradient -> clip to `max_grad_norm` -> update at the scheduled
-rate. The loss is asked for micro-batch t * accumulate + k, and everything that changes from step to step (parameters,
-optimizer, the caller's `state`, torch's generators) is in the checkpoint; so a run that was killed ends bitwise where
-the uninterrupted one does.
+For step t of T:  losses of `accumulate` micro-batches -> gradient of Σ loss / Σ trained positions -> clip -> update at
+the scheduled rate -> average -> evaluate. The loss is asked for micro-batch t * accumulate + k, and everything that
+changes from step to step is in the checkpoint (learning/state.py); so a run that was killed ends bitwise where the
+uninterrupted one does.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gulliver.core.errors import ConfigError, GulliverError
-from gulliver.learning.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
-from gulliver.learning.optim import OptimizerConfig, Schedule, build_optimizer
+from gulliver.core.errors import ConfigError
+from gulliver.learning.average import Averaging
+from gulliver.learning.checkpoint import open_checkpoint, save_checkpoint
+from gulliver.learning.clip import Clipping
+from gulliver.learning.evaluation import Evaluation, Losses, NotFinite, best, mean_loss, waited
+from gulliver.learning.gradients import GradientHook, Gradients, not_finite, nothing_trained, summed
+from gulliver.learning.groups import block_norms
+from gulliver.learning.optim import OptimizerConfig
+from gulliver.learning.schedule import Schedule
+from gulliver.learning.state import History, RunState
+
+MOST_NORMS = 200
+"""How often the norms of blocks are taken in a run, at most."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How a run is made; all of it decides the result. `steps` are updates, of `accumulate` micro-batches each."""
+
+    steps: int
+    optimizer: OptimizerConfig
+    schedule: Schedule
+    clipping: Clipping = field(default_factory=Clipping)
+    accumulate: int = 1
+    averaging: Averaging | None = None
+    evaluation: Evaluation | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("steps", self.steps), ("accumulate", self.accumulate)):
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if self.schedule.name == "plateau" and self.evaluation is None:
+            raise ConfigError("the schedule plateau needs evaluations; say how often to evaluate")
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be one of this run; as JSON."""
+        rest = ("optimizer", "schedule", "clipping", "averaging")
+        parts = {name: getattr(self, name) and asdict(getattr(self, name)) for name in rest}
+        held = self.evaluation and {name: getattr(self.evaluation, name) for name in ("every", "patience", "keep")}
+        return {"steps": self.steps, "accumulate": self.accumulate, "evaluation": held, **parts}
 
 
 @dataclass(frozen=True)
 class LoopResult:
-    """`losses`: mean loss of every step, the `resumed_from` steps that were found in the checkpoint included."""
+    """`history` of every step, the `resumed_from` steps that were found in the checkpoint included.
 
-    losses: list[float]
+    `kept_step`: after how many updates the weights that are now in place were reached; `stopped_early` by patience.
+    """
+
+    history: History
     resumed_from: int
+    kept_step: int
+    stopped_early: bool
+
+    @property
+    def losses(self) -> list[float]:
+        """Mean loss of every step."""
+        return self.history.losses
 
 
 def run_loop(
     *,
     parameters: list[dict[str, Any]],
-    loss: Callable[[int], Tensor],
-    steps: int,
-    optimizer: OptimizerConfig,
-    schedule: Schedule,
-    max_grad_norm: float | None,
-    accumulate: int = 1,
+    loss: Callable[[int], Losses],
+    config: LoopConfig,
     checkpoint: Path | None = None,
     checkpoint_every: int = 50,
     state: dict[str, Tensor] | None = None,
+    blocks: dict[str, list[Tensor]] | None = None,
+    gradient_hook: GradientHook | None = None,
     progress: Any = None,
     stage: str = "train",
     after_step: Callable[[int], None] | None = None,
 ) -> LoopResult:
-    """Train `parameters` in place for `steps` updates, resuming from the file `checkpoint` when it exists.
+    """Train `parameters` in place by `config`, resuming from the file `checkpoint` when it exists.
 
-    `parameters`: groups {"params": [...], "learning_rate"?: float, "weight_decay"?: float}; all of them are saved and
-    restored. `loss(index)`: a differentiable scalar, or one loss per example whose mean counts, for micro-batch
-    `index` in 0 ... steps * accumulate - 1; it must depend on nothing but `index`, `parameters` and `state`.
-    `state`: further tensors that change during the run (running statistics), saved and restored in place.
+    `parameters`: groups {"params": [...], "learning_rate"?, "weight_decay"?, "orthogonal"?}; all of them are saved and
+    restored. `loss(index)`: (a mean loss per example [examples], how many positions each is the mean over) for
+    micro-batch `index` in 0 ... steps * accumulate - 1; it must depend on `index`, `parameters` and `state` alone.
+    `state`: further tensors that change during the run (running statistics), saved and restored in place. `blocks`:
+    parameters by block, whose norms are noted. `gradient_hook` sees each micro-batch's gradients before they are added.
     `after_step(step)` is called after the update of 0-based `step` and before its checkpoint. The last step is saved
     too, so a kill after it repeats nothing. ConfigError for a checkpoint of another run, GulliverError when a loss or
     gradient is not finite: the checkpoint then still holds the last good step.
     """
-    for name, value in (("steps", steps), ("accumulate", accumulate), ("checkpoint_every", checkpoint_every)):
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
-    if max_grad_norm is not None and not 0.0 < max_grad_norm < math.inf:
-        raise ConfigError(f"max_grad_norm is {max_grad_norm}; it must be a positive number, or none")
-    run = _Run(parameters, optimizer, state or {})
-    dials = {"steps": steps, "accumulate": accumulate, "max_grad_norm": max_grad_norm}
-    identity = {**dials, "optimizer": asdict(optimizer), "schedule": asdict(schedule), **run.shapes()}
-    found = open_checkpoint(checkpoint) if checkpoint else None
-    losses = run.restore(found, identity) if found else []
-    start = len(losses)
-    with nullcontext() if progress is None else progress.stage(stage, total=steps - start, unit="step") as bar:
-        for step in range(start, steps):
-            for group in run.updater.param_groups:
-                group["lr"] = group["initial_lr"] * schedule.factor(step, steps)
-            total = 0.0
-            for micro in range(accumulate):
-                total += _add_gradient(loss(step * accumulate + micro).mean(), step, accumulate)
-            _update(run.updater, run.tensors, step, max_grad_norm)
-            losses.append(total)
+    if checkpoint_every < 1:
+        raise ConfigError(f"checkpoint_every is {checkpoint_every}; it must be at least 1")
+    run = RunState(parameters, config.optimizer, state or {}, config.averaging)
+    identity = {**config.identity(), **run.shapes()}
+    if found := open_checkpoint(checkpoint) if checkpoint else None:
+        run.restore(found, identity)
+    gradients = Gradients(run.tensors, config.accumulate, gradient_hook)
+    start, saved = len(run.history.losses), checkpoint if found else None
+    with nullcontext() if progress is None else progress.stage(stage, total=config.steps - start, unit="step") as bar:
+        for step in range(start, config.steps):
+            if _stops(config, run.history):
+                break
+            _schedule(run, config, step)
+            mean, positions = _add_gradients(gradients, loss, config, step, saved)
+            _update(run, gradients.take(), config, step, positions, blocks or {}, saved)
+            run.history.losses.append(mean)
+            last = step + 1 == config.steps
+            if config.evaluation is not None and ((step + 1) % config.evaluation.every == 0 or last):
+                _evaluate(run, config.evaluation, step, saved)
+                last = last or _stops(config, run.history)
             if after_step is not None:
                 after_step(step)
-            if checkpoint is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
-                save_checkpoint(checkpoint, run.content(), {"identity": identity, "losses": losses})
+            if checkpoint is not None and ((step + 1) % checkpoint_every == 0 or last):
+                save_checkpoint(checkpoint, run.content(), run.meta(identity))
+                saved = checkpoint
             if bar is not None:
-                bar.advance(note=f"loss {losses[-1]:.4g}")
-    return LoopResult(losses, start)
+                bar.advance(note=f"loss {mean:.4g}")
+    return _finished(run, config, start)
 
 
-def _add_gradient(value: Tensor, step: int, accumulate: int) -> float:
-    """Add the gradient of one micro-batch's loss to the parameters'; returns its share of the step's mean loss."""
-    number = float(value.detach())
-    if not math.isfinite(number):
-        raise GulliverError(f"the loss is {number} at step {step}; lower the learning rate or check the data")
-    (value / accumulate if accumulate > 1 else value).backward()
-    return number / accumulate
+def _finished(run: RunState, config: LoopConfig, start: int) -> LoopResult:
+    """Put the weights that are kept in place, and say which they are."""
+    done = len(run.history.losses)
+    run.finish(done - 1)
+    top = best(run.history.evaluations) if run.best else None
+    return LoopResult(run.history, start, done if top is None else top.step, done < config.steps)
 
 
-def _update(updater: torch.optim.Optimizer, tensors: list[Tensor], step: int, max_grad_norm: float | None) -> None:
-    """Clip, update, and let go of the gradients."""
-    gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if not math.isfinite(float(norm)):
-        raise GulliverError(f"the gradient's norm is {float(norm)} at step {step}; lower the learning rate")
-    if max_grad_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(tensors, max_grad_norm, norm)
-    updater.step()
-    updater.zero_grad(set_to_none=True)
+def _stops(config: LoopConfig, history: History) -> bool:
+    """Whether patience is at its end."""
+    patience = None if config.evaluation is None else config.evaluation.patience
+    return patience is not None and waited(history.evaluations) >= patience
 
 
-class _Run:
-    """What changes from step to step, and is in a checkpoint: parameters, optimizer, the caller's state, generators."""
+def _schedule(run: RunState, config: LoopConfig, step: int) -> None:
+    """Set the rate and the momentum of every group for this step."""
+    factor = config.schedule.factor(step, config.steps, run.history.held_out)
+    momentum = config.schedule.momentum(step, config.steps)
+    for group in run.updater.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+        group["momentum"] = group["momentum"] if momentum is None else momentum
+    run.history.rates.append(config.optimizer.learning_rate * factor)
 
-    def __init__(
-        self, parameters: list[dict[str, Any]], optimizer: OptimizerConfig, state: Mapping[str, Tensor]
-    ) -> None:
-        self.updater = build_optimizer(parameters, optimizer)
-        self.updater.zero_grad(set_to_none=True)
-        self.tensors: list[Tensor] = [tensor for group in self.updater.param_groups for tensor in group["params"]]
-        trained = {id(tensor) for tensor in self.tensors}
-        self.state = {name: tensor for name, tensor in state.items() if id(tensor) not in trained}
 
-    def shapes(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to be one of this run, beside the dials; as JSON."""
-        groups = [
-            {
-                "learning_rate": group["initial_lr"],
-                "weight_decay": group["weight_decay"],
-                "shapes": [[str(tensor.dtype), *tensor.shape] for tensor in group["params"]],
-            }
-            for group in self.updater.param_groups
-        ]
-        state = {name: [str(tensor.dtype), *tensor.shape] for name, tensor in sorted(self.state.items())}
-        return {"groups": groups, "state": state}
+def _add_gradients(
+    gradients: Gradients, loss: Callable[[int], Losses], config: LoopConfig, step: int, saved: Path | None
+) -> tuple[float, int]:
+    """(mean loss, trained positions) of the micro-batches of a step, whose gradients are added."""
+    total, positions = 0.0, 0
+    for index in range(step * config.accumulate, (step + 1) * config.accumulate):
+        value, count = summed(loss(index), step, index, saved)
+        gradients.add(value, index)
+        total, positions = total + float(value.detach()), positions + count
+    if positions == 0:
+        raise nothing_trained(step)
+    return total / positions, positions
 
-    def content(self) -> dict[str, Tensor]:
-        """All of it by name, nothing copied."""
-        content = {f"parameter.{index}": tensor for index, tensor in enumerate(self.tensors)}
-        for index, tensor in enumerate(self.tensors):
-            values = self.updater.state[tensor].items()
-            content |= {f"optimizer.{index}.{key}": value for key, value in values if isinstance(value, Tensor)}
-        content |= {f"state.{name}": tensor for name, tensor in self.state.items()}
-        for device in {tensor.device for tensor in self.tensors if tensor.device.type == "cuda"}:
-            content[f"generator.cuda:{device.index}"] = torch.cuda.get_rng_state(device)
-        return content | {"generator.cpu": torch.get_rng_state()}
 
-    @torch.no_grad()
-    def restore(self, found: Checkpoint, identity: dict[str, Any]) -> list[float]:
-        """Fill in what the checkpoint holds, tensor by tensor; its losses. ConfigError when it is of another run."""
-        theirs = found.meta.get("identity") or {}
-        for key in sorted({*identity, *theirs}):
-            if theirs.get(key) != identity.get(key):
-                raise ConfigError(
-                    f"the checkpoint {found.path} is of another run: {key} is {theirs.get(key)} there "
-                    f"and {identity.get(key)} here; delete it to start afresh"
-                )
-        for name, value in found.tensors():
-            part, _, rest = name.partition(".")
-            if part == "parameter":
-                self.tensors[int(rest)].copy_(value)
-            elif part == "state":
-                self.state[rest].copy_(value)
-            elif name == "generator.cpu":
-                torch.set_rng_state(value.clone())
-            elif part == "generator":
-                torch.cuda.set_rng_state(value.clone(), rest)
-            else:
-                index, _, key = rest.partition(".")
-                owner = self.tensors[int(index)]
-                like = owner if value.shape == owner.shape else torch.empty(value.shape, device=owner.device)
-                kept = torch.empty_like(like, dtype=value.dtype, requires_grad=False)
-                self.updater.state[owner][key] = kept.copy_(value)
-        return list(found.meta["losses"])
+def _update(
+    run: RunState,
+    gradients: dict[Tensor, Tensor],
+    config: LoopConfig,
+    step: int,
+    positions: int,
+    blocks: dict[str, list[Tensor]],
+    saved: Path | None,
+) -> None:
+    """Divide by the trained positions, clip, update, average, and note norms."""
+    norm = float(torch.nn.utils.get_total_norm(list(gradients.values()))) / positions
+    if not math.isfinite(norm):
+        first, end = step * config.accumulate, (step + 1) * config.accumulate
+        batch = first if end - first == 1 else f"{first} to {end - 1}"
+        raise not_finite(f"the gradient's norm is {norm}", step, batch, saved)
+    noted = blocks and step % math.ceil(config.steps / MOST_NORMS) == 0
+    if noted:
+        run.history.norm_steps.append(step)
+        run.history.gradient_norms.append([one / positions for one in block_norms(blocks, gradients)])
+    run.history.clipped.append(config.clipping.apply(gradients, norm, 1 / positions))
+    run.updater.step(gradients)
+    if noted:
+        run.history.weight_norms.append(block_norms(blocks, {one: one.detach() for one in run.tensors}))
+    if run.average is not None:
+        run.average.update(step)
+
+
+def _evaluate(run: RunState, evaluation: Evaluation, step: int, saved: Path | None) -> None:
+    """Measure the weights that would be kept, and keep them if they are the best; draws no random number."""
+    devices = sorted({tensor.device.index for tensor in run.tensors if tensor.device.type == "cuda"})
+    with run.candidate(step), torch.random.fork_rng(devices):
+        try:
+            found = mean_loss(evaluation.measure(), step + 1)
+        except NotFinite as error:
+            raise not_finite(f"the held-out loss is {error}", step, "of held-out data", saved) from None
+        run.history.evaluations.append(found)
+        if evaluation.keep == "best" and best(run.history.evaluations) is found:
+            run.keep_as_best()

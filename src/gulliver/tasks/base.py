@@ -23,6 +23,8 @@ from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.names import named
 from gulliver.core.records import SPLITS
 from gulliver.core.store.artifact import Artifact
+from gulliver.nets.regularize import drop_layers, set_dropout
+from gulliver.tasks.blocks import Block, Coupling, packable
 from gulliver.tasks.family import Family
 from gulliver.tasks.options import FamilyOptions, checked_options
 from gulliver.tasks.order import Order
@@ -31,50 +33,6 @@ Batch = dict[str, Tensor]
 """Named tensors whose first dimension is the example (for language: `tokens` int64 [batch, tokens])."""
 Advance = Callable[[float], None]
 PARTS = (*SPLITS, "all")
-
-
-@dataclass(frozen=True)
-class Block:
-    """One stage of the sequence through which calibration streams.
-
-    `weights` names the parameters that may be packed ("model.layers.0.mlp.up_proj.weight"): matrices and stacks of
-    them; how one is used shows when data pass. `forward(x, index)` maps the activations [examples, …] of calibration
-    batch `index` before the block to those after it; for the first block `x` is the batch itself. Only parameters under
-    `prefixes` must hold data while it runs. A `pointwise` block may be given any of the positions [examples, some, …].
-    """
-
-    name: str
-    prefixes: tuple[str, ...]
-    weights: tuple[str, ...]
-    forward: Callable[[Any, int], Tensor]
-    pointwise: bool = False
-
-
-def packable(model: nn.Module, prefixes: tuple[str, ...] = ("",)) -> tuple[str, ...]:
-    """Names of the parameters under `prefixes` that are matrices or stacks of them, in the network's order."""
-    return tuple(
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.dim() >= 2 and parameter.is_floating_point() and name.startswith(prefixes)
-    )
-
-
-def packed_names(blocks: Sequence[Block]) -> list[str]:
-    """All weights of these blocks that may be packed."""
-    return [name for block in blocks for name in block.weights]
-
-
-@dataclass(frozen=True)
-class Coupling:
-    """Units that can only be removed together (attention heads, neurons, channels): unit k is, in every member,
-
-    the `size` consecutive rows (dim 0) or columns (dim 1) from k * size on. Removing a unit from all members gives a
-    smaller network whose other units compute what they did.
-    """
-
-    name: str
-    units: int
-    members: tuple[tuple[str, int, int], ...]  # (parameter name, dim, size)
 
 
 @dataclass(frozen=True)
@@ -228,6 +186,8 @@ class Task(DataContract):
 
     streams: ClassVar[bool] = False
     """Whether `score` takes networks loaded with `empty=True`, whose weights it reads a block at a time."""
+    smooths: ClassVar[bool] = False
+    """Whether its loss is a cross entropy over classes, whose targets can be softened (`smoothing`)."""
 
     # ---- networks ---------------------------------------------------------------------------------------------
     @final
@@ -278,9 +238,36 @@ class Task(DataContract):
     @abstractmethod
     def _loss(self, model: nn.Module, batch: Batch, parent: nn.Module | None) -> Tensor: ...
 
-    def positions(self, batch: Batch) -> int:
-        """How many positions of a batch [examples, …] the loss of an example is the mean over."""
-        return 1
+    def positions(self, batch: Batch) -> Tensor:
+        """How many positions the loss of each example of a batch [examples, …] is the mean over, int64 [examples].
+
+        An example of 0 positions is not trained or counted; its loss is any finite number.
+        """
+        return torch.ones(next(iter(batch.values())).shape[0], dtype=torch.int64)
+
+    @final
+    def regularize(self, model: nn.Module, *, dropout: float, stochastic_depth: float, label_smoothing: float) -> None:
+        """Make `model` drop numbers, leave out layers and soften its targets while it is in training mode.
+
+        ConfigError, by name, for what a network of this family does not have. 0 leaves what is as it is.
+        """
+        places = {
+            "dropout": set_dropout(model, dropout) if dropout else 1,
+            "stochastic_depth": drop_layers(self._residual_layers(model), stochastic_depth) if stochastic_depth else 1,
+            "label_smoothing": int(self.smooths or not label_smoothing),
+        }
+        for name, count in places.items():
+            if not count:
+                raise ConfigError(f"{name}: a {type(model).__name__} has no place for it; leave it out")
+        model.__dict__["label_smoothing"] = label_smoothing
+
+    def _residual_layers(self, model: nn.Module) -> Sequence[nn.Module]:
+        return ()
+
+    @final
+    def smoothing(self, model: nn.Module) -> float:
+        """The share of a target that is spread evenly over all classes, in training mode; for a family's `_loss`."""
+        return model.__dict__.get("label_smoothing", 0.0) if model.training else 0.0
 
     def likely_drop(self, increase: float) -> float | None:
         """The `quality_loss` of a model whose outputs diverge by `increase` nats; None where only measuring tells."""

@@ -23,9 +23,12 @@ from gulliver.core.errors import FOREIGN, BudgetError, ConfigError
 from gulliver.core.records import NOT_COPIED, Distillation, LossIncrease, PackedWeight, Packing
 from gulliver.core.store.artifact import Artifact
 from gulliver.learning.batches import in_turns
+from gulliver.learning.clip import Clipping
+from gulliver.learning.evaluation import Losses
 from gulliver.learning.latent import LatentTensor
-from gulliver.learning.loop import run_loop
-from gulliver.learning.optim import OptimizerConfig, Schedule
+from gulliver.learning.loop import LoopConfig, run_loop
+from gulliver.learning.optim import OptimizerConfig
+from gulliver.learning.schedule import Schedule
 from gulliver.nets.files import copy_companions
 from gulliver.nets.precision import attempts, products_in
 from gulliver.nets.weights import canonical_names, owners
@@ -71,15 +74,23 @@ def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
 
     checkpoint = ctx.work / "loop.safetensors"
     assert cfg.learning_rate is not None, "a call resolves it"
+    config = LoopConfig(
+        steps=cfg.steps,
+        optimizer=OptimizerConfig("adamw", cfg.learning_rate),
+        schedule=Schedule(cfg.warmup_steps),
+        clipping=Clipping("norm", cfg.max_grad_norm),
+    )
+
+    def losses(index: int) -> Losses:
+        batch = batch_at(index)
+        return task.loss(_use(student, latents), batch, teacher), task.positions(batch)
+
     for half in attempts():
         try:
             result = run_loop(
                 parameters=_groups(cfg, cfg.learning_rate, latents, list(dense.values())),
-                loss=products_in(half)(lambda index: task.loss(_use(student, latents), batch_at(index), teacher)),
-                steps=cfg.steps,
-                optimizer=OptimizerConfig("adamw", cfg.learning_rate),
-                schedule=Schedule(cfg.warmup_steps),
-                max_grad_norm=cfg.max_grad_norm,
+                loss=products_in(half)(losses),
+                config=config,
                 checkpoint=checkpoint,
                 checkpoint_every=cfg.checkpoint_every,
                 progress=ctx.progress,

@@ -71,6 +71,9 @@ METRICS: Mapping[str, Metric] = {
     "cosine_similarity_vs_baseline": Metric(
         "cosine", "higher", "cosine to the parent minus that of unrelated examples", "parent"
     ),
+    # training
+    "selection_loss": Metric("nat", "none", "loss on the held-out batches by which weights were chosen; optimistic"),
+    "kept_step": Metric("count", "none", "updates after which training took the weights that are kept"),
     # size and memory
     "size_bytes": Metric("bytes", "lower", "bytes of all weight files, embeddings included"),
     "size_ratio": Metric("ratio", "lower", "size_bytes divided by the parent's", "parent"),

@@ -34,6 +34,7 @@ class LanguageTask(TextTask):
     name: ClassVar[str] = "language"
     generates: ClassVar[bool] = True
     streams: ClassVar[bool] = True
+    smooths: ClassVar[bool] = True
 
     def _batches(self, dataset: Artifact, split: str, order: Order, folder: Path, options: Any) -> Iterator[Batch]:
         return text.window_batches(text.token_stream(dataset, split, folder), options.tokens, order)
@@ -61,16 +62,18 @@ class LanguageTask(TextTask):
         tokens = batch["tokens"]
         if parent is not None:
             return _divergence(model, parent, tokens)
-        return _next_token_losses(network.logits_of(model, tokens)[:, :-1], tokens[:, 1:]).mean(1)
+        logits = network.logits_of(model, tokens)[:, :-1]
+        return _next_token_losses(logits, tokens[:, 1:], self.smoothing(model)).mean(1)
 
     def check_data(self, dataset: Artifact, folder: Path) -> None:
         options = self.chosen()
         next(self.batches(dataset, "train", 1, 0, 0, folder=folder, options=options))
         window_length(len(text.token_stream(dataset, "eval", folder)), options.windows, options.context)
 
-    def positions(self, batch: Batch) -> int:
-        """The tokens [batch, tokens] that are predicted: all but the first of each text."""
-        return max(1, batch["tokens"].shape[1] - 1)
+    def positions(self, batch: Batch) -> Tensor:
+        """The tokens of each text that are predicted, int64 [batch]: all but the first of [batch, tokens]."""
+        examples, tokens = batch["tokens"].shape
+        return torch.full((examples,), max(1, tokens - 1))
 
     def expected(self, output: Tensor) -> tuple[Tensor, Tensor]:
         """Of logits [..., vocabulary]: those of the next token, float32 [vocabulary] each."""
@@ -112,9 +115,10 @@ class LanguageTask(TextTask):
         return workloads(ReferenceDecoder(folder, model=model))
 
 
-def _next_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+def _next_token_losses(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """Cross entropy of logits [batch, positions, vocab] at each of `targets`, float32 [batch, positions]."""
-    return torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+    scores = logits.float().transpose(1, 2)
+    return torch.nn.functional.cross_entropy(scores, targets, reduction="none", label_smoothing=smoothing)
 
 
 def _divergence(model: nn.Module, parent: nn.Module, tokens: Tensor) -> Tensor:

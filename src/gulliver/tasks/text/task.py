@@ -17,7 +17,7 @@ from gulliver.tasks.options import TextOptions
 from gulliver.tasks.text.couplings import transformer_couplings
 from gulliver.tasks.text.files import dataset_texts, paragraphs, phrases, text_batches
 from gulliver.tasks.text.network import save_network
-from gulliver.tasks.text.streaming import Stream
+from gulliver.tasks.text.streaming import Stream, largest_list
 from gulliver.tasks.text.tokenizer import load_tokenizer, tokens_of
 
 
@@ -58,6 +58,9 @@ class TextTask(Task):
 
     def _blocks(self, model: nn.Module, batches: Sequence[Batch]) -> list[Block]:
         return Stream(model, batches).blocks()
+
+    def _residual_layers(self, model: nn.Module) -> Sequence[nn.Module]:
+        return largest_list(model)[1]  # type: ignore[return-value]
 
     def _couplings(self, model: nn.Module) -> list[Coupling]:
         return transformer_couplings(model)

@@ -41,6 +41,7 @@ class VisionTask(Task):
     """Image classification, trained with cross entropy, judged by accuracy."""
 
     name: ClassVar[str] = "vision"
+    smooths: ClassVar[bool] = True
 
     # ---- data -------------------------------------------------------------------------------------------------
     def _examples(self, source: Path, split: str, options: Any) -> Iterator[pyarrow.RecordBatch]:
@@ -81,7 +82,9 @@ class VisionTask(Task):
     def _loss(self, model: nn.Module, batch: Batch, parent: nn.Module | None) -> Tensor:
         logits = model(batch["image"])
         if parent is None:
-            return self._output_loss(logits, batch)
+            smoothing = self.smoothing(model)
+            scores, labels = logits.float(), batch["label"]
+            return nn.functional.cross_entropy(scores, labels, reduction="none", label_smoothing=smoothing)
         with torch.no_grad():
             target = parent(batch["image"])
         return divergences(logits, target)
