@@ -47,8 +47,8 @@ class NotFinite(ArithmeticError):
 def mean_loss(losses: Losses, step: int) -> HeldOut:
     """What one evaluation measured, of losses [examples] and counts [examples].
 
-    The interval is that of the ratio of two sums, by its linear part: count_i (loss_i - mean) / mean count. NotFinite when
-    the mean is not.
+    The interval is that of the ratio of two sums, by its linear part: count_i (loss_i - mean) / mean count.
+    NotFinite when the mean is not.
     """
     values, counts = (one.detach().double() for one in losses)
     whole = float(counts.sum())

@@ -16,7 +16,17 @@ from gulliver.core.errors import ArtifactError, ConfigError
 from gulliver.core.evidence.evidence import METRICS, Evidence
 from gulliver.core.evidence.gate import Verdict
 from gulliver.core.machine import Machine, kept
-from gulliver.core.records import Asked, FitResult, Origin, Packing, PartBits, PlainTensors, Plan, TensorBits
+from gulliver.core.records import (
+    Asked,
+    FitResult,
+    Origin,
+    Packing,
+    PartBits,
+    PlainTensors,
+    Plan,
+    TensorBits,
+    Training,
+)
 from gulliver.core.store.artifact import Artifact
 from gulliver.core.store.manifest import rows_of
 from gulliver.core.store.store import Store
@@ -46,7 +56,8 @@ class ReportData:
     `tensors` are its weights as stored, or as planned; `fit` what a run of `fit` tells about it, or a plan alone.
     `others` are the gates on other models of the same recipe: one that refused refuses the recipe and so this model.
     `origin` says what was downloaded, for the model `origin_id` of the lineage. `parent_evidence` is evidence about the
-    model's parent (the baseline drawn beside ours); `data_names` maps data hashes to what people call the data.
+    model's parent (the baseline drawn beside ours); `data_names` maps data hashes to what people call the data;
+    `training` is that of the model, or of the nearest one it was made from that was trained here.
     """
 
     title: str
@@ -67,6 +78,7 @@ class ReportData:
     origin: Origin | None = None
     origin_id: str = ""
     plain: PlainTensors | None = None
+    training: Training | None = None
 
     @property
     def outcome(self) -> str:
@@ -159,6 +171,7 @@ def gather(
         others=tuple(others),
         origin=origin,
         origin_id=origin_id,
+        training=_training(manifests, store),
     )
 
 
@@ -258,6 +271,14 @@ def _about(evidence: Sequence[Evidence], parent_id: str | None) -> tuple[Evidenc
     return tuple(
         row for row, kind in found if not kind or (row.parent_id if kind == "parent" else row.machine) in beside[kind]
     )
+
+
+def _training(manifests: Sequence[Mapping[str, Any]], store: Store) -> Training | None:
+    """How the model, or the nearest that it was made from, was trained here; None where none was."""
+    for manifest in reversed(manifests):
+        if Training.file in manifest.get("files", {}):
+            return Training.of(store.get(str(manifest["id"])))
+    return None
 
 
 def _origin(manifests: Sequence[Mapping[str, Any]], store: Store) -> tuple[Origin | None, str]:

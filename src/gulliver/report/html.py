@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gulliver.core.evidence.evidence import METRICS
-from gulliver.report import bits, plots, rows, verdict
+from gulliver.report import bits, plots, rows, training, verdict
 from gulliver.report.gather import ReportData
 from gulliver.report.picture import Picture
 from gulliver.report.units import format_value, short_id
@@ -59,12 +59,14 @@ def page(data: ReportData) -> str:
 
 def pictures(data: ReportData) -> list[tuple[str, list[Picture]]]:
     """(title, pictures) of the sections that have something to draw, in the page's order."""
-    tensors = data.tensors
+    tensors, trained = data.tensors, data.training
     sections = [
         ("Size and quality", [plots.size_quality(data)]),
         ("Bits per tensor", [bits.bits(tensors), bits.rows_bits(tensors)]),
         ("Predicted loss increase per block", [plots.loss_increase(data)]),
         ("Memory over time", [plots.memory(data)]),
+        ("Training", [training.losses(trained), training.rate_test(trained)]),
+        ("Norms by block", [training.gradient_norms(trained), training.weight_norms(trained)]),
     ]
     found = [(title, [picture for picture in own if picture is not None]) for title, own in sections]
     return [(title, own) for title, own in found if own]

@@ -258,7 +258,7 @@ class Task(DataContract):
         }
         for name, count in places.items():
             if not count:
-                raise ConfigError(f"{name}: a {type(model).__name__} has no place for it; leave it out")
+                raise ConfigError(f"{name}: {type(model).__name__} has no place for it; leave it out")
         model.__dict__["label_smoothing"] = label_smoothing
 
     def _residual_layers(self, model: nn.Module) -> Sequence[nn.Module]:

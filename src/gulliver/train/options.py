@@ -113,7 +113,8 @@ class TrainOptions(Options):
         averages = self.average != "none"
         useless = {
             "nesterov": self.nesterov and self.optimizer != "sgd" and "is for optimizer = sgd",
-            "decay_steps": self.decay_steps is not None and self.schedule != "wsd" and "is for schedule = wsd",
+            "momentum": self._lost(self.momentum, self.schedule != "one-cycle", "other schedules than one-cycle"),
+            "decay_steps": self._lost(self.decay_steps, self.schedule == "wsd", "schedule = wsd"),
             "plateau_patience": self._lost(self.plateau_patience, self.schedule == "plateau", "schedule = plateau"),
             "plateau_shrink": self._lost(self.plateau_shrink, self.schedule == "plateau", "schedule = plateau"),
             "ema_decay": self._lost(self.ema_decay, self.average == "ema", "average = ema"),
@@ -134,7 +135,7 @@ class TrainOptions(Options):
     def resolved(self, inputs: Mapping[str, Any]) -> Self:
         """The family is the dataset's own where none is named; what depends on other options is filled in."""
         found: dict[str, Any] = {"task": self.task or inputs["dataset"].task}
-        if self.momentum is None:
+        if self.momentum is None and self.schedule != "one-cycle":
             found["momentum"] = MOMENTA[self.optimizer]
         if all(getattr(self, name) is None for name in LIMITS):
             found["max_grad_norm"] = 1.0

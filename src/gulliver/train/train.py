@@ -24,7 +24,7 @@ from gulliver.learning.clip import Clipping
 from gulliver.learning.evaluation import Evaluation, Losses, best
 from gulliver.learning.groups import Rates, blocks_of, parameter_groups, recompute_layers
 from gulliver.learning.loop import LoopConfig, LoopResult, run_loop
-from gulliver.learning.optim import OptimizerConfig
+from gulliver.learning.optim import BETA1, OptimizerConfig
 from gulliver.learning.range_test import run_range_test
 from gulliver.learning.schedule import Schedule
 from gulliver.nets.precision import products_in
@@ -129,7 +129,6 @@ def _evaluation(task: Task, cfg: TrainOptions, model: nn.Module, batches: list[B
 # ---- how it learns --------------------------------------------------------------------------------------------------
 def _config(cfg: TrainOptions, rate: float) -> LoopConfig:
     """What the options, resolved, ask of the loop."""
-    assert cfg.momentum is not None, "a call resolves it"
     limit = next(name for name in LIMITS if getattr(cfg, name) is not None)
     rounding = "stochastic" if cfg.precision == "stochastic" else "compensated"
     average = None
@@ -142,7 +141,7 @@ def _config(cfg: TrainOptions, rate: float) -> LoopConfig:
             cfg.optimizer,
             rate,
             cfg.weight_decay,
-            momentum=cfg.momentum,
+            momentum=BETA1 if cfg.momentum is None else cfg.momentum,
             nesterov=cfg.nesterov,
             rounding=rounding,
         ),
