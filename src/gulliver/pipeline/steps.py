@@ -88,7 +88,7 @@ STEPS = (
          needs=("model", "calibration"), optional=("plan",), makes=("model",), compresses=True, version=3,
          help="pack a model's weights into few bits, by the plan or in one format"),
     Step("distill", "gulliver.train.distill:run", "gulliver.train.options:DistillOptions",
-         needs=("model", "parent", "dataset"), optional=("samples",), makes=("model",), compresses=True, version=4,
+         needs=("model", "parent", "dataset"), optional=("samples",), makes=("model",), compresses=True, version=5,
          help="train a model, packed or dense, to answer like its parent"),
     Step("quality", "gulliver.audit.quality:run", "gulliver.audit.options:QualityOptions",
          needs=("model", "dataset"), optional=("parent",), makes=("report",), version=2,
