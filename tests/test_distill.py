@@ -141,7 +141,7 @@ def test_samples_take_their_turn(language: Lab, packed: Artifact, monkeypatch: p
     monkeypatch.setattr(LanguageTask, "_batches", counted)
     inputs = {"model": packed, "parent": language.model, "dataset": language.dataset, "samples": own}
     made = language.step("distill", QUICK | {"steps": 6}, **inputs)
-    assert asked == [(language.dataset.id, 0), *((own.id, n) for n in range(3)), (language.dataset.id, 1), (own.id, 3)]
+    assert asked == [(one, number) for number in range(3) for one in (language.dataset.id, own.id)]
     assert made.inputs == {role: (artifact.id,) for role, artifact in inputs.items()}
     prints = contents(made, Calibration.file)["fingerprints"]
     assert len(prints) == len(contents(distilled(language, packed, steps=3), Calibration.file)["fingerprints"]) + 1

@@ -207,7 +207,7 @@ def test_measuring_speed(lab: str, hops: Hops, request: pytest.FixtureRequest, m
 
 
 def test_fit(language: Lab, hops: Hops, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {name: SMALL.get(name) for name in fits.EFFORTS["high"]} | {"sample": None}
+    small = {name: SMALL.get(name) for name in fits.EFFORTS["high"]} | {"sample": None, "quality": {}}
     monkeypatch.setattr(fits, "EFFORTS", {**fits.EFFORTS, "high": small})
     gulliver.fit(
         language.model,

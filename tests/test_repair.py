@@ -184,6 +184,7 @@ def test_a_repair_that_is_cut_short_can_be_repeated(
     store, model, _ = measured_home
     file = store.home / "gulliver.db"
     _spoil_index(file)
+
     def dies(*_: object) -> None:
         raise KeyboardInterrupt
 

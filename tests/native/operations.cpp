@@ -258,6 +258,94 @@ void check_plain(const Kernels& kernels, int kind, int rows, int columns, int ba
   }
 }
 
+// A codebook of whole numbers as a table of places, half a unit apart.
+struct Codebook {
+  std::vector<int> entries;
+  Array<float> level;
+  Array<uint8_t> code;
+  Codebook(int reach, int levels) : level(4 * reach + 1, [] { return 0.0f; }), code(4 * reach + 1, [] { return uint8_t(0); }) {
+    for (int n = 0; n < levels; n++) entries.push_back(-reach + 2 * reach * n / (levels - 1));
+    for (int place = 0; place <= 4 * reach; place++) {
+      for (int n = 1; n < levels; n++)
+        if (place - 2 * reach > entries[n - 1] + entries[n]) code.at[place] = uint8_t(n);
+      level.at[place] = float(entries[code.at[place]]);
+    }
+  }
+  Levels view() const { return {level.count, level.at, code.at, 2.0f}; }
+  double nearest(double x) const {
+    double found = entries[0];
+    for (const int one : entries) found = std::fabs(x - one) < std::fabs(x - found) ? one : found;
+    return found;
+  }
+};
+
+void check_choose(const Kernels& kernels, int columns, int rows, bool backwards, const Codebook* table, bool passing) {
+  const std::string at = std::string("choose_codes, ") + kernels.name + ", " + std::to_string(columns) + " x " + std::to_string(rows);
+  const int top = 15;
+  Array<float> local(columns * rows, [] { return drawn(-8, 8); });
+  const Array<float> base(columns * rows, [] { return drawn(-8, 8); }), effect(columns * columns, [] { return drawn(-0.1f, 0.1f); });
+  const Array<float> zero(rows, [&] { return table ? 0.0f : float(generator() % 16); }), minimum(rows, [] { return drawn(0, 1); });
+  const Array<float> scale(rows, [] { return generator() % 20 ? drawn(0.1f, 1.0f) : 0.0f; });
+  Array<uint8_t> out(columns * rows, [] { return uint8_t(255); });
+  const int strange = rows > 3 ? rows / 2 : rows;  // a row that is not finite
+  if (strange < rows) {
+    local.at[strange] = std::nanf("");
+    local.at[(columns - 1) * rows + strange] = -HUGE_VALF;
+  }
+  std::vector<double> x(local.at, local.at + columns * rows);
+  kernels.choose_codes({columns, rows, backwards, local.at, base.at, passing ? effect.at : nullptr, scale.at, zero.at, minimum.at,
+                        table ? table->view() : Levels{top + 1, nullptr, nullptr, 0.0f}, out.at});
+  for (int row = 0; row < rows; row++)
+    for (int n = 0; n < columns; n++) {
+      const int i = backwards ? columns - 1 - n : n, place = i * rows + row, code = out.at[place];
+      const double by = scale.at[row], scaled = by != 0 ? (x[place] + minimum.at[row]) / by + zero.at[row] : zero.at[row];
+      if (code > top) return demand(false, at + ": a code that there is not");
+      if (row == strange) continue;
+      const double level = table ? table->entries[code] : code, best = table ? table->nearest(scaled) : std::fmin(std::fmax(std::nearbyint(scaled), 0), top);
+      const double value = (level - zero.at[row]) * by - minimum.at[row];
+      if (std::fabs(scaled - level) > std::fabs(scaled - best) + 1e-3 || std::fabs(value - local.at[place]) > 1e-4)
+        return demand(false, at + ": code " + std::to_string(code) + " for " + std::to_string(scaled));
+      if (!passing) continue;
+      for (int j = backwards ? 0 : i + 1; j < (backwards ? i : columns); j++)
+        x[size_t(j) * rows + row] += double(effect.at[i * columns + j]) * (local.at[place] - base.at[place]);
+    }
+}
+
+void check_fit(const Kernels& kernels, int columns, int groups, const Codebook& table, bool shared) {
+  const Array<float> x(groups * columns, [] { return drawn(-3, 3); }), d(shared ? columns : groups * columns, [] { return drawn(0.1f, 2); });
+  const Array<float> shrinks(3, [by = 1.2f]() mutable { return by -= 0.2f; });
+  Array<float> scales(groups, [] { return -1.0f; });
+  const float top = float(table.entries.back());
+  kernels.fit_scales({groups, columns, x.at, d.at, shared ? 0 : columns, table.view(), top, shrinks.at, 3, 0, scales.at});
+  for (int n = 0; n < groups; n++) {
+    double peak = 0, least = HUGE_VAL, found = HUGE_VAL;
+    for (int i = 0; i < columns; i++) peak = std::fmax(peak, std::fabs(x.at[n * columns + i]));
+    for (int trial = 0; trial <= 3; trial++) {
+      const double scale = trial < 3 ? peak * shrinks.at[trial] / top : scales.at[n];
+      double error = 0;
+      for (int i = 0; i < columns; i++) {
+        const double one = x.at[n * columns + i], off = table.nearest(one / scale) * scale - one;
+        error += off * off * d.at[shared ? i : n * columns + i];
+      }
+      if (trial == 3) found = error;
+      else least = std::fmin(least, error);
+    }
+    demand(found <= least * 1.001 + 1e-9, std::string("fit_scales, ") + kernels.name + ", " + std::to_string(columns) + " columns");
+  }
+}
+
+void check_codes(const Kernels& kernels) {
+  const Codebook table(127, 16);
+  for (const int columns : {1, 2, 3, 4, 5, 16, 33, 64, 127, 256})
+    for (const int rows : {1, 15, 64, 67, 200})
+      for (const bool backwards : {false, true})
+        for (const bool passing : {false, true}) {
+          check_choose(kernels, columns, rows, backwards, &table, passing);
+          check_choose(kernels, columns, rows, backwards, nullptr, passing);
+          check_fit(kernels, columns, rows / 4 + 1, table, passing);
+        }
+}
+
 void check_choice() {
   std::string why;
   const Kernels* best = choose("auto", why);
@@ -282,6 +370,7 @@ int main() {
     if (!set.kernels) continue;
     sets++;
     check_attention(*set.kernels);
+    check_codes(*set.kernels);
     for (int count = 1; count <= 200; count++) check_float(*set.kernels, count);
     for (const int count : {576, 1024, 1537, 8192}) check_float(*set.kernels, count);
     for (int half = 1; half <= 64; half++) check_rotate(*set.kernels, half);

@@ -29,6 +29,7 @@ from gulliver.tasks import foreign_files
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     ready_streams()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what there is to know, our errors and notes say
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = _run(words, "--json" in words)

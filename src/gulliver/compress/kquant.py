@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gulliver.compress.solver import Rounded
+from gulliver.compress.choose import GroupGrid
 from gulliver.runtime.blocks import BlockRows, encode
 from gulliver.runtime.formats import BLOCK_TYPES, BlockType, Format
+from gulliver.runtime.grid import Lookup
 
 SHRINKS = tuple(1.06 - 0.07 * step for step in range(7))
 SMALLEST_HALF = 6e-8
@@ -36,8 +37,7 @@ class BlockRounder:
         self.kind = BLOCK_TYPES[self.fmt.kind]
         columns = len(self.importance)
         self.levels = torch.tensor(self.kind.levels, dtype=torch.float32)
-        self.borders = (self.levels[1:] + self.levels[:-1]) / 2
-        self.even = bool((self.levels.diff() == 1).all())
+        self.lookup = None if bool((self.levels.diff() == 1).all()) else Lookup(self.levels)
         groups, blocks = columns // self.kind.group_size, columns // self.kind.columns
         self.scales = torch.ones(self.rows, groups, dtype=torch.int16)
         self.minima = torch.ones(self.rows, groups, dtype=torch.int16)
@@ -70,7 +70,7 @@ class BlockRounder:
             least = minima[:, 0] if (low, high) == (1, 1) else minima.amax(1) / self.kind.minimum_codes[1]
             self.e[:, block] = least.clamp(-65504, 65504).half()
 
-    def open_group(self, group: int, weights: Tensor) -> Rounded:
+    def open_group(self, group: int, weights: Tensor) -> GroupGrid:
         """Choose the scale and minimum codes of a group of an open block for its `weights` [rows, group size]."""
         kind, block = self.kind, self._block(group)
         first = group * kind.group_size
@@ -79,21 +79,14 @@ class BlockRounder:
             d, e = self.d[:, block].float(), self.e[:, block].float()
             scales, _ = self.fit(weights[:, None], importance[None])
             self.scales[:, group], self.minima[:, group] = self._codes(weights, importance, scales[:, 0], d, e)
-        return self.rounded(group)
+        return self.grid(group)
 
-    def rounded(self, group: int) -> Rounded:
+    def grid(self, group: int) -> GroupGrid:
         block = self._block(group)
         scale = self.d[:, block].float() * self.scales[:, group].float()
-        minimum = torch.zeros(1)
-        if self.kind.minimum_codes:
-            minimum = self.e[:, block].float() * self.minima[:, group].float()
-        safe = torch.where(scale == 0, torch.inf, scale)
-
-        def rounded(column: Tensor) -> tuple[Tensor, Tensor]:
-            codes = self.nearest((column + minimum) / safe)
-            return codes, self.levels[codes.int()] * scale - minimum
-
-        return rounded
+        minimum = self.e[:, block].float() * self.minima[:, group].float()
+        zero = torch.zeros_like(scale) if self.lookup else (-self.levels[0]).expand(self.rows).contiguous()
+        return GroupGrid(scale, zero, minimum, self.lookup or len(self.levels))
 
     def rescale(self, group: int, ratio: Tensor) -> Tensor | None:
         """Scales times about `ratio` [rows]; what they were multiplied by. None for types with a minimum."""
@@ -115,9 +108,9 @@ class BlockRounder:
 
     def nearest(self, scaled: Tensor) -> Tensor:
         """Codes, float32, of values of any shape in units of the scale."""
-        if self.even:
+        if self.lookup is None:
             return torch.round(scaled - self.levels[0]).clamp_(0, len(self.levels) - 1)
-        return torch.bucketize(scaled.contiguous(), self.borders, out_int32=True).float()
+        return self.lookup.codes.index_select(0, self.lookup.places(scaled)).view_as(scaled).float()
 
     def fit(self, groups: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
         """The best float scale and minimum, [rows, n] each, of groups [rows, n, size]; importance [1, n, size]."""

@@ -8,22 +8,18 @@ for the scales of tiles, which are fitted anew to the codes when a group is visi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from gulliver.compress.choose import GroupGrid, chosen
 from gulliver.nets.precision import quick
 from gulliver.runtime.blocks import BlockRows
 from gulliver.runtime.packed import RowGroup
 
 DAMPING = 0.02
 """λ of H + λI as a share of the mean of diag(H)."""
-
-Rounded = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""What a column [rows] is rounded to: codes [rows] and values [rows]."""
-
 
 Packed = TypeVar("Packed", RowGroup, BlockRows, covariant=True)
 
@@ -45,12 +41,12 @@ class Rounder(Protocol[Packed]):
         """Fix what a block's groups share, for its `weights` [rows, columns of a block] in their natural order."""
         ...
 
-    def open_group(self, group: int, weights: Tensor) -> Rounded:
+    def open_group(self, group: int, weights: Tensor) -> GroupGrid:
         """Choose the grid of a group of an open block for its `weights` [rows, group size] in their natural order."""
         ...
 
-    def rounded(self, group: int) -> Rounded:
-        """What rounds the columns of an open group."""
+    def grid(self, group: int) -> GroupGrid:
+        """The grid of an open group."""
         ...
 
     def rescale(self, group: int, ratio: Tensor) -> Tensor | None:
@@ -72,7 +68,7 @@ def solve(
     """
     rows, columns = weight.shape
     # one column of the work matrix is contiguous; those that are done hold what their rounding got wrong
-    work = weight[:, order].t().contiguous()
+    work = weight.t().contiguous().index_select(0, order)
     codes = torch.empty(columns, rows, dtype=torch.uint8)
     numbers = (order // rounder.group_size).tolist()
     stop, block = columns, -1
@@ -81,22 +77,20 @@ def solve(
         while numbers[start] != group:
             start += 1
         if rounder.block_size and group * rounder.group_size // rounder.block_size != block:
-            block, inside = group * rounder.group_size // rounder.block_size, slice(stop - rounder.block_size, stop)
-            rounder.open_block(block, _natural(_unrounded(work, lower, inside)[0], order[inside]))
-        best, local = _unrounded(work, lower, slice(start, stop))
-        rounded = rounder.open_group(group, _natural(best, order[start:stop]))
-        for index in range(stop - start - 1, -1, -1):
-            place = start + index
-            codes[place], value = rounded(local[index])
-            work[place] -= value
-            if lower is not None:
-                local[:index].addr_(lower[place, start:place], work[place])
+            block, whole = group * rounder.group_size // rounder.block_size, slice(stop - rounder.block_size, stop)
+            rounder.open_block(block, _natural(_unrounded(work, lower, whole)[0], order[whole]))
+        inside = slice(start, stop)
+        best, local = _unrounded(work, lower, inside)
+        grid = rounder.open_group(group, _natural(best, order[inside]))
+        effect = None if lower is None else -lower[inside, inside]
+        codes[inside], values = chosen(local, work[inside], effect, grid, backwards=True)
+        work[inside] -= values
         stop = start
     back = torch.empty_like(order)
     back[order] = torch.arange(columns)
-    codes = codes[back]
+    codes = codes.index_select(0, back)
     if moment is not None and lower is not None and sweeps:
-        errors = work[back]
+        errors = work.index_select(0, back)
         del work
         damping = DAMPING * float(moment.diagonal().mean().clamp_min(1e-12))
         half = quick(moment), quick(errors)
@@ -113,7 +107,7 @@ def _unrounded(work: Tensor, lower: Tensor | None, inside: slice) -> tuple[Tenso
     """
     own = work[inside]
     if lower is None:
-        return own, own
+        return own, own.clone()
     added = lower[inside.stop :, inside].t() @ work[inside.stop :]
     best = torch.linalg.solve_triangular(lower[inside, inside].t(), added, upper=True, unitriangular=True)
     return best.add_(own), added.add_(own)
@@ -121,7 +115,7 @@ def _unrounded(work: Tensor, lower: Tensor | None, inside: slice) -> tuple[Tenso
 
 def _natural(columns: Tensor, order: Tensor) -> Tensor:
     """[rows, n] in the natural order of columns from `columns` [n, rows] in `order` int64 [n]."""
-    return columns[order.argsort()].t().contiguous()
+    return columns.index_select(0, order.argsort()).t().contiguous()
 
 
 def _sweep(
@@ -142,7 +136,7 @@ def _sweep(
         inside = slice(start, start + size)
         own = moment[inside, inside].clone()
         own.diagonal().add_(damping)
-        whole = weight[:, inside].t()
+        whole = weight[:, inside].t().contiguous()
         held, pull = whole - errors[inside], (half[0][inside] @ half[1]).float()
         pull.add_(errors[inside], alpha=damping)
         power = (held * (own @ held)).sum(0).clamp_min_(1e-30)
@@ -151,11 +145,8 @@ def _sweep(
             moved = held * (ratio - 1)
             held += moved
             pull -= own @ moved
-        rounded = rounder.rounded(start // size)
-        for index in range(len(held)):
-            code, value = rounded(held[index] + pull[index] / own[index, index])
-            codes[start + index] = code
-            pull[index + 1 :].addr_(own[index, index + 1 :], value - held[index], alpha=-1)
-            held[index] = value
-        errors[inside] = whole - held
+        diagonal = own.diagonal()
+        local = pull.div_(diagonal[:, None]).add_(held)
+        codes[inside], values = chosen(local, held, own / -diagonal, rounder.grid(start // size), backwards=False)
+        errors[inside] = whole - values
         half[1][inside] = errors[inside]

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gulliver.compress.solver import Rounded
+from gulliver.compress.choose import GroupGrid
 from gulliver.runtime.formats import Format
 from gulliver.runtime.grid import (
     Grid,
@@ -59,32 +59,20 @@ class TileRounder:
     def open_block(self, block: int, weights: Tensor) -> None:
         """Nothing for `weights` [rows, columns of a block]: groups share the row's factor alone."""
 
-    def open_group(self, group: int, weights: Tensor) -> Rounded:
+    def open_group(self, group: int, weights: Tensor) -> GroupGrid:
         """Fit the grid of a group to its `weights` [rows, group size]."""
         first = group * self.group_size
         grid = self.fit(weights, self.importance[first : first + self.group_size][None])
         self.scales[:, group] = split_scales(grid.scales[:, None], self.factors)[:, 0]
         if self.zeros is not None and grid.zeros is not None:
             self.zeros[:, group] = grid.zeros.to(torch.uint8)
-        return self.rounded(group)
+        return self.grid(group)
 
-    def rounded(self, group: int) -> Rounded:
+    def grid(self, group: int) -> GroupGrid:
         scale = self.scales[:, group].float() * self.factors.float()
-        if (lookup := self.lookup) is not None:
-
-            def from_codebook(column: Tensor) -> tuple[Tensor, Tensor]:
-                places = lookup.places(column / scale)
-                return lookup.codes.index_select(0, places), lookup.entries.index_select(0, places).mul_(scale)
-
-            return from_codebook
-        assert self.zeros is not None
-        zeros, top = self.zeros[:, group].float(), self.fmt.levels - 1
-
-        def uniform(column: Tensor) -> tuple[Tensor, Tensor]:
-            code = (column / scale).add_(zeros).round_().clamp_(0, top)
-            return code.to(torch.uint8), code.sub_(zeros).mul_(scale)
-
-        return uniform
+        none = torch.zeros_like(scale)
+        zero = none if self.zeros is None else self.zeros[:, group].float()
+        return GroupGrid(scale, zero, none, self.lookup or self.fmt.levels)
 
     def rescale(self, group: int, ratio: Tensor) -> Tensor | None:
         """Scales times about `ratio` [rows], as codes: what they were multiplied by, [rows]."""

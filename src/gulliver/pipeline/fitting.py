@@ -27,7 +27,7 @@ EFFORTS: Mapping[str, Mapping[str, Mapping[str, Any] | None]] = {
     "normal": {"sample": {"count": 96, "held_out": 16}, "calibrate": {"examples": 64, "gradient_examples": 16},
                "plan": {}, "quantize": {"sweeps": 3}, "distill": None, "quality": {}},
     "high": {"sample": {"count": 96, "held_out": 16}, "calibrate": {"examples": 96, "gradient_examples": 16},
-             "plan": {}, "quantize": {"sweeps": 3}, "distill": {"steps": 110}, "quality": {}},
+             "plan": {}, "quantize": {"sweeps": 3}, "distill": {"steps": 200}, "quality": {}},
 }  # fmt: skip
 """What each step gets; None leaves a step out. `sample`, for families whose models write data of their own, makes the
 broad set: calibration mixes it in, and the model is judged on a part of it as on the user's data."""

@@ -30,6 +30,50 @@ def product(
     Kept blocks say whether they have minimums.
     """
 
+def choose_codes(
+    isa: str,
+    local: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
+    base: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+    effect: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)] | None,
+    *,
+    scale: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+    zero: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+    minimum: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+    levels: int,
+    table: tuple[
+        Annotated[NDArray[numpy.uint8], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        float,
+    ]
+    | None,
+    backwards: bool,
+    codes: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order="C", device="cpu")],
+) -> None:
+    """
+    Choose the codes of `local` [columns, rows], which becomes their values, one column after another.
+    The levels are 0 to `levels` - 1, or those of `table`: (code of each place, level of each place, places in a unit).
+    """
+
+def fit_scales(
+    isa: str,
+    groups: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+    importance: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+    *,
+    table: tuple[
+        Annotated[NDArray[numpy.uint8], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        float,
+    ],
+    top: float,
+    shrinks: Sequence[float],
+    refine: int,
+    scales: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu")],
+) -> None:
+    """
+    The scales [n] that fit groups [n, columns] with importance [n or 1, columns] on the levels of a table;
+    `top` is the largest size of a level.
+    """
+
 class Native:
     """A decoder lowered to native code."""
 

@@ -17,17 +17,10 @@ from gulliver.core.errors import BudgetError, ConfigError, KernelError
 from gulliver.core.machine import usable_cores
 from gulliver.core.memory import cgroup_ram_bytes, current_rss_bytes, total_ram_bytes
 from gulliver.nets.files import stored_tensors, weight_files
+from gulliver.runtime.compiled import missing as _native_missing
+from gulliver.runtime.compiled import native as _native
 from gulliver.runtime.decoder import Decoder, StepBatch
 from gulliver.runtime.lower import DecoderConfig, NotLowered, Weights, build, read_config
-
-_native: Any
-try:
-    from gulliver.runtime import _native  # type: ignore[no-redef]
-
-    _native_missing = None
-except ImportError as _error:
-    _native = None
-    _native_missing = f"the native module is not there ({_error}); install a C++ compiler, then Gulliver again"
 
 MAX_ROWS = 256  # most tokens of one step: a chunk of a prompt
 CACHE_BYTES = 2**31

@@ -11,10 +11,12 @@ hold the values too (symmetric values), s is a whole multiple of the row's facto
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gulliver.runtime.compiled import native
 from gulliver.runtime.formats import Format
 
 SHRINKS = tuple(1.0 - 0.08 * step for step in range(7))
@@ -58,18 +60,36 @@ class Lookup:
         codes = nearest(places, midpoints(codebook))
         self.codes, self.entries = codes.to(torch.uint8), entries[codes]
 
+    @property
+    def table(self) -> tuple[Any, Any, float]:
+        """What native code takes: uint8 codes and float32 entries of each place, and places in a unit."""
+        return self.codes.numpy(), self.entries.numpy(), self.fine
+
     def places(self, scaled: Tensor) -> Tensor:
         """Where `codes` and `entries` [places] have what is nearest to each of `scaled`, values of any shape in units
 
-        of the scale; int32, flat.
+        of the scale, not-a-number where the lowest is; int32, flat.
         """
-        found = (scaled * self.fine).ceil_().clamp_(-self.reach, self.reach)
+        found = (scaled * self.fine).ceil_().clamp_(-self.reach, self.reach).nan_to_num_(-self.reach)
         return found.add_(self.reach).to(torch.int32).flatten()
 
 
 def fit_codebook_grid(groups: Tensor, importance: Tensor, codebook: Lookup, refine: int = 2) -> Grid:
     """Scales [n] that fit groups [n, g] with importance [n or 1, g] on a sorted codebook [levels]."""
     groups = groups.contiguous()
+    if native is not None:
+        scales = torch.empty(len(groups))
+        native.fit_scales(
+            "auto",
+            groups.numpy(),
+            importance.contiguous().numpy(),
+            table=codebook.table,
+            top=float(codebook.top),
+            shrinks=SHRINKS,
+            refine=refine,
+            scales=scales.numpy(),
+        )
+        return Grid(scales, None)
     peak = groups.abs().amax(1).clamp_min(1e-12)
     best_scale, best_error = peak / codebook.top, torch.full_like(peak, torch.inf)
     for shrink in SHRINKS:

@@ -45,7 +45,7 @@ COPIES = 6
 """float32 copies of the student in memory: model, latent, gradient, two moments, and what is in flight."""
 ROOM_BYTES = 2_500_000_000
 """Memory for the process and one batch, forward and backward, beside the weights."""
-TURNS = (0, 1, 1, 1)
+TURNS = (0, 1)
 """Whose batch is next: 0 the user's data, 1 the parent's own. A model comes to favour what it is distilled on."""
 LEAST_RMS = 1e-3
 """A matrix of smaller values is trained as if this were their root mean square."""

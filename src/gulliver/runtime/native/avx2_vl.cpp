@@ -10,7 +10,7 @@ namespace gulliver {
 
 const Kernels* avx2_vl_kernels() {
   static constexpr Kernels table{"avx2-vnni", product, plain,     quantize,  to_bytes, attend, scores, accumulate,
-                                 rms_norm,    softmax, gate_silu, gate_gelu, rotate};
+                                 rms_norm,    softmax, gate_silu, gate_gelu, rotate, choose_codes, fit_scales};
   return &table;
 }
 

@@ -11,6 +11,7 @@
 namespace gulliver {
 namespace {
 
+#include "choose.inc"
 #include "float_ops.inc"
 #include "quantize.inc"
 
@@ -371,7 +372,7 @@ void quantize(const float* x, int columns, int blocks, const Places& to) {
 const Kernels* avx512_kernels() {
   // `silu` and `row_to_bytes` are gate_silu and to_bytes of float_ops.inc, written by hand.
   static const Kernels table{"avx512-vnni", product,  plain,   quantize, row_to_bytes, attend, scores,
-                             accumulate,    rms_norm, softmax, silu,     gate_gelu,    rotate};
+                             accumulate,    rms_norm, softmax, silu,     gate_gelu,    rotate,  choose_codes, fit_scales};
   return &table;
 }
 

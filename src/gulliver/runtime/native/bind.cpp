@@ -27,6 +27,9 @@ using Signed = nb::ndarray<const int8_t, nb::ndim<1>, nb::c_contig, nb::device::
 using Classes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using FloatRows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using ConstantRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using FloatVector = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using ByteRows = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using IntRows = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
@@ -242,6 +245,46 @@ void product(const std::string& isa, const Bytes& tiles, int rows, int columns, 
   kernels->product(part, 0, int(tiles.shape(0)), room.view(batch, columns), batch, y.data(), rows, {});
 }
 
+// (code of each place, level of each place, places in a unit)
+using Table = std::tuple<Classes, Floats, float>;
+
+Levels levels_of(const Table& table) {
+  const auto& [codes, entries, fine] = table;
+  const size_t size = entries.shape(0);
+  demand(codes.shape(0) == size && size % 2 == 1 && size <= size_t(1) << 20, "a table has an odd number of codes and as many entries");
+  return {int(size), entries.data(), codes.data(), fine};
+}
+
+void choose_codes(const std::string& isa, const FloatRows& local, const ConstantRows& base, const std::optional<ConstantRows>& effect,
+                  const Floats& scale, const Floats& zero, const Floats& minimum, int levels, const std::optional<Table>& table,
+                  bool backwards, const ByteRows& codes) {
+  const Kernels* kernels = kernels_of(isa);
+  const size_t columns = local.shape(0), rows = local.shape(1);
+  const auto same = [&](const auto& other) { return other.shape(0) == columns && other.shape(1) == rows; };
+  demand(columns >= 1 && columns <= kMostChosen && rows <= size_t(kMostLength), "local must be [1 to 256, rows]");
+  demand(same(base) && same(codes), "base and codes must have the shape of local");
+  demand(!effect || (effect->shape(0) == columns && effect->shape(1) == columns), "effect must be [columns, columns]");
+  demand(scale.shape(0) == rows && zero.shape(0) == rows && minimum.shape(0) == rows, "a grid has a number for each row");
+  demand(table ? levels == 0 : levels >= 1 && levels <= 256, "levels must be 1 to 256, or 0 with a table");
+  const Choice choice{int(columns), int(rows), backwards, local.data(), base.data(), effect ? effect->data() : nullptr, scale.data(),
+                      zero.data(), minimum.data(), table ? levels_of(*table) : Levels{levels, nullptr, nullptr, 0.0f}, codes.data()};
+  nb::gil_scoped_release free;
+  kernels->choose_codes(choice);
+}
+
+void fit_scales(const std::string& isa, const ConstantRows& groups, const ConstantRows& importance, const Table& table, float top,
+                const std::vector<float>& shrinks, int refine, const FloatVector& scales) {
+  const Kernels* kernels = kernels_of(isa);
+  const size_t count = groups.shape(0), columns = groups.shape(1);
+  demand(columns >= 1 && columns <= kMostChosen && count <= size_t(kMostLength), "groups must be [n, 1 to 256]");
+  demand((importance.shape(0) == count || importance.shape(0) == 1) && importance.shape(1) == columns, "importance must be [n or 1, columns]");
+  demand(scales.shape(0) == count, "there is a scale for each group");
+  const Fit fit{int(count), int(columns), groups.data(), importance.data(), importance.shape(0) == 1 ? 0 : int(columns),
+                levels_of(table), top, shrinks.data(), int(shrinks.size()), refine, scales.data()};
+  nb::gil_scoped_release free;
+  kernels->fit_scales(fit);
+}
+
 }  // namespace
 }  // namespace gulliver
 
@@ -257,6 +300,14 @@ NB_MODULE(_native, m) {
   m.def("product", &product, "isa"_a, "tiles"_a, "rows"_a, "columns"_a, "bits"_a, "group_size"_a, "codebook"_a.none(), "x"_a, "y"_a,
         "minimums"_a = nb::none(),
         "y[b, row] = the packed part times x[b], with x rounded to int8 blocks of 32; for tests.\nKept blocks say whether they have minimums.");
+  m.def("choose_codes", &choose_codes, "isa"_a, "local"_a.noconvert(), "base"_a, "effect"_a.none(), nb::kw_only(), "scale"_a, "zero"_a, "minimum"_a,
+        "levels"_a, "table"_a.none(), "backwards"_a, "codes"_a.noconvert(),
+        "Choose the codes of `local` [columns, rows], which becomes their values, one column after another.\n"
+        "The levels are 0 to `levels` - 1, or those of `table`: (code of each place, level of each place, places in a unit).");
+  m.def("fit_scales", &fit_scales, "isa"_a, "groups"_a, "importance"_a, nb::kw_only(), "table"_a, "top"_a, "shrinks"_a, "refine"_a,
+        "scales"_a.noconvert(),
+        "The scales [n] that fit groups [n, columns] with importance [n or 1, columns] on the levels of a table;\n"
+        "`top` is the largest size of a level.");
   nb::class_<Native>(m, "Native", "A decoder lowered to native code.")
       .def("__init__", [](Native* self, int hidden, int heads, int kv_heads, int head_dim, int intermediate, int vocabulary,
                           int positions, float epsilon, float attention_scale, float embedding_scale, bool gelu,

@@ -109,6 +109,43 @@ struct Attention {                  // query heads of one token that share their
   float* out;                       // [heads, head_dim]
 };
 
+constexpr int kMostChosen = 256;    // columns that share a grid
+
+struct Levels {                     // what codes stand for before scaling
+  int size;                         // 0 to size - 1, each its own code; or places of the table below: 1 to 2^20, an odd number
+  const float* entries;             // [size] the level nearest to (place - (size - 1) / 2) / fine; null: no table
+  const uint8_t* codes;             // [size] their codes
+  float fine;
+};
+
+// Columns of a weight that share a grid in each row: value = (level - zero) * scale - minimum. Columns are visited from the first
+// to the last, or backwards; each takes the level nearest to its `local`, and what that adds to its `base` is added, times
+// effect[i, j], to the `local` of every column j still to come.
+struct Choice {
+  int columns, rows;                // 1 to kMostChosen columns
+  bool backwards;
+  float* local;                     // [columns, rows]; becomes the values
+  const float* base;                // [columns, rows]
+  const float* effect;              // [columns, columns], or null: none
+  const float *scale, *zero, *minimum;  // [rows]; a scale of 0 takes the level nearest to `zero`
+  Levels levels;
+  uint8_t* out;                     // [columns, rows]; not-a-number gets the lowest code
+};
+
+// Scales that fit groups of weights on the levels of a table: the best of some shrunken versions of what reaches the largest
+// magnitude, then refined by least squares.
+struct Fit {
+  int groups, columns;              // 1 to kMostChosen columns
+  const float* weights;             // [groups, columns]
+  const float* importance;          // [groups, columns], or [columns] with a stride of 0
+  int importance_stride;
+  Levels levels;                    // with a table
+  float top;                        // the largest magnitude of a level
+  const float* shrinks;             // [trials]
+  int trials, refine;
+  float* scales;                    // [groups]
+};
+
 struct Kernels {
   const char* name;
   // Tiles first to last (not included) times 1 to kMaxBatch activations: y[b * y_stride + place of row] is set. `reading` tells
@@ -133,6 +170,8 @@ struct Kernels {
   void (*gate_silu)(const float* gate, const float* up, int count, float* out);
   void (*gate_gelu)(const float* gate, const float* up, int count, float* out);   // the tanh form
   void (*rotate)(float* x, const float* cosine, const float* sine, int half);     // pairs (x[i], x[i + half])
+  void (*choose_codes)(const Choice&);
+  void (*fit_scales)(const Fit&);
 };
 
 // The table of an instruction set, or null where this build or this machine has none of it.

@@ -11,6 +11,7 @@
 namespace gulliver {
 namespace {
 
+#include "choose.inc"
 #include "float_ops.inc"
 #include "quantize.inc"
 
@@ -271,7 +272,7 @@ void attend(const Attention& a) { attend_with<scores, accumulate>(a); }
 
 const Kernels* neon_kernels() {
   static constexpr Kernels table{"neon",   product, plain,     quantize,  to_bytes, attend, scores, accumulate,
-                                 rms_norm, softmax, gate_silu, gate_gelu, rotate};
+                                 rms_norm, softmax, gate_silu, gate_gelu, rotate, choose_codes, fit_scales};
   return &table;
 }
 

@@ -8,6 +8,7 @@
 namespace gulliver {
 namespace {
 
+#include "choose.inc"
 #include "float_ops.inc"
 #include "quantize.inc"
 
@@ -157,7 +158,7 @@ void attend(const Attention& a) { attend_with<scores_plain, accumulate_plain>(a)
 
 const Kernels* plain_kernels() {
   static constexpr Kernels table{"plain",  product, plain,     quantize,  to_bytes, attend, scores_plain, accumulate_plain,
-                                 rms_norm, softmax, gate_silu, gate_gelu, rotate};
+                                 rms_norm, softmax, gate_silu, gate_gelu, rotate, choose_codes, fit_scales};
   return &table;
 }
 

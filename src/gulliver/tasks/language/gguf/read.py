@@ -1,4 +1,4 @@
-"""A GGUF file (or its parts) as a Hugging Face layout folder: config, tokenizer, weights; two tensors in memory at once.
+"""A GGUF file (or its parts) as a Hugging Face layout folder: config, tokenizer, weights; two tensors in memory.
 
 Which parameter a tensor is, gguf's own table of names says, asked with the names of the empty network. What differs
 besides: llama.cpp's order of the rows of q and k (architectures.py); norms that hold 1 + w; experts, whose gates and
