@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import gulliver
 from gulliver.cli import arguments as records
@@ -178,6 +178,8 @@ def _python(annotation: Any) -> str:
     """A type as Python source."""
     if annotation is NoneType:
         return "None"
+    if get_origin(annotation) is Annotated:
+        return _python(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
         return " | ".join(_python(part) for part in get_args(annotation))
     if get_origin(annotation) is Literal:

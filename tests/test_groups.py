@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,6 +24,11 @@ from gulliver.tasks import get_task
 
 LLAMA = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm"]
 CONFIG = OptimizerConfig("muon", learning_rate=0.1, weight_decay=0.01)
+
+
+def _noted(kept: list[int], one: torch.Tensor) -> torch.Tensor:
+    kept.append(one.numel())
+    return one
 
 
 def named(model: nn.Module, rates: Rates = Rates()) -> dict[str, dict[str, Any]]:  # noqa: B008
@@ -93,7 +99,7 @@ def test_layers_that_are_computed_again_give_the_same_gradients_and_keep_less(fa
         tokens = torch.randint(0, 200, (4, 48), generator=generator)
         images = {"image": torch.rand(4, 1, 8, 8, generator=generator), "label": torch.arange(4)}
         kept: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one.numel()) or one, lambda one: one):
+        with torch.autograd.graph.saved_tensors_hooks(partial(_noted, kept), lambda one: one):
             torch.manual_seed(5)
             loss = task.loss(model, {"tokens": tokens} if family == "language" else images).sum()
         loss.backward()

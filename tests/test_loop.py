@@ -45,7 +45,9 @@ class Toy:
         config = {"steps": STEPS, "accumulate": 2, "clipping": Clipping("norm", 1.0)}
         config |= {"schedule": Schedule(warmup_steps=3), "optimizer": OptimizerConfig(optimizer, learning_rate=0.01)}
         config |= {name: dials.pop(name) for name in list(dials) if name in LoopConfig.__dataclass_fields__}
-        return run_loop(parameters=groups, config=LoopConfig(**config), **{"loss": self.loss, "state": self.state} | dials)
+        return run_loop(
+            parameters=groups, config=LoopConfig(**config), **{"loss": self.loss, "state": self.state} | dials
+        )
 
     def weights(self):
         return {name: tensor.clone() for name, tensor in self.model.state_dict().items()}

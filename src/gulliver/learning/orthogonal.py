@@ -19,7 +19,7 @@ LIKE_ADAMW = 0.2
 
 
 def orthogonalized(momentum: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal rows or columns, float32; `momentum` [..., rows, columns] is not changed."""
+    """The matrix with orthonormal rows or columns nearest to `momentum` […, rows, columns], float32 of its shape."""
     x = momentum.float()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x

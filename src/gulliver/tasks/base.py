@@ -23,11 +23,11 @@ from gulliver.core.evidence.evidence import Evidence
 from gulliver.core.names import named
 from gulliver.core.records import SPLITS
 from gulliver.core.store.artifact import Artifact
-from gulliver.nets.regularize import drop_layers, set_dropout
 from gulliver.tasks.blocks import Block, Coupling, packable
 from gulliver.tasks.family import Family
 from gulliver.tasks.options import FamilyOptions, checked_options
 from gulliver.tasks.order import Order
+from gulliver.tasks.regularized import Regularized
 
 Batch = dict[str, Tensor]
 """Named tensors whose first dimension is the example (for language: `tokens` int64 [batch, tokens])."""
@@ -181,13 +181,11 @@ class DataContract(ABC):
         return {}
 
 
-class Task(DataContract):
+class Task(DataContract, Regularized):
     """One family of models: how to read examples, build a network, compute a loss, score, and answer a request."""
 
     streams: ClassVar[bool] = False
     """Whether `score` takes networks loaded with `empty=True`, whose weights it reads a block at a time."""
-    smooths: ClassVar[bool] = False
-    """Whether its loss is a cross entropy over classes, whose targets can be softened (`smoothing`)."""
 
     # ---- networks ---------------------------------------------------------------------------------------------
     @final
@@ -244,30 +242,6 @@ class Task(DataContract):
         An example of 0 positions is not trained or counted; its loss is any finite number.
         """
         return torch.ones(next(iter(batch.values())).shape[0], dtype=torch.int64)
-
-    @final
-    def regularize(self, model: nn.Module, *, dropout: float, stochastic_depth: float, label_smoothing: float) -> None:
-        """Make `model` drop numbers, leave out layers and soften its targets while it is in training mode.
-
-        ConfigError, by name, for what a network of this family does not have. 0 leaves what is as it is.
-        """
-        places = {
-            "dropout": set_dropout(model, dropout) if dropout else 1,
-            "stochastic_depth": drop_layers(self._residual_layers(model), stochastic_depth) if stochastic_depth else 1,
-            "label_smoothing": int(self.smooths or not label_smoothing),
-        }
-        for name, count in places.items():
-            if not count:
-                raise ConfigError(f"{name}: {type(model).__name__} has no place for it; leave it out")
-        model.__dict__["label_smoothing"] = label_smoothing
-
-    def _residual_layers(self, model: nn.Module) -> Sequence[nn.Module]:
-        return ()
-
-    @final
-    def smoothing(self, model: nn.Module) -> float:
-        """The share of a target that is spread evenly over all classes, in training mode; for a family's `_loss`."""
-        return model.__dict__.get("label_smoothing", 0.0) if model.training else 0.0
 
     def likely_drop(self, increase: float) -> float | None:
         """The `quality_loss` of a model whose outputs diverge by `increase` nats; None where only measuring tells."""

@@ -43,8 +43,10 @@ class TrainOptions(Options):
     optimizer: Literal["adamw", "sgd", "muon"] = _in(
         UPDATES, "adamw", "adamw, sgd, or muon for matrices of hidden layers with adamw for the rest"
     )
-    learning_rate: Positive | Literal["auto"] = _in(
-        UPDATES, 1e-3, "peak learning rate; auto: what a test of rates suggests, a short run before the first step"
+    learning_rate: Positive | Literal["auto"] = Field(
+        1e-3,
+        description="peak learning rate; auto: what a test of rates suggests, a short run before the first step",
+        json_schema_extra={"group": UPDATES},
     )
     momentum: float | None = _in(
         UPDATES, None, "momentum, beta1 of adamw (default: 0.95 for muon, else 0.9)", ge=0, lt=1
