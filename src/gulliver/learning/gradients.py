@@ -29,9 +29,15 @@ class Gradients:
         narrow = accumulate > 1 and any(tensor.dtype == torch.bfloat16 for tensor in tensors)
         self.apart = hook is not None or narrow
         self.sums: dict[Tensor, Tensor] = {}
+        self.total, self.positions = 0.0, 0
 
-    def add(self, total: Tensor, index: int) -> None:
-        """Add the gradients of micro-batch `index`, of the scalar sum `total` of its losses."""
+    def add(self, losses: Losses, step: int, index: int, checkpoint: Path | None) -> None:
+        """Add the gradients of micro-batch `index` of a step, from its losses and counts [examples].
+
+        GulliverError when a loss is not finite; it names the last good `checkpoint`.
+        """
+        total, positions = summed(losses, step, index, checkpoint)
+        self.total, self.positions = self.total + float(total.detach()), self.positions + positions
         total.backward()
         if not self.apart:
             return
@@ -44,10 +50,17 @@ class Gradients:
             else:
                 self.sums[tensor] = gradient.float()
 
-    def take(self) -> dict[Tensor, Tensor]:
-        """All that was added, by parameter [any shape]; the next step begins with none."""
+    def mean(self, step: int) -> float:
+        """The mean loss of a trained position of the step. DataError when none is trained."""
+        if self.positions == 0:
+            raise nothing_trained(step)
+        return self.total / self.positions
+
+    def take(self) -> tuple[dict[Tensor, Tensor], int]:
+        """All that was added, by parameter [any shape], and over how many positions; the next step begins with none."""
         found, self.sums = (self.sums if self.apart else self._taken()), {}
-        return found
+        positions, self.total, self.positions = self.positions, 0.0, 0
+        return found, positions
 
     def _taken(self) -> dict[Tensor, Tensor]:
         found = {tensor: tensor.grad for tensor in self.tensors if tensor.grad is not None}

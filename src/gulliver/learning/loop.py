@@ -23,7 +23,7 @@ from gulliver.learning.average import Averaging
 from gulliver.learning.checkpoint import open_checkpoint, save_checkpoint
 from gulliver.learning.clip import Clipping
 from gulliver.learning.evaluation import Evaluation, Losses, NotFinite, best, mean_loss, waited
-from gulliver.learning.gradients import GradientHook, Gradients, not_finite, nothing_trained, summed
+from gulliver.learning.gradients import GradientHook, Gradients, not_finite
 from gulliver.learning.groups import block_norms
 from gulliver.learning.optim import OptimizerConfig
 from gulliver.learning.schedule import Schedule
@@ -116,8 +116,10 @@ def run_loop(
             if _stops(config, run.history):
                 break
             _schedule(run, config, step)
-            mean, positions = _add_gradients(gradients, loss, config, step, saved)
-            _update(run, gradients.take(), config, step, positions, blocks or {}, saved)
+            for index in range(step * config.accumulate, (step + 1) * config.accumulate):
+                gradients.add(loss(index), step, index, saved)
+            mean = gradients.mean(step)
+            _update(run, *gradients.take(), step, config, blocks or {}, saved)
             run.history.losses.append(mean)
             last = step + 1 == config.steps
             if config.evaluation is not None and ((step + 1) % config.evaluation.every == 0 or last):
@@ -157,26 +159,12 @@ def _schedule(run: RunState, config: LoopConfig, step: int) -> None:
     run.history.rates.append(config.optimizer.learning_rate * factor)
 
 
-def _add_gradients(
-    gradients: Gradients, loss: Callable[[int], Losses], config: LoopConfig, step: int, saved: Path | None
-) -> tuple[float, int]:
-    """(mean loss, trained positions) of the micro-batches of a step, whose gradients are added."""
-    total, positions = 0.0, 0
-    for index in range(step * config.accumulate, (step + 1) * config.accumulate):
-        value, count = summed(loss(index), step, index, saved)
-        gradients.add(value, index)
-        total, positions = total + float(value.detach()), positions + count
-    if positions == 0:
-        raise nothing_trained(step)
-    return total / positions, positions
-
-
 def _update(
     run: RunState,
     gradients: dict[Tensor, Tensor],
-    config: LoopConfig,
-    step: int,
     positions: int,
+    step: int,
+    config: LoopConfig,
     blocks: dict[str, list[Tensor]],
     saved: Path | None,
 ) -> None:

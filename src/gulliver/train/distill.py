@@ -24,7 +24,6 @@ from gulliver.core.records import NOT_COPIED, Distillation, LossIncrease, Packed
 from gulliver.core.store.artifact import Artifact
 from gulliver.learning.batches import in_turns
 from gulliver.learning.clip import Clipping
-from gulliver.learning.evaluation import Losses
 from gulliver.learning.latent import LatentTensor
 from gulliver.learning.loop import LoopConfig, run_loop
 from gulliver.learning.optim import OptimizerConfig
@@ -81,15 +80,16 @@ def run(cfg: DistillOptions, inputs: dict[str, Artifact], ctx: Context) -> Artif
         clipping=Clipping("norm", cfg.max_grad_norm),
     )
 
-    def losses(index: int) -> Losses:
-        batch = batch_at(index)
-        return task.loss(_use(student, latents), batch, teacher), task.positions(batch)
-
     for half in attempts():
         try:
             result = run_loop(
                 parameters=_groups(cfg, cfg.learning_rate, latents, list(dense.values())),
-                loss=products_in(half)(losses),
+                loss=products_in(half)(
+                    lambda index: (
+                        task.loss(_use(student, latents), batch := batch_at(index), teacher),
+                        task.positions(batch),
+                    )
+                ),
                 config=config,
                 checkpoint=checkpoint,
                 checkpoint_every=cfg.checkpoint_every,

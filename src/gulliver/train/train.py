@@ -102,12 +102,9 @@ def _fresh(task: Task, cfg: TrainOptions, seed: int) -> nn.Module:
 def _loss(task: Task, cfg: TrainOptions, model: nn.Module, batch_at: Callable[[int], Batch]) -> Callable[[int], Losses]:
     """The losses of micro-batch k, and over how many positions each is the mean."""
 
-    def losses(index: int) -> Losses:
-        batch = batch_at(index)
-        with products_in(cfg.precision != "float32"):
-            return task.loss(model, batch), task.positions(batch)
-
-    return losses
+    return products_in(cfg.precision != "float32")(
+        lambda index: (task.loss(model, batch := batch_at(index)), task.positions(batch))
+    )
 
 
 def _evaluation(task: Task, cfg: TrainOptions, model: nn.Module, batches: list[Batch]) -> Evaluation | None:
