@@ -13,6 +13,7 @@ from torch import nn
 from gulliver.core.errors import ConfigError, GulliverError
 from gulliver.learning.checkpoint import open_checkpoint
 from gulliver.learning.clip import Clipping
+from gulliver.learning.evaluation import Evaluation
 from gulliver.learning.loop import LoopConfig, run_loop
 from gulliver.learning.optim import OptimizerConfig
 from gulliver.learning.schedule import Schedule
@@ -138,6 +139,8 @@ CHILD = """
     from pathlib import Path
     import torch
     from safetensors.torch import save_file
+    from gulliver.learning.average import Averaging
+    from gulliver.learning.evaluation import Evaluation
     from test_loop import Toy
 
     path, kill_at = Path(sys.argv[1]), int(sys.argv[2])
@@ -147,7 +150,8 @@ CHILD = """
             os.kill(os.getpid(), signal.SIGKILL)
 
     toy = Toy()
-    result = toy.run(checkpoint=path / "loop", checkpoint_every=2, after_step=after_step)
+    judged = {{"averaging": Averaging("ema", 0.7), "evaluation": Evaluation(lambda: toy.loss(999), every=3, keep="best")}}
+    result = toy.run(checkpoint=path / "loop", checkpoint_every=2, after_step=after_step, **judged)
     save_file(toy.weights(), path / "weights.safetensors")
     print(result.resumed_from)
 """
@@ -258,3 +262,28 @@ def test_progress_counts_only_what_is_left(tmp_path):
     result = Toy().run(progress=progress, stage="distill")
     assert progress.stages == [("distill", STEPS, "step")]
     assert progress.bar.notes[-1] == f"loss {result.losses[-1]:.4g}" and len(progress.bar.notes) == STEPS
+
+
+def test_norms_of_blocks_are_taken_over_time():
+    small, large = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2))
+
+    def loss(index):
+        values = torch.stack([3e-6 * small.sum(), 4.0 * large.sum()])
+        return values, torch.tensor([2, 2])
+
+    dials = {"blocks": {"first": [small], "last": [large]}, "steps": 450, "clipping": Clipping("norm", 1.0)}
+    history = simple([small, large], loss, **dials).history
+    assert (
+        history.norm_steps == list(range(0, 450, 3)) and len(history.weight_norms) == len(history.gradient_norms) == 150
+    )
+    assert history.gradient_norms[7] == pytest.approx([1.5e-6 * 3**0.5, 2.0 * 2], rel=1e-5), "before clipping"
+    assert history.weight_norms[0] == pytest.approx([1.5e-6 * 3**0.5 / 4, 1.0], rel=1e-4), "after the update"
+    assert history.clipped == [1.0] * 450
+
+
+def test_a_held_out_loss_that_is_not_finite_stops_and_keeps_the_last_good_one(tmp_path):
+    path, told = tmp_path / "loop", iter([1.0, float("nan")])
+    evaluation = Evaluation(lambda: each(torch.full((3,), next(told))), every=2, patience=1, keep="best")
+    with pytest.raises(GulliverError, match=r"the held-out loss is nan at step 3 \(batch of held-out data\); the last"):
+        Toy().run(evaluation=evaluation, checkpoint=path, checkpoint_every=1)
+    assert [one["loss"] for one in open_checkpoint(path).meta["history"]["evaluations"]] == [1.0]

@@ -69,3 +69,40 @@ def test_one_update_is_the_one_in_the_docstring(name):
     else:
         expected = start - 0.1 * (0.01 * start + gradient / (gradient.abs() + 1e-8))
     torch.testing.assert_close(parameter.detach(), expected)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_on_a_quadratic_is_its_closed_form(nesterov):
+    """p_t of loss h p^2 / 2 is a linear recurrence, whose matrix to the power t is the state after t steps.
+
+    (p, m) -> m' = mu m + h p ;  p' = p - r m' , and for Nesterov p' = p - r (h p + mu m').
+    """
+    steepness, rate, momentum, steps = 3.0, 0.05, 0.8, 25
+    held = momentum * rate if nesterov else rate
+    ahead = rate * steepness if nesterov else 0.0
+    step = torch.tensor([[1 - ahead - held * steepness, -held * momentum], [steepness, momentum]], dtype=torch.float64)
+    expected = torch.linalg.matrix_power(step, steps) @ torch.tensor([2.0, 0.0], dtype=torch.float64)
+    point = torch.nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+    config = OptimizerConfig("sgd", learning_rate=rate, momentum=momentum, nesterov=nesterov)
+    updater = build_optimizer([{"params": [point]}], config)
+    for _ in range(steps):
+        updater.step({point: steepness * point.detach()})
+    assert float(point.detach()) == pytest.approx(float(expected[0]), rel=1e-10)
+    assert float(updater.state[point]["momentum"]) == pytest.approx(float(expected[1]), rel=1e-10)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_updates_are_those_of_torch(name):
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4).clone()) for _ in range(2))
+    config = OptimizerConfig(name, learning_rate=0.05, weight_decay=0.1, nesterov=name == "sgd")
+    updater = build_optimizer([{"params": [ours]}], config)
+    if name == "sgd":
+        oracle = torch.optim.SGD([theirs], lr=0.05, momentum=0.9, weight_decay=0.1, nesterov=True, fused=True)
+    else:
+        oracle = torch.optim.AdamW([theirs], lr=0.05, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(7):
+        theirs.grad = torch.randn(3, 4, generator=generator)
+        updater.step({ours: theirs.grad.clone()})
+        oracle.step()
+    assert torch.equal(ours, theirs)

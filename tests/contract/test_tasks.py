@@ -168,6 +168,26 @@ def test_batches_are_a_pure_function_of_seed_and_step(family: str, toy: Toy, dat
         next(get_task(family).batches(dataset, "train", 0, 0, 0, folder=folder))
 
 
+def test_a_held_out_part_can_be_gone_through_once(family: str, toy: Toy, dataset: Artifact, folder: Path) -> None:
+    task = get_task(family)
+    shared = {"folder": folder, "options": task.chosen(toy.options)}
+    once = list(task.batches(dataset, "eval", 4, 0, 0, once=True, **shared))
+    rows = [
+        tuple(tensor[at].numpy().tobytes() for tensor in batch.values())
+        for batch in once
+        for at in range(_count(batch))
+    ]
+    assert [_count(batch) for batch in once[:-1]] == [4] * (len(once) - 1) and 1 <= _count(once[-1]) <= 4
+    assert len(set(rows)) > 0.7 * len(rows), "texts that are cut may be equal, but few are"
+    again = task.batches(dataset, "eval", 4, 0, 0, **shared)
+    assert all(same(batch, next(again)) for batch in once[:-1])
+    assert [task.positions(batch).shape for batch in once] == [(_count(batch),) for batch in once]
+
+
+def _count(batch: Batch) -> int:
+    return next(iter(batch.values())).shape[0]
+
+
 def test_build_has_one_dial_and_a_seed(family: str) -> None:
     task = get_task(family)
     counts = [sum(parameter.numel() for parameter in task.build(size).parameters()) for size in (1, 2)]

@@ -6,7 +6,7 @@ A file of options imports pydantic and this, so that help and recipes are read w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Self, get_args
+from typing import Annotated, Any, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -25,7 +25,8 @@ class Options(BaseModel):
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         annotation = cls.model_fields[info.field_name or ""].annotation
-        kinds = {annotation, *get_args(annotation)}
+        parts = {annotation, *get_args(annotation)}
+        kinds = {get_args(part)[0] if get_origin(part) is Annotated else part for part in parts}
         if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
             raise ValueError("must be a number, not true or false")
         return value

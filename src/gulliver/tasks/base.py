@@ -130,14 +130,16 @@ class DataContract(ABC):
         *,
         folder: Path,
         options: FamilyOptions | None = None,
+        once: bool = False,
     ) -> Iterator[Batch]:
         """Endless batches from `step` on; batch k is a pure function of (dataset, split, batch_size, seed, k).
 
+        With `once` every example comes once, and the last batch may be smaller: what is measured is no repetition.
         A batch is tensors by name, [batch_size, …] each. `folder` is the model's folder (its tokenizer makes tokens).
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
-        order = Order(batch_size, seed, step)
+        order = Order(batch_size, seed, step, once)
         for batch in self._batches(dataset, split, order, folder, options or self.chosen()):
             sizes = {tensor.shape[0] for tensor in batch.values()}
             assert len(sizes) == 1, f"{self.name}: a batch's tensors disagree on the number of examples: {sizes}"

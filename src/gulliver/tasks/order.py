@@ -11,17 +11,22 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Order:
-    """Which examples are in which batch, from batch `step` on."""
+    """Which examples are in which batch, from batch `step` on; with `once`, those of the first epoch alone."""
 
     batch_size: int
     seed: int
     step: int
+    once: bool = False
 
     def batches(self, count: int, key: tuple[int, ...] = (1,)) -> Iterator[list[tuple[int, int]]]:
-        """Endless batches of (epoch, item); every item once per epoch, order from (seed, epoch, *key)."""
+        """Endless batches of (epoch, item); every item once per epoch, order from (seed, epoch, *key).
+
+        With `once` the last batch holds what is left, and is the last.
+        """
         step = self.step
-        while True:
-            places = [divmod(place, count) for place in range(step * self.batch_size, (step + 1) * self.batch_size)]
+        while not self.once or step * self.batch_size < count:
+            end = (step + 1) * self.batch_size
+            places = [divmod(at, count) for at in range(step * self.batch_size, min(end, count) if self.once else end)]
             yield [(epoch, int(_permutation((self.seed, epoch, *key), count)[place])) for epoch, place in places]
             step += 1
 

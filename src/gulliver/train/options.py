@@ -90,7 +90,9 @@ class TrainOptions(Options):
     average_from: int | None = _in(HABITS, None, "updates before the first that is averaged (default: 0)", ge=0)
     # ---- evaluation
     evaluate_every: int = _in(JUDGED, 0, "updates between measurements on held-out data; 0: none", ge=0)
-    evaluate_batches: int = _in(JUDGED, 8, "held-out batches of batch_size that are measured", ge=1)
+    evaluate_batches: int = _in(
+        JUDGED, 8, "most held-out batches of batch_size that are measured, each example once", ge=1
+    )
     patience: int | None = _in(JUDGED, None, "measurements without a better one after which training stops", ge=1)
     keep: Literal["last", "best"] = _in(JUDGED, "last", "the last weights, or those that measured best")
     # ---- memory

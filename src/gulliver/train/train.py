@@ -57,11 +57,12 @@ def run(cfg: TrainOptions, inputs: dict[str, Artifact], ctx: Context) -> Artifac
     )
     with torch.random.fork_rng():
         torch.manual_seed(ctx.seed)
-        test = _rate_test(task, cfg, batch_at, ctx)
-        rate = test.suggested if test is not None else float(cfg.learning_rate)
-        held_out = task.batches(dataset, "eval", cfg.batch_size, ctx.seed, 0, folder=folder, options=options)
+        shared = {"folder": folder, "options": options, "once": True}
+        held_out = task.batches(dataset, "eval", cfg.batch_size, ctx.seed, 0, **shared)
         batches = list(islice(held_out, cfg.evaluate_batches)) if cfg.evaluate_every else []
-        config = replace(_config(cfg, rate), evaluation=_evaluation(task, cfg, model, batches))
+        test = _rate_test(task, cfg, batch_at, batches, ctx)
+        rate = test.suggested if test is not None else float(cfg.learning_rate)
+        config = _config(cfg, rate, _evaluation(task, cfg, model, batches))
         blocks = blocks_of(model)
         result = run_loop(
             parameters=_groups(model, cfg, config.optimizer),
@@ -124,7 +125,7 @@ def _evaluation(task: Task, cfg: TrainOptions, model: nn.Module, batches: list[B
 
 
 # ---- how it learns --------------------------------------------------------------------------------------------------
-def _config(cfg: TrainOptions, rate: float) -> LoopConfig:
+def _config(cfg: TrainOptions, rate: float, evaluation: Evaluation | None) -> LoopConfig:
     """What the options, resolved, ask of the loop."""
     limit = next(name for name in LIMITS if getattr(cfg, name) is not None)
     rounding = "stochastic" if cfg.precision == "stochastic" else "compensated"
@@ -147,6 +148,7 @@ def _config(cfg: TrainOptions, rate: float) -> LoopConfig:
         ),
         clipping=Clipping(LIMITS[limit], getattr(cfg, limit)),  # type: ignore[arg-type]
         averaging=average,
+        evaluation=evaluation,
     )
 
 
@@ -154,7 +156,9 @@ def _groups(model: nn.Module, cfg: TrainOptions, optimizer: OptimizerConfig) -> 
     return parameter_groups(model, optimizer, Rates(cfg.layer_decay, cfg.edge_rate, cfg.vector_rate))
 
 
-def _rate_test(task: Task, cfg: TrainOptions, batch_at: Callable[[int], Batch], ctx: Context) -> RateTest | None:
+def _rate_test(
+    task: Task, cfg: TrainOptions, batch_at: Callable[[int], Batch], batches: list[Batch], ctx: Context
+) -> RateTest | None:
     """What a test of rates finds, on a network that is then thrown away; None where a rate is given."""
     path = ctx.work / FROM_TEST
     if cfg.learning_rate != "auto":
@@ -162,7 +166,7 @@ def _rate_test(task: Task, cfg: TrainOptions, batch_at: Callable[[int], Batch], 
     if path.is_file():
         return RateTest.model_validate_json(path.read_bytes())
     model = _fresh(task, cfg, ctx.seed)
-    config = _config(cfg, 1.0)
+    config = _config(cfg, 1.0, _evaluation(task, cfg, model, batches))
     with torch.random.fork_rng():
         test = run_range_test(
             lambda rate: _groups(model, cfg, replace(config.optimizer, learning_rate=rate)),
