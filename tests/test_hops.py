@@ -190,8 +190,31 @@ def test_encoder(language: Lab, hops: Hops, tmp_path: Path) -> None:
     judge(hops, "pull", *compressed(Lab(language.store, model, language.dataset), gptq=True, seed=73))
 
 
-def test_training_a_language_model(language: Lab, hops: Hops) -> None:
-    call("train", SMALL["train"], {"dataset": language.dataset}, store=language.store, progress=Progress(quiet=True))
+TECHNIQUES: dict[str, Any] = {
+    "learning_rate": "auto",
+    "optimizer": "muon",
+    "average": "ema",
+    "evaluate_every": 1,
+    "keep": "best",
+    "accumulate": 2,
+    "recompute": True,
+    "precision": "stochastic",
+    "label_smoothing": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {**TECHNIQUES, "dropout": 0.1, "stochastic_depth": 0.1, "family": {"tokens": 16}}]
+)
+def test_training_a_language_model(language: Lab, hops: Hops, more: dict[str, Any]) -> None:
+    config = SMALL["train"] | more
+    call("train", config, {"dataset": language.dataset}, store=language.store, progress=Progress(quiet=True))
+    judge(hops, "train")
+
+
+def test_training_a_classifier_with_every_technique(digits: Lab, hops: Hops) -> None:
+    config = SMALL["train"] | TECHNIQUES
+    call("train", config, {"dataset": digits.dataset}, store=digits.store, progress=Progress(quiet=True))
     judge(hops, "train")
 
 

@@ -150,7 +150,8 @@ CHILD = """
             os.kill(os.getpid(), signal.SIGKILL)
 
     toy = Toy()
-    judged = {{"averaging": Averaging("ema", 0.7), "evaluation": Evaluation(lambda: toy.loss(999), every=3, keep="best")}}
+    evaluation = Evaluation(lambda: toy.loss(999), every=3, keep="best")
+    judged = {{"averaging": Averaging("ema", 0.7), "evaluation": evaluation}}
     result = toy.run(checkpoint=path / "loop", checkpoint_every=2, after_step=after_step, **judged)
     save_file(toy.weights(), path / "weights.safetensors")
     print(result.resumed_from)

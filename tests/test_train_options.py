@@ -178,10 +178,10 @@ def test_an_interrupted_run_ends_with_the_same_model(
 def test_every_technique_is_reached_from_the_command_line(
     command: Callable[..., tuple[int, str, str]], digits_set: Artifact, home: Path
 ) -> None:
-    words = "--steps 4 --batch-size 8 --warmup-steps 1 --optimizer sgd --nesterov --momentum 0.8"
-    words += " --learning-rate 0.01 --schedule wsd --decay-steps 2 --max-unit-ratio 0.01 --average mean --average-from 1 --evaluate-every 2 --keep best"
-    words += " --patience 1 --label-smoothing 0.1 --layer-decay 0.9 --edge-rate 0.5 --vector-rate 2 --accumulate 4"
-    words += " --recompute --precision autocast --json"
+    words = "--steps 4 --batch-size 8 --accumulate 4 --optimizer sgd --nesterov --momentum 0.8 --learning-rate 0.01"
+    words += " --warmup-steps 1 --schedule wsd --decay-steps 2 --max-unit-ratio 0.01 --average mean --average-from 1"
+    words += " --evaluate-every 2 --keep best --patience 1 --label-smoothing 0.1 --layer-decay 0.9 --edge-rate 0.5"
+    words += " --vector-rate 2 --recompute --precision autocast --json"
     code, out, error = command("train", digits_set.id, *words.split(), "--home", home)
     assert code == 0, error
     model = Store(home).get(json.loads(out)["id"])

@@ -37,16 +37,22 @@ def run_range_test(
     config = replace(config, **dials, optimizer=replace(config.optimizer, learning_rate=TOP_RATE))
     sums: dict[int, list[float]] = {}
 
-    def watched(index: int) -> Losses:
-        values, counts = loss(index)
-        total, count = sums.setdefault(index // config.accumulate, [0.0, 0.0]), float(counts.sum())
+    def noted(index: int, losses: Losses) -> Losses:
+        values, counts = losses
+        total = sums.setdefault(index // config.accumulate, [0.0, 0.0])
         total[0] += float((values.detach() * counts).sum())
-        total[1] += count
-        return values, counts
+        total[1] += float(counts.sum())
+        return losses
 
     end = STEPS
     try:
-        run_loop(parameters=groups(TOP_RATE), loss=watched, config=config, progress=progress, stage="rates")
+        run_loop(
+            parameters=groups(TOP_RATE),
+            loss=lambda index: noted(index, loss(index)),
+            config=config,
+            progress=progress,
+            stage="rates",
+        )
     except DataError:
         raise
     except GulliverError:  # the rate became too large, which is what the test is for

@@ -165,6 +165,7 @@ def _rate_test(
         return None
     if path.is_file():
         return RateTest.model_validate_json(path.read_bytes())
+    batch_at(0)  # what is wrong with the data shows here
     model = _fresh(task, cfg, ctx.seed)
     config = _config(cfg, 1.0, _evaluation(task, cfg, model, batches))
     with torch.random.fork_rng():
