@@ -76,7 +76,7 @@ STEPS = (
          needs=("model",), makes=("dataset",), version=2,
          help="let a model write data of its own, for calibration that favours no domain"),
     Step("train", "gulliver.train.train:run", "gulliver.train.options:TrainOptions",
-         needs=("dataset",), makes=("model",), version=3,
+         needs=("dataset",), makes=("model",), version=4,
          help="train a new network on a dataset"),
     Step("calibrate", "gulliver.compress.calibrate:run", "gulliver.compress.options:CalibrateOptions",
          needs=("model", "dataset"), optional=("samples",), makes=("report",), version=5,
