@@ -26,13 +26,12 @@ from gulliver.core.evidence.evidence import ELSEWHERE, Evidence
 from gulliver.core.records import HarnessReport, QualityReport, SpeedReport
 from gulliver.core.store import chain
 from gulliver.core.store.artifact import Artifact
-from gulliver.core.store.database import DATABASE, DamagedDatabase, open_database, read, write
+from gulliver.core.store.database import DATABASE, SUFFIXES, DamagedDatabase, open_database, read, write
 from gulliver.core.store.files import file_lock, hash_file, sync_folder, unfinished_folder
 from gulliver.core.store.manifest import EVIDENCE, canonical_json, read_json
 from gulliver.core.store.store import Store, home_folder
 
 MAX_EVIDENCE_BYTES = 64 * 2**20
-_SUFFIXES = ("", "-wal", "-shm")  # the files of an SQLite database
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def _begin_again(home: Path) -> tuple[Path, int]:
     aside = home / f"{DATABASE}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
     kept = 0
     with file_lock(home / f"{DATABASE}.lock"), unfinished_folder(home / f"{DATABASE}.repair") as scratch:
-        for suffix in _SUFFIXES:
+        for suffix in SUFFIXES:
             with contextlib.suppress(FileNotFoundError):
                 shutil.copy2(home / f"{DATABASE}{suffix}", scratch / f"{aside.name}{suffix}")
         fresh = open_database(scratch, None)
@@ -100,10 +99,10 @@ def _begin_again(home: Path) -> tuple[Path, int]:
                 if rows:
                     chain.append(connection, table, rows)
                 kept += len(rows)
-        for suffix in _SUFFIXES:
+        for suffix in SUFFIXES:
             with contextlib.suppress(FileNotFoundError):
                 (scratch / f"{aside.name}{suffix}").rename(f"{aside}{suffix}")
-        for suffix in _SUFFIXES[1:]:  # SQLite must not find the old log beside the new database
+        for suffix in SUFFIXES[1:]:  # SQLite must not find the old log beside the new database
             (home / f"{DATABASE}{suffix}").unlink(missing_ok=True)
         os.replace(scratch / DATABASE, home / DATABASE)
         sync_folder(home)

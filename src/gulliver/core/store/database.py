@@ -30,6 +30,8 @@ from gulliver.core.store.migrations import applied, check_known, migrate, tables
 
 DATABASE = "gulliver.db"
 """The SQLite database in a home."""
+SUFFIXES = ("", "-wal", "-shm")
+"""Of the names of its files: itself, its write-ahead log and the log's index."""
 BUSY_S = 20.0
 """How long a database is waited for that another program locks."""
 SCHEMA_IDLE_S = 10.0
@@ -191,7 +193,7 @@ def _system_error(path: Path, kind: str) -> OSError | None:
 
 def _files(path: Path) -> list[Path]:
     """The files of an SQLite database: itself, its write-ahead log and the log's index."""
-    return [path.with_name(f"{path.name}{suffix}") for suffix in ("", "-wal", "-shm")]
+    return [path.with_name(f"{path.name}{suffix}") for suffix in SUFFIXES]
 
 
 # ---- connections and locks -------------------------------------------------------------------------------------------
